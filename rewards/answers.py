@@ -1,0 +1,140 @@
+"""Find the answer and the reasoning in a completion, and compare answers exactly.
+
+A completion has the form `<reasoning>...</reasoning> <answer>...</answer>`. Nothing here raises on any text, and the
+time taken is linear in its length.
+"""
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+REASONING_TAGS = ("<reasoning>", "</reasoning>")
+ANSWER_TAGS = ("<answer>", "</answer>")
+
+# Longer than any number a person writes. Below Python's limit on the digits of int(), and it bounds every regex.
+MAX_NUMBER_CHARS = 200
+# Digits with or without thousands separators, or a bare ".5".
+DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+
+_SCALES = {
+    "dozen": 12,
+    "hundred": 100,
+    "thousand": 1_000,
+    "million": 1_000_000,
+    "billion": 1_000_000_000,
+    "trillion": 1_000_000_000_000,
+}
+_UNIT_ALIASES = {"$": "dollar", "usd": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "percent": "%"}
+
+# One number and nothing else but a lead-in, a currency sign and a unit. The exponent has at most three digits, since
+# an exact 1e999999999 would fill the memory; the denominator is not zero. A unit starts with a letter or a sign, not
+# with "and", "or", "to" ("5 and a half" is not 5), and its only digits are the 2 and 3 of "m2" and "cm^3".
+_QUANTITY = re.compile(
+    rf"""
+    (?:(?:(?:the\ )?(?:final\ )?answer\ is:?|about|approximately|around|roughly|=)\ ?)?
+    (?P<prefix>[+-]?(?:[$€£¥₹]\ ?)?|[$€£¥₹]\ ?[+-])
+    (?:
+        (?:(?P<whole>[0-9]+)\ )?(?P<fraction>[0-9]+\ ?/\ ?0*[1-9][0-9]*)
+      | (?P<decimal>{DECIMAL}(?:e[+-]?[0-9]{{1,3}})?)
+    )
+    (?:[ -]?(?P<scale>{"|".join(_SCALES)})s?\b)?
+    (?P<unit>\ ?/?\ ?(?=[a-z%°μ$€£¥₹])(?!(?:and|or|to)\b)[^\s0-9]+[23]?(?:\ [^\s0-9]+[23]?)*)?
+    """,
+    re.VERBOSE,
+)
+_MINUS_SIGNS = str.maketrans("\u2212\u2013", "--")
+_SUPERSCRIPTS = str.maketrans({"²": "2", "³": "3", "^": None})
+# "miles" and "mile", "inches" and "inch", "glasses" and "glass"; too short a word ("ms", "s") is left alone.
+_WORD_ENDING = re.compile(r"(?<=\w\w)(?:es|(?<!s)s|e)\b")
+
+
+class _Quantity(NamedTuple):
+    value: Fraction
+    unit: tuple[str, ...]  # normalised words; empty when the text names no unit
+
+
+def extract_answer(completion: str) -> str | None:
+    """Content of the last complete `<answer>...</answer>`, stripped; None when there is none.
+
+    >>> extract_answer("<reasoning>6 * 12</reasoning> <answer> 72 </answer>")
+    '72'
+    >>> extract_answer("<answer>70</answer> No: <answer>72</answer> <answer>7")
+    '72'
+    >>> extract_answer("The answer is 72.") is None
+    True
+    """
+    return _last_between(completion, *ANSWER_TAGS)
+
+
+def extract_reasoning(completion: str) -> str | None:
+    """Content of the last complete `<reasoning>...</reasoning>`, stripped; None when there is none.
+
+    >>> extract_reasoning("<reasoning> 6 * 12 = 72 </reasoning> <answer>72</answer>")
+    '6 * 12 = 72'
+    """
+    return _last_between(completion, *REASONING_TAGS)
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The one number that `text` states, exactly, or None.
+
+    A sign, thousands separators, a currency sign, a fraction, a mixed number, an exponent, a scale word ("3 million"),
+    a unit after it, a short lead-in ("about", "the answer is") and a final period are understood; of a GSM8K solution
+    only what follows the last "####" counts (Cobbe et al. 2021, arXiv:2110.14168). A percentage is the number before
+    its sign. Other words in front ("Apollo 11"), a second number ("between 3 and 5"), a zero denominator, an exponent
+    of four digits, or more than MAX_NUMBER_CHARS characters: None.
+
+    >>> parse_number("$1,234.50"), parse_number("-1 1/2"), parse_number("50%")
+    (Fraction(2469, 2), Fraction(-3, 2), Fraction(50, 1))
+    >>> parse_number("48 / 2 = 24 clips, so 48 + 24 = 72. #### 72")
+    Fraction(72, 1)
+    >>> [parse_number(text) for text in ("between 3 and 5", "1/0", "1e999999999", "many")]
+    [None, None, None, None]
+    """
+    quantity = _parse_quantity(_normalise(text))
+    return None if quantity is None else quantity.value
+
+
+def answers_match(given: str, expected: str) -> bool:
+    """Whether two answers state the same: the same number if both are numbers, otherwise the same text.
+
+    Numbers are compared exactly (0.33 is not 1/3). If both name a unit, the units have to agree in their words, up to
+    case, plural and currency sign, as far as the shorter one goes ("72 apples" and "72 apples in all" agree). Nothing
+    is converted: "50%" matches "50" but not "0.5". Text is compared without regard to case, white space and final
+    periods.
+
+    >>> answers_match("$72.00", "72 dollars"), answers_match("72 km", "72"), answers_match(" new  york.", "New York")
+    (True, True, True)
+    >>> answers_match("72 km", "72 miles"), answers_match("50%", "50 km"), answers_match("0.33", "1/3")
+    (False, False, False)
+    """
+    given, expected = _normalise(given), _normalise(expected)
+    given_quantity, expected_quantity = _parse_quantity(given), _parse_quantity(expected)
+    if given_quantity is None or expected_quantity is None:
+        return given == expected
+    units_agree = all(a == b for a, b in zip(given_quantity.unit, expected_quantity.unit, strict=False))
+    return given_quantity.value == expected_quantity.value and units_agree
+
+
+def _last_between(text: str, opening: str, closing: str) -> str | None:
+    start = text.rfind(opening, 0, max(text.rfind(closing), 0))
+    if start < 0:
+        return None
+    start += len(opening)
+    return text[start : text.find(closing, start)].strip()
+
+
+def _normalise(text: str) -> str:
+    final = text.rpartition("####")[2].translate(_MINUS_SIGNS)
+    return " ".join(final.casefold().split()).rstrip(" .")
+
+
+def _parse_quantity(text: str) -> _Quantity | None:
+    match = _QUANTITY.fullmatch(text) if len(text) <= MAX_NUMBER_CHARS else None
+    if match is None:
+        return None
+    number = match["fraction"] or match["decimal"]
+    value = Fraction(number.replace(",", "").replace(" ", "")) + int(match["whole"] or 0)
+    value *= _SCALES.get(match["scale"], 1) * (-1 if "-" in match["prefix"] else 1)
+    unit = f"{match['prefix'].strip('+- ')} {match['unit'] or ''}".translate(_SUPERSCRIPTS)
+    return _Quantity(value, tuple(_WORD_ENDING.sub("", _UNIT_ALIASES.get(word, word)) for word in unit.split()))

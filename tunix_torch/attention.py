@@ -1,0 +1,95 @@
+"""Attention masks and position ids for left-padded prompts, and the two KV caches that Hugging Face models accept.
+
+A *slot* is a column of the key axis. Prompts are left-padded and completions start at slot P, so the distance of two
+tokens in slots equals their distance in positions, and both causality and the sliding window can be read off slots.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+
+def prompt_positions(prompt_mask: Tensor) -> Tensor:
+    """Position ids of left-padded prompts: 0 at the first real token (and at padding). (N, P) bool -> (N, P) int64."""
+    return (prompt_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def attention_masks(
+    config: PretrainedConfig, key_mask: Tensor, query_slots: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor] | Tensor:
+    """Masks in the form that a Hugging Face decoder takes without computing its own (which would sync the host).
+
+    Args:
+        config: the text model's config; `layer_types`, `sliding_window` and `_attn_implementation` are read.
+        key_mask: (R, K) bool, False at padding.
+        query_slots: (Q,) int64, the slot of each query.
+        dtype: of the additive mask, used with eager attention.
+
+    Returns:
+        `{"full_attention": m, "sliding_attention": s}` for models with layer types, else one mask. Each (R, 1, Q, K):
+        bool (True: may look), or, with eager attention, additive (0 or the smallest number of `dtype`).
+        A token may always look at itself, so no row of the softmax is empty, not even at padding.
+    """
+    key_slots = torch.arange(key_mask.shape[1], device=key_mask.device)
+    distance = query_slots[:, None] - key_slots[None, :]  # (Q, K)
+    full = ((distance >= 0) & (key_mask[:, None, :] | (distance == 0)))[:, None]  # (R, 1, Q, K)
+    window = getattr(config, "sliding_window", None)
+    sliding = full if window is None else full & (distance < window)
+
+    def finish(mask: Tensor) -> Tensor:
+        if config._attn_implementation != "eager":
+            return mask
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+    if getattr(config, "layer_types", None) is None:
+        return finish(sliding)
+    return {"full_attention": finish(full), "sliding_attention": finish(sliding)}
+
+
+class PrefixCache:
+    """Keys and values that follow a prefix: `update` returns prefix and new ones joined, differentiable throughout.
+
+    Without a prefix it records what one pass over the prompts computes. `layers[i]` is that layer's (key, value),
+    each (rows, KV heads, tokens, head dim); layers that share another layer's KV (Gemma 4) do not occur.
+    """
+
+    def __init__(self, prefix: dict[int, tuple[Tensor, Tensor]] | None = None) -> None:
+        self.layers = dict(prefix or {})
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        if layer_idx in self.layers:
+            past_key, past_value = self.layers[layer_idx]
+            key, value = torch.cat((past_key, key), dim=2), torch.cat((past_value, value), dim=2)
+        self.layers[layer_idx] = (key, value)
+        return key, value
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.layers[layer_idx][0].shape[2] if layer_idx in self.layers else 0
+
+    def expand(self, num_copies: int) -> "PrefixCache":
+        """Each row `num_copies` times, copies side by side: (N, ...) -> (N * num_copies, ...)."""
+        layers = {
+            i: (k.repeat_interleave(num_copies, dim=0), v.repeat_interleave(num_copies, dim=0))
+            for i, (k, v) in self.layers.items()
+        }
+        return PrefixCache(layers)
+
+
+class SlotCache:
+    """A KV cache of fixed width that one decode step writes in place, at the slot held by a tensor.
+
+    `keys[i]`, `values[i]`: (B, KV heads, K, head dim) for the i-th layer that has a cache of its own.
+    """
+
+    def __init__(self, layer_ids: list[int], keys: list[Tensor], values: list[Tensor], slot: Tensor) -> None:
+        self.place = {layer_idx: i for i, layer_idx in enumerate(layer_ids)}
+        self.keys, self.values, self.slot = keys, values, slot  # slot: (1,) int64
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        i = self.place[layer_idx]
+        self.keys[i].index_copy_(2, self.slot, key.to(self.keys[i].dtype))
+        self.values[i].index_copy_(2, self.slot, value.to(self.values[i].dtype))
+        return self.keys[i], self.values[i]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.keys[0].shape[2]

@@ -1,0 +1,71 @@
+"""The data that flows through one training step. Every tensor's shape, dtype and mask meaning stands here.
+
+Letters: N prompts, G completions a prompt, B = N * G rows, P prompt width, C completion width, R reward functions.
+Rows of one group stand side by side: row b belongs to prompt b // G. Prompts are padded on the left, completions on
+the right. Field names are those of google-tunix's `TrainExample` where it has one.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class PromptBatch:
+    """N prompts, e.g. `rows[0] == {"prompt": "<start_of_turn>user...", "answer": "72"}`."""
+
+    prompt_ids: Tensor  # (N, P) int64
+    prompt_mask: Tensor  # (N, P) bool, False at padding
+    rows: list[dict[str, Any]]  # N rows of the data set: "prompt" (the text) and its other columns
+
+    def to(self, device: torch.device) -> "PromptBatch":
+        return replace(self, prompt_ids=self.prompt_ids.to(device), prompt_mask=self.prompt_mask.to(device))
+
+
+@dataclass
+class Rollout:
+    """What the sampler returns."""
+
+    completion_ids: Tensor  # (B, C) int64, padding after the first end-of-sequence token
+    completion_mask: Tensor  # (B, C) bool, True up to and including the first end-of-sequence token
+    sampler_logps: Tensor  # (B, C) float32, log-probabilities at the sampling temperature, 0 where masked
+
+
+@dataclass
+class TrainBatch:
+    """All that the loss needs. `old_per_token_logps` is None when the batch is used once (then it equals the policy's
+    own, without gradient); `ref_per_token_logps` is None when there is no KL penalty."""
+
+    prompt_ids: Tensor  # (N, P) int64
+    prompt_mask: Tensor  # (N, P) bool
+    completion_ids: Tensor  # (B, C) int64
+    completion_mask: Tensor  # (B, C) bool
+    advantages: Tensor  # (B,) float32
+    token_weights: Tensor  # (B, C) float32: loss = sum(per-token loss * token_weights), over the *whole* batch
+    ref_per_token_logps: Tensor | None = None  # (B, C) float32
+    old_per_token_logps: Tensor | None = None  # (B, C) float32
+    sampler_logps: Tensor | None = None  # (B, C) float32, to compare with what the learning pass computes
+
+    def split(self, micro_batch_size: int | None) -> list["TrainBatch"]:
+        """Cut into micro-batches of `micro_batch_size` rows, each with its own prompts. Their losses add up.
+
+        `micro_batch_size` divides G or is a multiple of it (`GRPOConfig` checks that); None: no cut.
+        """
+        num_rows, num_prompts = self.completion_ids.shape[0], self.prompt_ids.shape[0]
+        if micro_batch_size is None or micro_batch_size >= num_rows:
+            return [self]
+        group_size = num_rows // num_prompts
+        parts = []
+        for start in range(0, num_rows, micro_batch_size):
+            stop = min(start + micro_batch_size, num_rows)
+            cut = {}
+            for field in fields(self):
+                value = getattr(self, field.name)
+                if field.name.startswith("prompt_"):
+                    cut[field.name] = value[start // group_size : -(-stop // group_size)]
+                else:
+                    cut[field.name] = None if value is None else value[start:stop]
+            parts.append(TrainBatch(**cut))
+        return parts

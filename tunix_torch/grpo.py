@@ -1,0 +1,157 @@
+"""The mathematics of GRPO and its variants: advantages, KL, ratios, aggregation, loss. Pure functions of tensors.
+
+Numerics follow google-tunix 0.1.7 (`rl/algo_core.py`, `rl/common.py`), where not said otherwise.
+Letters: B rows (completions), G rows a group, C completion tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import KL_ESTIMATORS, LOSS_AGGREGATIONS
+
+def compute_group_advantages(
+    rewards: Tensor, group_size: int, algorithm: str = "grpo", normalize: bool = True, epsilon: float = 1e-8
+) -> Tensor:
+    """How much better each completion is than its group.
+
+    grpo, gspo, dapo: (r - mean) / (std + epsilon), std with ddof = 1 (DeepSeekMath, arXiv 2402.03300, section 4.1.2);
+    without `normalize`, and for dr_grpo (arXiv 2503.20783): r - mean; rloo (arXiv 2402.14740): r - mean of the others.
+
+    Args:
+        rewards: (B,), rows of a group side by side.
+        group_size: G, at least 2.
+
+    Returns:
+        (B,) float32, on the device of `rewards`; computed in float64. Exactly 0 where a group's rewards are equal.
+
+    Raises:
+        ValueError: `group_size` is below 2 or does not divide B, or `rewards` is not one-dimensional.
+    """
+    if rewards.ndim != 1 or group_size < 2 or rewards.shape[0] % group_size:
+        raise ValueError(f"rewards of shape {tuple(rewards.shape)} are not groups of {group_size}, at least 2, rows")
+    grouped = rewards.double().view(-1, group_size)  # (N, G)
+    mean = grouped.mean(dim=1, keepdim=True)
+    centred = grouped - mean
+    if algorithm == "rloo":
+        centred = centred * (group_size / (group_size - 1))  # r - (sum - r) / (G - 1)
+    elif normalize and algorithm != "dr_grpo":
+        centred = centred / (grouped.std(dim=1, keepdim=True) + epsilon)
+    equal = (grouped == grouped[:, :1]).all(dim=1, keepdim=True)  # the mean of equal numbers may be off by rounding
+    return torch.where(equal, 0.0, centred).flatten().float()
+
+
+def per_token_kl(logps: Tensor, ref_logps: Tensor, estimator: str, clamp: float | None = None) -> Tensor:
+    """KL(policy || reference) estimated at each token, (B, C); see http://joschu.net/blog/kl-approx.html.
+
+    k1: log-ratio; k2: half its square; k3: exp(-log-ratio) - 1 + log-ratio, never negative. (google-tunix calls them
+    "kl", "mse_kl" and "low_var_kl".) `clamp` limits the estimate's absolute value.
+    """
+    difference = ref_logps - logps
+    if estimator == "k1":
+        kl = -difference
+    elif estimator == "k2":
+        kl = 0.5 * difference.square()
+    elif estimator == "k3":
+        kl = torch.exp(difference) - difference - 1
+    else:
+        raise ValueError(f"kl_estimator={estimator!r}: choose one of {', '.join(KL_ESTIMATORS)}")
+    return kl if clamp is None else kl.clamp(-clamp, clamp)
+
+
+def aggregation_weights(completion_mask: Tensor, mode: str, max_length: int) -> Tensor:
+    """The weight of each token in the loss, so that loss = sum(per_token_loss * weights) for every mode.
+
+    Weights are computed once for the whole batch; so micro-batches add up to exactly what the whole batch gives.
+    Rows without any token do not count as rows.
+
+    Args:
+        completion_mask: (B, C) bool.
+        mode: one of `LOSS_AGGREGATIONS`:
+            token-mean: over all tokens of the batch;
+            sequence-mean-token-mean: over tokens within a row, then over rows;
+            sequence-mean-token-scale: sum of a row divided by `max_length`, then mean over rows;
+            seq-mean-token-sum: sum of a row, then mean over rows;
+            sequence-mean-token-sum-norm: sum of everything divided by the number of rows.
+            The last two are the same number; google-tunix keeps both names, so both are taken here.
+        max_length: the longest completion allowed (not the longest that occurs).
+
+    Returns:
+        (B, C) float32.
+    """
+    mask = completion_mask.float()
+    lengths = mask.sum(dim=-1, keepdim=True)  # (B, 1)
+    num_rows = (lengths > 0).sum().clamp(min=1)
+    if mode == "token-mean":
+        return mask / mask.sum().clamp(min=1)
+    if mode == "sequence-mean-token-mean":
+        return mask / lengths.clamp(min=1) / num_rows
+    if mode == "sequence-mean-token-scale":
+        return mask / max_length / num_rows
+    if mode in ("seq-mean-token-sum", "sequence-mean-token-sum-norm"):
+        return mask / num_rows
+    raise ValueError(f"loss_aggregation={mode!r}: choose one of {', '.join(LOSS_AGGREGATIONS)}")
+
+
+@dataclass
+class LossTerms:
+    """Scalars of one (micro-)batch, float32, already weighted: those of micro-batches add up to the batch's."""
+
+    loss: Tensor  # policy_loss + beta * kl_loss, with gradient
+    policy_loss: Tensor
+    kl_loss: Tensor  # 0 without a reference
+    clipped_weight: Tensor  # weight of the tokens whose ratio the clip holds back
+    largest_ratio_gap: Tensor  # max |ratio - 1| over completion tokens
+
+
+def grpo_loss(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    advantages: Tensor,
+    token_weights: Tensor,
+    *,
+    epsilon: float = 0.2,
+    epsilon_high: float = 0.2,
+    epsilon_c: float | None = None,
+    beta: float = 0.0,
+    kl_estimator: str = "k3",
+    kl_clamp: float | None = None,
+    sequence_level: bool = False,
+) -> LossTerms:
+    """The clipped policy loss plus the KL penalty (arXiv 2402.03300, equation 3).
+
+    Args:
+        logps, old_logps, ref_logps: (B, C) float32; `old_logps` None: the policy's own, without gradient.
+        advantages: (B,) float32.
+        token_weights: (B, C) float32 from `aggregation_weights`, 0 where masked.
+        epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high].
+        epsilon_c: dual clip: for negative advantages the loss is at most -epsilon_c * advantage.
+        sequence_level: GSPO (arXiv 2507.18071): one ratio a row, the geometric mean, with token-level gradient.
+    """
+    mask = token_weights > 0
+    old_logps = logps.detach() if old_logps is None else old_logps
+    log_ratio = (logps - old_logps).clamp(-20.0, 20.0)
+    if sequence_level:
+        row_mean = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+        log_ratio = (logps - logps.detach() + row_mean.detach()).clamp(max=10.0)
+    ratio = log_ratio.exp()
+    advantages = advantages[:, None]
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - epsilon, 1 + epsilon_high)
+    per_token_loss = torch.maximum(unclipped, clipped)
+    if epsilon_c is not None:
+        capped = torch.minimum(per_token_loss, -advantages * epsilon_c)
+        per_token_loss = torch.where(advantages < 0, capped, per_token_loss)
+    policy_loss = (per_token_loss * token_weights).sum()
+    kl_loss = torch.zeros_like(policy_loss)
+    if ref_logps is not None:
+        kl_loss = (per_token_kl(logps, ref_logps, kl_estimator, kl_clamp) * token_weights).sum()
+    return LossTerms(
+        loss=policy_loss + beta * kl_loss,
+        policy_loss=policy_loss.detach(),
+        kl_loss=kl_loss.detach(),
+        clipped_weight=((clipped > unclipped) * token_weights).sum(),
+        largest_ratio_gap=((ratio - 1).abs() * mask).max().detach(),
+    )

@@ -1,0 +1,189 @@
+"""Load a Hugging Face causal language model, put a LoRA on it, and run its decoder and its head separately.
+
+The reference policy is the same model with the adapter switched off; there is no second copy of the weights.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from . import device, tiny
+from .attention import PrefixCache, attention_masks, prompt_positions
+from .config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+TESTED_MODEL_TYPES = ("gemma2", "gemma3_text", "gemma3", "gemma4_text", "gemma4", "llama", "qwen3")
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def default_dtype() -> torch.dtype:
+    """bfloat16 on a TPU and on CUDA; float32 where a CPU computes (XLA on the CPU too)."""
+    return torch.bfloat16 if device.KIND == "cuda" or device.is_tpu() else torch.float32
+
+
+def resolve_model_name(name: str) -> str:
+    """The folder or hub id that `from_pretrained` takes; "tiny" is made on first use.
+
+    Raises:
+        ValueError: a folder that holds no model.
+    """
+    if name == tiny.NAME or (not os.path.exists(name) and Path(name).name.startswith(tiny.FOLDER_PREFIX)):
+        return str(tiny.ensure_tiny_model())  # also when an adapter names a cache folder that is no longer there
+    if os.path.isdir(name):
+        files = os.listdir(name)
+        if "config.json" not in files and "adapter_config.json" not in files:
+            raise ValueError(f"model_name={name!r}: the folder has no config.json, so it is not a Hugging Face model")
+        if not any(file.endswith((".safetensors", ".bin", ".safetensors.index.json")) for file in files):
+            raise ValueError(f"model_name={name!r}: the folder has no weights (expected model.safetensors)")
+    elif name.startswith((".", "/", "~")):
+        raise ValueError(f"model_name={name!r}: no such folder")
+    return name
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Turn the many ways in which a download fails into one clear line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = "check the name, accept the licence on huggingface.co and run `hf auth login`, or give a local folder"
+        raise ValueError(f"model_name={name!r} could not be loaded: {reason} ({hint})") from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, an adapter folder or a hub id. A missing padding token becomes the EOS token.
+
+    Raises:
+        ValueError: it can't be found or read.
+    """
+    path = resolve_model_name(name)
+    with _hub_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A causal language model with its weights, on the CPU.
+
+    Args:
+        name: "tiny", a folder or a hub id.
+        dtype: of the weights; None: `default_dtype()`.
+
+    Raises:
+        ValueError: unknown name, no weights, or a hub that can't be reached.
+    """
+    path = resolve_model_name(name)
+    with _hub_errors(name):
+        config = AutoConfig.from_pretrained(path)
+        # sdpa has no soft-cap on attention scores, so Gemma 2 would be silently wrong with it
+        attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or default_dtype(), attn_implementation=attention)
+    if model.config.model_type not in TESTED_MODEL_TYPES:
+        logger.warning("Model type %r is not among the tested ones: %s", model.config.model_type, TESTED_MODEL_TYPES)
+    return model
+
+
+def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: the tokenizer's, and those of the model's generation config."""
+    configured = base_model(model).generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({*configured, tokenizer.eos_token_id} - {None})
+
+
+def lora_config(config: ModelConfig) -> LoraConfig:
+    """The LoRA that a `ModelConfig` describes: every projection of attention and MLP, none of the embeddings."""
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=LORA_TARGETS,
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel | PeftModel:
+    """A model ready to answer: a base model, or the base model with the adapter that an adapter folder holds."""
+    path = Path(name)
+    if not (path / "adapter_config.json").is_file():
+        return load_base_model(name, dtype)
+    resolve_model_name(name)  # complains when the folder has no weights
+    adapter = LoraConfig.from_pretrained(name)
+    base = load_base_model(adapter.base_model_name_or_path, dtype)
+    return PeftModel.from_pretrained(base, name)
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Wrap a model with a fresh LoRA, in float32 whatever the base weights are. At first it changes nothing (B = 0)."""
+    return get_peft_model(model, config, autocast_adapter_dtype=True)
+
+
+def place(model: nn.Module) -> nn.Module:
+    """Move a model to this process's device. Tied embeddings come untied on XLA, so they are tied again."""
+    model.to(device.torch_device())
+    base = base_model(model)
+    base.tie_weights()
+    if base.config.get_text_config().tie_word_embeddings:
+        assert base.get_output_embeddings().weight is base.get_input_embeddings().weight, "embeddings came untied"
+    return model
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model, adapter layers inside, without PEFT's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def text_config(model: nn.Module) -> PretrainedConfig:
+    """The config of the text decoder."""
+    return base_model(model).config.get_text_config()
+
+
+@contextlib.contextmanager
+def reference_policy(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is the reference policy: adapter off, no gradient."""
+    assert isinstance(model, PeftModel), "the reference policy is the model without its adapter, and there is none"
+    with torch.no_grad(), model.disable_adapter():
+        yield
+
+
+def hidden_states(
+    model: nn.Module, ids: Tensor, masks: dict[str, Tensor] | Tensor, position_ids: Tensor, cache: object
+) -> Tensor:
+    """The decoder's last hidden states, (R, Q, D), for ids and position_ids (R, Q) int64 and ready masks."""
+    decoder = base_model(model).get_decoder()
+    return decoder(
+        input_ids=ids, attention_mask=masks, position_ids=position_ids, past_key_values=cache, use_cache=True
+    ).last_hidden_state
+
+
+def logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """The head, with Gemma's soft-cap where the model has one: (..., D) -> (..., V) float32."""
+    scores = base_model(model).get_output_embeddings()(hidden).float()
+    cap = getattr(text_config(model), "final_logit_softcapping", None)
+    return scores if cap is None else torch.tanh(scores / cap) * cap
+
+
+def prefill(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, PrefixCache]:
+    """One pass over the prompts, (N, P): the hidden state of each prompt's last token, (N, D), and the KV cache."""
+    cache = PrefixCache()
+    slots = torch.arange(prompt_ids.shape[1], device=prompt_ids.device)
+    masks = attention_masks(text_config(model), prompt_mask, slots, base_model(model).dtype)
+    hidden = hidden_states(model, prompt_ids, masks, prompt_positions(prompt_mask), cache)
+    return hidden[:, -1], cache

@@ -1,0 +1,167 @@
+"""Sample completions with static shapes: prefill once a prompt, then decode one token at a time for the whole group.
+
+Randomness belongs to the row: the host draws one uniform number per row and token, and a token is found by inverting
+the cumulative distribution of the top-k / top-p candidates. So a rollout is the same on cpu, cuda and xla up to float
+ties, does not depend on how rows are batched, and a resumed run draws what the uninterrupted run would have drawn.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import device
+from .attention import SlotCache, attention_masks
+from .batch import Rollout
+from .model import base_model, hidden_states, logits, prefill, text_config
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. The order is that of Transformers: temperature, then top-k, then top-p."""
+
+    max_new_tokens: int  # C
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+
+
+def draw_uniforms(seed: Sequence[int], rows: Sequence[int], num_tokens: int) -> Tensor:
+    """One number in [0, 1) per row and token, (len(rows), num_tokens) float32, a function of (seed, row) only."""
+    draws = [np.random.Generator(np.random.Philox([*seed, row])).random(num_tokens, np.float32) for row in rows]
+    return torch.from_numpy(np.stack(draws))
+
+
+def choose_tokens(scores: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Turn one uniform number a row into one token a row by inverse CDF within the top-k / top-p candidates.
+
+    Args:
+        scores: (B, V) float32 logits.
+        uniforms: (B,) float32 in [0, 1).
+
+    Returns:
+        tokens (B,) int64, and their log-probabilities (B,) float32 under softmax(scores / temperature) over the whole
+        vocabulary, which is what `token_logps` computes. With temperature 0: argmax, scored at temperature 1.
+    """
+    logps = torch.log_softmax(scores / (params.temperature or 1.0), dim=-1)
+    if params.temperature == 0:
+        tokens = logps.argmax(dim=-1)
+        return tokens, logps.gather(-1, tokens[:, None])[:, 0]
+    top_k = min(params.top_k, scores.shape[-1])
+    if top_k > 0:
+        candidates, ids = logps.topk(top_k, dim=-1)  # (B, K), best first
+    elif params.top_p < 1:
+        candidates, ids = logps.sort(dim=-1, descending=True)
+    else:
+        candidates, ids = logps, None
+    probs = candidates.exp()
+    if params.top_p < 1:
+        share = probs / probs.sum(-1, keepdim=True)
+        probs = probs * (share.cumsum(-1) - share < params.top_p)  # keeps the first one that reaches top_p
+    if ids is not None:  # walk candidates in vocabulary order: near-ties in rank then can't change the token
+        ids, order = ids.sort(dim=-1)
+        probs = probs.gather(-1, order)
+    cdf = probs.cumsum(-1)
+    total = cdf[:, -1:]
+    target = torch.minimum(uniforms[:, None] * total, total * (1 - 2**-22))  # below the total, whatever the rounding
+    chosen = (cdf <= target).sum(-1, keepdim=True)
+    tokens = chosen if ids is None else ids.gather(-1, chosen)
+    return tokens[:, 0], logps.gather(-1, tokens)[:, 0]
+
+
+class Sampler:
+    """Samples from a model; holds the decode step, which is compiled once on XLA and then reused.
+
+    Args:
+        model: a causal language model, with or without a LoRA; whatever is active is sampled from.
+        eos_token_ids: any of these ends a completion.
+        pad_token_id: fills up after the end.
+        stop_check_interval: every so many tokens the host looks whether all rows have ended.
+    """
+
+    def __init__(
+        self, model: nn.Module, eos_token_ids: Sequence[int], pad_token_id: int, stop_check_interval: int = 16
+    ) -> None:
+        self.model = model
+        self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
+        self.stop_check_interval = stop_check_interval
+        self._steps: dict[tuple[SamplingParams, int], Callable] = {}
+
+    @torch.no_grad()
+    def sample(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, num_completions: int, params: SamplingParams, uniforms: Tensor
+    ) -> Rollout:
+        """Sample a group of completions for each prompt.
+
+        Args:
+            prompt_ids, prompt_mask: (N, P) int64 and bool, left-padded, on the model's device.
+            num_completions: G; rows of a group stand side by side.
+            uniforms: (B, C) float32, see `draw_uniforms`.
+
+        Returns:
+            a `Rollout` of B = N * G rows and C = params.max_new_tokens columns.
+        """
+        num_rows, prompt_width = prompt_ids.shape[0] * num_completions, prompt_ids.shape[1]
+        assert uniforms.shape == (num_rows, params.max_new_tokens), uniforms.shape
+        uniforms = uniforms.to(prompt_ids.device)
+        was_training = self.model.training
+        self.model.eval()
+
+        last_hidden, prefix = prefill(self.model, prompt_ids, prompt_mask)
+        scores = logits(self.model, last_hidden).repeat_interleave(num_completions, dim=0)  # (B, V)
+        tokens, logps = choose_tokens(scores, uniforms[:, 0], params)
+        room = params.max_new_tokens - 1
+        ids = nn.functional.pad(tokens[:, None], (0, room), value=self.pad_token_id)  # (B, C)
+        logps = nn.functional.pad(logps[:, None], (0, room))  # (B, C)
+        ended = self._is_eos(tokens)  # (B,)
+        step = torch.zeros(1, dtype=torch.int64, device=ids.device)
+        layer_ids = list(prefix.layers)
+        prefix = prefix.expand(num_completions)
+        keys = [nn.functional.pad(prefix.layers[i][0], (0, 0, 0, room)) for i in layer_ids]  # (B, heads, K, head dim)
+        values = [nn.functional.pad(prefix.layers[i][1], (0, 0, 0, room)) for i in layer_ids]  # K = P + C - 1
+        key_mask = nn.functional.pad(prompt_mask.repeat_interleave(num_completions, dim=0), (0, room), value=True)
+        lengths = prompt_mask.sum(-1, keepdim=True).repeat_interleave(num_completions, dim=0)  # (B, 1)
+        device.sync()
+
+        decode = self._decode_step(params, tuple(layer_ids), prompt_ids.shape[1])
+        for t in range(room):
+            ids, logps, ended, step = decode(ids, logps, ended, step, key_mask, lengths, uniforms, keys, values)
+            if (t + 1) % self.stop_check_interval == 0 and bool(ended.all()):  # the host waits here
+                break
+        self.model.train(was_training)
+        mask = self._completion_mask(ids)
+        return Rollout(ids.masked_fill(~mask, self.pad_token_id), mask, logps.masked_fill(~mask, 0.0))
+
+    def _is_eos(self, tokens: Tensor) -> Tensor:
+        ended = tokens == self.eos_token_ids[0]
+        for eos in self.eos_token_ids[1:]:
+            ended = ended | (tokens == eos)
+        return ended
+
+    def _completion_mask(self, ids: Tensor) -> Tensor:
+        """True up to and including the first EOS, by position: right even when the padding token is an EOS token."""
+        is_eos = self._is_eos(ids).long()
+        return is_eos.cumsum(-1) - is_eos == 0
+
+    def _decode_step(self, params: SamplingParams, layer_ids: tuple[int, ...], prompt_width: int) -> Callable:
+        """The function that feeds token t of every row and appends token t + 1; made once for each static shape."""
+        if (params, prompt_width) in self._steps:
+            return self._steps[params, prompt_width]
+        model, config, dtype = self.model, text_config(self.model), base_model(self.model).dtype
+
+        def decode_step(ids, logps, ended, step, key_mask, lengths, uniforms, keys, values):
+            slot = prompt_width + step  # (1,)
+            cache = SlotCache(layer_ids, keys, values, slot)
+            masks = attention_masks(config, key_mask, slot, dtype)
+            hidden = hidden_states(model, ids.index_select(1, step), masks, lengths + step, cache)  # (B, 1, D)
+            column = uniforms.index_select(1, step + 1)[:, 0]
+            tokens, token_logps = choose_tokens(logits(model, hidden[:, 0]), column, params)
+            tokens = tokens.masked_fill(ended, self.pad_token_id)
+            ids = ids.index_copy(1, step + 1, tokens[:, None])
+            logps = logps.index_copy(1, step + 1, token_logps[:, None])
+            return ids, logps, ended | self._is_eos(tokens), step + 1
+
+        self._steps[params, prompt_width] = device.compile_step(decode_step)
+        return self._steps[params, prompt_width]

@@ -1,0 +1,218 @@
+"""The embedded default: a Gemma 3 of about one million parameters, its tokenizer, and arithmetic questions for it.
+
+Everything is made here, offline, on first use: random weights from a fixed seed, then a short supervised warm start
+on worked examples, stopped early, so that reinforcement learning has something to do. The result is an ordinary
+Hugging Face folder under the cache folder.
+"""
+
+import hashlib
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+NAME = "tiny"
+FOLDER_PREFIX = "tunix-torch-tiny-"
+
+CHARACTERS = "\n !\"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abcdefghijklmnopqrstuvwxyz{|}~"
+SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+ROLES = ["user", "model"]  # single tokens, as in Gemma's own vocabulary
+TAGS = ["<reasoning>", "</reasoning>", "<answer>", "</answer>"]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}"
+    "{{ message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+TEMPLATES = {
+    "+": ["What is {a} + {b}?", "Add {a} and {b}.", "{a} plus {b}?"],
+    "-": ["What is {a} - {b}?", "Take {b} from {a}.", "{a} minus {b}?"],
+    "x": ["What is {a} x {b}?", "Multiply {a} by {b}.", "{a} times {b}?"],
+}
+NUM_HELD_OUT = {"+": 400, "-": 400, "x": 120}  # problems that no training row ever shows
+
+WARM_START = {"seed": 0, "steps": 400, "batch_size": 32, "learning_rate": 2e-3, "recipe": 1}
+
+Problem = tuple[int, str, int]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, so digits one by one; the four tags are single tokens; Gemma's turn markers."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *TAGS, *ROLES, *CHARACTERS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(SPECIAL_TOKENS)
+    backend.add_tokens(TAGS + ROLES)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<end_of_turn>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Gemma3ForCausalLM:
+    """A Gemma 3 text model with random weights: 4 layers, 128 wide, sliding and full attention."""
+    config = Gemma3TextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        max_position_embeddings=1024,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Gemma3ForCausalLM(config).eval()
+
+
+def _problems() -> tuple[list[Problem], list[Problem]]:
+    """All problems, shuffled once and for all: those for training, and those held out (a + b goes with b + a)."""
+    two_digits = range(10, 100)
+    everything = {
+        "+": [(a, "+", b) for a in two_digits for b in two_digits if a <= b],
+        "-": [(a, "-", b) for a in two_digits for b in two_digits if a >= b],
+        "x": [(a, "x", b) for a in two_digits for b in range(2, 10)],
+    }
+    train, held_out = [], []
+    for operation, problems in everything.items():
+        random.Random(operation).shuffle(problems)
+        held_out += problems[: NUM_HELD_OUT[operation]]
+        train += problems[NUM_HELD_OUT[operation] :]
+    return train, held_out
+
+
+def work_out(problem: Problem) -> tuple[list[str], int]:
+    """The steps on paper, and the answer: (47, "x", 8) -> ["40x8=320", "7x8=56", "320+56=376"], 376."""
+    a, operation, b = problem
+    tens, ones = a // 10 * 10, a % 10
+    if operation == "+":
+        answer, high, low = a + b, tens + b // 10 * 10, ones + b % 10
+        return [f"{tens}+{b // 10 * 10}={high}", f"{ones}+{b % 10}={low}", f"{high}+{low}={answer}"], answer
+    if operation == "-":
+        answer, between = a - b, a - b // 10 * 10
+        return [f"{a}-{b // 10 * 10}={between}", f"{between}-{b % 10}={answer}"], answer
+    answer = a * b
+    return [f"{tens}x{b}={tens * b}", f"{ones}x{b}={ones * b}", f"{tens * b}+{ones * b}={answer}"], answer
+
+
+def arithmetic_rows(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Generated questions about two-digit numbers, with a worked solution each.
+
+    Args:
+        split: "train" or "test"; no problem is in both (nor the same sum with its terms swapped).
+        count: rows; "test" rows differ from each other in their problem, as far as there are enough.
+        seed: same seed, same rows.
+
+    Returns:
+        rows of "question", "answer" and "completion" (the worked solution in tags).
+    """
+    problems = _problems()[0 if split == "train" else 1]
+    rng = random.Random(f"{split} {seed}")
+    by_operation = {operation: [p for p in problems if p[1] == operation] for operation in TEMPLATES}
+    for group in by_operation.values():
+        rng.shuffle(group)
+    rows = []
+    for i in range(count):
+        group = by_operation["+-x"[i % 3]]
+        a, operation, b = group[i // 3 % len(group)]
+        steps, answer = work_out((a, operation, b))
+        if operation == "+" and rng.random() < 0.5:
+            a, b = b, a
+            steps, answer = work_out((a, operation, b))
+        rows.append(
+            {
+                "question": rng.choice(TEMPLATES[operation]).format(a=a, b=b),
+                "answer": str(answer),
+                "completion": "<reasoning>" + "\n".join(steps) + f"</reasoning><answer>{answer}</answer>",
+            }
+        )
+    rng.shuffle(rows)
+    return rows
+
+
+def _warm_start_batches(tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(ids, labels), both (batch, width) int64; labels are -100 outside the completion."""
+    size = WARM_START["batch_size"]
+    rows = arithmetic_rows("train", size * WARM_START["steps"], seed=WARM_START["seed"])
+    for start in range(0, len(rows), size):
+        prompts, texts = [], []
+        for row in rows[start : start + size]:
+            turn = [{"role": "user", "content": row["question"]}]
+            prompts.append(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+            texts.append(prompts[-1] + row["completion"] + "<end_of_turn>")
+        ids = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+        labels = ids.input_ids.masked_fill(ids.attention_mask == 0, -100)
+        for label, prompt in zip(labels, tokenizer(prompts, add_special_tokens=False).input_ids, strict=True):
+            label[: len(prompt)] = -100
+        yield ids.input_ids, labels
+
+
+def _warm_start(model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Supervised training on worked examples: AdamW, linear warm-up then linear decay to a third."""
+    steps = WARM_START["steps"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_START["learning_rate"], weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 50, 1 - s / steps * 2 / 3))
+    batches = _warm_start_batches(tokenizer)
+    model.train()
+    progress = tqdm(batches, total=steps, desc="Making the tiny Gemma, once", unit="step", file=sys.stderr)
+    for ids, labels in progress:
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        targets = labels[:, 1:]
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[targets != -100]), targets[targets != -100])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    model.eval()
+
+
+def cache_folder() -> Path:
+    """Where the tiny model is kept: $TUNIX_CACHE, else $XDG_CACHE_HOME/tunix_torch, else ~/.cache/tunix_torch."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tunix_torch"
+    return Path(os.environ.get("TUNIX_CACHE", default))
+
+
+def ensure_tiny_model() -> Path:
+    """The folder of the tiny model, which is made first if it is not there. An interrupted making leaves nothing."""
+    recipe = hashlib.sha256(repr(sorted(WARM_START.items())).encode()).hexdigest()[:8]
+    folder = cache_folder() / f"{FOLDER_PREFIX}{recipe}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, seed=WARM_START["seed"])
+    _warm_start(model, tokenizer)
+    unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder

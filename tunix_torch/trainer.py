@@ -1,0 +1,525 @@
+"""`TunixTrainer`: GRPO (or supervised fine-tuning) of a Hugging Face model with a LoRA, on `transformers.Trainer`.
+
+One step is `collect(prompts) -> TrainBatch` and `update(batch) -> loss`. `transformers.Trainer` keeps its own job: the
+loop, schedule, logging, callbacks, checkpoints, resume, hub.
+"""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+
+from . import device
+from .batch import PromptBatch, Rollout, TrainBatch
+from .config import GRPOConfig, ModelConfig
+from .data import Collator, Row, prepare_rows
+from .evaluation import Answers, RewardFunc, answer_questions, columns_of
+from .grpo import aggregation_weights, compute_group_advantages, grpo_loss
+from .logprobs import token_logps
+from .model import add_lora, base_model, eos_token_ids, load_model, load_tokenizer, lora_config, place, reference_policy
+from .sampler import Sampler, SamplingParams, draw_uniforms
+
+logger = logging.getLogger(__name__)
+
+
+class TunixTrainer(Trainer):
+    """Trains the LoRA of a causal language model.
+
+    Args:
+        model: a hub id, a folder (of a model or of an adapter, which is then trained further), "tiny", or a loaded
+            model, with or without a LoRA.
+        reward_funcs: one function or several, `(prompts, completions, **columns) -> list[float | None]`; None: does
+            not apply to this row. The first one decides at evaluation whether an answer is right (a value of at
+            least 1). Needed unless `args.use_grpo` is False.
+        args: settings.
+        train_dataset, eval_dataset: rows with prompt / question and answer: a list of dicts or a `datasets.Dataset`.
+        processing_class: the tokenizer; by default the model's own, when `model` is a name.
+        peft_config: of the LoRA put on a model that has none; default: rank 16 on all projections.
+
+    Raises:
+        ValueError: something the user gave can't work; the message says what would.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel | PeftModel,
+        reward_funcs: RewardFunc | Sequence[RewardFunc] | None = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Sequence[Row] | None = None,
+        eval_dataset: Sequence[Row] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: LoraConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        args = args or GRPOConfig()
+        if processing_class is None:
+            if not isinstance(model, str | Path):
+                raise ValueError("processing_class=None: give the tokenizer of a model that is already loaded")
+            processing_class = load_tokenizer(str(model))
+        if isinstance(model, str | Path):
+            model = load_model(str(model))
+        set_seed(args.seed)  # before the LoRA draws its first weights
+        if not isinstance(model, PeftModel):
+            model = add_lora(model, peft_config or lora_config(ModelConfig()))
+        elif peft_config is not None:
+            raise ValueError("peft_config: the model has a LoRA already; leave peft_config out, or give the base model")
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()  # a loaded adapter comes in the base weights' type
+        place(model)
+
+        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or [])
+        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_funcs), dtype=torch.float64)
+        self.sampling = SamplingParams(
+            args.generation_max_length, args.generation_temperature, args.generation_top_k, args.generation_top_p
+        )
+        self.sampler = Sampler(
+            model, eos_token_ids(model, processing_class), processing_class.pad_token_id, args.stop_check_interval
+        )
+        completion_width = None if args.use_grpo else args.generation_max_length
+
+        def prepare(rows: Sequence[Row] | None) -> list[Row] | None:
+            if rows is None:
+                return None
+            return prepare_rows(rows, processing_class, args.max_prompt_length, completion_width)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator(processing_class.pad_token_id, args.max_prompt_length, completion_width),
+            train_dataset=prepare(train_dataset),
+            eval_dataset=prepare(eval_dataset),
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.last_answers: Answers | None = None  # greedy answers of the newest evaluation
+        self.last_samples: Answers | None = None  # sampled ones, when num_eval_completions > 0
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._rows_drawn = (-1, 0)  # (optimizer step, rows drawn in it so far)
+        self._starts_at_base = all(not p.any() for name, p in model.named_parameters() if "lora_B" in name)
+        self._base_fingerprint = self._fingerprint_base()
+        self.validate_grpo_setup()
+
+    # ---- what is checked before the first step ----
+
+    def validate_grpo_setup(self) -> None:
+        """Check what must hold before training.
+
+        Raises:
+            ValueError: no reward function, weights that don't match them, or fewer rows than one step needs.
+        """
+        args = self.args
+        if args.use_grpo and not self.reward_funcs:
+            raise ValueError("reward_funcs: GRPO needs at least one reward function")
+        if len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"reward_weights={args.reward_weights}: {len(self.reward_funcs)} reward functions need as many weights"
+            )
+        if self.train_dataset is not None and len(self.train_dataset) < args.per_device_train_batch_size:
+            raise ValueError(
+                f"per_device_train_batch_size={args.per_device_train_batch_size}: "
+                f"there are only {len(self.train_dataset)} training rows"
+            )
+        trainable = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        assert trainable and all("lora_" in name for name in trainable), "only LoRA weights may be trainable"
+
+    def _fingerprint_base(self) -> float:
+        """A number that changes when a base weight does: the reference policy must stay the base model."""
+        with torch.no_grad():
+            total = sum(p.float().abs().sum() for p in self.model.parameters() if not p.requires_grad)
+        return float(total)
+
+    # ---- one step ----
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One rollout batch, or with SFT one batch of rows: forward and backward. Returns the loss, detached."""
+        if self.args.use_grpo:
+            return self.grpo_training_step(PromptBatch(**inputs).to(self.args.device))
+        return self._sft_step(inputs)
+
+    def grpo_training_step(self, prompts: PromptBatch) -> Tensor:
+        """Sample, score, learn. Returns the loss, detached."""
+        return self.update(self.collect(prompts))
+
+    def collect(self, prompts: PromptBatch) -> TrainBatch:
+        """Sample a group of completions for each of N prompts, score them, and compute all that the loss needs."""
+        args, started = self.args, time.perf_counter()
+        rollout = self.sample_completions_for_prompts(prompts)
+        ids, mask = rollout.completion_ids.cpu(), rollout.completion_mask.cpu()  # first time the host waits
+        seconds = time.perf_counter() - started
+        texts = self.processing_class.batch_decode(ids.tolist(), skip_special_tokens=True)
+        self._rewards = self.compute_rewards_for_completions(prompts, texts)  # (B, R)
+        totals = (self._rewards * self.reward_weights).nansum(dim=1)  # (B,)
+        advantages = self.compute_group_advantages(totals)
+        self._record_rollout(mask, ids, totals, seconds)
+
+        # Where nothing is compiled, the columns in which all rows are padding are left out.
+        width = mask.shape[1] if device.KIND == "xla" else max(1, int(mask.any(dim=0).sum()))
+        weights = aggregation_weights(mask, args.loss_aggregation, args.generation_max_length)
+        batch = TrainBatch(
+            prompt_ids=prompts.prompt_ids,
+            prompt_mask=prompts.prompt_mask,
+            completion_ids=rollout.completion_ids[:, :width],
+            completion_mask=rollout.completion_mask[:, :width],
+            advantages=advantages.to(args.device),
+            token_weights=weights[:, :width].to(args.device),
+            sampler_logps=rollout.sampler_logps[:, :width],
+        )
+        if args.beta > 0:
+            with reference_policy(self.model):
+                batch.ref_per_token_logps = self._logps_without_gradient(batch)
+        if args.num_iterations > 1:
+            batch.old_per_token_logps = self._logps_without_gradient(batch)
+        return batch
+
+    def update(self, batch: TrainBatch) -> Tensor:
+        """Learn from a batch: `num_iterations` passes, each in micro-batches. Returns the last pass's loss, detached.
+
+        The gradient of the last pass is left for `transformers.Trainer`, which clips it and steps the optimizer;
+        between passes that is done here.
+        """
+        args, started = self.args, time.perf_counter()
+        self.model.train()
+        for iteration in range(args.num_iterations):
+            if iteration > 0:
+                self._clip_grad_norm(self.model)
+                self.optimizer.step()
+                self.model.zero_grad()
+            parts = [self._learn(part) for part in batch.split(args.micro_batch_size)]
+            if iteration == 0:
+                first_pass = parts
+        numbers = torch.stack([self._sum_up(first_pass), self._sum_up(parts)]).tolist()  # second time the host waits
+        first, last = (dict(zip(_NUMBERS, row, strict=True)) for row in numbers)
+        self._check_first_pass(first, first_pass)
+        weight, tokens = max(last["weight"], 1e-12), max(last["tokens"], 1.0)
+        self._record(
+            {
+                "pg_loss": last["policy_loss"],
+                "kl": last["kl_loss"] / weight,
+                "clip_ratio/region_mean": last["clipped_weight"] / weight,
+                "entropy": last["entropy"] / tokens,
+                "sampling/sampling_logp_difference/mean": first["sampler_gap"] / tokens,
+                "learning_tokens_per_second": tokens * args.num_iterations / (time.perf_counter() - started),
+            }
+        )
+        return torch.tensor(last["loss"] / self.current_gradient_accumulation_steps, device=args.device)
+
+    def _learn(self, part: TrainBatch) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch. Returns its share of the batch's numbers, on the device."""
+        args = self.args
+        logps, entropy = self._token_logps(part)
+        terms = grpo_loss(
+            logps,
+            part.old_per_token_logps,
+            part.ref_per_token_logps,
+            part.advantages,
+            part.token_weights,
+            epsilon=args.epsilon,
+            epsilon_high=args.epsilon_high,
+            epsilon_c=args.epsilon_c,
+            beta=args.beta,
+            kl_estimator=args.kl_estimator,
+            kl_clamp=args.kl_clamp_value,
+            sequence_level=args.algorithm == "gspo",
+        )
+        self.accelerator.backward(terms.loss / self.current_gradient_accumulation_steps)
+        logps, mask = logps.detach(), part.completion_mask
+        gap = (logps - part.sampler_logps).abs() * mask
+        numbers = {
+            "loss": terms.loss.detach(),
+            "policy_loss": terms.policy_loss,
+            "kl_loss": terms.kl_loss,
+            "clipped_weight": terms.clipped_weight,
+            "weight": part.token_weights.sum(),
+            "tokens": mask.sum().float(),
+            "entropy": entropy.sum(),
+            "sampler_gap": gap.sum(),
+            "ratio_gap": terms.largest_ratio_gap,
+            "largest_sampler_gap": gap.max(),
+            "bad_rows": (~(torch.isfinite(logps) & (logps <= 0))).any(dim=1),  # (rows of this part,)
+        }
+        device.sync()
+        return numbers
+
+    @staticmethod
+    def _sum_up(parts: list[dict[str, Tensor]]) -> Tensor:
+        """The numbers of a whole pass, in the order of `_NUMBERS`: sums over micro-batches, or the largest."""
+        columns = {name: torch.stack([part[name] for part in parts]) for name in _NUMBERS if name != "num_bad_rows"}
+        columns["num_bad_rows"] = torch.stack([part["bad_rows"].sum().float() for part in parts])
+        largest = ("ratio_gap", "largest_sampler_gap")
+        return torch.stack([columns[name].max() if name in largest else columns[name].sum() for name in _NUMBERS])
+
+    def _token_logps(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+        # layers under gradient checkpointing drop any KV cache, so no prefix can be shared then
+        shared = not self.args.gradient_checkpointing
+        return token_logps(self.model, batch, self.args.generation_temperature, share_prefix=shared)
+
+    @torch.no_grad()
+    def _logps_without_gradient(self, batch: TrainBatch) -> Tensor:
+        """(B, C), in micro-batches, in evaluation mode."""
+        self.model.eval()
+        parts = []
+        for part in batch.split(self.args.micro_batch_size):
+            parts.append(self._token_logps(part)[0])
+            device.sync()
+        return torch.cat(parts)
+
+    # ---- its parts ----
+
+    def sample_completions_for_prompts(self, prompts: PromptBatch) -> Rollout:
+        """`num_completions_per_prompt` completions for each prompt: a `Rollout` of B = N * G rows.
+
+        The random numbers of a row depend on the seed, the step and the row's place in it, and on nothing else.
+        """
+        group = self.args.num_completions_per_prompt
+        num_rows = prompts.prompt_ids.shape[0] * group
+        step, drawn = self._rows_drawn
+        first = drawn if step == self.state.global_step else 0
+        self._rows_drawn = (self.state.global_step, first + num_rows * self.args.world_size)
+        first += num_rows * self.args.process_index
+        seed = (self.args.seed, 1 + self.state.global_step)  # 0 belongs to evaluation
+        uniforms = draw_uniforms(seed, range(first, first + num_rows), self.sampling.max_new_tokens)
+        rollout = self.sampler.sample(prompts.prompt_ids, prompts.prompt_mask, group, self.sampling, uniforms)
+        assert rollout.completion_ids.shape == (num_rows, self.sampling.max_new_tokens), "wrong number of completions"
+        return rollout
+
+    def compute_rewards_for_completions(self, prompts: PromptBatch, completions: Sequence[str]) -> Tensor:
+        """Call every reward function on B completions. Returns (B, R) float64 on the host, NaN for None.
+
+        Raises:
+            ValueError: a function returned the wrong number of values or something that is no finite number or None,
+                or no function judged some completion.
+        """
+        group = len(completions) // len(prompts.rows)
+        texts = [row["prompt"] for row in prompts.rows for _ in range(group)]
+        columns = columns_of(prompts.rows, group)
+        rewards = torch.full((len(completions), len(self.reward_funcs)), float("nan"), dtype=torch.float64)
+        for j, function in enumerate(self.reward_funcs):
+            values = list(function(prompts=texts, completions=list(completions), **columns))
+            if len(values) != len(completions):
+                name = _name_of(function)
+                raise ValueError(f"reward function {name!r} returned {len(values)} values for {len(completions)} rows")
+            for i, value in enumerate(values):
+                if value is not None:
+                    rewards[i, j] = float(value)
+                    if not torch.isfinite(rewards[i, j]):
+                        raise ValueError(f"reward function {_name_of(function)!r} returned {value!r} for row {i}")
+        unjudged = rewards.isnan().all(dim=1)
+        if unjudged.any():
+            raise ValueError(f"no reward function judged the completion {completions[int(unjudged.int().argmax())]!r}")
+        return rewards
+
+    def compute_group_advantages(self, rewards: Tensor) -> Tensor:
+        """(B,) total rewards -> (B,) float32 advantages; checks that they are centred in each group."""
+        args = self.args
+        group = args.num_completions_per_prompt
+        advantages = compute_group_advantages(
+            rewards, group, args.algorithm, args.normalize_advantages, args.advantage_epsilon
+        )
+        assert advantages.shape == rewards.shape, f"advantages {advantages.shape} for rewards {rewards.shape}"
+        grouped = advantages.view(-1, group)
+        off = grouped.mean(dim=1).abs() > 1e-5 * (1 + grouped.abs().amax(dim=1))
+        assert not off.any(), f"advantages are not centred: {self._describe_group(int(off.int().argmax()))}"
+        return advantages
+
+    # ---- supervised fine-tuning ----
+
+    def _sft_step(self, inputs: dict[str, Any]) -> Tensor:
+        self.model.train()
+        started = time.perf_counter()
+        batch, total = self._sft_batch(inputs), torch.zeros((), device=self.args.device)
+        for part in batch.split(self.args.micro_batch_size):
+            loss = -(token_logps(self.model, part)[0] * part.token_weights).sum()
+            loss = loss / self.current_gradient_accumulation_steps
+            self.accelerator.backward(loss)
+            total += loss.detach()
+            device.sync()
+        tokens = int(inputs["completion_mask"].sum())
+        self._record({"learning_tokens_per_second": tokens / (time.perf_counter() - started)})
+        return total
+
+    def _sft_batch(self, inputs: dict[str, Any]) -> TrainBatch:
+        """Completions of the data set as a batch: one a prompt, every token weighing the same."""
+        tensors = {name: value.to(self.args.device) for name, value in inputs.items() if name != "rows"}
+        mask = tensors["completion_mask"]
+        weights = aggregation_weights(mask, "token-mean", mask.shape[1])
+        return TrainBatch(**tensors, advantages=torch.zeros(len(mask), device=mask.device), token_weights=weights)
+
+    # ---- evaluation ----
+
+    def evaluate(
+        self,
+        eval_dataset: Sequence[Row] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Greedy answers to the evaluation questions, and with `num_eval_completions` = k sampled ones.
+
+        Returns and logs `eval_accuracy` (greedy pass@1), `eval_mean@k`, `eval_mean_length`, `eval_runtime` (seconds),
+        and with SFT `eval_loss`.
+        """
+        args, started = self.args, time.perf_counter()
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not rows:
+            raise ValueError("eval_dataset: there are no rows to evaluate on")
+        completion_width = None if args.use_grpo else args.generation_max_length
+        rows = prepare_rows(rows, self.processing_class, args.max_prompt_length, completion_width)
+        metrics = {}
+        if self.reward_funcs:
+            greedy = SamplingParams(args.generation_max_length, temperature=0.0)
+            self.last_answers = self._answer(rows, greedy, 1)
+            metrics["accuracy"] = self.last_answers.accuracy
+            metrics["mean_length"] = self.last_answers.mean_length
+            if args.num_eval_completions:
+                sampled = SamplingParams(args.generation_max_length, temperature=args.eval_temperature)
+                self.last_samples = self._answer(rows, sampled, args.num_eval_completions)
+                metrics[f"mean@{args.num_eval_completions}"] = self.last_samples.accuracy
+        if not args.use_grpo:
+            metrics["loss"] = self._evaluation_loss(rows)
+        metrics["runtime"] = time.perf_counter() - started
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        return metrics
+
+    def _answer(self, rows: Sequence[Row], params: SamplingParams, num_completions: int) -> Answers:
+        size = max(self.args.per_device_eval_batch_size, num_completions)
+        return answer_questions(
+            self.sampler,
+            self.processing_class,
+            rows,
+            self.reward_funcs[0],
+            params,
+            Collator(self.data_collator.pad_token_id, self.args.max_prompt_length),
+            size,
+            num_completions,
+            self.args.seed,
+        )
+
+    @torch.no_grad()
+    def _evaluation_loss(self, rows: Sequence[Row]) -> float:
+        """Mean loss of a completion token."""
+        self.model.eval()
+        total, tokens = 0.0, 0
+        for inputs in self.get_eval_dataloader(list(rows)):
+            batch = self._sft_batch(inputs)
+            logps, _ = token_logps(self.model, batch)
+            total -= float(logps.sum())
+            tokens += int(batch.completion_mask.sum())
+        return total / tokens
+
+    # ---- assertions and metrics ----
+
+    def _check_first_pass(self, first: dict[str, float], parts: list[dict[str, Tensor]]) -> None:
+        """What holds before the first optimizer step on a batch, whatever the model and the data."""
+        if first["num_bad_rows"]:
+            row = int(torch.cat([part["bad_rows"] for part in parts]).int().argmax())
+            group = row // self.args.num_completions_per_prompt
+            raise AssertionError(f"log-probabilities not finite or above 0: {self._describe_group(group)}")
+        if any(config.lora_dropout for config in self.model.peft_config.values()):
+            return  # dropout makes the learning pass differ from sampling on purpose
+        exact = base_model(self.model).dtype == torch.float32
+        assert first["ratio_gap"] <= (1e-3 if exact else 0.1), f"first ratio is off 1 by {first['ratio_gap']}"
+        if exact:
+            gap = first["largest_sampler_gap"]
+            assert gap <= 1e-2, f"sampler and learner disagree by {gap} on a log-probability"
+        if self.state.global_step == 0 and self._starts_at_base and exact and self.args.beta > 0:
+            kl = abs(first["kl_loss"]) / max(first["weight"], 1e-12)
+            assert kl <= 1e-4, f"the reference policy is not the base model: KL {kl} before the first step"
+
+    def _describe_group(self, group: int) -> str:
+        size = self.args.num_completions_per_prompt
+        names = [_name_of(function) for function in self.reward_funcs]
+        return f"group {group}, rewards {names}: {self._rewards[group * size : (group + 1) * size].tolist()}"
+
+    def _record(self, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            self._metrics[name].append(value)
+
+    def _record_rollout(self, mask: Tensor, ids: Tensor, totals: Tensor, seconds: float) -> None:
+        """Numbers about one rollout, under TRL's names; `mask` and `ids` (B, C), `totals` (B,), on the host."""
+        lengths = mask.sum(dim=1)  # (B,)
+        ended = torch.isin(ids, torch.tensor(self.sampler.eos_token_ids)).logical_and(mask).any(dim=1)
+        grouped = totals.view(-1, self.args.num_completions_per_prompt)
+        equal = (grouped == grouped[:, :1]).all(dim=1).double().mean().item()
+        self._record(
+            {
+                "reward": totals.mean().item(),
+                "reward_std": grouped.std(dim=1).mean().item(),
+                "frac_reward_zero_std": equal,
+                "completions/mean_length": lengths.double().mean().item(),
+                "completions/min_length": lengths.min().item(),
+                "completions/max_length": lengths.max().item(),
+                "completions/clipped_ratio": (~ended).double().mean().item(),
+                "rollout_tokens_per_second": lengths.sum().item() / seconds,
+            }
+        )
+        for j, function in enumerate(self.reward_funcs):
+            values = self._rewards[:, j][~self._rewards[:, j].isnan()]
+            if len(values):
+                self._record(
+                    {
+                        f"rewards/{_name_of(function)}/mean": values.mean().item(),
+                        f"rewards/{_name_of(function)}/std": values.std(correction=0).item(),
+                    }
+                )
+        if equal == 1.0:
+            logger.warning(
+                "Step %d: within every group all rewards are equal, so there is nothing to learn from this batch. "
+                "The questions are too easy or too hard, or the temperature is too low.",
+                self.state.global_step + 1,
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the mean of what the steps since the last log recorded."""
+        if "loss" in logs:
+            logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()}
+            self._metrics.clear()
+        if device.KIND == "xla":
+            logs["compilations"] = device.num_compilations()
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # the estimate of Transformers knows nothing of rollouts
+
+    # ---- checkpoints ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter in PEFT's layout, and the tokenizer. The weights stay on the device."""
+        fingerprint = self._fingerprint_base()
+        assert fingerprint == self._base_fingerprint, "base weights changed, so the reference policy is not the base model"
+        if self.args.should_save:
+            output_dir = output_dir or self.args.output_dir
+            adapter = {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
+            self.model.save_pretrained(output_dir, state_dict=adapter)
+            self.processing_class.save_pretrained(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+
+_NUMBERS = (
+    "loss",
+    "policy_loss",
+    "kl_loss",
+    "clipped_weight",
+    "weight",
+    "tokens",
+    "entropy",
+    "sampler_gap",
+    "ratio_gap",
+    "largest_sampler_gap",
+    "num_bad_rows",
+)
+
+
+def _name_of(function: RewardFunc) -> str:
+    return getattr(function, "__name__", type(function).__name__)
