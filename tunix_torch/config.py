@@ -155,7 +155,7 @@ class GRPOConfig(TrainingArguments):
     learning_rate: float = _setting(1e-5, "peak learning rate")
     logging_steps: float = _setting(1, "log every so many steps")
     optim: str = _setting("adamw_torch", "optimizer; the fused default of Transformers refuses XLA tensors")
-    report_to: str | list[str] | None = _setting("tensorboard", "where to log to, besides the terminal and metrics.jsonl")
+    report_to: None | str | list[str] = _setting("tensorboard", "where to log to, besides the terminal and metrics.jsonl")
     dataloader_drop_last: bool = _setting(True, "leave out an epoch's last, smaller batch: its shape would be new")
     remove_unused_columns: bool = _setting(False, "must stay False: reward functions read the data set's columns")
 
@@ -224,8 +224,8 @@ class GRPOConfig(TrainingArguments):
                 f"device={self.device!r}: this process has already chosen {chosen!r}; "
                 f"set TUNIX_DEVICE={self.device} before tunix_torch is imported"
             )
-        if chosen == "cpu":
-            self.use_cpu = True
+        self.use_cpu = chosen == "cpu"
+        self.dataloader_pin_memory = chosen == "cuda"
         cores = self.num_tpu_cores
         _require(cores in (None, 1), "num_tpu_cores", cores, "one core is used; leave it out or set it to 1")
 

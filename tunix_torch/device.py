@@ -34,12 +34,15 @@ def tpu_is_present() -> bool:
 def _keep_transformers_off_xla() -> None:
     """Hide torch_xla from Transformers and Accelerate, also when they were imported before this library."""
     os.environ["USE_TORCH_XLA"] = "0"
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # else importing torch imports torch_xla
     if "transformers.utils.import_utils" in sys.modules:
         import_utils = sys.modules["transformers.utils.import_utils"]
         import_utils.USE_TORCH_XLA = "0"
         import_utils.is_torch_xla_available.cache_clear()
     if "accelerate.utils.imports" in sys.modules:
-        sys.modules["accelerate.utils.imports"]._torch_xla_available = False
+        imports = sys.modules["accelerate.utils.imports"]
+        imports._torch_xla_available = False
+        imports.is_torch_xla_available.cache_clear()
 
 
 def _choose() -> str:

@@ -36,6 +36,11 @@ def default_dtype() -> torch.dtype:
     return torch.bfloat16 if device.KIND == "cuda" or device.is_tpu() else torch.float32
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """The type that `ModelConfig.dtype` names."""
+    return default_dtype() if name == "auto" else getattr(torch, name)
+
+
 def resolve_model_name(name: str) -> str:
     """The folder or hub id that `from_pretrained` takes; "tiny" is made on first use.
 

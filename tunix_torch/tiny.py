@@ -11,7 +11,6 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -39,7 +38,26 @@ TEMPLATES = {
 }
 NUM_HELD_OUT = {"+": 400, "-": 400, "x": 120}  # problems that no training row ever shows
 
-WARM_START = {"seed": 0, "steps": 400, "batch_size": 32, "learning_rate": 2e-3, "recipe": 1}
+WARM_START = {"seed": 0, "steps": 400, "batch_size": 32, "hasty_batch_size": 16, "learning_rate": 4e-3, "recipe": 1}
+
+# Settings of the job that the tiny model is made for; train.py takes them unless a flag or file says otherwise.
+RECIPE = {
+    "system_message": "",
+    "max_prompt_length": 40,
+    "generation_max_length": 64,
+    "generation_temperature": 1.0,
+    "generation_top_p": 1.0,
+    "generation_top_k": 0,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 256,
+    "num_eval_completions": 8,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "linear",
+    "max_steps": 100,
+    "eval_strategy": "steps",
+    "eval_steps": 50,
+    "save_steps": 50,
+}
 
 Problem = tuple[int, str, int]
 
@@ -83,6 +101,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Gemma3ForCa
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=True,
         initializer_range=0.05,
+        rope_parameters={  # short wavelengths, for short texts: it learns in half the steps
+            "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -106,17 +128,25 @@ def _problems() -> tuple[list[Problem], list[Problem]]:
 
 
 def work_out(problem: Problem) -> tuple[list[str], int]:
-    """The steps on paper, and the answer: (47, "x", 8) -> ["40x8=320", "7x8=56", "320+56=376"], 376."""
+    """The steps on paper, each of them small, and the answer.
+
+    (47, "x", 8) -> ["40x8=320", "7x8=56", "320+50=370", "370+6=376"], 376.
+    """
     a, operation, b = problem
-    tens, ones = a // 10 * 10, a % 10
+    a_ones, b_ones = a % 10, b % 10
+    a_tens, b_tens = a - a_ones, b - b_ones
     if operation == "+":
-        answer, high, low = a + b, tens + b // 10 * 10, ones + b % 10
-        return [f"{tens}+{b // 10 * 10}={high}", f"{ones}+{b % 10}={low}", f"{high}+{low}={answer}"], answer
+        high, low = a_tens + b_tens, a_ones + b_ones
+        return [f"{a_tens}+{b_tens}={high}", f"{a_ones}+{b_ones}={low}", f"{high}+{low}={a + b}"], a + b
     if operation == "-":
-        answer, between = a - b, a - b // 10 * 10
-        return [f"{a}-{b // 10 * 10}={between}", f"{between}-{b % 10}={answer}"], answer
-    answer = a * b
-    return [f"{tens}x{b}={tens * b}", f"{ones}x{b}={ones * b}", f"{tens * b}+{ones * b}={answer}"], answer
+        if a_ones < b_ones:  # borrow
+            a_tens, a_ones = a_tens - 10, a_ones + 10
+        high, low = a_tens - b_tens, a_ones - b_ones
+        return [f"{a_tens}-{b_tens}={high}", f"{a_ones}-{b_ones}={low}", f"{high}+{low}={a - b}"], a - b
+    high, low = a_tens * b, a_ones * b
+    between = high + low - low % 10
+    steps = [f"{a_tens}x{b}={high}", f"{a_ones}x{b}={low}"]
+    return [*steps, f"{high}+{low - low % 10}={between}", f"{between}+{low % 10}={a * b}"], a * b
 
 
 def arithmetic_rows(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
@@ -154,41 +184,52 @@ def arithmetic_rows(split: str, count: int, seed: int = 0) -> list[dict[str, str
     return rows
 
 
-def _warm_start_batches(tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(ids, labels), both (batch, width) int64; labels are -100 outside the completion."""
-    size = WARM_START["batch_size"]
-    rows = arithmetic_rows("train", size * WARM_START["steps"], seed=WARM_START["seed"])
-    for start in range(0, len(rows), size):
-        prompts, texts = [], []
-        for row in rows[start : start + size]:
-            turn = [{"role": "user", "content": row["question"]}]
-            prompts.append(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-            texts.append(prompts[-1] + row["completion"] + "<end_of_turn>")
-        ids = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
-        labels = ids.input_ids.masked_fill(ids.attention_mask == 0, -100)
-        for label, prompt in zip(labels, tokenizer(prompts, add_special_tokens=False).input_ids, strict=True):
-            label[: len(prompt)] = -100
-        yield ids.input_ids, labels
+def _encode_demonstrations(
+    tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]], completions: list[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, labels), both (rows, width) int64; labels are -100 outside the completion."""
+    turns = [[{"role": "user", "content": row["question"]}] for row in rows]
+    prompts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    texts = [f"{prompt}{text}<end_of_turn>" for prompt, text in zip(prompts, completions, strict=True)]
+    encoded = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+    labels = encoded.input_ids.masked_fill(encoded.attention_mask == 0, -100)
+    for label, prompt in zip(labels, tokenizer(prompts, add_special_tokens=False).input_ids, strict=True):
+        label[: len(prompt)] = -100
+    return encoded.input_ids, labels
+
+
+def _is_curt(row: dict[str, str]) -> bool:
+    return not row["question"].startswith(("What", "Add", "Take", "Multiply"))
 
 
 def _warm_start(model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Supervised training on worked examples: AdamW, linear warm-up then linear decay to a third."""
-    steps = WARM_START["steps"]
+    """Supervised training on worked examples, and on hasty ones: curtly worded questions are often answered at once.
+
+    So the model starts able to reason, but not in the habit of it. AdamW, linear warm-up, linear decay to a third.
+    """
+    steps, size, num_hasty = WARM_START["steps"], WARM_START["batch_size"], WARM_START["hasty_batch_size"]
+    worked = arithmetic_rows("train", size * steps, WARM_START["seed"])
+    hasty = [row for row in arithmetic_rows("train", 4 * num_hasty * steps, WARM_START["seed"] + 1) if _is_curt(row)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_START["learning_rate"], weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 50, 1 - s / steps * 2 / 3))
-    batches = _warm_start_batches(tokenizer)
     model.train()
-    progress = tqdm(batches, total=steps, desc="Making the tiny Gemma, once", unit="step", file=sys.stderr)
-    for ids, labels in progress:
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        targets = labels[:, 1:]
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[targets != -100]), targets[targets != -100])
-        loss.backward()
+    for step in tqdm(range(steps), desc="Making the tiny Gemma, once", unit="step", file=sys.stderr):
+        rows, quick = worked[step * size :][:size], hasty[step * num_hasty :][:num_hasty]
+        batches = [
+            _encode_demonstrations(tokenizer, rows, [row["completion"] for row in rows]),
+            _encode_demonstrations(tokenizer, quick, [f"<answer>{row['answer']}</answer>" for row in quick]),
+        ]
+        num_tokens = sum(int((labels != -100).sum()) for _, labels in batches)
+        for ids, labels in batches:
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+            targets = labels[:, 1:]
+            scores = model.lm_head(hidden[targets != -100])
+            loss = torch.nn.functional.cross_entropy(scores, targets[targets != -100], reduction="sum")
+            (loss / num_tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.eval()
 
 

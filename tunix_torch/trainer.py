@@ -99,8 +99,8 @@ class TunixTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        self.last_answers: Answers | None = None  # greedy answers of the newest evaluation
-        self.last_samples: Answers | None = None  # sampled ones, when num_eval_completions > 0
+        self.first_answers: Answers | None = None  # greedy answers of this process's first evaluation
+        self.last_answers: Answers | None = None  # and of its newest
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._rows_drawn = (-1, 0)  # (optimizer step, rows drawn in it so far)
         self._starts_at_base = all(not p.any() for name, p in model.named_parameters() if "lora_B" in name)
@@ -377,12 +377,13 @@ class TunixTrainer(Trainer):
         if self.reward_funcs:
             greedy = SamplingParams(args.generation_max_length, temperature=0.0)
             self.last_answers = self._answer(rows, greedy, 1)
+            self.first_answers = self.first_answers or self.last_answers
             metrics["accuracy"] = self.last_answers.accuracy
             metrics["mean_length"] = self.last_answers.mean_length
             if args.num_eval_completions:
                 sampled = SamplingParams(args.generation_max_length, temperature=args.eval_temperature)
-                self.last_samples = self._answer(rows, sampled, args.num_eval_completions)
-                metrics[f"mean@{args.num_eval_completions}"] = self.last_samples.accuracy
+                samples = self._answer(rows, sampled, args.num_eval_completions)
+                metrics[f"mean@{args.num_eval_completions}"] = samples.accuracy
         if not args.use_grpo:
             metrics["loss"] = self._evaluation_loss(rows)
         metrics["runtime"] = time.perf_counter() - started

@@ -1,0 +1,43 @@
+# Everything runs in .venv, which `make setup` creates; it does nothing when requirements.txt has not changed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help setup train test test-slow lint format tensorboard clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## create .venv and install the pinned requirements (4 to 6 minutes, 9 GB)
+
+$(STAMP): requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or later is needed: make PYTHON=..."; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $(STAMP)
+
+train: setup  ## the main job: a small Gemma learns arithmetic by GRPO (ARGS="--max_steps 20" adds flags)
+	$(BIN)/python train.py --use_grpo --num_completions_per_prompt 4 $(ARGS)
+
+test: setup  ## the tests: on the CPU, then through XLA on the CPU
+	TUNIX_DEVICE=cpu $(BIN)/python -m pytest
+	TUNIX_DEVICE=xla $(BIN)/python -m pytest -m "xla and not slow"
+
+test-slow: setup  ## whole jobs, on the CPU and through XLA (about half an hour)
+	TUNIX_DEVICE=cpu $(BIN)/python -m pytest -m slow -s
+
+lint: setup  ## formatting and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: setup  ## mend formatting and what lint can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+tensorboard: setup  ## curves of the runs under ./outputs, on http://localhost:6006
+	$(BIN)/tensorboard --logdir outputs
+
+clean:  ## remove caches; keeps .venv, outputs and the tiny model
+	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

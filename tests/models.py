@@ -1,0 +1,159 @@
+"""Tiny random models of every supported family, batches for them, and what Hugging Face itself computes on those."""
+
+from dataclasses import replace
+
+import torch
+from peft import LoraConfig
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from tunix_torch.batch import TrainBatch
+from tunix_torch.grpo import aggregation_weights
+from tunix_torch.model import LORA_TARGETS, add_lora, base_model
+
+VOCABULARY = 97
+WINDOW = 8
+PAD = 0
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,  # far from the usual 0.02, so that attention, caps and windows matter
+    "pad_token_id": PAD,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES = {
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        ALTERNATING
+        | {
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "attn_implementation": "eager",  # sdpa leaves out the cap on attention scores
+        },
+    ),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, ALTERNATING | {"query_pre_attn_scalar": 8}),
+    "gemma4": (  # layers 2 and 3 use the keys and values of layers 0 and 1
+        Gemma4ForCausalLM,
+        Gemma4TextConfig,
+        {
+            "sliding_window": WINDOW,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+            "global_head_dim": 16,
+            "final_logit_softcapping": 3.0,
+            "initializer_range": 0.2,
+            "rms_norm_eps": 1e-2,  # its many norms would blow up the rounding errors of gradients
+        },
+    ),
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, ALTERNATING | {"use_sliding_window": True}),
+}
+
+
+def make_model(family, seed=0, **overrides):
+    """A float32 model with random weights; `overrides` are settings of its config."""
+    model_class, config_class, settings = FAMILIES[family]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model_class(config_class(**(COMMON | settings | overrides))).eval()
+
+
+def add_nontrivial_lora(model, seed=1, **settings):
+    """A LoRA whose B matrices are random, so that it changes what the model computes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=LORA_TARGETS, task_type="CAUSAL_LM", **settings)
+        model = add_lora(model, config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def make_batch(
+    prompt_lengths=(19, 11, 3),
+    completion_lengths=(1, 12, 5, 7, 12, 3, 2, 9, 4),
+    seed=2,
+    vocabulary=VOCABULARY,
+    aggregation="sequence-mean-token-mean",
+):
+    """Random prompts, padded on the left to the longest, with an equal number of ragged completions each."""
+    random = torch.Generator().manual_seed(seed)
+
+    def ragged(lengths, left):
+        width = max(lengths)
+        mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+        mask = mask.flip(-1) if left else mask
+        ids = torch.randint(3, vocabulary, mask.shape, generator=random)
+        return ids.masked_fill(~mask, PAD), mask
+
+    prompt_ids, prompt_mask = ragged(prompt_lengths, left=True)
+    completion_ids, completion_mask = ragged(completion_lengths, left=False)
+    return TrainBatch(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        completion_ids=completion_ids,
+        completion_mask=completion_mask,
+        advantages=torch.randn(len(completion_lengths), generator=random),
+        token_weights=aggregation_weights(completion_mask, aggregation, completion_mask.shape[1]),
+    )
+
+
+def single_row(batch, row):
+    """One completion with its prompt, neither padded."""
+    prompt = row // (len(batch.completion_ids) // len(batch.prompt_ids))
+    kept, filled = batch.prompt_mask[prompt], batch.completion_mask[row]
+    return replace(
+        batch,
+        prompt_ids=batch.prompt_ids[prompt, kept][None],
+        prompt_mask=kept[kept][None],
+        completion_ids=batch.completion_ids[row, filled][None],
+        completion_mask=filled[filled][None],
+        advantages=batch.advantages[row][None],
+        token_weights=batch.token_weights[row, filled][None],
+    )
+
+
+def hugging_face_logits(model, ids):
+    """Scores of one unpadded row by the model's own forward, masks included, without a cache: (L,) -> (L, V)."""
+    model, ids = base_model(model), ids[None]
+    positions = torch.arange(ids.shape[1])[None]
+    mask = torch.ones_like(ids)
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[0]
+
+
+def hugging_face_logps(model, batch, temperature=1.0):
+    """What `token_logps` must return, (B, C) log-probabilities and entropies, from `hugging_face_logits` row by row."""
+    columns = []
+    for i in range(len(batch.completion_ids)):
+        row = single_row(batch, i)
+        prompt, completion = row.prompt_ids[0], row.completion_ids[0]
+        scores = hugging_face_logits(model, torch.cat((prompt, completion)))[len(prompt) - 1 : -1]
+        distribution = torch.distributions.Categorical(logits=scores / temperature)
+        values = torch.stack((distribution.log_prob(completion), distribution.entropy()))  # (2, length)
+        columns.append(torch.nn.functional.pad(values, (0, batch.completion_ids.shape[1] - len(completion))))
+    return torch.stack(columns, dim=1).unbind()

@@ -1,0 +1,354 @@
+"""Sampling follows the model's distribution, a decode step equals a full forward, and randomness belongs to the row."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import FAMILIES, PAD, VOCABULARY, WINDOW, add_nontrivial_lora, hugging_face_logits, make_batch, make_model
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from tunix_torch.logprobs import token_logps
+from tunix_torch.model import base_model
+from tunix_torch.sampler import Sampler, SamplingParams, choose_tokens, draw_uniforms
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+NEVER = (VOCABULARY,)  # no token
+SOME = tuple(range(1, 9))  # end a completion of a random model after about twelve tokens
+GROUP = 3
+PARAMS = SamplingParams(max_new_tokens=20)  # longer than two windows
+
+
+def make_policy(family="gemma3", **lora):
+    return add_nontrivial_lora(make_model(family), **lora)
+
+
+def sample(model, eos=SOME, params=PARAMS, group=GROUP, uniforms=None, prompts=None, pad=PAD, interval=16):
+    """A rollout for prompts of length 19, 11 and 3, unless others are given."""
+    ids, mask = prompts or (make_batch().prompt_ids, make_batch().prompt_mask)
+    if uniforms is None:
+        uniforms = draw_uniforms((0, 1), range(len(ids) * group), params.max_new_tokens)
+    return Sampler(model, eos, pad, interval).sample(ids, mask, group, params, uniforms)
+
+
+def assert_same(left, right):
+    assert torch.equal(left.completion_mask, right.completion_mask)
+    assert torch.equal(left.completion_ids * left.completion_mask, right.completion_ids * right.completion_mask)
+    torch.testing.assert_close(left.sampler_logps, right.sampler_logps, rtol=0, atol=1e-5)
+
+
+# ---- a decode step against a full forward ----
+
+
+@every_family
+@pytest.mark.parametrize("params", [PARAMS, SamplingParams(20, 0.6, top_k=20, top_p=0.9)])
+def test_cached_decode_equals_a_full_forward(family, params):
+    model = make_policy(family)
+    rollout = sample(model, params=params)
+    assert rollout.completion_mask.sum(-1).max() > WINDOW + 1, "the window never leaves the prompt"
+    batch = replace(make_batch(), completion_ids=rollout.completion_ids, completion_mask=rollout.completion_mask)
+    expected, _ = token_logps(model, batch, params.temperature)
+    torch.testing.assert_close(rollout.sampler_logps, expected, rtol=0, atol=1e-4)
+
+
+@every_family
+@pytest.mark.parametrize("params", [replace(PARAMS, temperature=0.0), SamplingParams(20, 0.9, top_k=30, top_p=0.95)])
+def test_every_token_is_chosen_from_a_full_forward_without_a_cache(family, params):
+    """Greedily: repeated argmax. Else number t of a row decides its token t."""
+    model, batch, group = make_policy(family), make_batch(), 2
+    uniforms = draw_uniforms((0, 1), range(3 * group), params.max_new_tokens)
+    rollout = sample(model, params=params, group=group, uniforms=uniforms)
+    for i, (ids, kept) in enumerate(zip(rollout.completion_ids, rollout.completion_mask, strict=True)):
+        prompt = row = batch.prompt_ids[i // group][batch.prompt_mask[i // group]]
+        for uniform in uniforms[i]:
+            scores = hugging_face_logits(model, row)[-1:]
+            token = choose_tokens(scores, uniform[None], params)[0] if params.temperature else scores.argmax()[None]
+            row = torch.cat((row, token))
+            if int(token) in SOME:
+                break
+        assert ids[kept].tolist() == row[len(prompt) :].tolist()
+
+
+def test_greedy_sampling_needs_no_randomness():
+    greedy, other = replace(PARAMS, temperature=0.0), draw_uniforms((9, 9), range(9), 20)
+    assert_same(sample(make_policy(), params=greedy), sample(make_policy(), params=greedy, uniforms=other))
+
+
+def test_a_bfloat16_model_samples():
+    rollout = sample(add_nontrivial_lora(make_model("gemma3").to(torch.bfloat16)))
+    assert rollout.sampler_logps.dtype == torch.float32 and rollout.sampler_logps.isfinite().all()
+
+
+# ---- choosing a token ----
+
+# Distinct multiples of 1/8: exact in float32, so that only `test_ties` has ties.
+LOGITS = st.lists(st.integers(-40, 40), min_size=2, max_size=12, unique=True).map(lambda values: np.array(values) / 8)
+SETTINGS = st.builds(
+    SamplingParams,
+    max_new_tokens=st.just(1),
+    temperature=st.floats(0.1, 3.0),
+    top_k=st.integers(0, 14),
+    top_p=st.floats(0.05, 1.0),
+)
+
+
+def truncated_distribution(scores, params):
+    """Probabilities after temperature, then top-k, then top-p, in float64; None when float32 might cut elsewhere."""
+    probs = np.exp(scores / params.temperature - (scores / params.temperature).max())
+    order = np.argsort(-probs)
+    if params.top_k:
+        probs[order[params.top_k :]] = 0
+    probs /= probs.sum()
+    better = np.cumsum(probs[order]) - probs[order]  # probability of all that rank higher
+    if params.top_p < 1:
+        if np.abs(better - params.top_p).min() < 1e-5:
+            return None
+        probs[order[better >= params.top_p]] = 0
+    return probs / probs.sum()
+
+
+def choose(scores, uniforms, params):
+    """A token for each uniform number, all from the same scores."""
+    uniforms = torch.as_tensor(uniforms, dtype=torch.float32)
+    tokens, logps = choose_tokens(torch.tensor(scores, dtype=torch.float32).expand(len(uniforms), -1), uniforms, params)
+    return tokens.numpy(), logps.numpy()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(LOGITS, SETTINGS)
+def test_tokens_follow_the_truncated_distribution(scores, params):
+    expected = truncated_distribution(scores, params)
+    if expected is None:
+        return
+    grid = (np.arange(500) + 0.5) / 500
+    tokens, _ = choose(scores, grid, params)
+    share = np.bincount(tokens, minlength=len(scores)) / len(grid)
+    np.testing.assert_allclose(share, expected, atol=1 / len(grid) + 1e-5)
+    assert not share[expected == 0].any(), "a token outside the candidates"
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(LOGITS, SETTINGS)
+def test_candidates_are_those_of_transformers(scores, params):
+    expected = truncated_distribution(scores, params)
+    if expected is None:
+        return
+    warped = TemperatureLogitsWarper(params.temperature)(None, torch.tensor(scores)[None])
+    warped = TopKLogitsWarper(params.top_k)(None, warped) if params.top_k else warped
+    warped = TopPLogitsWarper(params.top_p)(None, warped) if params.top_p < 1 else warped
+    candidates = [token for token in np.flatnonzero(warped[0].isfinite()) if expected[token] > 1e-5]
+    middles = np.cumsum(expected) - expected / 2  # of each token's share of [0, 1), in the order of the vocabulary
+    assert choose(scores, middles[candidates], params)[0].tolist() == candidates
+    assert expected[candidates].sum() > 1 - 1e-3
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(LOGITS, SETTINGS)
+def test_the_logp_of_a_token_is_that_of_the_whole_vocabulary(scores, params):
+    tokens, logps = choose(scores, np.linspace(0, 0.99, 20), params)
+    expected = torch.log_softmax(torch.tensor(scores) / params.temperature, dim=-1)[tokens]
+    np.testing.assert_allclose(logps, expected, atol=2e-5)
+
+
+EXTREMES = [0.0, 2**-24, 0.5, 1 - 2**-23, 1 - 2**-24]  # the first and the last are the least and greatest drawn
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (5, 1.0), (0, 0.9), (50, 0.9), (1, 1.0), (0, 1e-6)])
+def test_extreme_uniforms_never_leave_the_candidates(top_k, top_p):
+    """A CDF in float32 need not end at 1: with a large vocabulary the last token must not be a wrong one."""
+    scores = 3 * torch.randn(50, 30_000, generator=torch.Generator().manual_seed(3))
+    params = SamplingParams(1, top_k=top_k, top_p=top_p)
+    warped = TopKLogitsWarper(top_k)(None, scores) if top_k else scores
+    warped = TopPLogitsWarper(top_p)(None, warped) if top_p < 1 else warped
+    for value in EXTREMES:
+        tokens, _ = choose_tokens(scores, torch.full((50,), value), params)
+        assert warped.gather(-1, tokens[:, None]).isfinite().all()
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (4, 1.0), (0, 0.99), (7, 0.5)])
+def test_a_token_of_probability_zero_is_never_chosen(top_k, top_p):
+    scores = [-np.inf, -200.0, -np.inf, 1.0, -np.inf, 1.5, -np.inf, -200.0, -np.inf]
+    tokens, _ = choose(scores, EXTREMES, SamplingParams(1, top_k=top_k, top_p=top_p))
+    assert set(tokens) <= {3, 5}
+
+
+def test_u_walks_through_the_candidates_in_the_order_of_the_vocabulary():
+    params = SamplingParams(1, top_k=3)
+    tokens, _ = choose(np.log([0.4, 0.05, 0.3, 0.05, 0.2]), [0.0, 0.44, 0.45, 0.77, 0.78, 1 - 2**-24], params)
+    assert tokens.tolist() == [0, 0, 2, 2, 4, 4]
+
+
+@pytest.mark.parametrize("top_k, top_p, kept", [(3, 1.0, 3), (0, 0.5, 4), (0, 0.51, 5), (6, 0.5, 3), (0, 1.0, 8)])
+def test_ties(top_k, top_p, kept):
+    """Of equal scores exactly as many stay as the setting says, each equally likely."""
+    tokens, _ = choose(np.zeros(8), (np.arange(600) + 0.5) / 600, SamplingParams(1, top_k=top_k, top_p=top_p))
+    counts = np.bincount(tokens, minlength=8)
+    assert sorted(counts)[-kept:] == pytest.approx([600 / kept] * kept, abs=1) and counts.sum() == sum(
+        sorted(counts)[-kept:]
+    )
+
+
+def test_greedy_is_the_best_token_scored_at_temperature_one():
+    scores = [0.0, 2.0, 1.0]
+    tokens, logps = choose(scores, [0.0, 0.999], SamplingParams(1, temperature=0.0))
+    assert tokens.tolist() == [1, 1]
+    np.testing.assert_allclose(logps, torch.log_softmax(torch.tensor(scores), dim=-1)[1], rtol=1e-6)
+
+
+# ---- randomness belongs to the row ----
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+def test_prompts_sampled_alone_give_what_they_give_in_a_batch(family):
+    model, batch, uniforms = make_policy(family), make_batch(), draw_uniforms((0, 1), range(9), 20)
+    together = sample(model, uniforms=uniforms)
+    for i, (ids, mask) in enumerate(zip(batch.prompt_ids, batch.prompt_mask, strict=True)):
+        rows = slice(GROUP * i, GROUP * (i + 1))
+        expected = replace(
+            together,
+            completion_ids=together.completion_ids[rows],
+            completion_mask=together.completion_mask[rows],
+            sampler_logps=together.sampler_logps[rows],
+        )
+        assert_same(sample(model, prompts=(ids[None], mask[None]), uniforms=uniforms[rows]), expected)
+        assert_same(sample(model, prompts=(ids[mask][None], mask[mask][None]), uniforms=uniforms[rows]), expected)
+
+
+def test_rows_in_another_order_give_the_same_completions():
+    model, batch, uniforms = make_policy(), make_batch(), draw_uniforms((0, 1), range(9), 20)
+    together, order = sample(model, uniforms=uniforms), [2, 0, 1]
+    rows = [GROUP * prompt + i for prompt in order for i in (1, 2, 0)]
+    shuffled = sample(model, prompts=(batch.prompt_ids[order], batch.prompt_mask[order]), uniforms=uniforms[rows])
+    assert torch.equal(shuffled.completion_ids, together.completion_ids[rows])
+
+
+def test_the_completions_of_a_group_differ():
+    ids = sample(make_policy(), eos=NEVER).completion_ids
+    assert len(set(map(tuple, ids.tolist()))) == len(ids)
+
+
+def test_uniforms_depend_on_seed_and_row_only():
+    whole = draw_uniforms((3, 7), range(10), 50)
+    assert whole.dtype == torch.float32 and whole.shape == (10, 50)
+    assert torch.equal(draw_uniforms((3, 7), [8, 2, 5], 50), whole[[8, 2, 5]])
+    assert torch.equal(draw_uniforms((3, 7), range(10), 20), whole[:, :20])
+
+
+def test_uniforms_of_other_seeds_steps_and_rows_are_other_numbers():
+    draws = torch.cat([draw_uniforms((seed, step), range(16), 8) for seed in range(4) for step in range(4)])
+    assert len(set(draws.flatten().tolist())) > 0.99 * draws.numel()
+
+
+def test_uniforms_are_uniform_and_below_one():
+    draws = draw_uniforms((0, 0), range(200), 500)
+    assert draws.min() >= 0 and draws.max() < 1
+    shares = torch.histc(draws, bins=20, min=0, max=1) / draws.numel()
+    assert (shares - 0.05).abs().max() < 0.005
+    correlation = np.corrcoef(draws[:, :-1].flatten(), draws[:, 1:].flatten())[0, 1]
+    assert abs(correlation) < 0.02
+
+
+# ---- where a completion ends ----
+
+
+def count_decode_steps(model, **settings):
+    """The rollout, and how often the decoder ran after the prompt."""
+    calls = []
+    hook = base_model(model).get_decoder().register_forward_hook(lambda *_: calls.append(1))
+    rollout = sample(model, **settings)
+    hook.remove()
+    return rollout, len(calls) - 1
+
+
+@pytest.mark.parametrize("eos", [tuple(range(97)), tuple(range(60)), tuple(range(20)), SOME, NEVER])
+@pytest.mark.parametrize("interval", [1, 4, 7, 100])
+def test_sampling_stops_at_the_first_look_after_all_rows_have_ended(eos, interval):
+    model, room = make_policy(), PARAMS.max_new_tokens - 1
+    rollout, steps = count_decode_steps(model, eos=eos, interval=interval)
+    last_token = int(rollout.completion_mask.sum(-1).max()) - 1
+    never_ended = (rollout.completion_mask[:, -1] & ~torch.isin(rollout.completion_ids[:, -1], torch.tensor(eos))).any()
+    needed = room if never_ended else max(last_token, 1)
+    assert steps == min(-(-needed // interval) * interval, room)
+    assert_same(rollout, sample(model, eos=eos, interval=99))
+
+
+@pytest.mark.parametrize("pad", [PAD, SOME[0], SOME[3]])
+def test_a_completion_reaches_up_to_and_including_its_first_eos(pad):
+    """With padding that is itself an end-of-sequence token too: the real one stays in the mask."""
+    model = make_policy()
+    endless, rollout = sample(model, eos=NEVER), sample(model, pad=pad)
+    lengths = []
+    for full, ids, mask, logps in zip(
+        endless.completion_ids.tolist(),
+        rollout.completion_ids.tolist(),
+        rollout.completion_mask.tolist(),
+        rollout.sampler_logps,
+        strict=True,
+    ):
+        ends = [i for i, token in enumerate(full) if token in SOME]
+        length = ends[0] + 1 if ends else len(full)
+        assert mask == [True] * length + [False] * (len(full) - length)
+        assert ids == full[:length] + [pad] * (len(full) - length)
+        assert logps[:length].all() and not logps[length:].any()
+        lengths.append(length)
+    assert min(lengths) < 10 < max(lengths) == 20, "rows that end and rows that don't"
+    assert len({int(row[length - 1]) for row, length in zip(rollout.completion_ids, lengths, strict=True)}) > 2
+
+
+def test_a_model_that_never_ends_fills_every_column():
+    rollout = sample(make_policy(), eos=NEVER)
+    assert rollout.completion_mask.all() and rollout.sampler_logps.all()
+    assert rollout.completion_ids.shape == (9, 20)
+
+
+def test_a_padding_token_that_the_model_itself_samples_does_not_end_a_completion():
+    pad = int(sample(make_policy(), eos=NEVER).completion_ids[0, 5])
+    assert sample(make_policy(), eos=NEVER, pad=pad).completion_mask.all()
+
+
+@pytest.mark.parametrize("interval", [1, 16])
+def test_completions_of_one_token(interval):
+    rollout = sample(make_policy(), params=replace(PARAMS, max_new_tokens=1), interval=interval)
+    assert rollout.completion_ids.shape == (9, 1) and rollout.completion_mask.all()
+
+
+# ---- the sampler as an object ----
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_is_restored_and_dropout_is_off_meanwhile(training):
+    model = make_policy(lora_dropout=0.5).train(training)
+    rollout = sample(model)
+    assert all(module.training == training for module in model.modules())
+    assert_same(rollout, sample(make_policy()))
+
+
+def test_sampling_leaves_no_graph():
+    assert not sample(make_policy()).sampler_logps.requires_grad
+
+
+def test_a_sampler_used_again_gives_what_a_new_one_gives():
+    """Its decode step is made once: other prompts, another group size, and new LoRA weights must all be seen."""
+    model, batch = make_policy(), make_batch()
+    sampler = Sampler(model, SOME, PAD)
+    uniforms = draw_uniforms((0, 1), range(9), 20)
+    sampler.sample(batch.prompt_ids, batch.prompt_mask, GROUP, PARAMS, uniforms)
+    before = sample(model, uniforms=uniforms)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(-2)
+    for group, first in [(3, 0), (2, 0), (3, 4)]:
+        prompts = batch.prompt_ids[:, first:], batch.prompt_mask[:, first:]
+        rows = uniforms[: 3 * group]
+        again = sampler.sample(*prompts, group, PARAMS, rows)
+        assert_same(again, sample(model, prompts=prompts, group=group, uniforms=rows))
+        assert group != 3 or not torch.equal(again.completion_ids, before.completion_ids)
+
+
+def test_uniforms_of_the_wrong_shape_are_refused():
+    with pytest.raises(AssertionError):
+        sample(make_policy(), uniforms=draw_uniforms((0, 1), range(8), 20))

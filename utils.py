@@ -1,0 +1,238 @@
+"""What the scripts share: the early choice of a device, config files, run folders, metrics, a device report."""
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+RUN_FILES = ("adapter_model.safetensors", "metrics.jsonl", "config.json", "training_curves.png", "runs")
+
+# Fields of transformers.TrainingArguments that people set; all fields of our own come on top.
+COMMON_FIELDS = (
+    "num_train_epochs",
+    "max_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "eval_strategy",
+    "eval_steps",
+    "eval_on_start",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "seed",
+)
+
+
+def choose_device(argv: Sequence[str] | None = None) -> None:
+    """Set TUNIX_DEVICE from `--device`, or from the config file, before anything imports Transformers.
+
+    Mistakes are left to the parser, which sees the same arguments again and can say more.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    given = {}
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name in ("--device", "--config"):
+            given[name] = value if equals else next(iter(argv[i + 1 : i + 2]), "")
+    if "--device" in given:
+        os.environ["TUNIX_DEVICE"] = given["--device"]
+    elif "--config" in given and Path(given["--config"]).is_file():
+        device = load_config(given["--config"]).get("device")
+        if device is not None:
+            os.environ["TUNIX_DEVICE"] = str(device)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`: a user's mistake becomes one line and exit code 2, Ctrl-C exit code 130.
+
+    TUNIX_DEBUG=1 shows the traceback.
+    """
+    try:
+        main()
+    except ValueError as error:
+        if os.environ.get("TUNIX_DEBUG") == "1":
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---- config files ----
+
+
+def load_config(path: str | Path) -> dict[str, Any]:
+    """The settings of a JSON or YAML file.
+
+    Raises:
+        ValueError: no such file, it can't be read (with the line), or it is no mapping of names to values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"config={str(path)!r}: no such file")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix in (".yaml", ".yml"):
+        import yaml
+
+        try:
+            settings = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f", line {mark.line + 1}" if mark else ""
+            raise ValueError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    else:
+        try:
+            settings = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected names and values, such as {{\"learning_rate\": 1e-5}}")
+    return settings
+
+
+def settings_of(*configs: Any) -> dict[str, Any]:
+    """Everything that users set, of a `ModelConfig`, a `DataConfig` and a `GRPOConfig`, as a config file holds it."""
+    settings: dict[str, Any] = {}
+    for config in configs:
+        own = list(type(config).__dict__.get("__annotations__", {}))
+        values = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
+        inherited = [name for name in COMMON_FIELDS if name in values and name not in own]
+        settings |= {name: values[name] for name in [*own, *inherited]}
+    return settings
+
+
+def save_config(settings: dict[str, Any], path: str | Path) -> None:
+    Path(path).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+# ---- run folders ----
+
+
+def get_latest_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest whole checkpoint in a run's folder, or None."""
+    from tunix_torch.checkpoint import newest_checkpoint
+
+    checkpoint = newest_checkpoint(output_dir)
+    return None if checkpoint is None else str(checkpoint)
+
+
+def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) -> str | None:
+    """The checkpoint folder that `--resume_from_checkpoint` means: a folder, or "latest" / "true".
+
+    Raises:
+        ValueError: there is none, or it is not whole.
+    """
+    if resume_from_checkpoint is None or str(resume_from_checkpoint).lower() == "false":
+        return None
+    from tunix_torch.checkpoint import is_whole
+
+    if str(resume_from_checkpoint).lower() in ("latest", "true"):
+        checkpoint = get_latest_checkpoint(output_dir)
+        if checkpoint is None:
+            raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r}: no whole checkpoint in {output_dir}")
+        return checkpoint
+    if not is_whole(Path(resume_from_checkpoint)):
+        raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r}: not a whole checkpoint folder")
+    return str(resume_from_checkpoint)
+
+
+def set_aside_previous_run(output_dir: str | Path) -> None:
+    """Move what an earlier run left in this folder to `previous/TIME/` inside it: nothing is overwritten."""
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir():
+        return
+    if not any((output_dir / name).exists() for name in RUN_FILES) and not list(output_dir.glob("checkpoint-*")):
+        return
+    target = output_dir / "previous" / time.strftime("%Y%m%d-%H%M%S")
+    target.mkdir(parents=True)
+    for item in output_dir.iterdir():
+        if item.name != "previous":
+            shutil.move(item, target / item.name)
+    print(f"An earlier run was in {output_dir}; it is now in {target}")
+
+
+def newest_run(outputs: str | Path = "./outputs") -> str | None:
+    """The folder under `outputs` (or itself) whose final adapter is the newest, or None."""
+    adapters = [*Path(outputs).glob("adapter_config.json"), *Path(outputs).glob("*/adapter_config.json")]
+    finished = [a.parent for a in adapters if not a.parent.name.startswith("checkpoint-")]
+    return str(max(finished, key=lambda folder: (folder / "adapter_config.json").stat().st_mtime)) if finished else None
+
+
+# ---- metrics ----
+
+
+def load_metrics(output_dir: str | Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl."""
+    path = Path(output_dir) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def plot_training_curves(output_dir: str | Path) -> Path:
+    """Draw loss, reward, KL, completion length and evaluation accuracy of a run; writes training_curves.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = load_metrics(output_dir)
+    panels = {
+        "accuracy": [name for name in ("eval_accuracy", *sorted({k for r in rows for k in r if "mean@" in k}))],
+        "reward": ["reward", "reward_std"],
+        "loss": ["loss"],
+        "KL from the reference": ["kl"],
+        "entropy": ["entropy"],
+        "completion length": ["completions/mean_length"],
+    }
+    panels = {title: [n for n in names if any(n in row for row in rows)] for title, names in panels.items()}
+    panels = {title: names for title, names in panels.items() if names} or {"no metrics": []}
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.5 * columns, 3 * lines), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            marker = "o" if name.startswith("eval_") else None
+            axis.plot(*zip(*points, strict=True), label=name.removeprefix("eval_"), marker=marker)
+        axis.set(title=title, xlabel="step")
+        if len(names) > 1:
+            axis.legend()
+    figure.tight_layout()
+    path = Path(output_dir) / "training_curves.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+# ---- device ----
+
+
+def memory_summary() -> str:
+    """Peak memory of this process so far, for people."""
+    from tunix_torch import device
+
+    return f"peak memory {device.peak_memory_bytes() / 2**30:.2f} GiB"
+
+
+def verify_tpu_setup() -> dict[str, Any]:
+    """What this process computes on, after a small matrix product there whose result is checked."""
+    import torch
+
+    from tunix_torch import device
+
+    ones = torch.ones(8, 8, device=device.torch_device())
+    total = float((ones @ ones).sum().cpu())
+    assert total == 512.0, f"the device multiplied wrongly: {total}"
+    return {"kind": device.KIND, "tpu": device.is_tpu(), "description": device.describe(), "torch": torch.__version__}
