@@ -1,8 +1,8 @@
 """Train a model: GRPO with --use_grpo, else supervised fine-tuning. Every setting is a flag; --config reads a file.
 
-    python train.py --use_grpo --num_completions_per_prompt 4          # the embedded default, offline, in minutes
-    python train.py --use_grpo --model_name google/gemma-3-270m-it --data_path openai/gsm8k --dataset_config main
-    python train.py --config config_example.json --learning_rate 5e-4  # flags win over the file
+python train.py --use_grpo --num_completions_per_prompt 4          # the embedded default, offline, in minutes
+python train.py --use_grpo --model_name google/gemma-3-270m-it --data_path openai/gsm8k --dataset_config main
+python train.py --config config_example.json --learning_rate 5e-4  # flags win over the file
 """
 
 import argparse
@@ -38,8 +38,7 @@ class Parser(HfArgumentParser):
     """Errors are one line without the usage text, which lists some two hundred flags."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        utils.fail(message)
 
 
 def parse_args(argv: Sequence[str]) -> tuple[ModelConfig, DataConfig, GRPOConfig]:
@@ -152,7 +151,9 @@ def train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig) 
     utils.plot_training_curves(output_dir)
     if trainer.eval_dataset is not None:
         print_comparison(trainer)
-    print(f"\n{time.perf_counter() - started:.0f} s, {utils.memory_summary()}. Adapter, metrics and curves: {output_dir}")
+    print(
+        f"\n{time.perf_counter() - started:.0f} s, {utils.memory_summary()}. Adapter, metrics and curves: {output_dir}"
+    )
     return trainer
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 RUN_FILES = ("adapter_model.safetensors", "metrics.jsonl", "config.json", "training_curves.png", "runs")
 
@@ -52,6 +52,12 @@ def choose_device(argv: Sequence[str] | None = None) -> None:
             os.environ["TUNIX_DEVICE"] = str(device)
 
 
+def fail(message: str) -> NoReturn:
+    """End the script over a user's mistake: one line, exit code 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`: a user's mistake becomes one line and exit code 2, Ctrl-C exit code 130.
 
@@ -62,8 +68,7 @@ def run_script(main: Callable[[], None]) -> None:
     except ValueError as error:
         if os.environ.get("TUNIX_DEBUG") == "1":
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
@@ -97,7 +102,7 @@ def load_config(path: str | Path) -> dict[str, Any]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path}: expected names and values, such as {{\"learning_rate\": 1e-5}}")
+        raise ValueError(f'{path}: expected names and values, such as {{"learning_rate": 1e-5}}')
     return settings
 
 

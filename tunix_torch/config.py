@@ -99,7 +99,9 @@ class ModelConfig:
     """Which model, and the LoRA on it."""
 
     model_name: str = _setting("tiny", "a Hugging Face model: hub id or folder; 'tiny' is made here, offline")
-    dtype: str = _setting("auto", "of the base weights: auto (bfloat16 on TPU and CUDA, else float32), float32, bfloat16")
+    dtype: str = _setting(
+        "auto", "of the base weights: auto (bfloat16 on TPU and CUDA, else float32), float32, bfloat16"
+    )
     lora_rank: int = _setting(16, "rank of the LoRA matrices")
     lora_alpha: float = _setting(32.0, "the LoRA's output is scaled by lora_alpha / lora_rank")
     lora_dropout: float = _setting(0.0, "dropout on the LoRA's input while learning")
@@ -118,7 +120,9 @@ class DataConfig:
     data_path: str | None = _setting(
         None, "training rows: a .json or .jsonl file, or a Hugging Face data set; none: generated arithmetic"
     )
-    val_data_path: str | None = _setting(None, "evaluation rows, likewise; none: generated ones with generated training rows")
+    val_data_path: str | None = _setting(
+        None, "evaluation rows, likewise; none: generated ones with generated training rows"
+    )
     dataset_config: str | None = _setting(None, "configuration of a Hugging Face data set, e.g. 'main' of openai/gsm8k")
     dataset_split: str = _setting("train", "split of a Hugging Face data set to train on")
     val_dataset_split: str = _setting("test", "split of a Hugging Face data set to evaluate on")
@@ -155,15 +159,21 @@ class GRPOConfig(TrainingArguments):
     learning_rate: float = _setting(1e-5, "peak learning rate")
     logging_steps: float = _setting(1, "log every so many steps")
     optim: str = _setting("adamw_torch", "optimizer; the fused default of Transformers refuses XLA tensors")
-    report_to: None | str | list[str] = _setting("tensorboard", "where to log to, besides the terminal and metrics.jsonl")
+    report_to: None | str | list[str] = _setting(
+        "tensorboard", "where to log to, besides the terminal and metrics.jsonl"
+    )
     dataloader_drop_last: bool = _setting(True, "leave out an epoch's last, smaller batch: its shape would be new")
     remove_unused_columns: bool = _setting(False, "must stay False: reward functions read the data set's columns")
 
     use_grpo: bool = _setting(True, "reinforcement learning; False: supervised fine-tuning on the rows' completions")
     device: str = _setting("auto", "auto, xla, cuda or cpu; a process keeps the device it started with")
     num_tpu_cores: int | None = _setting(None, "TPU cores to use; only 1 so far")
-    max_prompt_length: int = _setting(256, "prompts are padded to this many tokens; longer ones are left out and counted")
-    max_length: int | None = _setting(None, "prompt and completion together; sets max_prompt_length to what is left over")
+    max_prompt_length: int = _setting(
+        256, "prompts are padded to this many tokens; longer ones are left out and counted"
+    )
+    max_length: int | None = _setting(
+        None, "prompt and completion together; sets max_prompt_length to what is left over"
+    )
 
     # rollouts
     num_completions_per_prompt: int = _setting(4, "group size G (also num_generations)")
@@ -177,8 +187,12 @@ class GRPOConfig(TrainingArguments):
     algorithm: str = _setting("grpo", "grpo, gspo, dr_grpo, dapo or rloo")
     normalize_advantages: bool = _setting(True, "divide by the group's standard deviation (dr_grpo and rloo never do)")
     advantage_epsilon: float = _setting(1e-8, "added to that standard deviation")
-    use_kl_penalty: bool = _setting(True, "penalise KL from the reference policy, which is the model without its adapter")
-    kl_penalty_coef: float = _setting(0.01, "weight of the KL penalty; 0: no reference is computed (also beta, kl_coef)")
+    use_kl_penalty: bool = _setting(
+        True, "penalise KL from the reference policy, which is the model without its adapter"
+    )
+    kl_penalty_coef: float = _setting(
+        0.01, "weight of the KL penalty; 0: no reference is computed (also beta, kl_coef)"
+    )
     kl_estimator: str = _setting("k3", "k1 (Tunix 'kl'), k2 ('mse_kl') or k3 ('low_var_kl')")
     kl_clamp_value: float | None = _setting(None, "limit the KL estimate of a token to this absolute value")
     num_iterations: int = _setting(1, "passes over a rollout batch, an optimizer step each")
@@ -233,7 +247,9 @@ class GRPOConfig(TrainingArguments):
         group = self.num_completions_per_prompt
         if self.use_grpo:
             _require(group > 1, "num_completions_per_prompt", group, "GRPO compares completions: at least 2 are needed")
-        _require(self.generation_temperature > 0, "generation_temperature", self.generation_temperature, "must be above 0")
+        _require(
+            self.generation_temperature > 0, "generation_temperature", self.generation_temperature, "must be above 0"
+        )
         _require(0 < self.generation_top_p <= 1, "generation_top_p", self.generation_top_p, "must be in (0, 1]")
         _require(self.advantage_epsilon >= 0, "advantage_epsilon", self.advantage_epsilon, "must not be negative")
         _require(self.kl_penalty_coef >= 0, "kl_penalty_coef", self.kl_penalty_coef, "must not be negative")
@@ -254,7 +270,9 @@ class GRPOConfig(TrainingArguments):
             value = getattr(self, name)
             _require(value in choices, name, value, f"choose one of {', '.join(c for c in choices if c)}")
         if self.algorithm == "dapo" and self.kl_penalty_coef not in (0.0, type(self).kl_penalty_coef):
-            raise ValueError(f"kl_penalty_coef={self.kl_penalty_coef}: algorithm 'dapo' has no KL penalty; leave it out")
+            raise ValueError(
+                f"kl_penalty_coef={self.kl_penalty_coef}: algorithm 'dapo' has no KL penalty; leave it out"
+            )
         if self.num_iterations > 1 and self.gradient_accumulation_steps > 1:
             raise ValueError(
                 f"num_iterations={self.num_iterations} with gradient_accumulation_steps="
@@ -266,8 +284,12 @@ class GRPOConfig(TrainingArguments):
             fits = micro >= 1 and (group % micro == 0 or micro % group == 0)
             right = f"must divide num_completions_per_prompt={group} or be a multiple of it"
             _require(fits, "micro_batch_size", micro, right)
-        _require(not (self.bf16 or self.fp16), "bf16/fp16", True, "choose the precision with dtype (ModelConfig) instead")
-        _require(not self.remove_unused_columns, "remove_unused_columns", True, "must be False; rewards read the columns")
+        _require(
+            not (self.bf16 or self.fp16), "bf16/fp16", True, "choose the precision with dtype (ModelConfig) instead"
+        )
+        _require(
+            not self.remove_unused_columns, "remove_unused_columns", True, "must be False; rewards read the columns"
+        )
 
     def _resolve(self) -> None:
         """Fill in what other fields decide."""
@@ -276,7 +298,9 @@ class GRPOConfig(TrainingArguments):
             right = f"must leave room for a prompt beside generation_max_length={self.generation_max_length}"
             _require(left >= 1, "max_length", self.max_length, right)
             if self.max_prompt_length not in (type(self).max_prompt_length, left):
-                raise ValueError(f"max_prompt_length={self.max_prompt_length}: max_length leaves {left}; give one of the two")
+                raise ValueError(
+                    f"max_prompt_length={self.max_prompt_length}: max_length leaves {left}; give one of the two"
+                )
             self.max_prompt_length = left
         if self.epsilon_high is None:
             self.epsilon_high = 0.28 if self.algorithm == "dapo" else self.epsilon

@@ -72,7 +72,7 @@ def _read_file(path: Path) -> list[Row]:
         raise ValueError(f"{path}: no rows")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {number}: expected an object such as {{\"question\": ..., \"answer\": ...}}")
+            raise ValueError(f'{path}, row {number}: expected an object such as {{"question": ..., "answer": ...}}')
     return rows
 
 
@@ -137,7 +137,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends the model's answer: what the chat template writes after it (Gemma: <end_of_turn>), else EOS."""
+    """The token that ends an answer: what the chat template writes after it (Gemma: <end_of_turn>), else EOS."""
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@answer@"}]
@@ -153,7 +153,7 @@ def prepare_rows(
     max_completion_length: int | None = None,
     system_message: str = "",
 ) -> list[Row]:
-    """Add `prompt` (the rendered text) and `prompt_ids`; for SFT, which gives `max_completion_length`, `completion_ids`.
+    """Add `prompt` (the rendered text) and `prompt_ids`; and `completion_ids` for SFT (`max_completion_length` given).
 
     Rows that are too long are left out, never cut, and counted in a warning. Rows that have `prompt_ids` already are
     taken as they are.
@@ -164,7 +164,7 @@ def prepare_rows(
     rows = list(rows)
     if not rows or "prompt_ids" in rows[0]:
         return rows
-    rows = [row if "question" in row else normalize_row(row, i, "data set") for i, row in enumerate(rows, 1)]
+    rows = [normalize_row(row, number, "data set") for number, row in enumerate(rows, 1)]
     prompts = [render_prompt(tokenizer, row["question"], system_message) for row in rows]
     ready = [
         {**row, "prompt": prompt, "prompt_ids": ids}
@@ -193,7 +193,7 @@ def _leave_out_long(rows: list[Row], column: str, setting: str, limit: int) -> l
 
 @dataclass
 class Collator:
-    """Rows -> padded tensors. Widths are fixed on XLA, where a new shape is a compilation; else as short as they can be.
+    """Rows -> padded tensors. Widths are fixed on XLA, where a new shape is a compilation; else as short as can be.
 
     For SFT (`max_completion_length` given) completions are added with the token that ends a turn; `prepare_rows` has
     left out those that are too long.

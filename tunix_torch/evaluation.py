@@ -1,8 +1,7 @@
 """How good a model is on questions with known answers: greedy accuracy (pass@1) and mean@k over samples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -10,9 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from . import device
 from .data import Collator, Row
 from .sampler import Sampler, SamplingParams, draw_uniforms
-
-# (prompts, completions, **columns) -> one value a completion, or None where the function does not apply
-RewardFunc = Callable[..., Sequence[float | None]]
+from .scoring import RewardFunc, columns_of
 
 
 @dataclass
@@ -33,13 +30,6 @@ class Answers:
     def mean_length(self) -> float:
         flat = [value for row in self.lengths for value in row]
         return sum(flat) / len(flat)
-
-
-def columns_of(rows: Sequence[Row], copies: int = 1) -> dict[str, list[Any]]:
-    """The rows' columns as lists, each value `copies` times; `answers` and `expected_answers` are `answer` again."""
-    names = [name for name in rows[0] if name not in ("prompt", "prompt_ids", "completion", "completion_ids")]
-    columns = {name: [row[name] for row in rows for _ in range(copies)] for name in names}
-    return columns | {"answers": columns["answer"], "expected_answers": columns["answer"]}
 
 
 def answer_questions(

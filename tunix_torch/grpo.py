@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .config import KL_ESTIMATORS, LOSS_AGGREGATIONS
 
+
 def compute_group_advantages(
     rewards: Tensor, group_size: int, algorithm: str = "grpo", normalize: bool = True, epsilon: float = 1e-8
 ) -> Tensor:

@@ -100,7 +100,9 @@ def load_base_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedMo
         config = AutoConfig.from_pretrained(path)
         # sdpa has no soft-cap on attention scores, so Gemma 2 would be silently wrong with it
         attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or default_dtype(), attn_implementation=attention)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or default_dtype(), attn_implementation=attention
+        )
     if model.config.model_type not in TESTED_MODEL_TYPES:
         logger.warning("Model type %r is not among the tested ones: %s", model.config.model_type, TESTED_MODEL_TYPES)
     return model

@@ -103,7 +103,7 @@ class Sampler:
         Returns:
             a `Rollout` of B = N * G rows and C = params.max_new_tokens columns.
         """
-        num_rows, prompt_width = prompt_ids.shape[0] * num_completions, prompt_ids.shape[1]
+        num_rows = prompt_ids.shape[0] * num_completions
         assert uniforms.shape == (num_rows, params.max_new_tokens), uniforms.shape
         uniforms = uniforms.to(prompt_ids.device)
         was_training = self.model.training

@@ -38,22 +38,23 @@ TEMPLATES = {
 }
 NUM_HELD_OUT = {"+": 400, "-": 400, "x": 120}  # problems that no training row ever shows
 
-WARM_START = {"seed": 0, "steps": 400, "batch_size": 32, "hasty_batch_size": 16, "learning_rate": 4e-3, "recipe": 1}
+WARM_START = {"seed": 0, "steps": 430, "batch_size": 32, "hasty_batch_size": 16, "learning_rate": 4e-3, "recipe": 1}
 
 # Settings of the job that the tiny model is made for; train.py takes them unless a flag or file says otherwise.
 RECIPE = {
     "system_message": "",
     "max_prompt_length": 40,
-    "generation_max_length": 64,
+    "generation_max_length": 48,
     "generation_temperature": 1.0,
     "generation_top_p": 1.0,
     "generation_top_k": 0,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 256,
     "num_eval_completions": 8,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "lr_scheduler_type": "linear",
     "max_steps": 100,
+    "stop_check_interval": 4,
     "eval_strategy": "steps",
     "eval_steps": 50,
     "save_steps": 50,

@@ -20,11 +20,13 @@ from . import device
 from .batch import PromptBatch, Rollout, TrainBatch
 from .config import GRPOConfig, ModelConfig
 from .data import Collator, Row, prepare_rows
-from .evaluation import Answers, RewardFunc, answer_questions, columns_of
+from .evaluation import Answers, answer_questions
 from .grpo import aggregation_weights, compute_group_advantages, grpo_loss
 from .logprobs import token_logps
+from .metrics import broken_invariant, learning_metrics, rollout_metrics, sum_up
 from .model import add_lora, base_model, eos_token_ids, load_model, load_tokenizer, lora_config, place, reference_policy
 from .sampler import Sampler, SamplingParams, draw_uniforms
+from .scoring import RewardFunc, name_of, score_completions
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +72,10 @@ class TunixTrainer(Trainer):
             model = add_lora(model, peft_config or lora_config(ModelConfig()))
         elif peft_config is not None:
             raise ValueError("peft_config: the model has a LoRA already; leave peft_config out, or give the base model")
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.dtype != torch.float32:
-                parameter.data = parameter.data.float()  # a loaded adapter comes in the base weights' type
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:  # a loaded adapter comes frozen, and in the type of the base weights
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
         place(model)
 
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or [])
@@ -160,7 +163,15 @@ class TunixTrainer(Trainer):
         self._rewards = self.compute_rewards_for_completions(prompts, texts)  # (B, R)
         totals = (self._rewards * self.reward_weights).nansum(dim=1)  # (B,)
         advantages = self.compute_group_advantages(totals)
-        self._record_rollout(mask, ids, totals, seconds)
+        names, group = [name_of(function) for function in self.reward_funcs], args.num_completions_per_prompt
+        metrics = rollout_metrics(ids, mask, self._rewards, totals, names, group, self.sampler.eos_token_ids)
+        self._record(metrics | {"rollout_tokens_per_second": int(mask.sum()) / seconds})
+        if metrics["frac_reward_zero_std"] == 1.0:
+            logger.warning(
+                "Step %d: within every group all rewards are equal, so there is nothing to learn from this batch. "
+                "The questions are too easy or too hard, or the temperature is too low.",
+                self.state.global_step + 1,
+            )
 
         # Where nothing is compiled, the columns in which all rows are padding are left out.
         width = mask.shape[1] if device.KIND == "xla" else max(1, int(mask.any(dim=0).sum()))
@@ -197,24 +208,18 @@ class TunixTrainer(Trainer):
             parts = [self._learn(part) for part in batch.split(args.micro_batch_size)]
             if iteration == 0:
                 first_pass = parts
-        numbers = torch.stack([self._sum_up(first_pass), self._sum_up(parts)]).tolist()  # second time the host waits
-        first, last = (dict(zip(_NUMBERS, row, strict=True)) for row in numbers)
+        first, last = sum_up(first_pass), sum_up(parts)  # second time the host waits
         self._check_first_pass(first, first_pass)
-        weight, tokens = max(last["weight"], 1e-12), max(last["tokens"], 1.0)
-        self._record(
-            {
-                "pg_loss": last["policy_loss"],
-                "kl": last["kl_loss"] / weight,
-                "clip_ratio/region_mean": last["clipped_weight"] / weight,
-                "entropy": last["entropy"] / tokens,
-                "sampling/sampling_logp_difference/mean": first["sampler_gap"] / tokens,
-                "learning_tokens_per_second": tokens * args.num_iterations / (time.perf_counter() - started),
-            }
-        )
+        seconds = time.perf_counter() - started
+        speed = {"learning_tokens_per_second": last["tokens"] * args.num_iterations / seconds}
+        self._record(learning_metrics(first, last) | speed)
         return torch.tensor(last["loss"] / self.current_gradient_accumulation_steps, device=args.device)
 
     def _learn(self, part: TrainBatch) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch. Returns its share of the batch's numbers, on the device."""
+        """Forward and backward of one micro-batch. Returns its share of the batch's numbers, on the device.
+
+        All are scalars but `bad_rows`, (rows of this part,) bool: a log-probability is not finite or above 0.
+        """
         args = self.args
         logps, entropy = self._token_logps(part)
         terms = grpo_loss(
@@ -234,6 +239,7 @@ class TunixTrainer(Trainer):
         self.accelerator.backward(terms.loss / self.current_gradient_accumulation_steps)
         logps, mask = logps.detach(), part.completion_mask
         gap = (logps - part.sampler_logps).abs() * mask
+        bad_rows = (~(torch.isfinite(logps) & (logps <= 0))).any(dim=1)
         numbers = {
             "loss": terms.loss.detach(),
             "policy_loss": terms.policy_loss,
@@ -245,18 +251,11 @@ class TunixTrainer(Trainer):
             "sampler_gap": gap.sum(),
             "ratio_gap": terms.largest_ratio_gap,
             "largest_sampler_gap": gap.max(),
-            "bad_rows": (~(torch.isfinite(logps) & (logps <= 0))).any(dim=1),  # (rows of this part,)
+            "num_bad_rows": bad_rows.sum(),
+            "bad_rows": bad_rows,
         }
         device.sync()
         return numbers
-
-    @staticmethod
-    def _sum_up(parts: list[dict[str, Tensor]]) -> Tensor:
-        """The numbers of a whole pass, in the order of `_NUMBERS`: sums over micro-batches, or the largest."""
-        columns = {name: torch.stack([part[name] for part in parts]) for name in _NUMBERS if name != "num_bad_rows"}
-        columns["num_bad_rows"] = torch.stack([part["bad_rows"].sum().float() for part in parts])
-        largest = ("ratio_gap", "largest_sampler_gap")
-        return torch.stack([columns[name].max() if name in largest else columns[name].sum() for name in _NUMBERS])
 
     def _token_logps(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
         # layers under gradient checkpointing drop any KV cache, so no prefix can be shared then
@@ -293,30 +292,12 @@ class TunixTrainer(Trainer):
         return rollout
 
     def compute_rewards_for_completions(self, prompts: PromptBatch, completions: Sequence[str]) -> Tensor:
-        """Call every reward function on B completions. Returns (B, R) float64 on the host, NaN for None.
+        """Every reward function's value for each of B completions: (B, R) float64, NaN for None.
 
         Raises:
-            ValueError: a function returned the wrong number of values or something that is no finite number or None,
-                or no function judged some completion.
+            ValueError: see `score_completions`.
         """
-        group = len(completions) // len(prompts.rows)
-        texts = [row["prompt"] for row in prompts.rows for _ in range(group)]
-        columns = columns_of(prompts.rows, group)
-        rewards = torch.full((len(completions), len(self.reward_funcs)), float("nan"), dtype=torch.float64)
-        for j, function in enumerate(self.reward_funcs):
-            values = list(function(prompts=texts, completions=list(completions), **columns))
-            if len(values) != len(completions):
-                name = _name_of(function)
-                raise ValueError(f"reward function {name!r} returned {len(values)} values for {len(completions)} rows")
-            for i, value in enumerate(values):
-                if value is not None:
-                    rewards[i, j] = float(value)
-                    if not torch.isfinite(rewards[i, j]):
-                        raise ValueError(f"reward function {_name_of(function)!r} returned {value!r} for row {i}")
-        unjudged = rewards.isnan().all(dim=1)
-        if unjudged.any():
-            raise ValueError(f"no reward function judged the completion {completions[int(unjudged.int().argmax())]!r}")
-        return rewards
+        return score_completions(self.reward_funcs, prompts.rows, completions)
 
     def compute_group_advantages(self, rewards: Tensor) -> Tensor:
         """(B,) total rewards -> (B,) float32 advantages; checks that they are centred in each group."""
@@ -422,63 +403,23 @@ class TunixTrainer(Trainer):
 
     def _check_first_pass(self, first: dict[str, float], parts: list[dict[str, Tensor]]) -> None:
         """What holds before the first optimizer step on a batch, whatever the model and the data."""
-        if first["num_bad_rows"]:
-            row = int(torch.cat([part["bad_rows"] for part in parts]).int().argmax())
-            group = row // self.args.num_completions_per_prompt
-            raise AssertionError(f"log-probabilities not finite or above 0: {self._describe_group(group)}")
         if any(config.lora_dropout for config in self.model.peft_config.values()):
             return  # dropout makes the learning pass differ from sampling on purpose
-        exact = base_model(self.model).dtype == torch.float32
-        assert first["ratio_gap"] <= (1e-3 if exact else 0.1), f"first ratio is off 1 by {first['ratio_gap']}"
-        if exact:
-            gap = first["largest_sampler_gap"]
-            assert gap <= 1e-2, f"sampler and learner disagree by {gap} on a log-probability"
-        if self.state.global_step == 0 and self._starts_at_base and exact and self.args.beta > 0:
-            kl = abs(first["kl_loss"]) / max(first["weight"], 1e-12)
-            assert kl <= 1e-4, f"the reference policy is not the base model: KL {kl} before the first step"
+        at_base = self._starts_at_base and self.state.global_step == 0
+        broken = broken_invariant(first, base_model(self.model).dtype == torch.float32, at_base)
+        if broken is not None:
+            row = int(torch.cat([part["bad_rows"] for part in parts]).int().argmax())
+            group = row // self.args.num_completions_per_prompt
+            raise AssertionError(f"{broken}; {self._describe_group(group)}")
 
     def _describe_group(self, group: int) -> str:
         size = self.args.num_completions_per_prompt
-        names = [_name_of(function) for function in self.reward_funcs]
-        return f"group {group}, rewards {names}: {self._rewards[group * size : (group + 1) * size].tolist()}"
+        names = [name_of(function) for function in self.reward_funcs]
+        return f"group {group} has rewards {names}: {self._rewards[group * size : (group + 1) * size].tolist()}"
 
     def _record(self, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
             self._metrics[name].append(value)
-
-    def _record_rollout(self, mask: Tensor, ids: Tensor, totals: Tensor, seconds: float) -> None:
-        """Numbers about one rollout, under TRL's names; `mask` and `ids` (B, C), `totals` (B,), on the host."""
-        lengths = mask.sum(dim=1)  # (B,)
-        ended = torch.isin(ids, torch.tensor(self.sampler.eos_token_ids)).logical_and(mask).any(dim=1)
-        grouped = totals.view(-1, self.args.num_completions_per_prompt)
-        equal = (grouped == grouped[:, :1]).all(dim=1).double().mean().item()
-        self._record(
-            {
-                "reward": totals.mean().item(),
-                "reward_std": grouped.std(dim=1).mean().item(),
-                "frac_reward_zero_std": equal,
-                "completions/mean_length": lengths.double().mean().item(),
-                "completions/min_length": lengths.min().item(),
-                "completions/max_length": lengths.max().item(),
-                "completions/clipped_ratio": (~ended).double().mean().item(),
-                "rollout_tokens_per_second": lengths.sum().item() / seconds,
-            }
-        )
-        for j, function in enumerate(self.reward_funcs):
-            values = self._rewards[:, j][~self._rewards[:, j].isnan()]
-            if len(values):
-                self._record(
-                    {
-                        f"rewards/{_name_of(function)}/mean": values.mean().item(),
-                        f"rewards/{_name_of(function)}/std": values.std(correction=0).item(),
-                    }
-                )
-        if equal == 1.0:
-            logger.warning(
-                "Step %d: within every group all rewards are equal, so there is nothing to learn from this batch. "
-                "The questions are too easy or too hard, or the temperature is too low.",
-                self.state.global_step + 1,
-            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of what the steps since the last log recorded."""
@@ -497,7 +438,7 @@ class TunixTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter in PEFT's layout, and the tokenizer. The weights stay on the device."""
         fingerprint = self._fingerprint_base()
-        assert fingerprint == self._base_fingerprint, "base weights changed, so the reference policy is not the base model"
+        assert fingerprint == self._base_fingerprint, "base weights changed: the reference is not the base model"
         if self.args.should_save:
             output_dir = output_dir or self.args.output_dir
             adapter = {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
@@ -505,22 +446,3 @@ class TunixTrainer(Trainer):
             self.processing_class.save_pretrained(output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-
-_NUMBERS = (
-    "loss",
-    "policy_loss",
-    "kl_loss",
-    "clipped_weight",
-    "weight",
-    "tokens",
-    "entropy",
-    "sampler_gap",
-    "ratio_gap",
-    "largest_sampler_gap",
-    "num_bad_rows",
-)
-
-
-def _name_of(function: RewardFunc) -> str:
-    return getattr(function, "__name__", type(function).__name__)

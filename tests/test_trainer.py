@@ -1,0 +1,341 @@
+"""`TunixTrainer` on a random tiny Gemma: its invariants, its checkpoints, and what it refuses."""
+
+import json
+import logging
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import Gemma3ForCausalLM
+
+from tunix_torch import GRPOConfig, TunixTrainer, tiny
+from tunix_torch.batch import PromptBatch
+from tunix_torch.callbacks import MetricsFile
+from tunix_torch.checkpoint import is_whole, newest_checkpoint
+from tunix_torch.model import lora_config
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """The tiny model without its warm start, as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = tiny.make_tokenizer()
+    tiny.make_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def digits_reward(prompts, completions, **columns):
+    """Varies even when a random model writes: the share of digits."""
+    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+
+
+def make_trainer(model, output_dir, reward_funcs=digits_reward, callbacks=None, rows=64, **settings):
+    settings = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "generation_max_length": 12,
+        "max_prompt_length": 40,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    } | settings
+    args = GRPOConfig(output_dir=str(output_dir), **settings)
+    train, evaluation = tiny.arithmetic_rows("train", rows), tiny.arithmetic_rows("test", 8)
+    return TunixTrainer(model, reward_funcs, args, train, evaluation, callbacks=callbacks)
+
+
+def first_batch(trainer):
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = next(iter(trainer.get_train_dataloader()))
+    return trainer.collect(PromptBatch(**inputs))
+
+
+def lora_weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def gradients(trainer, batch):
+    trainer.model.zero_grad()
+    loss = trainer.update(batch)
+    return loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def test_training_changes_the_lora_and_only_the_lora(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and all("lora_" in name for name in changed)
+
+
+def test_same_command_twice_gives_the_same_result(model_folder, tmp_path):
+    logs = []
+    for name in ("a", "b"):
+        trainer = make_trainer(model_folder, tmp_path / name)
+        trainer.train()
+        logs.append(
+            [
+                {k: v for k, v in row.items() if "second" not in k and "runtime" not in k}
+                for row in trainer.state.log_history
+            ]
+        )
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "gspo", "dr_grpo", "dapo", "rloo"])
+def test_micro_batches_give_the_loss_and_gradient_of_the_whole_batch(model_folder, tmp_path, algorithm):
+    trainer = make_trainer(model_folder, tmp_path, algorithm=algorithm, num_completions_per_prompt=4)
+    batch = first_batch(trainer)
+    loss, whole = gradients(trainer, batch)
+    for size in (2, 8):
+        trainer.args.micro_batch_size = size
+        loss_in_parts, in_parts = gradients(trainer, batch)
+        assert loss_in_parts.item() == pytest.approx(loss.item(), abs=1e-6)
+        for name in whole:
+            torch.testing.assert_close(in_parts[name], whole[name], rtol=1e-4, atol=1e-6)
+
+
+def test_layers_under_gradient_checkpointing_give_the_same_gradient(model_folder, tmp_path):
+    plain = make_trainer(model_folder, tmp_path / "a")
+    _, expected = gradients(plain, first_batch(plain))
+    trainer = make_trainer(model_folder, tmp_path / "b", gradient_checkpointing=True)
+    _, got = gradients(trainer, first_batch(trainer))
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_several_passes_step_the_optimizer_each_and_leave_the_ratio_of_one(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path, num_iterations=3, learning_rate=0.1)
+    trainer.train()
+    log = trainer.state.log_history[-2]
+    assert log["clip_ratio/region_mean"] > 0, "the last pass should have moved past the clip range"
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_iterations": 2}, {"gradient_accumulation_steps": 2, "max_steps": 4}])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(model_folder, tmp_path, settings):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "rows": 20} | settings
+    whole = make_trainer(model_folder, tmp_path / "whole", callbacks=[MetricsFile()], **settings)
+    whole.train()
+    resumed = make_trainer(model_folder, tmp_path / "resumed", callbacks=[MetricsFile()], **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    expected = lora_weights(whole)
+    for name, weights in lora_weights(resumed).items():
+        assert torch.equal(weights, expected[name]), name
+    rows = [[r for r in t.state.log_history if r["step"] > 2 and "reward" in r] for t in (whole, resumed)]
+    assert [r["reward"] for r in rows[0]] == [r["reward"] for r in rows[1]]
+
+
+def test_metrics_file_reads_as_if_an_interruption_had_not_happened(model_folder, tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "callbacks": [MetricsFile()]}
+    make_trainer(model_folder, tmp_path, **settings).train()
+    make_trainer(model_folder, tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "reward" in row] == [1, 2, 3, 4]
+
+
+def test_every_promised_metric_is_logged(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path)
+    trainer.train()
+    row = trainer.state.log_history[0]
+    promised = (
+        "loss pg_loss kl reward reward_std rewards/digits_reward/mean rewards/digits_reward/std frac_reward_zero_std "
+        "completions/mean_length completions/min_length completions/max_length completions/clipped_ratio "
+        "clip_ratio/region_mean entropy learning_rate grad_norm rollout_tokens_per_second learning_tokens_per_second"
+    )
+    for name in promised.split():
+        assert math.isfinite(row[name]), name
+
+
+def test_saved_adapter_loads_with_peft_and_gives_equal_logits(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path)
+    trainer.train()
+    trainer.save_model()
+    base = Gemma3ForCausalLM.from_pretrained(model_folder, attn_implementation="sdpa")
+    loaded = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    ids = torch.arange(10, 40)[None]
+    with torch.no_grad():
+        trainer.model.eval()
+        assert torch.equal(loaded(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
+    assert {"adapter_model.safetensors", "tokenizer.json"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_an_adapter_folder_is_trained_further(model_folder, tmp_path):
+    first = make_trainer(model_folder, tmp_path / "first")
+    first.train()
+    first.save_model()
+    again = make_trainer(str(tmp_path / "first"), tmp_path / "second")
+    expected = lora_weights(first)
+    assert all(torch.equal(weights, expected[name]) for name, weights in lora_weights(again).items())
+    again.train()
+
+
+def test_no_reference_is_computed_without_a_kl_penalty(model_folder, tmp_path):
+    assert first_batch(make_trainer(model_folder, tmp_path, beta=0.0)).ref_per_token_logps is None
+    assert first_batch(make_trainer(model_folder, tmp_path, use_kl_penalty=False)).ref_per_token_logps is None
+    assert first_batch(make_trainer(model_folder, tmp_path)).ref_per_token_logps is not None
+
+
+def test_rewards_see_the_columns_of_the_data_set_under_each_name(model_folder, tmp_path):
+    seen = {}
+
+    def spy(prompts, completions, answer, answers, expected_answers, question, **columns):
+        seen.update(prompts=prompts, answer=answer, answers=answers, expected=expected_answers, question=question)
+        return [0.0] * len(completions)
+
+    first_batch(make_trainer(model_folder, tmp_path, [digits_reward, spy]))
+    assert seen["answer"] == seen["answers"] == seen["expected"] and len(seen["answer"]) == 16
+    assert all(q in p for q, p in zip(seen["question"], seen["prompts"], strict=True))
+    assert seen["question"][0] == seen["question"][3] != seen["question"][4]
+
+
+def test_reward_weights_and_none(model_folder, tmp_path):
+    def sometimes(prompts, completions, **columns):
+        return [1.0 if i % 2 else None for i in range(len(completions))]
+
+    trainer = make_trainer(model_folder, tmp_path, [digits_reward, sometimes], reward_weights=[0.0, 2.0])
+    batch = first_batch(trainer)
+    assert torch.equal(batch.advantages > 0, torch.arange(16) % 2 == 1)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (lambda n: [1.0] * (n - 1), "returned 15 values for 16"),
+        (lambda n: [float("nan")] * n, "returned nan"),
+        (lambda n: [None] * n, "no reward function judged"),
+    ],
+)
+def test_broken_reward_functions_are_named(model_folder, tmp_path, values, message):
+    def broken(prompts, completions, **columns):
+        return values(len(completions))
+
+    with pytest.raises(ValueError, match=message):
+        first_batch(make_trainer(model_folder, tmp_path, broken))
+
+
+def test_an_exception_in_a_reward_function_is_not_swallowed(model_folder, tmp_path):
+    def failing(prompts, completions, **columns):
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        make_trainer(model_folder, tmp_path, failing).train()
+
+
+def test_equal_rewards_are_explained_and_give_no_gradient(model_folder, tmp_path, caplog):
+    def constant(prompts, completions, **columns):
+        return [0.3] * len(completions)
+
+    trainer = make_trainer(model_folder, tmp_path, constant, beta=0.0)
+    with caplog.at_level(logging.WARNING):
+        batch = first_batch(trainer)
+    assert "nothing to learn" in caplog.text
+    _, grads = gradients(trainer, batch)
+    assert not any(g.any() for g in grads.values())
+
+
+def test_assertion_names_the_group_and_its_rewards(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path)
+    batch = first_batch(trainer)
+    batch.completion_ids = batch.completion_ids.clone()
+    batch.sampler_logps = batch.sampler_logps - 1.0
+    with pytest.raises(AssertionError, match=r"sampler and learner disagree.*group 0 has rewards \['digits_reward'\]"):
+        trainer.update(batch)
+
+
+def test_nan_in_the_policy_is_caught_with_its_group(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path)
+    batch = first_batch(trainer)
+    with torch.no_grad():
+        next(p for name, p in trainer.model.named_parameters() if "lora_B" in name).fill_(float("nan"))
+    with pytest.raises(AssertionError, match="not finite.*rewards"):
+        trainer.update(batch)
+
+
+def test_changed_base_weights_are_caught_before_they_are_saved(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path)
+    with torch.no_grad():
+        next(p for p in trainer.model.parameters() if not p.requires_grad).mul_(1.01)
+    with pytest.raises(AssertionError, match="base weights changed"):
+        trainer.save_model()
+
+
+def test_supervised_fine_tuning_learns_its_rows_and_can_be_resumed(model_folder, tmp_path):
+    settings = {
+        "use_grpo": False,
+        "generation_max_length": 64,
+        "max_steps": 20,
+        "save_strategy": "steps",
+        "save_steps": 10,
+        "rows": 8,
+        "per_device_eval_batch_size": 8,
+    }
+    trainer = make_trainer(model_folder, tmp_path / "a", reward_funcs=None, **settings)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.8 * before
+    resumed = make_trainer(model_folder, tmp_path / "b", reward_funcs=None, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-10"))
+    expected = lora_weights(trainer)
+    assert all(torch.equal(weights, expected[name]) for name, weights in lora_weights(resumed).items())
+
+
+def test_supervised_loss_is_the_mean_over_completion_tokens(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path, reward_funcs=None, use_grpo=False, generation_max_length=64)
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.training_step(trainer.model, inputs)
+    total, tokens = 0.0, 0
+    model = Gemma3ForCausalLM.from_pretrained(model_folder)
+    for i in range(4):
+        prompt = inputs["prompt_ids"][i][inputs["prompt_mask"][i]]
+        completion = inputs["completion_ids"][i][inputs["completion_mask"][i]]
+        logits = model(input_ids=torch.cat((prompt, completion))[None]).logits[0, len(prompt) - 1 : -1]
+        total += torch.nn.functional.cross_entropy(logits, completion, reduction="sum").item()
+        tokens += len(completion)
+    assert loss.item() == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_evaluation_judges_with_the_first_reward_and_counts_samples(model_folder, tmp_path):
+    def even(prompts, completions, answer, **columns):
+        return [float(int(a) % 2 == 0) for a in answer]
+
+    trainer = make_trainer(model_folder, tmp_path, even, num_eval_completions=3, per_device_eval_batch_size=5)
+    metrics = trainer.evaluate()
+    expected = sum(int(row["answer"]) % 2 == 0 for row in tiny.arithmetic_rows("test", 8)) / 8
+    assert metrics["eval_accuracy"] == metrics["eval_mean@3"] == expected
+
+
+def test_a_checkpoint_cut_short_is_not_taken_for_whole(model_folder, tmp_path):
+    make_trainer(model_folder, tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
+    assert newest_checkpoint(tmp_path).name == "checkpoint-2"
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": ')
+    assert not is_whole(tmp_path / "checkpoint-2")
+    assert newest_checkpoint(tmp_path).name == "checkpoint-1"
+
+
+def test_what_cannot_work_is_refused(model_folder, tmp_path):
+    with pytest.raises(ValueError, match="reward_funcs"):
+        make_trainer(model_folder, tmp_path, reward_funcs=None)
+    with pytest.raises(ValueError, match="reward_weights"):
+        make_trainer(model_folder, tmp_path, reward_weights=[1.0, 2.0])
+    with pytest.raises(ValueError, match="only 3 training rows"):
+        make_trainer(model_folder, tmp_path, rows=3)
+    model = tiny.make_model(tiny.make_tokenizer())
+    with pytest.raises(ValueError, match="processing_class"):
+        TunixTrainer(model, digits_reward)
+    with pytest.raises(ValueError, match="no such folder"):
+        TunixTrainer("./nowhere", digits_reward)
+
+
+def test_a_loaded_model_with_its_own_lora_is_taken_as_it_is(model_folder, tmp_path):
+    from tunix_torch import ModelConfig
+    from tunix_torch.model import add_lora
+
+    tokenizer = tiny.make_tokenizer()
+    model = add_lora(tiny.make_model(tokenizer), lora_config(ModelConfig(lora_rank=2)))
+    args = GRPOConfig(output_dir=str(tmp_path), report_to="none")
+    trainer = TunixTrainer(model, digits_reward, args, processing_class=tokenizer)
+    assert trainer.model is model
