@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunix_torch.config import ALGORITHMS, ALIASES, KL_ESTIMATORS, LOSS_AGGREGATIONS, GRPOConfig
+from tunix_torch.config import ALGORITHMS, KL_ESTIMATORS, LOSS_AGGREGATIONS, GRPOConfig
 from tunix_torch.grpo import aggregation_weights, compute_group_advantages, grpo_loss, per_token_kl
 
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
@@ -284,15 +284,15 @@ def test_extreme_ratios_stay_finite(sequence_level, largest):
     assert torch.autograd.grad(terms.loss, logps)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("old_is_given", [False, True])
 @pytest.mark.parametrize("mode", LOSS_AGGREGATIONS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_first_ratio_is_one(algorithm, mode, given):
+def test_the_first_ratio_is_one(algorithm, mode, old_is_given):
     """Then the loss is minus the weighted advantages, and its gradient is that of REINFORCE."""
     config = GRPOConfig(algorithm=algorithm, loss_aggregation=mode, use_kl_penalty=False)
     logps, _, _, mask, rewards = make_tensors()
     advantages = make_advantages(rewards, config)
-    terms = compute_loss(logps, logps.detach() if given else None, None, advantages, mask, config)
+    terms = compute_loss(logps, logps.detach() if old_is_given else None, None, advantages, mask, config)
     weights = aggregation_weights(mask, mode, MAX_LENGTH)
     assert terms.largest_ratio_gap == 0 and terms.clipped_weight == 0
     torch.testing.assert_close(terms.loss, -(advantages[:, None] * weights).sum())
@@ -365,25 +365,28 @@ def test_what_stands_at_padding_changes_nothing(sequence_level):
 
 # ---- settings ----
 
-VALUES = {
-    "num_completions_per_prompt": 6,
-    "kl_penalty_coef": 0.2,
-    "epsilon": 0.1,
-    "generation_temperature": 0.3,
-    "generation_top_p": 0.4,
-    "generation_top_k": 7,
-    "generation_max_length": 33,
-    "num_train_epochs": 5,
-    "per_device_train_batch_size": 3,
-    "max_steps": 12,
-}
 
-
-@pytest.mark.parametrize("alias", ALIASES)
-def test_aliases_set_what_the_real_names_set(alias):
-    name = ALIASES[alias]
-    default, by_name, by_alias = GRPOConfig(), GRPOConfig(**{name: VALUES[name]}), GRPOConfig(**{alias: VALUES[name]})
-    assert getattr(by_alias, name) == getattr(by_name, name) == VALUES[name] != getattr(default, name)
+@pytest.mark.parametrize(
+    "alias, name, value",
+    [
+        ("num_generations", "num_completions_per_prompt", 6),
+        ("beta", "kl_penalty_coef", 0.2),
+        ("kl_coef", "kl_penalty_coef", 0.2),
+        ("clip_range", "epsilon", 0.1),
+        ("temperature", "generation_temperature", 0.3),
+        ("top_p", "generation_top_p", 0.4),
+        ("top_k", "generation_top_k", 7),
+        ("max_completion_length", "generation_max_length", 33),
+        ("max_generation_steps", "generation_max_length", 33),
+        ("max_response_length", "generation_max_length", 33),
+        ("num_epochs", "num_train_epochs", 5),
+        ("batch_size", "per_device_train_batch_size", 3),
+        ("num_training_steps", "max_steps", 12),
+    ],
+)
+def test_aliases_set_what_the_real_names_set(alias, name, value):
+    default, by_name, by_alias = GRPOConfig(), GRPOConfig(**{name: value}), GRPOConfig(**{alias: value})
+    assert getattr(by_alias, name) == getattr(by_name, name) == value != getattr(default, name)
 
 
 @pytest.mark.parametrize(
@@ -452,7 +455,7 @@ def test_invalid_values_are_refused_by_name_and_value(name, value):
 
 
 @pytest.mark.parametrize(
-    "settings, names",
+    "options, names",
     [
         ({"algorithm": "dapo", "beta": 0.1}, "kl_penalty_coef=0.1.*dapo"),
         ({"num_iterations": 2, "gradient_accumulation_steps": 4}, "num_iterations=2.*gradient_accumulation_steps=4"),
@@ -462,9 +465,9 @@ def test_invalid_values_are_refused_by_name_and_value(name, value):
         ({"device": "cuda"}, "device='cuda'.*'cpu'.*TUNIX_DEVICE=cuda"),
     ],
 )
-def test_settings_that_cannot_work_together_are_refused(settings, names):
+def test_settings_that_cannot_work_together_are_refused(options, names):
     with pytest.raises(ValueError, match=names):
-        GRPOConfig(**settings)
+        GRPOConfig(**options)
 
 
 @pytest.mark.parametrize("size", [None, 1, 2, 4, 8, 12])
@@ -497,9 +500,9 @@ def test_the_clip_range_is_symmetric_unless_told_otherwise():
     assert GRPOConfig(epsilon=0.3).epsilon_high == 0.3
 
 
-@pytest.mark.parametrize("settings", [{"use_kl_penalty": False}, {"beta": 0.0}])
-def test_no_kl_penalty_means_no_reference(settings):
-    assert GRPOConfig(**settings).beta == 0
+@pytest.mark.parametrize("options", [{"use_kl_penalty": False}, {"beta": 0.0}])
+def test_no_kl_penalty_means_no_reference(options):
+    assert GRPOConfig(**options).beta == 0
 
 
 def test_max_length_leaves_the_prompt_what_the_completion_does_not_take():

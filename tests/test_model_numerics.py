@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 
 from tunix_torch import logprobs
 from tunix_torch.attention import attention_masks, prompt_positions
-from tunix_torch.batch import TrainBatch
 from tunix_torch.grpo import grpo_loss
 from tunix_torch.logprobs import token_logps
 from tunix_torch.model import LORA_TARGETS, add_lora, base_model, logits, reference_policy
@@ -352,8 +351,3 @@ def test_a_bfloat16_model_learns_in_float32(family):
     assert (logps - exact).abs().mean() < 0.1
     gradients = lora_gradients(model, logps.sum())
     assert gradients.dtype == torch.float32 and gradients.isfinite().all() and gradients.any()
-
-
-def test_train_batch_names_are_those_of_google_tunix():
-    names = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages"}
-    assert names | {"ref_per_token_logps", "old_per_token_logps"} <= {field.name for field in fields(TrainBatch)}

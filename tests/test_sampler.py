@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, PAD, VOCABULARY, WINDOW, add_nontrivial_lora, hugging_face_logits, make_batch, make_model
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -121,8 +121,7 @@ def choose(scores, uniforms, params):
 @given(LOGITS, SETTINGS)
 def test_tokens_follow_the_truncated_distribution(scores, params):
     expected = truncated_distribution(scores, params)
-    if expected is None:
-        return
+    assume(expected is not None)
     grid = (np.arange(500) + 0.5) / 500
     tokens, _ = choose(scores, grid, params)
     share = np.bincount(tokens, minlength=len(scores)) / len(grid)
@@ -134,15 +133,14 @@ def test_tokens_follow_the_truncated_distribution(scores, params):
 @given(LOGITS, SETTINGS)
 def test_candidates_are_those_of_transformers(scores, params):
     expected = truncated_distribution(scores, params)
-    if expected is None:
-        return
+    assume(expected is not None)
     warped = TemperatureLogitsWarper(params.temperature)(None, torch.tensor(scores)[None])
     warped = TopKLogitsWarper(params.top_k)(None, warped) if params.top_k else warped
     warped = TopPLogitsWarper(params.top_p)(None, warped) if params.top_p < 1 else warped
-    candidates = [token for token in np.flatnonzero(warped[0].isfinite()) if expected[token] > 1e-5]
+    assert torch.equal(warped[0].isfinite(), torch.tensor(expected > 0))
+    candidates = np.flatnonzero(expected > 1e-5)
     middles = np.cumsum(expected) - expected / 2  # of each token's share of [0, 1), in the order of the vocabulary
-    assert choose(scores, middles[candidates], params)[0].tolist() == candidates
-    assert expected[candidates].sum() > 1 - 1e-3
+    assert choose(scores, middles[candidates], params)[0].tolist() == candidates.tolist()
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -153,7 +151,7 @@ def test_the_logp_of_a_token_is_that_of_the_whole_vocabulary(scores, params):
     np.testing.assert_allclose(logps, expected, atol=2e-5)
 
 
-EXTREMES = [0.0, 2**-24, 0.5, 1 - 2**-23, 1 - 2**-24]  # the first and the last are the least and greatest drawn
+EXTREMES = [0.0, 2**-24, 0.5, 1 - 2**-24, 1.0]  # from 0 to below 1 are drawn; rounding on a device may yield 1
 
 
 @pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (5, 1.0), (0, 0.9), (50, 0.9), (1, 1.0), (0, 1e-6)])
@@ -186,9 +184,7 @@ def test_ties(top_k, top_p, kept):
     """Of equal scores exactly as many stay as the setting says, each equally likely."""
     tokens, _ = choose(np.zeros(8), (np.arange(600) + 0.5) / 600, SamplingParams(1, top_k=top_k, top_p=top_p))
     counts = np.bincount(tokens, minlength=8)
-    assert sorted(counts)[-kept:] == pytest.approx([600 / kept] * kept, abs=1) and counts.sum() == sum(
-        sorted(counts)[-kept:]
-    )
+    assert sorted(counts) == pytest.approx([0] * (8 - kept) + [600 / kept] * kept, abs=1)
 
 
 def test_greedy_is_the_best_token_scored_at_temperature_one():
@@ -254,11 +250,11 @@ def test_uniforms_are_uniform_and_below_one():
 # ---- where a completion ends ----
 
 
-def count_decode_steps(model, **settings):
+def count_decode_steps(model, **options):
     """The rollout, and how often the decoder ran after the prompt."""
     calls = []
     hook = base_model(model).get_decoder().register_forward_hook(lambda *_: calls.append(1))
-    rollout = sample(model, **settings)
+    rollout = sample(model, **options)
     hook.remove()
     return rollout, len(calls) - 1
 
@@ -331,21 +327,21 @@ def test_sampling_leaves_no_graph():
 
 
 def test_a_sampler_used_again_gives_what_a_new_one_gives():
-    """Its decode step is made once: other prompts, another group size, and new LoRA weights must all be seen."""
+    """Its decode step is made once: other prompts, group sizes, settings and LoRA weights must all be seen."""
     model, batch = make_policy(), make_batch()
     sampler = Sampler(model, SOME, PAD)
     uniforms = draw_uniforms((0, 1), range(9), 20)
-    sampler.sample(batch.prompt_ids, batch.prompt_mask, GROUP, PARAMS, uniforms)
-    before = sample(model, uniforms=uniforms)
+    before = sampler.sample(batch.prompt_ids, batch.prompt_mask, GROUP, PARAMS, uniforms)
+    assert_same(before, sample(model, uniforms=uniforms))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(-2)
-    for group, first in [(3, 0), (2, 0), (3, 4)]:
+    for group, first, params in [(3, 0, PARAMS), (2, 0, PARAMS), (3, 4, PARAMS), (3, 0, replace(PARAMS, top_k=2))]:
         prompts = batch.prompt_ids[:, first:], batch.prompt_mask[:, first:]
         rows = uniforms[: 3 * group]
-        again = sampler.sample(*prompts, group, PARAMS, rows)
-        assert_same(again, sample(model, prompts=prompts, group=group, uniforms=rows))
+        again = sampler.sample(*prompts, group, params, rows)
+        assert_same(again, sample(model, prompts=prompts, group=group, params=params, uniforms=rows))
         assert group != 3 or not torch.equal(again.completion_ids, before.completion_ids)
 
 

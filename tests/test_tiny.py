@@ -15,7 +15,7 @@ from tunix_torch.tiny import CHARACTERS, ROLES, SPECIAL_TOKENS, TAGS, arithmetic
 EXAMPLES = settings(max_examples=200, deadline=None, derandomize=True)
 TOKENIZER = make_tokenizer()
 # Arbitrary characters almost never spell a token of several characters, so such pieces are mixed in.
-PIECES = [*TAGS, *ROLES, *SPECIAL_TOKENS, "<reason", "answer>", "users", "<", "</", "123", "  "]
+PIECES = [*TAGS, *ROLES, *SPECIAL_TOKENS, "<reason", "answer>", "users", "<", "</", "123", "  ", "\n\n"]
 TEXT = st.lists(st.sampled_from([*CHARACTERS, *PIECES])).map("".join)
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "x": operator.mul}
@@ -70,6 +70,7 @@ def test_digits_are_tokens_one_by_one(text):
 @pytest.mark.parametrize("piece", [*TAGS, *ROLES, *SPECIAL_TOKENS, *CHARACTERS])
 def test_tags_roles_and_characters_are_single_tokens(piece):
     assert TOKENIZER.tokenize(piece) == [piece]
+    assert TOKENIZER.tokenize(piece * 2) == [piece] * 2
     assert len(TOKENIZER(f"1{piece}2")["input_ids"]) == 3
 
 
@@ -126,8 +127,9 @@ def test_answers_and_every_step_are_right(split):
         steps, answer = layout[1].split("\n"), layout[2]
         assert answer == row["answer"] and len(steps) >= 2
         for step in steps:
-            left, operation, right, result = re.fullmatch(r"(\d+)([-+x])(\d+)=(\d+)", step).groups()
-            assert OPERATIONS[operation](int(left), int(right)) == int(result), (row["question"], step)
+            left, sign, right, result = re.fullmatch(r"(\d+)([-+x])(\d+)=(\d+)", step).groups()
+            assert OPERATIONS[sign](int(left), int(right)) == int(result), (row["question"], step)
+        assert operation != "+" or steps[0].startswith(f"{a // 10 * 10}+"), "terms in another order than asked"
         assert steps[-1].endswith(f"={answer}")
     assert counts == dict.fromkeys(OPERATIONS, 1000)
 

@@ -221,7 +221,7 @@ class GRPOConfig(TrainingArguments):
 
     def to_dict(self) -> dict[str, Any]:
         """As `TrainingArguments.to_dict`, with the device as the word that was asked for."""
-        return super().to_dict() | {"device": process_device.KIND}
+        return super().to_dict() | {"device": self._requested_device}
 
     @property
     def beta(self) -> float:
@@ -232,6 +232,7 @@ class GRPOConfig(TrainingArguments):
         chosen = process_device.KIND
         if isinstance(self.device, torch.device):  # of a config that is made from another one
             self.device = chosen
+        self._requested_device = self.device
         _require(self.device in KINDS, "device", self.device, f"choose one of {', '.join(KINDS)}")
         if self.device not in ("auto", chosen):
             raise ValueError(
@@ -260,7 +261,7 @@ class GRPOConfig(TrainingArguments):
         _require(self.eval_temperature > 0, "eval_temperature", self.eval_temperature, "must be above 0")
         for name in ("generation_max_length", "max_prompt_length", "num_iterations", "stop_check_interval"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name in ("generation_top_k", "num_eval_completions"):
+        for name in ("generation_top_k", "num_eval_completions", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         for name, choices in (
             ("algorithm", ALGORITHMS),

@@ -53,7 +53,7 @@ def answer_questions(
     at_once = max(1, batch_size // num_completions)
     answers = Answers([], [], [])
     starts = range(0, len(rows), at_once)
-    for start in tqdm(starts, desc="Evaluation", unit="batch", leave=False, disable=len(starts) < 2):
+    for start in tqdm(starts, desc="Evaluation", unit="batch", leave=False, disable=len(starts) < 20):
         part = list(rows[start : start + at_once])
         filled = part + [part[-1]] * (at_once - len(part))
         batch = collator(filled)

@@ -55,7 +55,7 @@ def per_token_kl(logps: Tensor, ref_logps: Tensor, estimator: str, clamp: float 
     elif estimator == "k2":
         kl = 0.5 * difference.square()
     elif estimator == "k3":
-        kl = torch.exp(difference) - difference - 1
+        kl = torch.expm1(difference) - difference
     else:
         raise ValueError(f"kl_estimator={estimator!r}: choose one of {', '.join(KL_ESTIMATORS)}")
     return kl if clamp is None else kl.clamp(-clamp, clamp)

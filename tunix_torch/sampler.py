@@ -66,7 +66,8 @@ def choose_tokens(scores: Tensor, uniforms: Tensor, params: SamplingParams) -> t
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
     target = torch.minimum(uniforms[:, None] * total, total * (1 - 2**-22))  # below the total, whatever the rounding
-    chosen = (cdf <= target).sum(-1, keepdim=True)
+    reached = (cdf > target) & (probs > 0)  # a parallel scan may give a cdf that is not quite monotone
+    chosen = reached.int().argmax(dim=-1, keepdim=True)  # the first
     tokens = chosen if ids is None else ids.gather(-1, chosen)
     return tokens[:, 0], logps.gather(-1, tokens)[:, 0]
 
@@ -105,10 +106,16 @@ class Sampler:
         """
         num_rows = prompt_ids.shape[0] * num_completions
         assert uniforms.shape == (num_rows, params.max_new_tokens), uniforms.shape
-        uniforms = uniforms.to(prompt_ids.device)
         was_training = self.model.training
         self.model.eval()
+        try:
+            return self._sample(prompt_ids, prompt_mask, num_completions, params, uniforms.to(prompt_ids.device))
+        finally:
+            self.model.train(was_training)
 
+    def _sample(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, num_completions: int, params: SamplingParams, uniforms: Tensor
+    ) -> Rollout:
         last_hidden, prefix = prefill(self.model, prompt_ids, prompt_mask)
         scores = logits(self.model, last_hidden).repeat_interleave(num_completions, dim=0)  # (B, V)
         tokens, logps = choose_tokens(scores, uniforms[:, 0], params)
@@ -130,7 +137,6 @@ class Sampler:
             ids, logps, ended, step = decode(ids, logps, ended, step, key_mask, lengths, uniforms, keys, values)
             if (t + 1) % self.stop_check_interval == 0 and bool(ended.all()):  # the host waits here
                 break
-        self.model.train(was_training)
         mask = self._completion_mask(ids)
         return Rollout(ids.masked_fill(~mask, self.pad_token_id), mask, logps.masked_fill(~mask, 0.0))
 

@@ -1,0 +1,330 @@
+"""Every script end to end, as a subprocess: what it writes, what it prints, and what it says to wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tunix_torch import tiny
+
+ROOT = Path(__file__).parent.parent
+SMALL = (
+    "--max_steps 2 --batch_size 2 --max_completion_length 12 --max_prompt_length 48 --num_eval_rows 4 "
+    "--per_device_eval_batch_size 4 --num_train_rows 16"
+).split()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The tiny model without its warm start."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = tiny.make_tokenizer()
+    tiny.make_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, model):
+    """A cache folder in which the tiny model lies already, so that no test waits for its warm start."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.symlink(model, folder / tiny.folder_name())
+    return str(folder)
+
+
+def run(script, *args, cwd=ROOT, cache=None, timeout=120, **environment):
+    env = {**os.environ, "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT), **environment}
+    if cache:
+        env["TUNIX_CACHE"] = cache
+    command = [str(ROOT / script)] if script.endswith(".sh") else [sys.executable, str(ROOT / script)]
+    return subprocess.run(
+        [*command, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def refused(result, *words):
+    """One line on stderr that says all these words, exit code 2, no traceback."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(model, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "out"
+    result = run(
+        "train.py",
+        "--use_grpo",
+        "--model_name",
+        model,
+        "--output_dir",
+        output,
+        *SMALL,
+        "--system_message",
+        "",
+        "--save_steps",
+        "1",
+    )
+    assert result.returncode == 0, result.stderr
+    return output, result
+
+
+def test_train_writes_everything_that_is_promised(trained):
+    output, result = trained
+    promised = {
+        "config.json",
+        "metrics.jsonl",
+        "training_curves.png",
+        "runs",
+        "checkpoint-1",
+        "checkpoint-2",
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "trainer_state.json",
+    }
+    assert promised <= {path.name for path in output.iterdir()}
+    in_checkpoint = {path.name for path in (output / "checkpoint-2").iterdir()}
+    assert {
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    } <= in_checkpoint
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [row["step"] for row in rows if "eval_accuracy" in row]
+    assert evaluated == [0, 2]
+    assert [row["step"] for row in rows if "reward" in row] == [1, 2]
+    assert "before" in result.stdout and "greedy pass@1" in result.stdout
+    assert list((output / "runs").glob("**/events*"))
+
+
+def test_saved_adapter_loads_with_peft(trained, model):
+    output, _ = trained
+    base = AutoModelForCausalLM.from_pretrained(model)
+    loaded = PeftModel.from_pretrained(base, str(output))
+    assert torch.isfinite(loaded(input_ids=torch.arange(10)[None]).logits).all()
+
+
+def test_the_config_that_a_run_wrote_repeats_the_run(trained, tmp_path):
+    output, _ = trained
+    result = run("train.py", "--config", output / "config.json", "--output_dir", tmp_path / "again")
+    assert result.returncode == 0, result.stderr
+    first, second = ((folder / "adapter_model.safetensors").read_bytes() for folder in (output, tmp_path / "again"))
+    assert first == second
+
+
+def test_an_earlier_run_is_set_aside_and_can_be_resumed(model, tmp_path):
+    flags = ["--use_grpo", "--model_name", model, "--output_dir", tmp_path, *SMALL, "--save_steps", "1"]
+    assert run("train.py", *flags).returncode == 0
+    kept = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert run("train.py", *flags, "--resume_from_checkpoint", "latest", "--max_steps", "3").returncode == 0
+    assert (tmp_path / "checkpoint-3").is_dir() and not (tmp_path / "previous").exists()
+    assert run("train.py", *flags).returncode == 0
+    (previous,) = (tmp_path / "previous").iterdir()
+    assert (previous / "checkpoint-3").is_dir()
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == kept
+
+
+def test_supervised_fine_tuning_is_the_default_and_takes_files(model, tmp_path):
+    rows = [{"question": f"{n} + 1?", "answer": f"so\n#### {n + 1}"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "settings.yaml").write_text(f"model_name: {model}\nlearning_rate: 1e-3\nmax_completion_length: 64\n")
+    result = run(
+        "train.py",
+        "--config",
+        tmp_path / "settings.yaml",
+        "--data_path",
+        tmp_path / "rows.jsonl",
+        "--val_data_path",
+        tmp_path / "rows.jsonl",
+        "--output_dir",
+        tmp_path / "out",
+        "--max_steps",
+        "2",
+        "--system_message",
+        "",
+        "--learning_rate",
+        "0.002",
+    )
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["learning_rate"] == 0.002 and config["use_grpo"] is False and config["generation_max_length"] == 64
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert all("eval_loss" in row for row in rows if "eval_accuracy" in row)
+
+
+def test_config_example_holds_every_setting_with_its_default_and_runs(cache, tmp_path):
+    sys.path.insert(0, str(ROOT))
+    import train
+    import utils
+
+    defaults = utils.settings_of(*train.parse_args(["--use_grpo"]))
+    assert json.loads((ROOT / "config_example.json").read_text()) == defaults
+    result = run(
+        "train.py", "--config", ROOT / "config_example.json", "--output_dir", tmp_path / "out", *SMALL, cache=cache
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--data_path", "missing.jsonl"], ["missing.jsonl", "no such file"]),
+        (["--config", "missing.json"], ["missing.json", "no such file"]),
+        (["--use_grpo", "--num_completions_per_prompt", "1"], ["num_completions_per_prompt=1", "at least 2"]),
+        (["--use_grpo", "--max_prompt_length", "3"], ["max_prompt_length=3", "longest"]),
+        (["--reward_funcs", "corectness"], ["corectness", "did you mean 'correctness'"]),
+        (["--learning_rat", "1"], ["--learning_rat", "did you mean 'learning_rate'"]),
+        (["--learning_rate", "fast"], ["learning_rate", "fast"]),
+        (["--beta", "0.1", "--kl_coef", "0.2"], ["--kl_coef", "--beta", "same setting"]),
+        (["--model_name", "./nowhere"], ["./nowhere", "no such folder"]),
+        (["--model_name", "nobody/no-such-model"], ["nobody/no-such-model", "local folder"]),
+        (["--device", "quantum"], ["quantum", "auto, xla, cuda, cpu"]),
+        (["--resume_from_checkpoint", "latest"], ["resume_from_checkpoint", "no whole checkpoint"]),
+        (["--max_length", "4"], ["max_length=4"]),
+        (["--num_tpu_cores", "8"], ["num_tpu_cores=8"]),
+    ],
+)
+def test_train_refuses_wrong_input_with_one_line(flags, words, cache, tmp_path):
+    refused(run("train.py", "--output_dir", tmp_path / "out", *flags, cache=cache, HF_HUB_OFFLINE="1"), *words)
+    assert not (tmp_path / "out").exists(), "nothing may be written"
+
+
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        ("rows.jsonl", '{"question": "1", "answer": "1"}\n{"question"', ["line 2", "not valid JSON"]),
+        ("rows.jsonl", '{"question": "1"}', ["row 1", "no answer"]),
+        ("settings.json", '{"epsillon": 0.1}', ["epsillon", "did you mean 'epsilon'"]),
+        ("settings.json", '{"epsilon": 0.1,\n}', ["line 2", "not valid JSON"]),
+        ("settings.yaml", "epsilon: [1", ["not valid YAML"]),
+        ("settings.json", '{"max_steps": 1.5}', ["max_steps", "1.5"]),
+    ],
+)
+def test_train_refuses_broken_files_with_one_line(name, text, words, cache, tmp_path):
+    (tmp_path / name).write_text(text)
+    flag = "--data_path" if name.startswith("rows") else "--config"
+    refused(run("train.py", "--output_dir", tmp_path / "out", flag, tmp_path / name, cache=cache), *words)
+
+
+def test_train_refuses_a_model_folder_without_weights(tmp_path, model):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text((Path(model) / "config.json").read_text())
+    refused(run("train.py", "--model_name", tmp_path / "empty", "--output_dir", tmp_path / "out"), "no weights")
+
+
+def test_ctrl_c_says_how_to_go_on(model, tmp_path):
+    flags = ["--use_grpo", "--model_name", model, *SMALL, "--max_steps", "10000", "--save_steps", "1"]
+    environment = {**os.environ, "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--output_dir", str(tmp_path)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    for _ in range(600):
+        if (tmp_path / "checkpoint-2").exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume_from_checkpoint latest" in stderr and "Traceback" not in stderr, stderr
+
+
+def test_inference_numbers_the_steps_and_writes_a_file(trained, tmp_path):
+    output, _ = trained
+    (tmp_path / "questions.txt").write_text("What is 1 + 1?\n\nWhat is 2 + 2?\n")
+    flags = ["--questions_file", tmp_path / "questions.txt", "--num_samples", "2", "--max_new_tokens", "8"]
+    result = run("inference.py", "--model_path", output, *flags, "--show_prompt", "--output_file", tmp_path / "a.jsonl")
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [row["question"] for row in rows] == ["What is 1 + 1?", "What is 2 + 2?"]
+    assert all(len(row["completions"]) == 2 for row in rows)
+    assert "<start_of_turn>user" in result.stdout and "Answer:" in result.stdout
+    again = run("inference.py", "--model_path", output, *flags, "--output_file", tmp_path / "a.jsonl")
+    refused(again, "nothing is overwritten")
+
+
+def test_inference_takes_the_newest_run_else_the_tiny_model(trained, cache, tmp_path):
+    question = ["--question", "What is 1 + 1?", "--max_new_tokens", "4", "--no_do_sample"]
+    assert "Model: tiny" in run("inference.py", *question, cwd=tmp_path, cache=cache).stdout
+    (tmp_path / "outputs").mkdir()
+    os.symlink(trained[0], tmp_path / "outputs" / "mine")
+    assert "Model: outputs/mine" in run("inference.py", *question, cwd=tmp_path, cache=cache).stdout
+
+
+@pytest.mark.parametrize("template", ["default", "alpaca", "chatml", "llama2"])
+def test_inference_knows_the_prompt_templates(template, model):
+    flags = ["--question", "1 + 1?", "--prompt_template", template, "--system_message", "Think.", "--show_prompt"]
+    result = run("inference.py", "--model_path", model, *flags, "--max_new_tokens", "2")
+    marker = {"default": "<start_of_turn>", "alpaca": "###", "chatml": "<|im_start|>", "llama2": "[INST]"}[template]
+    assert marker in result.stdout and "Think." in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], ["--question"]),
+        (["--question", "1", "--temperature", "0"], ["temperature=0"]),
+        (["--question", "1", "--model_path", "./nowhere"], ["./nowhere"]),
+        (["--questions_file", "missing.txt"], ["missing.txt", "no such file"]),
+        (["--question", "1", "--top_p", "high"], ["top_p", "high"]),
+        (["--question", "1", "--prompt_template", "gpt"], ["prompt_template", "gpt"]),
+    ],
+)
+def test_inference_refuses_wrong_input_with_one_line(flags, words):
+    refused(run("inference.py", *flags), *words)
+
+
+def test_reasoning_becomes_numbered_steps():
+    sys.path.insert(0, str(ROOT))
+    from inference import reasoning_steps
+
+    assert reasoning_steps("<reasoning>40+30=70\n7+8=15</reasoning><answer>85</answer>") == ["40+30=70", "7+8=15"]
+    assert reasoning_steps("<reasoning>First this. Then that.</reasoning>") == ["First this.", "Then that."]
+    assert reasoning_steps("<reasoning>Step 1: a\n2. b</reasoning>") == ["a", "b"]
+    assert reasoning_steps("1.5 is more than 1") == ["1.5 is more than 1"]
+
+
+@pytest.mark.parametrize("number", "1234")
+def test_examples_run(number, cache, tmp_path):
+    result = run("example_usage.py", number, cache=cache, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "step    5/5" in result.stdout + result.stderr
+
+
+def test_examples_refuse_an_unknown_number():
+    refused(run("example_usage.py", "5"), "1|2|3|4")
+
+
+def test_run_tpu_training_reads_its_variables_and_says_that_there_is_no_tpu(model, tmp_path):
+    environment = {"MODEL_NAME": model, "OUTPUT_DIR": str(tmp_path / "out"), "BATCH_SIZE": "2", "NUM_EPOCHS": "1"}
+    environment |= {"LEARNING_RATE": "0.003", "MAX_LENGTH": "60", "NUM_TPU_CORES": "1", "GENERATION_MAX_LENGTH": "12"}
+    environment |= {"PYTHON": sys.executable, "NUM_COMPLETIONS_PER_PROMPT": "2"}
+    result = run(
+        "run_tpu_training.sh",
+        "--max_steps",
+        "1",
+        "--num_eval_rows",
+        "2",
+        "--system_message",
+        "",
+        timeout=300,
+        **environment,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "No TPU was found" in result.stdout and "XLA on the CPU" in result.stdout
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["device"], config["max_prompt_length"], config["num_completions_per_prompt"]) == ("xla", 48, 2)
+    assert config["learning_rate"] == 0.003
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["compilations"] > 0 for row in rows)

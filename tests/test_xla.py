@@ -1,0 +1,117 @@
+"""XLA for real, through PJRT on the CPU: run as `TUNIX_DEVICE=xla pytest -m xla`, in a process of its own.
+
+What the CPU computes comes from a second process, since a process is XLA or not for life.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STEPS = 6
+
+# One job, run on either device. Prompts have many lengths; the adapter is saved at the end.
+JOB = """
+import json, sys
+from tunix_torch import GRPOConfig, TunixTrainer, device, tiny
+
+def digits_reward(prompts, completions, **columns):
+    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+
+folder, output_dir, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+args = GRPOConfig(
+    output_dir=output_dir, report_to="none", disable_tqdm=True, per_device_train_batch_size=2, max_prompt_length=48,
+    generation_max_length=12, learning_rate=1e-2, stop_check_interval=4, **settings,
+)
+rows = [{**row, "question": row["question"] + "!" * (7 * i % 19)}
+        for i, row in enumerate(tiny.arithmetic_rows("train", 64))]
+trainer = TunixTrainer(folder, digits_reward, args, rows)
+completions = []
+collect = trainer.collect
+def recording_collect(prompts):
+    batch = collect(prompts)
+    lengths = batch.completion_mask.sum(1).tolist()
+    completions.append([row[:n] for row, n in zip(batch.completion_ids.tolist(), lengths)])
+    return batch
+trainer.collect = recording_collect
+trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
+trainer.save_model()
+weights = {
+    name: p.detach().cpu().flatten().tolist()
+    for name, p in trainer.model.named_parameters()
+    if "layers.3.mlp" in name and p.requires_grad
+}
+result = {"kind": device.KIND, "log": trainer.state.log_history, "completions": completions, "weights": weights}
+json.dump(result, open(output_dir + "/result.json", "w"))
+"""
+
+
+def run_job(kind, folder, output_dir, **settings):
+    environment = {**os.environ, "TUNIX_DEVICE": kind, "PYTHONPATH": str(ROOT)}
+    environment.pop("USE_TORCH_XLA", None)
+    environment.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
+    output_dir.mkdir(parents=True)
+    command = [sys.executable, "-c", JOB, folder, str(output_dir), json.dumps({"max_steps": STEPS} | settings)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads((output_dir / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    from tunix_torch import tiny
+
+    root = tmp_path_factory.mktemp("xla")
+    folder = root / "tiny"
+    tokenizer = tiny.make_tokenizer()
+    tiny.make_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    runs = {kind: run_job(kind, str(folder), root / kind, **settings) for kind in ("cpu", "xla")}
+    resume = {**settings, "resume_from_checkpoint": str(root / "xla" / "checkpoint-3")}
+    runs["resumed"] = run_job("xla", str(folder), root / "resumed", **resume)
+    return runs
+
+
+pytestmark = pytest.mark.xla
+
+
+def logged(run, name):
+    return [row[name] for row in run["log"] if name in row and "reward" in row]
+
+
+def test_this_process_and_the_job_really_are_on_xla(results):
+    from tunix_torch import device
+
+    assert device.KIND == results["xla"]["kind"] == "xla" and results["cpu"]["kind"] == "cpu"
+    assert device.torch_device().type == "xla"
+
+
+def test_first_five_steps_give_the_same_completions_as_on_the_cpu(results):
+    assert results["xla"]["completions"][:5] == results["cpu"]["completions"][:5]
+
+
+@pytest.mark.parametrize("name", ["loss", "reward", "kl", "entropy"])
+def test_first_five_steps_give_the_same_numbers_as_on_the_cpu(results, name):
+    assert logged(results["xla"], name)[:5] == pytest.approx(logged(results["cpu"], name)[:5], abs=1e-4)
+
+
+def test_no_compilation_after_the_second_step_with_prompts_of_many_lengths(results):
+    counts = logged(results["xla"], "compilations")
+    assert counts[0] > 0, "nothing was counted"
+    assert counts[2] == counts[-1], counts
+
+
+def test_adapter_after_training_on_xla_is_that_of_the_cpu(results):
+    for name, expected in results["cpu"]["weights"].items():
+        assert results["xla"]["weights"][name] == pytest.approx(expected, abs=2e-3), name
+
+
+def test_resumed_on_xla_equals_uninterrupted(results):
+    assert results["resumed"]["completions"] == results["xla"]["completions"][3:]
+    for name, expected in results["xla"]["weights"].items():
+        assert results["resumed"]["weights"][name] == pytest.approx(expected, abs=1e-6), name
