@@ -58,9 +58,6 @@ def _choose() -> str:
         os.environ.setdefault("PJRT_DEVICE", "TPU" if tpu_is_present() else "CPU")
         return "xla"
     _keep_transformers_off_xla()
-    # Threads that wait should sleep, not spin: with one other busy process on two cores, spinning made a loop of small
-    # matrix products 2 to 9 times slower, sleeping at most 2 times; on an idle machine it costs about a tenth.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     if requested == "cuda" and not torch.cuda.is_available():

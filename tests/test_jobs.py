@@ -1,0 +1,69 @@
+"""Whole jobs, minutes long: the embedded default learns, for three seeds, and through XLA as on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+def run_default_job(output_dir, *flags, **environment):
+    """`python train.py --use_grpo --num_completions_per_prompt 4`: (its evaluation rows, seconds)."""
+    command = [sys.executable, "train.py", "--use_grpo", "--num_completions_per_prompt", "4", *flags]
+    started = time.perf_counter()
+    env = {**os.environ, "TUNIX_DEVICE": "cpu", **environment}
+    subprocess.run([*command, "--output_dir", str(output_dir)], cwd=ROOT, env=env, check=True)
+    seconds = time.perf_counter() - started
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return rows, seconds
+
+
+def evaluations(rows):
+    return [row for row in rows if "eval_accuracy" in row]
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory):
+    """The first seed, warm start included."""
+    root = tmp_path_factory.mktemp("jobs")
+    cache = {"TUNIX_CACHE": str(root / "cache")}
+    rows, seconds = run_default_job(root / "cpu", **cache)
+    return rows, seconds, cache
+
+
+def check_learned(rows):
+    first, last = evaluations(rows)[0], evaluations(rows)[-1]
+    assert 0.40 <= first["eval_accuracy"] <= 0.75, "GRPO should have something to do"
+    assert last["eval_accuracy"] >= max(0.90, first["eval_accuracy"] + 0.15)
+    assert last["eval_mean@8"] > first["eval_mean@8"]
+
+
+def test_embedded_default_learns_in_six_minutes(on_cpu):
+    rows, seconds, _ = on_cpu
+    print(f"{seconds:.0f} s", evaluations(rows)[0], evaluations(rows)[-1])
+    check_learned(rows)
+    assert seconds <= 360, f"{seconds:.0f} s; is the machine busy?"
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_other_seeds_learn_too(on_cpu, tmp_path, seed):
+    rows, _ = run_default_job(tmp_path / "run", "--seed", seed, **on_cpu[2])
+    print(evaluations(rows)[0], evaluations(rows)[-1])
+    check_learned(rows)
+
+
+def test_the_whole_job_through_xla_reaches_the_same_accuracy_without_compiling_again(on_cpu, tmp_path):
+    environment = {"TUNIX_DEVICE": "xla", "PJRT_DEVICE": "CPU"}
+    rows, seconds = run_default_job(tmp_path / "run", "--device", "xla", **on_cpu[2], **environment)
+    print(f"{seconds:.0f} s", evaluations(rows)[-1])
+    check_learned(rows)
+    expected = evaluations(on_cpu[0])[-1]["eval_accuracy"]
+    assert evaluations(rows)[-1]["eval_accuracy"] == pytest.approx(expected, abs=0.03)
+    counts = [row["compilations"] for row in rows if "reward" in row and row["step"] >= 3]
+    assert len(set(counts)) == 1, counts
