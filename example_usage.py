@@ -12,7 +12,6 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-import tunix_torch  # noqa: F401, I001
 import utils
 from rewards import correctness_reward, format_reward
 from tunix_torch import GRPOConfig, TunixTrainer, tiny

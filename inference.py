@@ -16,7 +16,6 @@ import utils
 if __name__ == "__main__":
     utils.run_script(utils.choose_device)  # before anything imports Transformers
 
-import tunix_torch  # noqa: F401, I001
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -54,9 +53,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top_p", type=float, default=0.9)
     parser.add_argument("--top_k", type=int, default=50)
-    parser.add_argument(
-        "--do_sample", action=argparse.BooleanOptionalAction, default=True, help="or always the likeliest"
-    )
+    parser.add_argument("--do_sample", action="store_true", default=True, help="the default")
+    parser.add_argument("--no_do_sample", dest="do_sample", action="store_false", help="always the likeliest token")
     parser.add_argument("--num_samples", type=int, default=1, help="answers to each question")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--show_prompt", action="store_true", help="print the text that the model sees")

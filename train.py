@@ -19,7 +19,6 @@ import utils
 if __name__ == "__main__":
     utils.run_script(utils.choose_device)  # before anything imports Transformers
 
-import tunix_torch  # noqa: F401, I001
 from transformers import HfArgumentParser, PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
@@ -56,7 +55,7 @@ def parse_args(argv: Sequence[str]) -> tuple[ModelConfig, DataConfig, GRPOConfig
     file = parser.parse_known_args(argv)[0].config
     settings = canonical_names(utils.load_config(file), names) if file else {}
 
-    parser.set_defaults(use_grpo=False, **_as_defaults(settings))
+    parser.set_defaults(**_as_defaults({"use_grpo": False} | settings))
     model_name = parser.parse_known_args(argv)[0].model_name
     if model_name == tiny.NAME:
         parser.set_defaults(**_as_defaults(tiny.RECIPE | settings))
@@ -103,7 +102,7 @@ def build_trainer(model_config: ModelConfig, data_config: DataConfig, args: GRPO
     eval_rows = prepare_rows(eval_rows, tokenizer, *widths, data_config.system_message)
     if not eval_rows:
         args.eval_strategy, args.eval_on_start = "no", False
-    model = load_model(model_config.model_name, torch_dtype(model_config.dtype))
+    model = load_model(model_config.model_name, torch_dtype(model_config.model_dtype))
     has_adapter = (Path(model_config.model_name) / "adapter_config.json").is_file()
     trainer = TunixTrainer(
         model,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -34,9 +35,12 @@ COMMON_FIELDS = (
 
 
 def choose_device(argv: Sequence[str] | None = None) -> None:
-    """Set TUNIX_DEVICE from `--device`, or from the config file, before anything imports Transformers.
+    """Set TUNIX_DEVICE from `--device`, or from the config file, and let the library choose, before Transformers loads.
 
-    Mistakes are left to the parser, which sees the same arguments again and can say more.
+    Other mistakes in the arguments are left to the parser, which sees them again and can say more.
+
+    Raises:
+        ValueError: a device that does not exist, or is not here.
     """
     argv = sys.argv[1:] if argv is None else argv
     given = {}
@@ -50,6 +54,7 @@ def choose_device(argv: Sequence[str] | None = None) -> None:
         device = load_config(given["--config"]).get("device")
         if device is not None:
             os.environ["TUNIX_DEVICE"] = str(device)
+    import tunix_torch  # noqa: F401
 
 
 def fail(message: str) -> NoReturn:
@@ -90,8 +95,13 @@ def load_config(path: str | Path) -> dict[str, Any]:
     if path.suffix in (".yaml", ".yml"):
         import yaml
 
+        class Loader(yaml.SafeLoader):
+            """YAML 1.1 takes 1e-5 for a text; people mean a number."""
+
+        number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+        Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
         try:
-            settings = yaml.safe_load(text)
+            settings = yaml.load(text, Loader=Loader)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""

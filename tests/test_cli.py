@@ -18,7 +18,7 @@ from tunix_torch import tiny
 ROOT = Path(__file__).parent.parent
 SMALL = (
     "--max_steps 2 --batch_size 2 --max_completion_length 12 --max_prompt_length 48 --num_eval_rows 4 "
-    "--per_device_eval_batch_size 4 --num_train_rows 16"
+    "--per_device_eval_batch_size 4 --num_train_rows 16 --system_message="
 ).split()
 
 
@@ -41,7 +41,8 @@ def cache(tmp_path_factory, model):
 
 
 def run(script, *args, cwd=ROOT, cache=None, timeout=120, **environment):
-    env = {**os.environ, "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT), **environment}
+    inherited = {k: v for k, v in os.environ.items() if k not in ("USE_TORCH_XLA", "TORCH_DEVICE_BACKEND_AUTOLOAD")}
+    env = {**inherited, "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT), **environment}
     if cache:
         env["TUNIX_CACHE"] = cache
     command = [str(ROOT / script)] if script.endswith(".sh") else [sys.executable, str(ROOT / script)]

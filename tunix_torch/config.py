@@ -47,6 +47,7 @@ ALIASES = {
     "num_epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
     "num_training_steps": "max_steps",
+    "dtype": "model_dtype",
 }
 
 
@@ -99,7 +100,7 @@ class ModelConfig:
     """Which model, and the LoRA on it."""
 
     model_name: str = _setting("tiny", "a Hugging Face model: hub id or folder; 'tiny' is made here, offline")
-    dtype: str = _setting(
+    model_dtype: str = _setting(
         "auto", "of the base weights: auto (bfloat16 on TPU and CUDA, else float32), float32, bfloat16"
     )
     lora_rank: int = _setting(16, "rank of the LoRA matrices")
@@ -107,7 +108,7 @@ class ModelConfig:
     lora_dropout: float = _setting(0.0, "dropout on the LoRA's input while learning")
 
     def __post_init__(self) -> None:
-        _require(self.dtype in DTYPES, "dtype", self.dtype, f"choose one of {', '.join(DTYPES)}")
+        _require(self.model_dtype in DTYPES, "model_dtype", self.model_dtype, f"choose one of {', '.join(DTYPES)}")
         _require(self.lora_rank >= 1, "lora_rank", self.lora_rank, "must be at least 1")
         _require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "must be above 0")
         _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "must be in [0, 1)")
@@ -286,7 +287,10 @@ class GRPOConfig(TrainingArguments):
             right = f"must divide num_completions_per_prompt={group} or be a multiple of it"
             _require(fits, "micro_batch_size", micro, right)
         _require(
-            not (self.bf16 or self.fp16), "bf16/fp16", True, "choose the precision with dtype (ModelConfig) instead"
+            not (self.bf16 or self.fp16),
+            "bf16/fp16",
+            True,
+            "choose the precision with model_dtype (ModelConfig) instead",
         )
         _require(
             not self.remove_unused_columns, "remove_unused_columns", True, "must be False; rewards read the columns"

@@ -53,8 +53,10 @@ def _choose() -> str:
     if requested == "xla" and not has_xla:
         raise ValueError("device='xla' needs torch_xla, which is not installed: pip install 'torch-xla[tpu]==2.9.0'")
     if requested == "xla" or (requested == "auto" and has_xla and tpu_is_present()):
-        if os.environ.get("USE_TORCH_XLA", "1") == "0":
-            raise ValueError("device='xla', but USE_TORCH_XLA=0 is set: unset it")
+        loaded = sys.modules.get("transformers.utils.import_utils")
+        if loaded is not None and not loaded.is_torch_xla_available():
+            raise ValueError("device='xla': Transformers was imported with USE_TORCH_XLA=0; import tunix_torch first")
+        os.environ["USE_TORCH_XLA"] = "1"
         os.environ.setdefault("PJRT_DEVICE", "TPU" if tpu_is_present() else "CPU")
         return "xla"
     _keep_transformers_off_xla()

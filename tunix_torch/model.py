@@ -37,7 +37,7 @@ def default_dtype() -> torch.dtype:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The type that `ModelConfig.dtype` names."""
+    """The type that `ModelConfig.model_dtype` names."""
     return default_dtype() if name == "auto" else getattr(torch, name)
 
 

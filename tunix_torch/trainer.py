@@ -392,11 +392,13 @@ class TunixTrainer(Trainer):
         """Mean loss of a completion token."""
         self.model.eval()
         total, tokens = 0.0, 0
-        for inputs in self.get_eval_dataloader(list(rows)):
-            batch = self._sft_batch(inputs)
+        size = self.args.per_device_eval_batch_size
+        for start in range(0, len(rows), size):
+            part = list(rows[start : start + size])
+            batch = self._sft_batch(self.data_collator(part + [part[-1]] * (size - len(part))))  # one shape for all
             logps, _ = token_logps(self.model, batch)
-            total -= float(logps.sum())
-            tokens += int(batch.completion_mask.sum())
+            total -= float(logps[: len(part)].sum())
+            tokens += int(batch.completion_mask[: len(part)].sum())
         return total / tokens
 
     # ---- assertions and metrics ----
