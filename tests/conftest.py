@@ -2,4 +2,18 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("TUNIX_DEVICE", "cpu")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """The tiny model without its warm start, as a Hugging Face folder."""
+    from tunix_torch import tiny
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = tiny.make_tokenizer()
+    tiny.make_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

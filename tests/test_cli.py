@@ -23,20 +23,10 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The tiny model without its warm start."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = tiny.make_tokenizer()
-    tiny.make_model(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory, model):
+def cache(tmp_path_factory, model_folder):
     """A cache folder in which the tiny model lies already, so that no test waits for its warm start."""
     folder = tmp_path_factory.mktemp("cache")
-    os.symlink(model, folder / tiny.folder_name())
+    os.symlink(model_folder, folder / tiny.folder_name())
     return str(folder)
 
 
@@ -61,13 +51,13 @@ def refused(result, *words):
 
 
 @pytest.fixture(scope="module")
-def trained(model, tmp_path_factory):
+def trained(model_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "out"
     result = run(
         "train.py",
         "--use_grpo",
         "--model_name",
-        model,
+        model_folder,
         "--output_dir",
         output,
         *SMALL,
@@ -111,9 +101,9 @@ def test_train_writes_everything_that_is_promised(trained):
     assert list((output / "runs").glob("**/events*"))
 
 
-def test_saved_adapter_loads_with_peft(trained, model):
+def test_saved_adapter_loads_with_peft(trained, model_folder):
     output, _ = trained
-    base = AutoModelForCausalLM.from_pretrained(model)
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
     loaded = PeftModel.from_pretrained(base, str(output))
     assert torch.isfinite(loaded(input_ids=torch.arange(10)[None]).logits).all()
 
@@ -126,8 +116,8 @@ def test_the_config_that_a_run_wrote_repeats_the_run(trained, tmp_path):
     assert first == second
 
 
-def test_an_earlier_run_is_set_aside_and_can_be_resumed(model, tmp_path):
-    flags = ["--use_grpo", "--model_name", model, "--output_dir", tmp_path, *SMALL, "--save_steps", "1"]
+def test_an_earlier_run_is_set_aside_and_can_be_resumed(model_folder, tmp_path):
+    flags = ["--use_grpo", "--model_name", model_folder, "--output_dir", tmp_path, *SMALL, "--save_steps", "1"]
     assert run("train.py", *flags).returncode == 0
     kept = (tmp_path / "adapter_model.safetensors").read_bytes()
     assert run("train.py", *flags, "--resume_from_checkpoint", "latest", "--max_steps", "3").returncode == 0
@@ -138,10 +128,12 @@ def test_an_earlier_run_is_set_aside_and_can_be_resumed(model, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == kept
 
 
-def test_supervised_fine_tuning_is_the_default_and_takes_files(model, tmp_path):
+def test_supervised_fine_tuning_is_the_default_and_takes_files(model_folder, tmp_path):
     rows = [{"question": f"{n} + 1?", "answer": f"so\n#### {n + 1}"} for n in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "settings.yaml").write_text(f"model_name: {model}\nlearning_rate: 1e-3\nmax_completion_length: 64\n")
+    (tmp_path / "settings.yaml").write_text(
+        f"model_name: {model_folder}\nlearning_rate: 1e-3\nmax_completion_length: 64\n"
+    )
     result = run(
         "train.py",
         "--config",
@@ -220,14 +212,14 @@ def test_train_refuses_broken_files_with_one_line(name, text, words, cache, tmp_
     refused(run("train.py", "--output_dir", tmp_path / "out", flag, tmp_path / name, cache=cache), *words)
 
 
-def test_train_refuses_a_model_folder_without_weights(tmp_path, model):
+def test_train_refuses_a_model_folder_without_weights(tmp_path, model_folder):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "config.json").write_text((Path(model) / "config.json").read_text())
+    (tmp_path / "empty" / "config.json").write_text((Path(model_folder) / "config.json").read_text())
     refused(run("train.py", "--model_name", tmp_path / "empty", "--output_dir", tmp_path / "out"), "no weights")
 
 
-def test_ctrl_c_says_how_to_go_on(model, tmp_path):
-    flags = ["--use_grpo", "--model_name", model, *SMALL, "--max_steps", "10000", "--save_steps", "1"]
+def test_ctrl_c_says_how_to_go_on(model_folder, tmp_path):
+    flags = ["--use_grpo", "--model_name", model_folder, *SMALL, "--max_steps", "10000", "--save_steps", "1"]
     environment = {**os.environ, "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "train.py"), *flags, "--output_dir", str(tmp_path)]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
@@ -264,9 +256,9 @@ def test_inference_takes_the_newest_run_else_the_tiny_model(trained, cache, tmp_
 
 
 @pytest.mark.parametrize("template", ["default", "alpaca", "chatml", "llama2"])
-def test_inference_knows_the_prompt_templates(template, model):
+def test_inference_knows_the_prompt_templates(template, model_folder):
     flags = ["--question", "1 + 1?", "--prompt_template", template, "--system_message", "Think.", "--show_prompt"]
-    result = run("inference.py", "--model_path", model, *flags, "--max_new_tokens", "2")
+    result = run("inference.py", "--model_path", model_folder, *flags, "--max_new_tokens", "2")
     marker = {"default": "<start_of_turn>", "alpaca": "###", "chatml": "<|im_start|>", "llama2": "[INST]"}[template]
     assert marker in result.stdout and "Think." in result.stdout, result.stderr
 
@@ -307,8 +299,13 @@ def test_examples_refuse_an_unknown_number():
     refused(run("example_usage.py", "5"), "1|2|3|4")
 
 
-def test_run_tpu_training_reads_its_variables_and_says_that_there_is_no_tpu(model, tmp_path):
-    environment = {"MODEL_NAME": model, "OUTPUT_DIR": str(tmp_path / "out"), "BATCH_SIZE": "2", "NUM_EPOCHS": "1"}
+def test_run_tpu_training_reads_its_variables_and_says_that_there_is_no_tpu(model_folder, tmp_path):
+    environment = {
+        "MODEL_NAME": model_folder,
+        "OUTPUT_DIR": str(tmp_path / "out"),
+        "BATCH_SIZE": "2",
+        "NUM_EPOCHS": "1",
+    }
     environment |= {"LEARNING_RATE": "0.003", "MAX_LENGTH": "60", "NUM_TPU_CORES": "1", "GENERATION_MAX_LENGTH": "12"}
     environment |= {"PYTHON": sys.executable, "NUM_COMPLETIONS_PER_PROMPT": "2"}
     result = run(

@@ -71,6 +71,11 @@ def test_row_without_a_question_is_named():
         normalize_row({"answer": "1"}, 7, "file")
 
 
+def test_a_question_that_is_no_text_is_refused_rather_than_printed_into_a_prompt():
+    with pytest.raises(ValueError, match="row 1: the question is a list"):
+        normalize_row({"prompt": [{"role": "user", "content": "1 + 1?"}], "answer": "2"}, 1, "file")
+
+
 @pytest.mark.parametrize("column", ["answer", "answers", "expected_answers"])
 @pytest.mark.parametrize("question", ["question", "prompt"])
 def test_columns_by_any_of_their_names(question, column):

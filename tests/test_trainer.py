@@ -16,16 +16,6 @@ from tunix_torch.checkpoint import is_whole, newest_checkpoint
 from tunix_torch.model import lora_config
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
-    """The tiny model without its warm start, as a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = tiny.make_tokenizer()
-    tiny.make_model(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 def digits_reward(prompts, completions, **columns):
     """Varies even when a random model writes: the share of digits."""
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]

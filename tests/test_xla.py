@@ -62,18 +62,12 @@ def run_job(kind, folder, output_dir, **settings):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    from tunix_torch import tiny
-
+def results(tmp_path_factory, model_folder):
     root = tmp_path_factory.mktemp("xla")
-    folder = root / "tiny"
-    tokenizer = tiny.make_tokenizer()
-    tiny.make_model(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     settings = {"save_strategy": "steps", "save_steps": 3}
-    runs = {kind: run_job(kind, str(folder), root / kind, **settings) for kind in ("cpu", "xla")}
+    runs = {kind: run_job(kind, model_folder, root / kind, **settings) for kind in ("cpu", "xla")}
     resume = {**settings, "resume_from_checkpoint": str(root / "xla" / "checkpoint-3")}
-    runs["resumed"] = run_job("xla", str(folder), root / "resumed", **resume)
+    runs["resumed"] = run_job("xla", model_folder, root / "resumed", **resume)
     return runs
 
 

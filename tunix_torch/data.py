@@ -86,11 +86,13 @@ def normalize_row(row: Row, number: int, source: str) -> Row:
     answer = next((row[name] for name in ANSWER_COLUMNS if row.get(name) is not None), None)
     if question is None:
         raise ValueError(f"{source}, row {number}: no question; expected a column named prompt or question")
+    if not isinstance(question, str):
+        raise ValueError(f"{source}, row {number}: the question is a {type(question).__name__}, expected a text")
     if answer is None or str(answer).strip() == "":
         raise ValueError(f"{source}, row {number}: no answer; expected a column named {', '.join(ANSWER_COLUMNS)}")
     reasoning, mark, final = str(answer).rpartition("####")
     result = {name: value for name, value in row.items() if name not in QUESTION_COLUMNS + ANSWER_COLUMNS}
-    result["question"], result["answer"] = str(question), final.strip()
+    result["question"], result["answer"] = question, final.strip()
     if "completion" not in result:
         reasoning = reasoning if mark else row.get("reasoning", "")
         result["completion"] = f"<reasoning>{str(reasoning).strip()}</reasoning>\n<answer>{final.strip()}</answer>"

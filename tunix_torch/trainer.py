@@ -65,6 +65,8 @@ class TunixTrainer(Trainer):
             if not isinstance(model, str | Path):
                 raise ValueError("processing_class=None: give the tokenizer of a model that is already loaded")
             processing_class = load_tokenizer(str(model))
+        if processing_class.pad_token_id is None:
+            processing_class.pad_token = processing_class.eos_token
         if isinstance(model, str | Path):
             model = load_model(str(model))
         set_seed(args.seed)  # before the LoRA draws its first weights
