@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    set_seed,
+)
 
 from . import device
 from .batch import PromptBatch, Rollout, TrainBatch
@@ -29,6 +37,13 @@ from .sampler import Sampler, SamplingParams, draw_uniforms
 from .scoring import RewardFunc, name_of, score_completions
 
 logger = logging.getLogger(__name__)
+
+
+class _EndGraphWithOptimizer(TrainerCallback):
+    """Cuts XLA's graph after the optimizer step, so that it is the same one whatever follows."""
+
+    def on_optimizer_step(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        device.sync()
 
 
 class TunixTrainer(Trainer):
@@ -102,7 +117,7 @@ class TunixTrainer(Trainer):
             train_dataset=prepare(train_dataset),
             eval_dataset=prepare(eval_dataset),
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), _EndGraphWithOptimizer()],
         )
         self.first_answers: Answers | None = None  # greedy answers of this process's first evaluation
         self.last_answers: Answers | None = None  # and of its newest
@@ -157,6 +172,7 @@ class TunixTrainer(Trainer):
 
     def collect(self, prompts: PromptBatch) -> TrainBatch:
         """Sample a group of completions for each of N prompts, score them, and compute all that the loss needs."""
+        device.sync()  # what the Trainer left pending must not become part of the rollout's graph
         args, started = self.args, time.perf_counter()
         rollout = self.sample_completions_for_prompts(prompts)
         ids, mask = rollout.completion_ids.cpu(), rollout.completion_mask.cpu()  # first time the host waits
@@ -206,6 +222,7 @@ class TunixTrainer(Trainer):
             if iteration > 0:
                 self._clip_grad_norm(self.model)
                 self.optimizer.step()
+                device.sync()
                 self.model.zero_grad()
             parts = [self._learn(part) for part in batch.split(args.micro_batch_size)]
             if iteration == 0:
@@ -350,6 +367,7 @@ class TunixTrainer(Trainer):
         Returns and logs `eval_accuracy` (greedy pass@1), `eval_mean@k`, `eval_mean_length`, `eval_runtime` (seconds),
         and with SFT `eval_loss`.
         """
+        device.sync()  # as in `collect`
         args, started = self.args, time.perf_counter()
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if not rows:
