@@ -204,7 +204,9 @@ class GRPOConfig(TrainingArguments):
         None, "of token losses: " + ", ".join(LOSS_AGGREGATIONS) + "; none: what the algorithm's paper uses"
     )
     micro_batch_size: int | None = _setting(
-        None, "completions in one learning pass; divides the group size or is a multiple of it; none: all at once"
+        None,
+        "completions in one learning pass: divides the group size or is a multiple of it; "
+        "none: one group (SFT: the whole batch); 0: the whole batch",
     )
     reward_weights: list[float] | None = _setting(None, "weight of each reward function; none: 1 each")
 
@@ -228,6 +230,13 @@ class GRPOConfig(TrainingArguments):
     def beta(self) -> float:
         """The KL coefficient in force: 0 when there is no penalty."""
         return self.kl_penalty_coef if self.use_kl_penalty and self.algorithm != "dapo" else 0.0
+
+    @property
+    def rows_per_pass(self) -> int | None:
+        """Rows in one learning pass; None: the whole batch."""
+        if self.micro_batch_size is None:
+            return self.num_completions_per_prompt if self.use_grpo else None
+        return self.micro_batch_size or None
 
     def _check_device(self) -> None:
         chosen = process_device.KIND
@@ -283,7 +292,7 @@ class GRPOConfig(TrainingArguments):
             )
         micro = self.micro_batch_size
         if micro is not None and self.use_grpo:
-            fits = micro >= 1 and (group % micro == 0 or micro % group == 0)
+            fits = micro == 0 or (micro >= 1 and (group % micro == 0 or micro % group == 0))
             right = f"must divide num_completions_per_prompt={group} or be a multiple of it"
             _require(fits, "micro_batch_size", micro, right)
         _require(

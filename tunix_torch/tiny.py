@@ -51,6 +51,7 @@ RECIPE = {
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 256,
     "num_eval_completions": 8,
+    "micro_batch_size": 0,
     "learning_rate": 2e-3,
     "lr_scheduler_type": "linear",
     "max_steps": 80,

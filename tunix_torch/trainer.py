@@ -224,7 +224,7 @@ class TunixTrainer(Trainer):
                 self.optimizer.step()
                 device.sync()
                 self.model.zero_grad()
-            parts = [self._learn(part) for part in batch.split(args.micro_batch_size)]
+            parts = [self._learn(part) for part in self._split(batch)]
             if iteration == 0:
                 first_pass = parts
         first, last = sum_up(first_pass), sum_up(parts)  # second time the host waits
@@ -233,6 +233,12 @@ class TunixTrainer(Trainer):
         speed = {"learning_tokens_per_second": last["tokens"] * args.num_iterations / seconds}
         self._record(learning_metrics(first, last) | speed)
         return torch.tensor(last["loss"] / self.current_gradient_accumulation_steps, device=args.device)
+
+    def _split(self, batch: TrainBatch) -> list[TrainBatch]:
+        """Micro-batches, cut before their graphs begin: so that on XLA all of them run the same compiled graph."""
+        parts = batch.split(self.args.rows_per_pass)
+        device.sync()
+        return parts
 
     def _learn(self, part: TrainBatch) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch. Returns its share of the batch's numbers, on the device.
@@ -286,7 +292,7 @@ class TunixTrainer(Trainer):
         """(B, C), in micro-batches, in evaluation mode."""
         self.model.eval()
         parts = []
-        for part in batch.split(self.args.micro_batch_size):
+        for part in self._split(batch):
             parts.append(self._token_logps(part)[0])
             device.sync()
         return torch.cat(parts)
@@ -337,7 +343,7 @@ class TunixTrainer(Trainer):
         self.model.train()
         started = time.perf_counter()
         batch, total = self._sft_batch(inputs), torch.zeros((), device=self.args.device)
-        for part in batch.split(self.args.micro_batch_size):
+        for part in self._split(batch):
             loss = -(token_logps(self.model, part)[0] * part.token_weights).sum()
             loss = loss / self.current_gradient_accumulation_steps
             self.accelerator.backward(loss)
