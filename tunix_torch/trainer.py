@@ -344,7 +344,8 @@ class TunixTrainer(Trainer):
         started = time.perf_counter()
         batch, total = self._sft_batch(inputs), torch.zeros((), device=self.args.device)
         for part in self._split(batch):
-            loss = -(token_logps(self.model, part)[0] * part.token_weights).sum()
+            logps, _ = token_logps(self.model, part, share_prefix=not self.args.gradient_checkpointing)
+            loss = -(logps * part.token_weights).sum()
             loss = loss / self.current_gradient_accumulation_steps
             self.accelerator.backward(loss)
             total += loss.detach()
