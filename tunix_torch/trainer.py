@@ -432,8 +432,9 @@ class TunixTrainer(Trainer):
 
     def _check_first_pass(self, first: dict[str, float], parts: list[dict[str, Tensor]]) -> None:
         """What holds before the first optimizer step on a batch, whatever the model and the data."""
-        if any(config.lora_dropout for config in self.model.peft_config.values()):
-            return  # dropout makes the learning pass differ from sampling on purpose
+        dropout = any(config.lora_dropout for config in self.model.peft_config.values())
+        if dropout and not first["num_bad_rows"]:
+            return  # dropout makes the learning pass differ from sampling on purpose; only finite it must be
         at_base = self._starts_at_base and self.state.global_step == 0
         broken = broken_invariant(first, base_model(self.model).dtype == torch.float32, at_base)
         if broken is not None:
