@@ -442,7 +442,7 @@ def test_the_same_setting_twice_is_refused_unless_it_agrees():
         ("epsilon", 1.0),
         ("epsilon_high", 0.1),
         ("epsilon_c", 1.0),
-        ("micro_batch_size", 0),
+        ("micro_batch_size", -1),
         ("micro_batch_size", 3),
         ("micro_batch_size", 6),
         ("num_eval_completions", -1),
