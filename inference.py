@@ -16,7 +16,6 @@ import utils
 if __name__ == "__main__":
     utils.run_script(utils.choose_device)  # before anything imports Transformers
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -24,8 +23,8 @@ from rewards import extract_answer, extract_reasoning
 from tunix_torch import Sampler, SamplingParams, device, load_model, load_tokenizer, tiny
 from tunix_torch.config import SYSTEM_MESSAGE
 from tunix_torch.data import Collator, encode_prompts, load_rows, render_prompt
+from tunix_torch.evaluation import sample_texts
 from tunix_torch.model import eos_token_ids, place, resolve_model_name
-from tunix_torch.sampler import draw_uniforms
 
 PROMPT_TEMPLATES = {
     "alpaca": (
@@ -134,23 +133,13 @@ def answer(args: argparse.Namespace, questions: list[str], model_path: str) -> l
     params = SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     if not args.do_sample:
         params = SamplingParams(args.max_new_tokens, temperature=0.0)
-    collate = Collator(tokenizer.pad_token_id, max(map(len, encoded)))
-    at_once = max(1, BATCH_ROWS // args.num_samples)
-    results = []
-    for start in tqdm(range(0, len(questions), at_once), unit="batch", disable=len(questions) <= at_once):
-        part = [{"prompt_ids": ids} for ids in encoded[start : start + at_once]]
-        batch = collate(part)
-        rows = range(start * args.num_samples, (start + len(part)) * args.num_samples)
-        uniforms = draw_uniforms((args.seed, 0), rows, args.max_new_tokens)
-        target = device.torch_device()
-        inputs = batch["prompt_ids"].to(target), batch["prompt_mask"].to(target)
-        rollout = sampler.sample(*inputs, args.num_samples, params, uniforms)
-        texts = tokenizer.batch_decode(rollout.completion_ids.tolist(), skip_special_tokens=True)
-        for i in range(len(part)):
-            completions = texts[i * args.num_samples : (i + 1) * args.num_samples]
-            question, prompt = questions[start + i], prompts[start + i]
-            results.append({"question": question, "prompt": prompt, "completions": completions})
-    return results
+    rows = [{"prompt_ids": ids} for ids in encoded]
+    collator = Collator(tokenizer.pad_token_id, max(map(len, encoded)))
+    texts, _ = sample_texts(sampler, tokenizer, rows, params, collator, BATCH_ROWS, args.num_samples, args.seed)
+    return [
+        {"question": question, "prompt": prompt, "completions": completions}
+        for question, prompt, completions in zip(questions, prompts, texts, strict=True)
+    ]
 
 
 def reasoning_steps(completion: str) -> list[str]:

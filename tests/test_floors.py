@@ -11,7 +11,7 @@ FLOORS = [
     {"config"},
     {"grpo", "model"},
     {"logprobs", "sampler", "data"},
-    {"evaluation"},
+    {"evaluation", "sft"},
     {"trainer"},
 ]
 

@@ -189,7 +189,7 @@ def expected_terms(logps, old, ref, advantages, mask, config):
         if config.algorithm == "gspo":
             ratio = np.exp(min(log_ratio[mask[b]].mean(), 10))
         advantage = float(advantages[b])
-        inside = np.clip(ratio, 1 - config.epsilon, 1 + config.epsilon_high)
+        inside = np.clip(ratio, 1 - config.epsilon, 1 + config.clip_high)
         objective = min(ratio * advantage, inside * advantage)
         clipped[b, t] = inside * advantage < ratio * advantage
         if config.epsilon_c is not None and advantage < 0:
@@ -201,7 +201,7 @@ def expected_terms(logps, old, ref, advantages, mask, config):
         ]
         if config.kl_clamp_value is not None:
             kl[b, t] = np.clip(kl[b, t], -config.kl_clamp_value, config.kl_clamp_value)
-    return [aggregate(values, mask, config.loss_aggregation) for values in (policy, kl, clipped)]
+    return [aggregate(values, mask, config.aggregation) for values in (policy, kl, clipped)]
 
 
 def compute_loss(logps, old, ref, advantages, mask, config):
@@ -211,9 +211,9 @@ def compute_loss(logps, old, ref, advantages, mask, config):
         old,
         ref,
         advantages,
-        aggregation_weights(mask, config.loss_aggregation, MAX_LENGTH),
+        aggregation_weights(mask, config.aggregation, MAX_LENGTH),
         epsilon=config.epsilon,
-        epsilon_high=config.epsilon_high,
+        epsilon_high=config.clip_high,
         epsilon_c=config.epsilon_c,
         beta=config.beta,
         kl_estimator=config.kl_estimator,
@@ -311,7 +311,7 @@ def test_gradients_are_those_of_unclipped_tokens(algorithm):
     terms = compute_loss(logps, old, None, advantages, mask, config)
     (gradient,) = torch.autograd.grad(terms.loss, logps)
     ratio, sign = (logps - old).exp().detach(), advantages[:, None].sign()
-    held = ((sign > 0) & (ratio > 1 + config.epsilon_high)) | ((sign < 0) & (ratio < 1 - config.epsilon))
+    held = ((sign > 0) & (ratio > 1 + config.clip_high)) | ((sign < 0) & (ratio < 1 - config.epsilon))
     assert (held & mask).any() and (~held & mask).any()
     weights = aggregation_weights(mask, "token-mean", MAX_LENGTH)
     torch.testing.assert_close(gradient, torch.where(held, 0.0, -advantages[:, None] * ratio * weights))
@@ -328,7 +328,7 @@ def test_gspo_gradients_equal_those_of_the_sequence_level_objective(seed):
     for b in range(6):
         if mask[b].any():
             ratio = (logps[b][mask[b]] - old[b][mask[b]]).mean().exp()
-            inside = ratio.clamp(1 - config.epsilon, 1 + config.epsilon_high)
+            inside = ratio.clamp(1 - config.epsilon, 1 + config.clip_high)
             objective.append(torch.minimum(ratio * advantages[b], inside * advantages[b]))
     expected = -torch.stack(objective).mean()
     torch.testing.assert_close(terms.loss, expected)
@@ -487,17 +487,17 @@ def test_micro_batches_may_divide_the_group_or_hold_several(size):
 )
 def test_what_an_algorithm_brings_along(algorithm, epsilon_high, beta, aggregation):
     config = GRPOConfig(algorithm=algorithm)
-    assert (config.epsilon_high, config.beta, config.loss_aggregation) == (epsilon_high, beta, aggregation)
+    assert (config.clip_high, config.beta, config.aggregation) == (epsilon_high, beta, aggregation)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_what_is_given_outweighs_what_an_algorithm_brings_along(algorithm):
     config = GRPOConfig(algorithm=algorithm, epsilon=0.1, epsilon_high=0.4, loss_aggregation="seq-mean-token-sum")
-    assert (config.epsilon, config.epsilon_high, config.loss_aggregation) == (0.1, 0.4, "seq-mean-token-sum")
+    assert (config.epsilon, config.clip_high, config.aggregation) == (0.1, 0.4, "seq-mean-token-sum")
 
 
 def test_the_clip_range_is_symmetric_unless_told_otherwise():
-    assert GRPOConfig(epsilon=0.3).epsilon_high == 0.3
+    assert GRPOConfig(epsilon=0.3).clip_high == 0.3
 
 
 @pytest.mark.parametrize("options", [{"use_kl_penalty": False}, {"beta": 0.0}])

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import Gemma3ForCausalLM
 
-from tunix_torch import GRPOConfig, TunixTrainer, tiny
+from tunix_torch import GRPOConfig, ModelConfig, TunixTrainer, tiny
 from tunix_torch.batch import PromptBatch
 from tunix_torch.callbacks import MetricsFile
 from tunix_torch.checkpoint import is_whole, newest_checkpoint
@@ -21,7 +21,7 @@ def digits_reward(prompts, completions, **columns):
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 
-def make_trainer(model, output_dir, reward_funcs=digits_reward, callbacks=None, rows=64, **settings):
+def make_trainer(model, output_dir, reward_funcs=digits_reward, callbacks=None, peft_config=None, rows=64, **settings):
     settings = {
         "max_steps": 3,
         "per_device_train_batch_size": 4,
@@ -35,7 +35,7 @@ def make_trainer(model, output_dir, reward_funcs=digits_reward, callbacks=None, 
     } | settings
     args = GRPOConfig(output_dir=str(output_dir), **settings)
     train, evaluation = tiny.arithmetic_rows("train", rows), tiny.arithmetic_rows("test", 8)
-    return TunixTrainer(model, reward_funcs, args, train, evaluation, callbacks=callbacks)
+    return TunixTrainer(model, reward_funcs, args, train, evaluation, None, peft_config, callbacks)
 
 
 def first_batch(trainer):
@@ -236,8 +236,10 @@ def test_assertion_names_the_group_and_its_rewards(model_folder, tmp_path):
         trainer.update(batch)
 
 
-def test_nan_in_the_policy_is_caught_with_its_group(model_folder, tmp_path):
-    trainer = make_trainer(model_folder, tmp_path)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_nan_in_the_policy_is_caught_with_its_group(model_folder, tmp_path, dropout):
+    lora = lora_config(ModelConfig(lora_rank=4, lora_dropout=dropout))
+    trainer = make_trainer(model_folder, tmp_path, peft_config=lora)
     batch = first_batch(trainer)
     with torch.no_grad():
         next(p for name, p in trainer.model.named_parameters() if "lora_B" in name).fill_(float("nan"))
@@ -287,6 +289,21 @@ def test_supervised_loss_is_the_mean_over_completion_tokens(model_folder, tmp_pa
         total += torch.nn.functional.cross_entropy(logits, completion, reduction="sum").item()
         tokens += len(completion)
     assert loss.item() == pytest.approx(total / tokens, rel=1e-4)
+    checkpointed = make_trainer(
+        model_folder,
+        tmp_path,
+        reward_funcs=None,
+        use_grpo=False,
+        generation_max_length=64,
+        gradient_checkpointing=True,
+    )
+    checkpointed.current_gradient_accumulation_steps = 1
+    again = checkpointed.training_step(checkpointed.model, inputs)
+    assert again.item() == pytest.approx(loss.item(), rel=1e-4)
+    expected = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
+    for name, p in checkpointed.model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-3, atol=1e-5)
 
 
 def test_evaluation_judges_with_the_first_reward_and_counts_samples(model_folder, tmp_path):

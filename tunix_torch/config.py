@@ -232,6 +232,19 @@ class GRPOConfig(TrainingArguments):
         return self.kl_penalty_coef if self.use_kl_penalty and self.algorithm != "dapo" else 0.0
 
     @property
+    def clip_high(self) -> float:
+        """The upper epsilon in force."""
+        if self.epsilon_high is not None:
+            return self.epsilon_high
+        return 0.28 if self.algorithm == "dapo" else self.epsilon
+
+    @property
+    def aggregation(self) -> str:
+        """The loss aggregation in force."""
+        by_algorithm = {"dapo": "token-mean", "dr_grpo": "sequence-mean-token-scale"}
+        return self.loss_aggregation or by_algorithm.get(self.algorithm, "sequence-mean-token-mean")
+
+    @property
     def rows_per_pass(self) -> int | None:
         """Rows in one learning pass; None: the whole batch."""
         if self.micro_batch_size is None:
@@ -316,9 +329,4 @@ class GRPOConfig(TrainingArguments):
                     f"max_prompt_length={self.max_prompt_length}: max_length leaves {left}; give one of the two"
                 )
             self.max_prompt_length = left
-        if self.epsilon_high is None:
-            self.epsilon_high = 0.28 if self.algorithm == "dapo" else self.epsilon
-        _require(self.epsilon_high >= self.epsilon, "epsilon_high", self.epsilon_high, "must not be below epsilon")
-        if self.loss_aggregation is None:
-            by_algorithm = {"dapo": "token-mean", "dr_grpo": "sequence-mean-token-scale"}
-            self.loss_aggregation = by_algorithm.get(self.algorithm, "sequence-mean-token-mean")
+        _require(self.clip_high >= self.epsilon, "epsilon_high", self.epsilon_high, "must not be below epsilon")

@@ -32,44 +32,52 @@ class Answers:
         return sum(flat) / len(flat)
 
 
-def answer_questions(
+def sample_texts(
     sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    judge: RewardFunc,
     params: SamplingParams,
     collator: Collator,
     batch_size: int,
     num_completions: int = 1,
     seed: int = 0,
-) -> Answers:
-    """Sample answers to every row's prompt and judge them.
+) -> tuple[list[list[str]], list[list[int]]]:
+    """Sample `num_completions` completions for each of N rows; shows a progress bar when it takes many batches.
 
     Args:
-        rows: from `prepare_rows`.
-        judge: a reward function; a completion is right when its value is at least 1.
+        rows: N dicts with `prompt_ids`.
         batch_size: completions at a time; all batches have the same shape (the last is filled up by repeating a row).
+
+    Returns:
+        for each row its completions as texts, without special tokens, and their lengths in tokens.
     """
-    at_once = max(1, batch_size // num_completions)
-    answers = Answers([], [], [])
+    at_once = min(len(rows), max(1, batch_size // num_completions))
+    texts, lengths = [], []
     starts = range(0, len(rows), at_once)
-    for start in tqdm(starts, desc="Evaluation", unit="batch", leave=False, disable=len(starts) < 20):
+    for start in tqdm(starts, desc="Sampling", unit="batch", leave=False, disable=len(starts) < 20):
         part = list(rows[start : start + at_once])
-        filled = part + [part[-1]] * (at_once - len(part))
-        batch = collator(filled)
+        batch = collator(part + [part[-1]] * (at_once - len(part)))
         first = start * num_completions
         uniforms = draw_uniforms((seed, 0), range(first, first + at_once * num_completions), params.max_new_tokens)
         target = device.torch_device()
         prompt_ids, prompt_mask = batch["prompt_ids"].to(target), batch["prompt_mask"].to(target)
         rollout = sampler.sample(prompt_ids, prompt_mask, num_completions, params, uniforms)
         count = len(part) * num_completions
-        texts = tokenizer.batch_decode(rollout.completion_ids[:count].tolist(), skip_special_tokens=True)
-        lengths = rollout.completion_mask[:count].sum(-1).tolist()
-        prompts = [row["prompt"] for row in part for _ in range(num_completions)]
-        values = judge(prompts, texts, **columns_of(part, num_completions))
-        right = [value is not None and value >= 1 for value in values]
+        decoded = tokenizer.batch_decode(rollout.completion_ids[:count].tolist(), skip_special_tokens=True)
+        counted = rollout.completion_mask[:count].sum(-1).tolist()
         for i in range(0, count, num_completions):
-            answers.completions.append(texts[i : i + num_completions])
-            answers.right.append(right[i : i + num_completions])
-            answers.lengths.append(lengths[i : i + num_completions])
-    return answers
+            texts.append(decoded[i : i + num_completions])
+            lengths.append(counted[i : i + num_completions])
+    return texts, lengths
+
+
+def judge_answers(
+    rows: Sequence[Row], completions: list[list[str]], lengths: list[list[int]], judge: RewardFunc
+) -> Answers:
+    """Judge k completions of each row: one is right when the reward function's value is at least 1."""
+    copies = len(completions[0])
+    prompts = [row["prompt"] for row in rows for _ in range(copies)]
+    flat = [text for texts in completions for text in texts]
+    values = list(judge(prompts=prompts, completions=flat, **columns_of(rows, copies)))
+    right = [value is not None and value >= 1 for value in values]
+    return Answers(completions, [right[i : i + copies] for i in range(0, len(right), copies)], lengths)

@@ -28,13 +28,14 @@ from . import device
 from .batch import PromptBatch, Rollout, TrainBatch
 from .config import GRPOConfig, ModelConfig
 from .data import Collator, Row, prepare_rows
-from .evaluation import Answers, answer_questions
+from .evaluation import Answers, judge_answers, sample_texts
 from .grpo import aggregation_weights, compute_group_advantages, grpo_loss
 from .logprobs import token_logps
 from .metrics import broken_invariant, learning_metrics, rollout_metrics, sum_up
 from .model import add_lora, base_model, eos_token_ids, load_model, load_tokenizer, lora_config, place, reference_policy
 from .sampler import Sampler, SamplingParams, draw_uniforms
 from .scoring import RewardFunc, name_of, score_completions
+from .sft import completion_loss, sft_batch
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +194,7 @@ class TunixTrainer(Trainer):
 
         # Where nothing is compiled, the columns in which all rows are padding are left out.
         width = mask.shape[1] if device.KIND == "xla" else max(1, int(mask.any(dim=0).sum()))
-        weights = aggregation_weights(mask, args.loss_aggregation, args.generation_max_length)
+        weights = aggregation_weights(mask, args.aggregation, args.generation_max_length)
         batch = TrainBatch(
             prompt_ids=prompts.prompt_ids,
             prompt_mask=prompts.prompt_mask,
@@ -254,7 +255,7 @@ class TunixTrainer(Trainer):
             part.advantages,
             part.token_weights,
             epsilon=args.epsilon,
-            epsilon_high=args.epsilon_high,
+            epsilon_high=args.clip_high,
             epsilon_c=args.epsilon_c,
             beta=args.beta,
             kl_estimator=args.kl_estimator,
@@ -342,7 +343,7 @@ class TunixTrainer(Trainer):
     def _sft_step(self, inputs: dict[str, Any]) -> Tensor:
         self.model.train()
         started = time.perf_counter()
-        batch, total = self._sft_batch(inputs), torch.zeros((), device=self.args.device)
+        batch, total = sft_batch(inputs), torch.zeros((), device=self.args.device)
         for part in self._split(batch):
             logps, _ = token_logps(self.model, part, share_prefix=not self.args.gradient_checkpointing)
             loss = -(logps * part.token_weights).sum()
@@ -353,13 +354,6 @@ class TunixTrainer(Trainer):
         tokens = int(inputs["completion_mask"].sum())
         self._record({"learning_tokens_per_second": tokens / (time.perf_counter() - started)})
         return total
-
-    def _sft_batch(self, inputs: dict[str, Any]) -> TrainBatch:
-        """Completions of the data set as a batch: one a prompt, every token weighing the same."""
-        tensors = {name: value.to(self.args.device) for name, value in inputs.items() if name != "rows"}
-        mask = tensors["completion_mask"]
-        weights = aggregation_weights(mask, "token-mean", mask.shape[1])
-        return TrainBatch(**tensors, advantages=torch.zeros(len(mask), device=mask.device), token_weights=weights)
 
     # ---- evaluation ----
 
@@ -393,7 +387,7 @@ class TunixTrainer(Trainer):
                 samples = self._answer(rows, sampled, args.num_eval_completions)
                 metrics[f"mean@{args.num_eval_completions}"] = samples.accuracy
         if not args.use_grpo:
-            metrics["loss"] = self._evaluation_loss(rows)
+            metrics["loss"] = completion_loss(self.model, rows, self.data_collator, args.per_device_eval_batch_size)
         metrics["runtime"] = time.perf_counter() - started
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
@@ -402,31 +396,11 @@ class TunixTrainer(Trainer):
 
     def _answer(self, rows: Sequence[Row], params: SamplingParams, num_completions: int) -> Answers:
         size = max(self.args.per_device_eval_batch_size, num_completions)
-        return answer_questions(
-            self.sampler,
-            self.processing_class,
-            rows,
-            self.reward_funcs[0],
-            params,
-            Collator(self.data_collator.pad_token_id, self.args.max_prompt_length),
-            size,
-            num_completions,
-            self.args.seed,
+        collator = Collator(self.data_collator.pad_token_id, self.args.max_prompt_length)
+        texts, lengths = sample_texts(
+            self.sampler, self.processing_class, rows, params, collator, size, num_completions, self.args.seed
         )
-
-    @torch.no_grad()
-    def _evaluation_loss(self, rows: Sequence[Row]) -> float:
-        """Mean loss of a completion token."""
-        self.model.eval()
-        total, tokens = 0.0, 0
-        size = self.args.per_device_eval_batch_size
-        for start in range(0, len(rows), size):
-            part = list(rows[start : start + size])
-            batch = self._sft_batch(self.data_collator(part + [part[-1]] * (size - len(part))))  # one shape for all
-            logps, _ = token_logps(self.model, batch)
-            total -= float(logps[: len(part)].sum())
-            tokens += int(batch.completion_mask[: len(part)].sum())
-        return total / tokens
+        return judge_answers(rows, texts, lengths, self.reward_funcs[0])
 
     # ---- assertions and metrics ----
 

@@ -1,0 +1,38 @@
+"""Supervised fine-tuning: the data set's completions as a batch, and their loss at evaluation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import device
+from .batch import TrainBatch
+from .data import Collator, Row
+from .grpo import aggregation_weights
+from .logprobs import token_logps
+
+
+def sft_batch(inputs: dict[str, Any]) -> TrainBatch:
+    """What `Collator` made of rows with completions, on the device: one completion a prompt (G = 1, B = N).
+
+    The loss is -sum(logps * token_weights): every token weighs the same, those of prompts nothing.
+    """
+    tensors = {name: value.to(device.torch_device()) for name, value in inputs.items() if name != "rows"}
+    mask = tensors["completion_mask"]
+    weights = aggregation_weights(mask, "token-mean", mask.shape[1])
+    return TrainBatch(**tensors, advantages=torch.zeros(len(mask), device=mask.device), token_weights=weights)
+
+
+@torch.no_grad()
+def completion_loss(model: nn.Module, rows: Sequence[Row], collator: Collator, batch_size: int) -> float:
+    """Mean loss of a completion token, in nats, over all rows (from `prepare_rows`, with completions)."""
+    model.eval()
+    total, tokens = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        part = list(rows[start : start + batch_size])
+        batch = sft_batch(collator(part + [part[-1]] * (batch_size - len(part))))  # one shape for all
+        logps, _ = token_logps(model, batch)
+        total -= float(logps[: len(part)].sum())
+        tokens += int(batch.completion_mask[: len(part)].sum())
+    return total / tokens
