@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"device", "tiny", "batch", "attention", "callbacks", "checkpoint", "metrics", "scoring"},
-    {"config"},
+    {"config", "record"},
     {"grpo", "model"},
     {"logprobs", "sampler", "data"},
     {"evaluation", "sft"},

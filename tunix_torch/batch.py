@@ -47,6 +47,7 @@ class TrainBatch:
     ref_per_token_logps: Tensor | None = None  # (B, C) float32
     old_per_token_logps: Tensor | None = None  # (B, C) float32
     sampler_logps: Tensor | None = None  # (B, C) float32, to compare with what the learning pass computes
+    rewards: Tensor | None = None  # (B,) float64 on the host: the weighted totals that the advantages come from
 
     def split(self, micro_batch_size: int | None) -> list["TrainBatch"]:
         """Cut into micro-batches of `micro_batch_size` rows, each with its own prompts. Their losses add up.

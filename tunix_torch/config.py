@@ -210,6 +210,10 @@ class GRPOConfig(TrainingArguments):
     )
     reward_weights: list[float] | None = _setting(None, "weight of each reward function; none: 1 each")
 
+    save_batches: int = _setting(
+        0, "keep the first so many steps, inputs and results, in output_dir/batches for python -m crosscheck --from-run"
+    )
+
     # evaluation
     num_eval_completions: int = _setting(0, "also sample so many completions a question at evaluation, for mean@k")
     eval_temperature: float = _setting(1.0, "temperature of these samples")
@@ -284,7 +288,7 @@ class GRPOConfig(TrainingArguments):
         _require(self.eval_temperature > 0, "eval_temperature", self.eval_temperature, "must be above 0")
         for name in ("generation_max_length", "max_prompt_length", "num_iterations", "stop_check_interval"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name in ("generation_top_k", "num_eval_completions", "seed"):
+        for name in ("generation_top_k", "num_eval_completions", "save_batches", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         for name, choices in (
             ("algorithm", ALGORITHMS),
@@ -303,6 +307,8 @@ class GRPOConfig(TrainingArguments):
                 f"{self.gradient_accumulation_steps}: several passes step the optimizer after each batch; "
                 "raise per_device_train_batch_size and set micro_batch_size instead"
             )
+        if self.save_batches and (self.gradient_accumulation_steps > 1 or not self.use_grpo):
+            raise ValueError(f"save_batches={self.save_batches}: works with use_grpo, without gradient accumulation")
         micro = self.micro_batch_size
         if micro is not None and self.use_grpo:
             fits = micro == 0 or (micro >= 1 and (group % micro == 0 or micro % group == 0))

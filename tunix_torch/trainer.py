@@ -33,6 +33,7 @@ from .grpo import aggregation_weights, compute_group_advantages, grpo_loss
 from .logprobs import token_logps
 from .metrics import broken_invariant, learning_metrics, rollout_metrics, sum_up
 from .model import add_lora, base_model, eos_token_ids, load_model, load_tokenizer, lora_config, place, reference_policy
+from .record import FOLDER, record_step
 from .sampler import Sampler, SamplingParams, draw_uniforms
 from .scoring import RewardFunc, name_of, score_completions
 from .sft import completion_loss, sft_batch
@@ -123,6 +124,7 @@ class TunixTrainer(Trainer):
         self.first_answers: Answers | None = None  # greedy answers of this process's first evaluation
         self.last_answers: Answers | None = None  # and of its newest
         self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._rewards = torch.empty(0, len(self.reward_funcs))  # (B, R) of the newest rollout
         self._rows_drawn = (-1, 0)  # (optimizer step, rows drawn in it so far)
         self._starts_at_base = all(not p.any() for name, p in model.named_parameters() if "lora_B" in name)
         self._base_fingerprint = self._fingerprint_base()
@@ -181,7 +183,6 @@ class TunixTrainer(Trainer):
         texts = self.processing_class.batch_decode(ids.tolist(), skip_special_tokens=True)
         self._rewards = self.compute_rewards_for_completions(prompts, texts)  # (B, R)
         totals = (self._rewards * self.reward_weights).nansum(dim=1)  # (B,)
-        advantages = self.compute_group_advantages(totals)
         names, group = [name_of(function) for function in self.reward_funcs], args.num_completions_per_prompt
         metrics = rollout_metrics(ids, mask, self._rewards, totals, names, group, self.sampler.eos_token_ids)
         self._record(metrics | {"rollout_tokens_per_second": int(mask.sum()) / seconds})
@@ -191,7 +192,11 @@ class TunixTrainer(Trainer):
                 "The questions are too easy or too hard, or the temperature is too low.",
                 self.state.global_step + 1,
             )
+        return self.make_train_batch(prompts, rollout, totals)
 
+    def make_train_batch(self, prompts: PromptBatch, rollout: Rollout, rewards: Tensor) -> TrainBatch:
+        """All that the loss needs, from a rollout of N prompts and the (B,) weighted total rewards, on the host."""
+        args, mask = self.args, rollout.completion_mask.cpu()
         # Where nothing is compiled, the columns in which all rows are padding are left out.
         width = mask.shape[1] if device.KIND == "xla" else max(1, int(mask.any(dim=0).sum()))
         weights = aggregation_weights(mask, args.aggregation, args.generation_max_length)
@@ -200,9 +205,10 @@ class TunixTrainer(Trainer):
             prompt_mask=prompts.prompt_mask,
             completion_ids=rollout.completion_ids[:, :width],
             completion_mask=rollout.completion_mask[:, :width],
-            advantages=advantages.to(args.device),
+            advantages=self.compute_group_advantages(rewards).to(args.device),
             token_weights=weights[:, :width].to(args.device),
             sampler_logps=rollout.sampler_logps[:, :width],
+            rewards=rewards,
         )
         if args.beta > 0:
             with reference_policy(self.model):
@@ -218,22 +224,38 @@ class TunixTrainer(Trainer):
         between passes that is done here.
         """
         args, started = self.args, time.perf_counter()
-        self.model.train()
         for iteration in range(args.num_iterations):
             if iteration > 0:
-                self._clip_grad_norm(self.model)
-                self.optimizer.step()
-                device.sync()
-                self.model.zero_grad()
-            parts = [self._learn(part) for part in self._split(batch)]
+                self.optimizer_step()
+            parts = self.learning_pass(batch)
             if iteration == 0:
                 first_pass = parts
+                self._save_record(batch, parts)
         first, last = sum_up(first_pass), sum_up(parts)  # second time the host waits
         self._check_first_pass(first, first_pass)
         seconds = time.perf_counter() - started
         speed = {"learning_tokens_per_second": last["tokens"] * args.num_iterations / seconds}
         self._record(learning_metrics(first, last) | speed)
         return torch.tensor(last["loss"] / self.current_gradient_accumulation_steps, device=args.device)
+
+    def learning_pass(self, batch: TrainBatch) -> list[dict[str, Tensor]]:
+        """Forward and backward of every micro-batch; the gradients add up in the parameters. See `_learn`."""
+        self.model.train()
+        return [self._learn(part) for part in self._split(batch)]
+
+    def optimizer_step(self) -> None:
+        """Clip the gradient, step, and forget the gradient: as `transformers.Trainer` does after a batch."""
+        self._clip_grad_norm(self.model)
+        self.optimizer.step()
+        device.sync()
+        self.model.zero_grad()
+
+    def _save_record(self, batch: TrainBatch, parts: list[dict[str, Tensor]]) -> None:
+        """Keep the first `save_batches` steps for the cross-check."""
+        number = self.state.global_step + 1
+        if number <= self.args.save_batches and self.args.should_save:
+            record = record_step(self.model, batch, parts, self.optimizer.param_groups[0]["lr"])
+            record.save(Path(self.args.output_dir) / FOLDER / f"step-{number:04}.safetensors")
 
     def _split(self, batch: TrainBatch) -> list[TrainBatch]:
         """Micro-batches, cut before their graphs begin: so that on XLA all of them run the same compiled graph."""
@@ -244,7 +266,8 @@ class TunixTrainer(Trainer):
     def _learn(self, part: TrainBatch) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch. Returns its share of the batch's numbers, on the device.
 
-        All are scalars but `bad_rows`, (rows of this part,) bool: a log-probability is not finite or above 0.
+        All are scalars but `logps`, (rows of this part, C), and `bad_rows`, (rows of this part,) bool: a
+        log-probability is not finite or above 0.
         """
         args = self.args
         logps, entropy = self._token_logps(part)
@@ -279,6 +302,7 @@ class TunixTrainer(Trainer):
             "largest_sampler_gap": gap.max(),
             "num_bad_rows": bad_rows.sum(),
             "bad_rows": bad_rows,
+            "logps": logps,
         }
         device.sync()
         return numbers
