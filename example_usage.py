@@ -18,7 +18,7 @@ from tunix_torch import GRPOConfig, TunixTrainer, tiny
 from tunix_torch.callbacks import ConsoleProgress
 
 SHORT = {**tiny.RECIPE, "max_steps": 5, "per_device_train_batch_size": 8, "save_strategy": "no", "eval_steps": 5}
-SHORT = {k: v for k, v in SHORT.items() if k not in ("system_message", "num_eval_completions", "save_steps")}
+SHORT = {k: v for k, v in SHORT.items() if k not in ("num_eval_completions", "save_steps")}
 
 
 def run(args: GRPOConfig, *reward_funcs) -> TunixTrainer:

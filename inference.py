@@ -73,6 +73,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
             raise ValueError(f"{name}={getattr(args, name)}: {right}")
     if args.output_file and Path(args.output_file).exists():
         raise ValueError(f"output_file={args.output_file!r}: exists already; nothing is overwritten")
+    if args.output_file and not Path(args.output_file).absolute().parent.is_dir():
+        raise ValueError(f"output_file={args.output_file!r}: its folder does not exist")
     return args
 
 
@@ -108,6 +110,8 @@ def find_system_message(model_path: str) -> str:
             message = utils.load_config(config).get("system_message")
             if message is not None:
                 return message
+    if (Path(model_path) / "adapter_config.json").is_file():
+        model_path = utils.load_config(Path(model_path) / "adapter_config.json")["base_model_name_or_path"]
     return "" if Path(resolve_model_name(model_path)).name.startswith(tiny.FOLDER_PREFIX) else SYSTEM_MESSAGE
 
 

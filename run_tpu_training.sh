@@ -26,13 +26,15 @@ add --per_device_train_batch_size "${BATCH_SIZE:-}"
 add --learning_rate "${LEARNING_RATE:-}"
 add --max_length "${MAX_LENGTH:-}"
 add --num_tpu_cores "${NUM_TPU_CORES:-}"
-add --use_grpo "${USE_GRPO:-true}"
+if [[ " $* " != *" --config"* ]]; then USE_GRPO=${USE_GRPO:-true}; fi # a config file says it itself
+add --use_grpo "${USE_GRPO:-}"
 add --num_completions_per_prompt "${NUM_COMPLETIONS_PER_PROMPT:-}"
 add --generation_max_length "${GENERATION_MAX_LENGTH:-}"
 add --generation_temperature "${GENERATION_TEMPERATURE:-}"
 add --kl_penalty_coef "${KL_PENALTY_COEF:-}"
 
-if ! TUNIX_DEVICE=cpu "$PYTHON" -c 'import sys; from tunix_torch import device; sys.exit(not device.tpu_is_present())'; then
+tpu=$(TUNIX_DEVICE=cpu "$PYTHON" -c 'from tunix_torch import device; print(device.tpu_is_present())')
+if [[ "$tpu" == False ]]; then
     echo "No TPU was found on this machine: running the same graphs through XLA on the CPU."
 fi
 exec "$PYTHON" train.py "${args[@]}" "$@"

@@ -19,6 +19,7 @@ import utils
 if __name__ == "__main__":
     utils.run_script(utils.choose_device)  # before anything imports Transformers
 
+from peft import PeftModel
 from transformers import HfArgumentParser, PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
@@ -26,11 +27,15 @@ import rewards
 from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer, device, load_tokenizer, tiny
 from tunix_torch.callbacks import ConsoleProgress, MetricsFile
 from tunix_torch.config import ALIASES, canonical_names, nearest
-from tunix_torch.data import load_data, prepare_rows
+from tunix_torch.data import load_data
 from tunix_torch.model import load_model, lora_config, torch_dtype
+
+logger = logging.getLogger(__name__)
 
 CONFIGS = (ModelConfig, DataConfig, GRPOConfig)
 NUM_SHOWN = 3  # completions printed before and after
+# Two ways to say the same: where one is given, the other one's value of lower precedence (recipe, file) is dropped.
+OUTWEIGHS = {"max_length": "max_prompt_length", "num_train_epochs": "max_steps"}
 
 
 class Parser(HfArgumentParser):
@@ -55,10 +60,18 @@ def parse_args(argv: Sequence[str]) -> tuple[ModelConfig, DataConfig, GRPOConfig
     file = parser.parse_known_args(argv)[0].config
     settings = canonical_names(utils.load_config(file), names) if file else {}
 
-    parser.set_defaults(**_as_defaults({"use_grpo": False} | settings))
+    given = {word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
+    for name, rival in OUTWEIGHS.items():
+        if name in given and rival not in given:
+            settings.pop(rival, None)
+    lowest = {"use_grpo": False, "eval_on_start": True}
+    parser.set_defaults(**_as_defaults(lowest | settings))
     model_name = parser.parse_known_args(argv)[0].model_name
     if model_name == tiny.NAME:
-        parser.set_defaults(**_as_defaults(tiny.RECIPE | settings))
+        chosen = given | {name for name, value in settings.items() if value is not None}
+        rivals = {rival for name, rival in OUTWEIGHS.items() if name in chosen}
+        recipe = {name: value for name, value in tiny.RECIPE.items() if name not in rivals}
+        parser.set_defaults(**_as_defaults(lowest | recipe | settings))
     model_config, data_config, args, _, unknown = parser.parse_args_into_dataclasses(
         list(argv), return_remaining_strings=True, look_for_args_file=False
     )
@@ -97,13 +110,16 @@ def build_trainer(model_config: ModelConfig, data_config: DataConfig, args: GRPO
     reward_funcs = [rewards.get_reward(name) for name in data_config.reward_funcs]
     train_rows, eval_rows = load_data(data_config, args.seed)
     tokenizer = load_tokenizer(model_config.model_name)
-    widths = (args.max_prompt_length, None if args.use_grpo else args.generation_max_length)
-    train_rows = prepare_rows(train_rows, tokenizer, *widths, data_config.system_message)
-    eval_rows = prepare_rows(eval_rows, tokenizer, *widths, data_config.system_message)
-    if not eval_rows:
-        args.eval_strategy, args.eval_on_start = "no", False
+    if not eval_rows and args.eval_strategy != "no":
+        logger.warning("There are no evaluation rows (--val_data_path), so nothing is evaluated.")
+        args.eval_strategy = "no"
     model = load_model(model_config.model_name, torch_dtype(model_config.model_dtype))
-    has_adapter = (Path(model_config.model_name) / "adapter_config.json").is_file()
+    has_adapter = isinstance(model, PeftModel)
+    if has_adapter:  # trained further as it is
+        adapter = model.peft_config["default"]
+        model_config.lora_rank, model_config.lora_alpha = adapter.r, float(adapter.lora_alpha)
+        model_config.lora_dropout = adapter.lora_dropout
+        print(f"{model_config.model_name} is an adapter, rank {adapter.r}, which is trained further")
     trainer = TunixTrainer(
         model,
         reward_funcs,
@@ -127,10 +143,12 @@ def train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig) 
     """
     started = time.perf_counter()
     output_dir = Path(args.output_dir)
+    utils.check_output_dir(output_dir)
     checkpoint = utils.resolve_checkpoint(args.resume_from_checkpoint, output_dir)
     trainer = build_trainer(model_config, data_config, args)
-    args.eval_on_start = trainer.eval_dataset is not None and checkpoint is None
-    if checkpoint is None:
+    if checkpoint is not None:
+        args.eval_on_start = False  # the run that is resumed has done it
+    if checkpoint is None or Path(checkpoint).resolve().parent != output_dir.resolve():
         utils.set_aside_previous_run(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     utils.save_config(utils.settings_of(model_config, data_config, args), output_dir / "config.json")
@@ -144,7 +162,7 @@ def train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig) 
         print(f"\nStopped at step {trainer.state.global_step}; {hint}", file=sys.stderr)
         raise
     if trainer.eval_dataset is not None and evaluations(trainer)[-1]["step"] != trainer.state.global_step:
-        trainer.evaluate()
+        trainer.evaluate()  # the last step was not one of eval_steps
     trainer.save_model()
     trainer.save_state()
     utils.plot_training_curves(output_dir)
@@ -174,6 +192,8 @@ def print_comparison(trainer: TunixTrainer) -> None:
     for i in (changed or list(range(len(last.right))))[:NUM_SHOWN]:
         print(f"\n{trainer.eval_dataset[i]['question']}  (answer: {trainer.eval_dataset[i]['answer']})")
         for label, answers in (("before", first), ("after", last)):
+            if label == "before" and first is last:
+                continue  # a resumed run has not seen what was answered before
             verdict = "right" if answers.right[i][0] else "wrong"
             text = answers.completions[i][0].replace("\n", " \u23ce ")
             print(f"  {label:<7}{verdict:<7}{text}")

@@ -11,7 +11,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-RUN_FILES = ("adapter_model.safetensors", "metrics.jsonl", "config.json", "training_curves.png", "runs")
+# What a run writes into its output_dir, besides checkpoint-N.
+RUN_FILES = (
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "batches",
+    "chat_template.jinja",
+    "config.json",
+    "metrics.jsonl",
+    "runs",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "trainer_state.json",
+    "training_args.bin",
+    "training_curves.png",
+)
 
 # Fields of transformers.TrainingArguments that people set; all fields of our own come on top.
 COMMON_FIELDS = (
@@ -32,6 +47,10 @@ COMMON_FIELDS = (
     "save_total_limit",
     "seed",
 )
+
+
+# Not a setting of the job: where this process runs, or what to do once.
+NOT_SAVED = ("local_rank", "resume_from_checkpoint", "logging_dir", "use_cpu", "dataloader_pin_memory", "hub_token")
 
 
 def choose_device(argv: Sequence[str] | None = None) -> None:
@@ -111,19 +130,24 @@ def load_config(path: str | Path) -> dict[str, Any]:
             settings = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
-    if not isinstance(settings, dict):
+    if isinstance(settings, dict):  # YAML reads a bare `no` as False
+        settings = {n: "no" if n.endswith("_strategy") and v is False else v for n, v in settings.items()}
+    else:
         raise ValueError(f'{path}: expected names and values, such as {{"learning_rate": 1e-5}}')
     return settings
 
 
 def settings_of(*configs: Any) -> dict[str, Any]:
-    """Everything that users set, of a `ModelConfig`, a `DataConfig` and a `GRPOConfig`, as a config file holds it."""
+    """What a config file holds of a `ModelConfig`, a `DataConfig` and a `GRPOConfig`: every field of our own, those of
+    `transformers.TrainingArguments` that people commonly set, and the others where they are not the default."""
     settings: dict[str, Any] = {}
     for config in configs:
         own = list(type(config).__dict__.get("__annotations__", {}))
         values = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
-        inherited = [name for name in COMMON_FIELDS if name in values and name not in own]
-        settings |= {name: values[name] for name in [*own, *inherited]}
+        defaults = type(config)().to_dict() if hasattr(config, "to_dict") else {}
+        fields = [field.name for field in dataclasses.fields(config) if field.init and field.name not in own]
+        shown = [name for name in fields if name in COMMON_FIELDS or values[name] != defaults[name]]
+        settings |= {name: values[name] for name in [*own, *shown] if name not in NOT_SAVED}
     return settings
 
 
@@ -162,18 +186,36 @@ def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Pat
     return str(resume_from_checkpoint)
 
 
-def set_aside_previous_run(output_dir: str | Path) -> None:
-    """Move what an earlier run left in this folder to `previous/TIME/` inside it: nothing is overwritten."""
+def check_output_dir(output_dir: str | Path) -> None:
+    """See that a run may be written there; creates nothing.
+
+    Raises:
+        ValueError: it is a file, lies below one, may not be written, or holds a whole model, which is no run's.
+    """
     output_dir = Path(output_dir)
-    if not output_dir.is_dir():
-        return
-    if not any((output_dir / name).exists() for name in RUN_FILES) and not list(output_dir.glob("checkpoint-*")):
+    there = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"output_dir={str(output_dir)!r}: {there} is a file, expected a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir={str(output_dir)!r}: {there} may not be written")
+    if list(output_dir.glob("model*.safetensors")) or list(output_dir.glob("pytorch_model*.bin")):
+        raise ValueError(f"output_dir={str(output_dir)!r}: holds a model; give another folder, a run would mix with it")
+
+
+def set_aside_previous_run(output_dir: str | Path) -> None:
+    """Move what an earlier run left in this folder to `previous/TIME/` inside it: nothing is overwritten.
+
+    Files that are not a run's stay where they are.
+    """
+    output_dir = Path(output_dir)
+    left = [output_dir / name for name in RUN_FILES if (output_dir / name).exists()]
+    left += [folder for folder in output_dir.glob("checkpoint-*") if folder.is_dir()]
+    if not left:
         return
     target = output_dir / "previous" / time.strftime("%Y%m%d-%H%M%S")
     target.mkdir(parents=True)
-    for item in output_dir.iterdir():
-        if item.name != "previous":
-            shutil.move(item, target / item.name)
+    for item in left:
+        shutil.move(item, target / item.name)
     print(f"An earlier run was in {output_dir}; it is now in {target}")
 
 

@@ -7,6 +7,10 @@ For runs at real size on a machine that can download nothing.
 
 import argparse
 
+import tunix_torch  # noqa: F401  (before Transformers: keeps it off torch_xla)
+
+# isort: split
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
@@ -27,11 +31,12 @@ def make_tokenizer(text_file: str) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=8192,
-        special_tokens=[*SPECIAL_TOKENS, *TAGS, *ROLES],
+        special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train([text_file], trainer)
+    backend.add_tokens([*TAGS, *ROLES])
     backend.add_tokens([f"<unused{i}>" for i in range(VOCABULARY - backend.get_vocab_size())])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<end_of_turn>", bos_token="<bos>", unk_token="<unk>"

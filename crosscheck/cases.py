@@ -75,8 +75,8 @@ def make_rollout(number: int, empty: bool = True) -> tuple[PromptBatch, Rollout,
     """Batch `number` of the stream: N = 3 prompts with G = 4 completions each, and their rewards (B,) float64.
 
     Prompts are padded on the left, completions are ragged. The first group's rewards are all equal; those of the
-    second differ by thousandths, so that the epsilon beside the standard deviation matters. With `empty`, one completion
-    has no token at all.
+    second differ by millionths, so that the epsilon beside the standard deviation matters. With `empty`, one
+    completion has no token at all.
     """
     random = torch.Generator().manual_seed(1000 + number)
 

@@ -49,9 +49,7 @@ def _tunix_batch(record: StepRecord, args: GRPOConfig, tunix: TunixPolicy) -> Tu
     return TunixBatch.of(record.batch, args.generation_max_length, tunix.map.config.vocab_size)
 
 
-def compare_step(
-    case: str, record: StepRecord, args: GRPOConfig, tunix: TunixPolicy, base: nn.Module
-) -> Iterator[Row]:
+def compare_step(case: str, record: StepRecord, args: GRPOConfig, tunix: TunixPolicy, base: nn.Module) -> Iterator[Row]:
     """Every quantity of a step, in the order in which it is computed. `base` is the model without any LoRA.
 
     Each stage gets this library's inputs, so that a difference shows where it arises and not in all that follows.

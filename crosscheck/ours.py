@@ -84,4 +84,3 @@ def record_steps(trainer: TunixTrainer, case: Case, count: int, empty: bool = Tr
         records.append(record_step(trainer.model, batch, parts, trainer.optimizer.param_groups[0]["lr"]))
         trainer.optimizer_step()
     return records
-

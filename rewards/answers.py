@@ -28,7 +28,7 @@ _UNIT_ALIASES = {"$": "dollar", "usd": "dollar", "€": "euro", "£": "pound", "
 
 # One number and nothing else but a lead-in, a currency sign and a unit. The exponent has at most three digits, since
 # an exact 1e999999999 would fill the memory; the denominator is not zero. A unit starts with a letter or a sign, not
-# with "and", "or", "to" ("5 and a half" is not 5), and its only digits are the 2 and 3 of "m2" and "cm^3".
+# with "and" or "is" ("5 and a half" is not 5, "7 is wrong" not 7), and its only digits are the 2 and 3 of "m2" and "cm^3".
 _QUANTITY = re.compile(
     rf"""
     (?:(?:(?:the\ )?(?:final\ )?answer\ is:?|about|approximately|around|roughly|=)\ ?)?
@@ -38,7 +38,7 @@ _QUANTITY = re.compile(
       | (?P<decimal>{DECIMAL}(?:e[+-]?[0-9]{{1,3}})?)
     )
     (?:[ -]?(?P<scale>{"|".join(_SCALES)})s?\b)?
-    (?P<unit>\ ?/?\ ?(?=[a-z%°μ$€£¥₹])(?!(?:and|or|to)\b)[^\s0-9]+[23]?(?:\ [^\s0-9]+[23]?)*)?
+    (?P<unit>\ ?/?\ ?(?=[a-z%°μ$€£¥₹])(?!(?:and|or|to|is|are|was|not|plus|minus|times)\b)[^\s0-9]+[23]?(?:\ [^\s0-9]+[23]?)*)?
     """,
     re.VERBOSE,
 )
@@ -76,7 +76,7 @@ def extract_reasoning(completion: str) -> str | None:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The one number that `text` states, exactly, or None.
+    r"""The one number that `text` states, exactly, or None.
 
     A sign, thousands separators, a currency sign, a fraction, a mixed number, an exponent, a scale word ("3 million"),
     a unit after it, a short lead-in ("about", "the answer is") and a final period are understood; of a GSM8K solution
@@ -88,8 +88,10 @@ def parse_number(text: str) -> Fraction | None:
     (Fraction(2469, 2), Fraction(-3, 2), Fraction(50, 1))
     >>> parse_number("48 / 2 = 24 clips, so 48 + 24 = 72. #### 72")
     Fraction(72, 1)
-    >>> [parse_number(text) for text in ("between 3 and 5", "1/0", "1e999999999", "many")]
-    [None, None, None, None]
+    >>> parse_number("**72**"), parse_number(r"\boxed{72}")
+    (Fraction(72, 1), Fraction(72, 1))
+    >>> [parse_number(text) for text in ("between 3 and 5", "1/0", "1e999999999", "many", "7 is wrong")]
+    [None, None, None, None, None]
     """
     quantity = _parse_quantity(_normalise(text))
     return None if quantity is None else quantity.value
@@ -126,7 +128,10 @@ def _last_between(text: str, opening: str, closing: str) -> str | None:
 
 def _normalise(text: str) -> str:
     final = text.rpartition("####")[2].translate(_MINUS_SIGNS)
-    return " ".join(final.casefold().split()).rstrip(" .")
+    final = " ".join(final.casefold().split()).strip("*` ").rstrip(" .,;")  # Markdown's bold and code
+    if final.startswith("\\boxed{") and final.endswith("}"):  # LaTeX
+        final = final[len("\\boxed{") : -1].strip()
+    return final
 
 
 def _parse_quantity(text: str) -> _Quantity | None:

@@ -116,6 +116,40 @@ def test_the_config_that_a_run_wrote_repeats_the_run(trained, tmp_path):
     assert first == second
 
 
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--use_grpo --max_length 128", {"max_prompt_length": 80, "max_steps": 80}),
+        ("--config config_example.json --max_length 128", {"max_prompt_length": 80}),
+        ("--use_grpo --num_epochs 2", {"max_steps": -1, "num_train_epochs": 2}),
+        ("--config config_example.json --num_epochs 2", {"max_steps": -1}),
+        ("--use_grpo --num_epochs 2 --max_steps 5", {"max_steps": 5}),
+        ("--model_name x --eval_steps 7", {"eval_strategy": "steps", "eval_steps": 7}),
+        ("--model_name x", {"eval_strategy": "no", "max_prompt_length": 256, "use_grpo": False}),
+        ("--config config_example.json --algorithm dr_grpo", {"aggregation": "sequence-mean-token-scale"}),
+        ("--config config_example.json --epsilon 0.3", {"clip_high": 0.3}),
+    ],
+)
+def test_what_is_said_last_and_nearest_counts(flags, expected, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+    import train
+
+    args = train.parse_args(flags.split())[2]
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_resuming_from_elsewhere_spares_the_run_that_is_there(model_folder, tmp_path):
+    flags = ["--use_grpo", "--model_name", model_folder, *SMALL, "--save_steps", "1"]
+    for name in ("a", "b"):
+        assert run("train.py", *flags, "--output_dir", tmp_path / name).returncode == 0
+    kept = (tmp_path / "b" / "metrics.jsonl").read_text()
+    resume = ["--resume_from_checkpoint", tmp_path / "a" / "checkpoint-1"]
+    assert run("train.py", *flags, "--output_dir", tmp_path / "b", *resume).returncode == 0
+    (previous,) = (tmp_path / "b" / "previous").iterdir()
+    assert (previous / "metrics.jsonl").read_text() == kept and (previous / "checkpoint-2").is_dir()
+
+
 def test_an_earlier_run_is_set_aside_and_can_be_resumed(model_folder, tmp_path):
     flags = ["--use_grpo", "--model_name", model_folder, "--output_dir", tmp_path, *SMALL, "--save_steps", "1"]
     assert run("train.py", *flags).returncode == 0
@@ -188,6 +222,7 @@ def test_config_example_holds_every_setting_with_its_default_and_runs(cache, tmp
         (["--resume_from_checkpoint", "latest"], ["resume_from_checkpoint", "no whole checkpoint"]),
         (["--max_length", "4"], ["max_length=4"]),
         (["--num_tpu_cores", "8"], ["num_tpu_cores=8"]),
+        (["--gradient_accumulation_steps", "0"], ["gradient_accumulation_steps=0", "at least 1"]),
     ],
 )
 def test_train_refuses_wrong_input_with_one_line(flags, words, cache, tmp_path):
@@ -204,6 +239,7 @@ def test_train_refuses_wrong_input_with_one_line(flags, words, cache, tmp_path):
         ("settings.json", '{"epsilon": 0.1,\n}', ["line 2", "not valid JSON"]),
         ("settings.yaml", "epsilon: [1", ["not valid YAML"]),
         ("settings.json", '{"max_steps": 1.5}', ["max_steps", "1.5"]),
+        ("settings.json", '{"max_steps": null}', ["max_steps=None", "expected int"]),
     ],
 )
 def test_train_refuses_broken_files_with_one_line(name, text, words, cache, tmp_path):

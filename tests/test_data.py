@@ -14,6 +14,7 @@ from tunix_torch.data import (
     prepare_rows,
     render_prompt,
 )
+from tunix_torch.scoring import columns_of
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +130,37 @@ def test_collator_pads_prompts_left_and_completions_right(tokenizer):
     assert batch["prompt_mask"][0].tolist() == [False] * 4 + [True] * (batch["prompt_ids"].shape[1] - 4)
     assert batch["completion_mask"][0].tolist() == [True] * (batch["completion_ids"].shape[1] - 1) + [False]
     assert [row["answer"] for row in batch["rows"]] == ["1", "12"]
+
+
+def test_json_lines_end_at_newlines_only(tmp_path):
+    text = '{"question": "0 + 1?", "answer": "1", "note": "a\u2028b"}\n{"question": "1 + 1?", "answer": "2"}\n'
+    assert [row["answer"] for row in load_rows(write(tmp_path / "a.jsonl", text))] == ["1", "2"]
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"question": "\u00e9"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="val_data_path=.*a.jsonl.*not UTF-8"):
+        load_rows(str(tmp_path / "a.jsonl"), setting="val_data_path")
+
+
+def test_a_list_of_one_answer_is_that_answer():
+    assert normalize_row({"question": "q", "answers": ["7"]}, 1, "file")["answer"] == "7"
+    with pytest.raises(ValueError, match="row 3: 2 answers"):
+        normalize_row({"question": "q", "answers": ["7", "8"]}, 3, "file")
+
+
+def test_an_answer_that_ends_in_a_bare_mark_is_no_answer():
+    with pytest.raises(ValueError, match="row 1: no answer"):
+        normalize_row({"question": "q", "answer": "48 + 24 = 72 ####"}, 1, "file")
+
+
+def test_a_completion_that_is_no_text_is_refused():
+    with pytest.raises(ValueError, match="row 2: the completion is a NoneType"):
+        normalize_row({"question": "q", "answer": "1", "completion": None}, 2, "file")
+
+
+def test_rewards_see_none_where_a_row_lacks_a_column():
+    rows = [{"prompt": "p", "answer": "1"}, {"prompt": "p", "answer": "2", "level": 3}]
+    assert columns_of(rows, 2)["level"] == [None, None, 3, 3]
+    with pytest.raises(ValueError, match="column 'completions'"):
+        columns_of([{"prompt": "p", "answer": "1", "completions": "x"}])

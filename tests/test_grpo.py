@@ -280,7 +280,7 @@ def test_extreme_ratios_stay_finite(sequence_level, largest):
     )
     terms = grpo_loss(logps, old, None, torch.tensor([-1.0, -1.0]), torch.ones(2, 2), sequence_level=sequence_level)
     assert float(terms.loss) == pytest.approx(2 * largest + 2 * 0.8, rel=1e-5)
-    assert float(terms.largest_ratio_gap) == pytest.approx(largest - 1, rel=1e-5)
+    assert float(terms.ratio_gap.max()) == pytest.approx(largest - 1, rel=1e-5)
     assert torch.autograd.grad(terms.loss, logps)[0].isfinite().all()
 
 
@@ -294,7 +294,7 @@ def test_the_first_ratio_is_one(algorithm, mode, old_is_given):
     advantages = make_advantages(rewards, config)
     terms = compute_loss(logps, logps.detach() if old_is_given else None, None, advantages, mask, config)
     weights = aggregation_weights(mask, mode, MAX_LENGTH)
-    assert terms.largest_ratio_gap == 0 and terms.clipped_weight == 0
+    assert terms.ratio_gap.max() == 0 and terms.clipped_weight == 0
     torch.testing.assert_close(terms.loss, -(advantages[:, None] * weights).sum())
     (gradient,) = torch.autograd.grad(terms.loss, logps)
     (reinforce,) = torch.autograd.grad(-(advantages[:, None] * logps * weights).sum(), logps)
@@ -349,7 +349,7 @@ def test_losses_of_parts_add_up(algorithm, mode):
     whole, parts = terms(slice(None)), [terms(slice(i, i + 2)) for i in (0, 2, 4)]
     for name in ("loss", "policy_loss", "kl_loss", "clipped_weight"):
         torch.testing.assert_close(sum(getattr(part, name) for part in parts), getattr(whole, name))
-    assert max(part.largest_ratio_gap for part in parts) == whole.largest_ratio_gap
+    assert max(part.ratio_gap.max() for part in parts) == whole.ratio_gap.max()
 
 
 @pytest.mark.parametrize("sequence_level", [False, True])
@@ -360,7 +360,7 @@ def test_what_stands_at_padding_changes_nothing(sequence_level):
     clean = grpo_loss(logps, old, ref, rewards, weights, **options)
     dirty = (torch.where(mask, values, junk) for values, junk in ((logps, -5.0), (old, -7.0), (ref, -6.0)))
     dirty = grpo_loss(*dirty, rewards, weights, **options)
-    assert dirty.loss == clean.loss and dirty.largest_ratio_gap == clean.largest_ratio_gap
+    assert dirty.loss == clean.loss and torch.equal(dirty.ratio_gap, clean.ratio_gap)
 
 
 # ---- settings ----
@@ -443,6 +443,12 @@ def test_the_same_setting_twice_is_refused_unless_it_agrees():
         ("epsilon_high", 0.1),
         ("epsilon_c", 1.0),
         ("micro_batch_size", -1),
+        ("gradient_accumulation_steps", 0),
+        ("per_device_train_batch_size", 0),
+        ("learning_rate", -1.0),
+        ("save_batches", -1),
+        ("epsilon", "0.2"),
+        ("max_steps", None),
         ("micro_batch_size", 3),
         ("micro_batch_size", 6),
         ("num_eval_completions", -1),

@@ -3,10 +3,12 @@
 import json
 import logging
 import math
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import Gemma3ForCausalLM
 
 from tunix_torch import GRPOConfig, ModelConfig, TunixTrainer, tiny
@@ -14,6 +16,7 @@ from tunix_torch.batch import PromptBatch
 from tunix_torch.callbacks import MetricsFile
 from tunix_torch.checkpoint import is_whole, newest_checkpoint
 from tunix_torch.model import lora_config
+from tunix_torch.record import StepRecord
 
 
 def digits_reward(prompts, completions, **columns):
@@ -27,6 +30,7 @@ def make_trainer(model, output_dir, reward_funcs=digits_reward, callbacks=None, 
         "per_device_train_batch_size": 4,
         "generation_max_length": 12,
         "max_prompt_length": 40,
+        "system_message": "",
         "learning_rate": 1e-2,
         "micro_batch_size": 0,
         "report_to": "none",
@@ -234,6 +238,58 @@ def test_assertion_names_the_group_and_its_rewards(model_folder, tmp_path):
     batch.sampler_logps = batch.sampler_logps - 1.0
     with pytest.raises(AssertionError, match=r"sampler and learner disagree.*group 0 has rewards \['digits_reward'\]"):
         trainer.update(batch)
+
+
+def test_the_group_that_is_named_is_the_one_that_is_wrong(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path, num_completions_per_prompt=2, micro_batch_size=2)
+    batch = first_batch(trainer)
+    batch.sampler_logps[5] -= 1.0
+    with pytest.raises(AssertionError, match="sampler and learner disagree by 1 .*group 2 has rewards"):
+        trainer.update(batch)
+
+
+def test_no_clipping_of_gradients_still_learns_in_every_pass(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path, max_grad_norm=0.0)
+    trainer.create_optimizer_and_scheduler(10)
+    batch, before = first_batch(trainer), lora_weights(trainer)
+    trainer.learning_pass(batch)
+    trainer.optimizer_step()
+    assert any(not torch.equal(weights, before[name]) for name, weights in lora_weights(trainer).items())
+
+
+def test_recorded_steps_hold_what_went_in_and_what_came_out(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path, save_batches=2, micro_batch_size=4)
+    before = lora_weights(trainer)
+    trainer.train()
+    files = sorted((tmp_path / "batches").iterdir())
+    assert [file.name for file in files] == ["step-0001.safetensors", "step-0002.safetensors"]
+    first, second = map(StepRecord.load, files)
+    assert all(torch.equal(first.lora[name], before[name]) for name in before)
+    assert any(not torch.equal(second.lora[name], before[name]) for name in before)
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    for record, row in zip((first, second), logged, strict=False):
+        assert record.loss.item() == pytest.approx(row["loss"], abs=1e-4)  # Trainer rounds it
+        assert record.learning_rate == row["learning_rate"]
+        assert record.batch.rewards.mean().item() == pytest.approx(row["reward"])
+        torch.testing.assert_close(record.logps, record.batch.sampler_logps, rtol=0, atol=1e-4)
+    norm = torch.sqrt(sum(gradient.square().sum() for gradient in first.gradients.values()))
+    assert norm.item() == pytest.approx(logged[0]["grad_norm"], rel=1e-4)
+    (tmp_path / "torn.safetensors").write_bytes(files[0].read_bytes()[:-9])
+    with pytest.raises(ValueError, match="torn.safetensors"):
+        StepRecord.load(tmp_path / "torn.safetensors")
+
+
+@pytest.mark.parametrize("damage", ["weights missing", "cut short"])
+def test_a_model_that_is_not_whole_is_refused_rather_than_filled_in(model_folder, tmp_path, damage):
+    shutil.copytree(model_folder, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    if damage == "cut short":
+        file.write_bytes(file.read_bytes()[:-1000])
+    else:
+        kept = {name: w for name, w in load_file(file).items() if "layers.2." not in name}
+        save_file(kept, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="model_name="):
+        make_trainer(str(tmp_path / "model"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

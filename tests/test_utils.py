@@ -52,3 +52,37 @@ def test_device_report():
     report = utils.verify_tpu_setup()
     assert report["kind"] == "cpu" and not report["tpu"] and "CPU" in report["description"]
     assert "GiB" in utils.memory_summary()
+
+
+def test_only_what_a_run_wrote_is_set_aside(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    utils.set_aside_previous_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("")
+    utils.set_aside_previous_run(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", "previous"}
+    (previous,) = (tmp_path / "previous").iterdir()
+    assert {path.name for path in previous.iterdir()} == {"checkpoint-3", "metrics.jsonl"}
+
+
+def test_a_folder_that_cannot_hold_a_run_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="output_dir=.*is a file"):
+            utils.check_output_dir(folder)
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(ValueError, match="output_dir=.*holds a model"):
+        utils.check_output_dir(tmp_path)
+    utils.check_output_dir(tmp_path / "new" / "one")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_bare_no_in_yaml_is_the_word(tmp_path):
+    (tmp_path / "a.yaml").write_text("eval_strategy: no\nuse_grpo: no\n")
+    assert utils.load_config(tmp_path / "a.yaml") == {"eval_strategy": "no", "use_grpo": False}
+
+
+def test_a_config_file_holds_every_setting_that_is_not_the_default():
+    assert utils.settings_of(GRPOConfig(adam_beta2=0.5))["adam_beta2"] == 0.5
+    assert "adam_beta2" not in utils.settings_of(GRPOConfig())

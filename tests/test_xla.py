@@ -25,6 +25,7 @@ def digits_reward(prompts, completions, **columns):
 folder, output_dir, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 args = GRPOConfig(
     output_dir=output_dir, report_to="none", disable_tqdm=True, per_device_train_batch_size=2, max_prompt_length=48,
+    system_message="",
     generation_max_length=12, learning_rate=1e-2, stop_check_interval=4, **settings,
 )
 rows = [{**row, "question": row["question"] + "!" * (7 * i % 19)}

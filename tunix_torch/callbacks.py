@@ -30,7 +30,12 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         path = Path(args.output_dir) / METRICS_FILE
         if state.is_world_process_zero and path.exists():
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            rows = []
+            for line in path.read_text().splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError:  # cut short when the run was killed
+                    break
             path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step))
 
     def on_log(
@@ -73,8 +78,9 @@ class ConsoleProgress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.bar is None or not logs:
+        if not state.is_world_process_zero or not logs:
             return
+        write = print if self.bar is None else self.bar.write  # evaluations may come after the last step
         place = f"step {state.global_step:>4}/{state.max_steps}"
         evaluation = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
         if evaluation:
@@ -82,7 +88,7 @@ class ConsoleProgress(TrainerCallback):
                 f"{name} {value:.1%}" if name == "accuracy" or name.startswith("mean@") else f"{name} {value:.4g}"
                 for name, value in evaluation.items()
             ]
-            self.bar.write(f"{place}  evaluation: {', '.join(shown)}")
+            write(f"{place}  evaluation: {', '.join(shown)}")
         elif "loss" in logs:
             self.since.append(logs)
             if state.global_step % max(1, state.max_steps // 20) == 0 or state.global_step == state.max_steps:
@@ -92,7 +98,7 @@ class ConsoleProgress(TrainerCallback):
                     if values:
                         shown.append(form.format(sum(values) / len(values)))
                 seconds = time.perf_counter() - self.started
-                self.bar.write(f"{place}  {'  '.join(shown)}  ({seconds:.0f} s)")
+                write(f"{place}  {'  '.join(shown)}  ({seconds:.0f} s)")
                 self.since.clear()
 
     def on_train_end(

@@ -7,8 +7,9 @@ same thing are accepted everywhere as aliases.
 import dataclasses
 import difflib
 import functools
+import types
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -90,6 +91,36 @@ def _accept_aliases(cls: type) -> type:
     return cls
 
 
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of an annotated type; True for annotations that are not understood."""
+    if hint is Any:
+        return True
+    if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def check_types(config: Any) -> None:
+    """Check the fields of a dataclass of settings against their annotations; inherited ones where they are numbers.
+
+    Raises:
+        ValueError: a value of another type, naming the field.
+    """
+    hints = get_type_hints(type(config))
+    for name in config.__dataclass_fields__:
+        hint, value = hints[name], getattr(config, name, None)
+        checked = name in type(config).__annotations__ or hint in (int, float, bool)
+        if checked and not _fits(value, hint):
+            expected = hint.__name__ if isinstance(hint, type) else str(hint)
+            raise ValueError(f"{name}={value!r}: expected {expected}, got {type(value).__name__}")
+
+
 def _require(condition: bool, name: str, value: object, right: str) -> None:
     if not condition:
         raise ValueError(f"{name}={value!r}: {right}")
@@ -108,6 +139,7 @@ class ModelConfig:
     lora_dropout: float = _setting(0.0, "dropout on the LoRA's input while learning")
 
     def __post_init__(self) -> None:
+        check_types(self)
         _require(self.model_dtype in DTYPES, "model_dtype", self.model_dtype, f"choose one of {', '.join(DTYPES)}")
         _require(self.lora_rank >= 1, "lora_rank", self.lora_rank, "must be at least 1")
         _require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "must be above 0")
@@ -129,13 +161,13 @@ class DataConfig:
     val_dataset_split: str = _setting("test", "split of a Hugging Face data set to evaluate on")
     num_train_rows: int | None = _setting(None, "use at most so many training rows (generated: make so many, 4096)")
     num_eval_rows: int = _setting(256, "use at most so many evaluation rows")
-    system_message: str = _setting(SYSTEM_MESSAGE, "instruction put before every question; '' for none")
     reward_funcs: list[str] = field(
         default_factory=lambda: ["correctness", "format"],
         metadata={"help": "names from rewards/; the first one decides whether an answer counts as right"},
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         rows = self.num_train_rows
         _require(rows is None or rows >= 1, "num_train_rows", rows, "must be at least 1")
         _require(self.num_eval_rows >= 1, "num_eval_rows", self.num_eval_rows, "must be at least 1")
@@ -169,6 +201,7 @@ class GRPOConfig(TrainingArguments):
     use_grpo: bool = _setting(True, "reinforcement learning; False: supervised fine-tuning on the rows' completions")
     device: str = _setting("auto", "auto, xla, cuda or cpu; a process keeps the device it started with")
     num_tpu_cores: int | None = _setting(None, "TPU cores to use; only 1 so far")
+    system_message: str = _setting(SYSTEM_MESSAGE, "instruction put before every question; '' for none")
     max_prompt_length: int = _setting(
         256, "prompts are padded to this many tokens; longer ones are left out and counted"
     )
@@ -220,9 +253,11 @@ class GRPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_device()
+        check_types(self)
         self._check_values()
         self._resolve()
         super().__post_init__()
+        self._n_gpu = min(1, self.n_gpu)  # one process, one GPU: Trainer would split batches over all that it sees
         # TrainingArguments has a property of this name, which Trainer reads; a field of ours replaces it
         self.device = self._setup_devices
 
@@ -240,7 +275,7 @@ class GRPOConfig(TrainingArguments):
         """The upper epsilon in force."""
         if self.epsilon_high is not None:
             return self.epsilon_high
-        return 0.28 if self.algorithm == "dapo" else self.epsilon
+        return max(0.28, self.epsilon) if self.algorithm == "dapo" else self.epsilon
 
     @property
     def aggregation(self) -> str:
@@ -286,9 +321,24 @@ class GRPOConfig(TrainingArguments):
         clamp = self.kl_clamp_value
         _require(clamp is None or clamp > 0, "kl_clamp_value", clamp, "must be above 0")
         _require(self.eval_temperature > 0, "eval_temperature", self.eval_temperature, "must be above 0")
-        for name in ("generation_max_length", "max_prompt_length", "num_iterations", "stop_check_interval"):
+        for name in (
+            "generation_max_length",
+            "max_prompt_length",
+            "num_iterations",
+            "stop_check_interval",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name in ("generation_top_k", "num_eval_completions", "save_batches", "seed"):
+        for name in (
+            "generation_top_k",
+            "num_eval_completions",
+            "save_batches",
+            "seed",
+            "learning_rate",
+            "max_grad_norm",
+        ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         for name, choices in (
             ("algorithm", ALGORITHMS),
@@ -310,8 +360,9 @@ class GRPOConfig(TrainingArguments):
         if self.save_batches and (self.gradient_accumulation_steps > 1 or not self.use_grpo):
             raise ValueError(f"save_batches={self.save_batches}: works with use_grpo, without gradient accumulation")
         micro = self.micro_batch_size
-        if micro is not None and self.use_grpo:
-            fits = micro == 0 or (micro >= 1 and (group % micro == 0 or micro % group == 0))
+        _require(micro is None or micro >= 0, "micro_batch_size", micro, "must not be negative")
+        if micro and self.use_grpo:
+            fits = group % micro == 0 or micro % group == 0
             right = f"must divide num_completions_per_prompt={group} or be a multiple of it"
             _require(fits, "micro_batch_size", micro, right)
         _require(
@@ -326,6 +377,8 @@ class GRPOConfig(TrainingArguments):
 
     def _resolve(self) -> None:
         """Fill in what other fields decide."""
+        if self.eval_steps is not None and self.eval_strategy == "no":
+            self.eval_strategy = "steps"
         if self.max_length is not None:
             left = self.max_length - self.generation_max_length
             right = f"must leave room for a prompt beside generation_max_length={self.generation_max_length}"

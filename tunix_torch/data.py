@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import device, tiny
 from .config import DataConfig
+from .model import end_of_turn_id
 
 logger = logging.getLogger(__name__)
 
@@ -27,28 +28,34 @@ NUM_GENERATED_ROWS = 4096
 Row = dict[str, Any]
 
 
-def load_rows(path: str, config_name: str | None = None, split: str = "train") -> list[Row]:
+def load_rows(path: str, config_name: str | None = None, split: str = "train", setting: str = "data_path") -> list[Row]:
     """Rows of a .json file (a list, or one object a line), a .jsonl file, or a Hugging Face data set.
+
+    Args:
+        setting: the name that `path` has for the user.
 
     Raises:
         ValueError: no such file or data set, JSON that can't be read (with its line), or no rows.
     """
-    if Path(path).suffix in (".json", ".jsonl") or Path(path).exists():
-        return _read_file(Path(path))
+    if Path(path).suffix in (".json", ".jsonl") or Path(path).is_file():
+        return _read_file(Path(path), setting)
     import datasets  # here because it takes seconds, and files don't need it
 
     try:
         rows = [dict(row) for row in datasets.load_dataset(path, config_name, split=split)]
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"data_path={path!r}: neither a file nor a data set that could be loaded: {reason}") from error
+        raise ValueError(f"{setting}={path!r}: neither a file nor a data set that could be loaded: {reason}") from error
     return rows
 
 
-def _read_file(path: Path) -> list[Row]:
+def _read_file(path: Path, setting: str) -> list[Row]:
     if not path.is_file():
-        raise ValueError(f"data_path={str(path)!r}: no such file")
-    text = path.read_text(encoding="utf-8")
+        raise ValueError(f"{setting}={str(path)!r}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{setting}={str(path)!r}: not UTF-8: {error}") from error
     try:
         whole = json.loads(text) if path.suffix == ".json" else None
     except json.JSONDecodeError as error:
@@ -59,7 +66,7 @@ def _read_file(path: Path) -> list[Row]:
         rows = whole
     else:
         rows = []
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also cuts at U+2028, within strings
             if not line.strip():
                 continue
             try:
@@ -88,14 +95,21 @@ def normalize_row(row: Row, number: int, source: str) -> Row:
         raise ValueError(f"{source}, row {number}: no question; expected a column named prompt or question")
     if not isinstance(question, str):
         raise ValueError(f"{source}, row {number}: the question is a {type(question).__name__}, expected a text")
-    if answer is None or str(answer).strip() == "":
+    if isinstance(answer, list):
+        if len(answer) != 1:
+            raise ValueError(f"{source}, row {number}: {len(answer)} answers; expected one")
+        answer = answer[0]
+    reasoning, mark, final = ("", "", "") if answer is None else str(answer).rpartition("####")
+    if not final.strip():
         raise ValueError(f"{source}, row {number}: no answer; expected a column named {', '.join(ANSWER_COLUMNS)}")
-    reasoning, mark, final = str(answer).rpartition("####")
     result = {name: value for name, value in row.items() if name not in QUESTION_COLUMNS + ANSWER_COLUMNS}
     result["question"], result["answer"] = question, final.strip()
     if "completion" not in result:
         reasoning = reasoning if mark else row.get("reasoning", "")
         result["completion"] = f"<reasoning>{str(reasoning).strip()}</reasoning>\n<answer>{final.strip()}</answer>"
+    if not isinstance(result["completion"], str):
+        kind = type(result["completion"]).__name__
+        raise ValueError(f"{source}, row {number}: the completion is a {kind}, expected a text")
     return result
 
 
@@ -106,16 +120,16 @@ def load_data(config: DataConfig, seed: int) -> tuple[list[Row], list[Row]]:
         ValueError: see `load_rows` and `normalize_row`.
     """
 
-    def load(path: str, split: str) -> list[Row]:
-        rows = load_rows(path, config.dataset_config, split)
+    def load(path: str, split: str, setting: str) -> list[Row]:
+        rows = load_rows(path, config.dataset_config, split, setting)
         return [normalize_row(row, number, path) for number, row in enumerate(rows, start=1)]
 
     if config.data_path is None:
         train = tiny.arithmetic_rows("train", config.num_train_rows or NUM_GENERATED_ROWS, seed)
     else:
-        train = load(config.data_path, config.dataset_split)[: config.num_train_rows]
+        train = load(config.data_path, config.dataset_split, "data_path")[: config.num_train_rows]
     if config.val_data_path is not None:
-        evaluation = load(config.val_data_path, config.val_dataset_split)[: config.num_eval_rows]
+        evaluation = load(config.val_data_path, config.val_dataset_split, "val_data_path")[: config.num_eval_rows]
     else:
         evaluation = [] if config.data_path else tiny.arithmetic_rows("test", config.num_eval_rows)
     return train, evaluation
@@ -136,16 +150,6 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, question: str, system_mess
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of rendered prompts; a chat template has put the BOS token in already, plain text gets it here."""
     return tokenizer(list(prompts), add_special_tokens=tokenizer.chat_template is None)["input_ids"]
-
-
-def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an answer: what the chat template writes after it (Gemma: <end_of_turn>), else EOS."""
-    if tokenizer.chat_template is None:
-        return tokenizer.eos_token_id
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@answer@"}]
-    after = tokenizer.apply_chat_template(messages, tokenize=False).partition("@answer@")[2]
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
 
 
 def prepare_rows(

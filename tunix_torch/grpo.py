@@ -97,13 +97,14 @@ def aggregation_weights(completion_mask: Tensor, mode: str, max_length: int) -> 
 
 @dataclass
 class LossTerms:
-    """Scalars of one (micro-)batch, float32, already weighted: those of micro-batches add up to the batch's."""
+    """Of one (micro-)batch, float32. Scalars are already weighted: those of micro-batches add up to the batch's."""
 
     loss: Tensor  # policy_loss + beta * kl_loss, with gradient
     policy_loss: Tensor
     kl_loss: Tensor  # 0 without a reference
     clipped_weight: Tensor  # weight of the tokens whose ratio the clip holds back
-    largest_ratio_gap: Tensor  # max |ratio - 1| over completion tokens
+    ratio_gap: Tensor  # (B,) each row's largest |ratio - 1| over completion tokens
+    largest_kl: Tensor  # (B,) each row's largest |KL estimate|
 
 
 def grpo_loss(
@@ -146,13 +147,15 @@ def grpo_loss(
         capped = torch.minimum(per_token_loss, -advantages * epsilon_c)
         per_token_loss = torch.where(advantages < 0, capped, per_token_loss)
     policy_loss = (per_token_loss * token_weights).sum()
-    kl_loss = torch.zeros_like(policy_loss)
+    kl = torch.zeros_like(logps)  # (B, C)
     if ref_logps is not None:
-        kl_loss = (per_token_kl(logps, ref_logps, kl_estimator, kl_clamp) * token_weights).sum()
+        kl = per_token_kl(logps, ref_logps, kl_estimator, kl_clamp)
+    kl_loss = (kl * token_weights).sum()
     return LossTerms(
         loss=policy_loss + beta * kl_loss,
         policy_loss=policy_loss.detach(),
         kl_loss=kl_loss.detach(),
         clipped_weight=((clipped > unclipped) * token_weights).sum(),
-        largest_ratio_gap=((ratio - 1).abs() * mask).max().detach(),
+        ratio_gap=((ratio - 1).abs() * mask).amax(dim=1).detach(),
+        largest_kl=(kl.abs() * mask).amax(dim=1).detach(),
     )

@@ -6,11 +6,13 @@ The reference policy is the same model with the adapter switched off; there is n
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -65,7 +67,7 @@ def _hub_errors(name: str) -> Iterator[None]:
     """Turn the many ways in which a download fails into one clear line."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "check the name, accept the licence on huggingface.co and run `hf auth login`, or give a local folder"
         raise ValueError(f"model_name={name!r} could not be loaded: {reason} ({hint})") from error
@@ -93,26 +95,42 @@ def load_base_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedMo
         dtype: of the weights; None: `default_dtype()`.
 
     Raises:
-        ValueError: unknown name, no weights, or a hub that can't be reached.
+        ValueError: unknown name, weights missing or cut short, or a hub that can't be reached.
     """
     path = resolve_model_name(name)
     with _hub_errors(name):
         config = AutoConfig.from_pretrained(path)
         # sdpa has no soft-cap on attention scores, so Gemma 2 would be silently wrong with it
         attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or default_dtype(), attn_implementation=attention
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or default_dtype(), attn_implementation=attention, output_loading_info=True
         )
+    _require_all(name, loading["missing_keys"])  # Transformers would fill them in at random
     if model.config.model_type not in TESTED_MODEL_TYPES:
         logger.warning("Model type %r is not among the tested ones: %s", model.config.model_type, TESTED_MODEL_TYPES)
     return model
 
 
+def _require_all(name: str, missing: Collection[str]) -> None:
+    if missing:
+        raise ValueError(f"model_name={name!r}: {len(missing)} weights are missing, such as {min(missing)}")
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an answer: what the chat template writes after it (Gemma: <end_of_turn>), else EOS."""
+    if tokenizer.chat_template is None:
+        return tokenizer.eos_token_id
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@answer@"}]
+    after = tokenizer.apply_chat_template(messages, tokenize=False).partition("@answer@")[2]
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
+
+
 def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: the tokenizer's, and those of the model's generation config."""
+    """Every token that ends an answer: the tokenizer's, the chat template's, those of the model's generation config."""
     configured = base_model(model).generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
-    return sorted({*configured, tokenizer.eos_token_id} - {None})
+    return sorted({*configured, tokenizer.eos_token_id, end_of_turn_id(tokenizer)} - {None})
 
 
 def lora_config(config: ModelConfig) -> LoraConfig:
@@ -134,7 +152,12 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel |
     resolve_model_name(name)  # complains when the folder has no weights
     adapter = LoraConfig.from_pretrained(name)
     base = load_base_model(adapter.base_model_name_or_path, dtype)
-    return PeftModel.from_pretrained(base, name)
+    with _hub_errors(name):
+        model = PeftModel.from_pretrained(base, name)
+        if (path / "adapter_model.safetensors").is_file():
+            with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
+                _require_all(name, set(get_peft_model_state_dict(model)) - set(file.keys()))
+    return model
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:

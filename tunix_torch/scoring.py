@@ -16,9 +16,19 @@ def name_of(function: RewardFunc) -> str:
 
 
 def columns_of(rows: Sequence[dict[str, Any]], copies: int = 1) -> dict[str, list[Any]]:
-    """The rows' columns as lists, each value `copies` times; `answers` and `expected_answers` are `answer` again."""
-    names = [name for name in rows[0] if name not in ("prompt", "prompt_ids", "completion", "completion_ids")]
-    columns = {name: [row[name] for row in rows for _ in range(copies)] for name in names}
+    """The rows' columns as lists, each value `copies` times; `answers` and `expected_answers` are `answer` again.
+
+    A row that lacks a column which another one has gets None there.
+
+    Raises:
+        ValueError: a column is called as what reward functions get besides the columns.
+    """
+    names = {name: None for row in rows for name in row}  # in order
+    for name in ("prompts", "completions"):
+        if name in names:
+            raise ValueError(f"column {name!r} of the data set: reward functions get something else by this name")
+    own = ("prompt", "prompt_ids", "completion", "completion_ids")
+    columns = {name: [row.get(name) for row in rows for _ in range(copies)] for name in names if name not in own}
     return columns | {"answers": columns["answer"], "expected_answers": columns["answer"]}
 
 

@@ -38,7 +38,7 @@ TEMPLATES = {
 }
 NUM_HELD_OUT = {"+": 400, "-": 400, "x": 120}  # problems that no training row ever shows
 
-WARM_START = {"seed": 0, "steps": 540, "batch_size": 32, "hasty_batch_size": 16, "learning_rate": 4e-3, "recipe": 1}
+WARM_START = {"seed": 0, "steps": 540, "batch_size": 32, "hasty_batch_size": 16, "learning_rate": 4e-3}
 
 # Settings of the job that the tiny model is made for; train.py takes them unless a flag or file says otherwise.
 RECIPE = {
@@ -242,8 +242,8 @@ def cache_folder() -> Path:
 
 
 def folder_name() -> str:
-    """Its name in the cache folder; changes with the recipe."""
-    return FOLDER_PREFIX + hashlib.sha256(repr(sorted(WARM_START.items())).encode()).hexdigest()[:8]
+    """Its name in the cache folder; changes with this file, which is its recipe."""
+    return FOLDER_PREFIX + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 
 
 def ensure_tiny_model() -> Path:
@@ -259,7 +259,11 @@ def ensure_tiny_model() -> Path:
     try:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        os.replace(unfinished, folder)
+        try:
+            os.replace(unfinished, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder

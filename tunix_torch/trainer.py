@@ -106,11 +106,13 @@ class TunixTrainer(Trainer):
             model, eos_token_ids(model, processing_class), processing_class.pad_token_id, args.stop_check_interval
         )
         completion_width = None if args.use_grpo else args.generation_max_length
+        if eval_dataset is None:
+            args.eval_on_start = False
 
         def prepare(rows: Sequence[Row] | None) -> list[Row] | None:
             if rows is None:
                 return None
-            return prepare_rows(rows, processing_class, args.max_prompt_length, completion_width)
+            return prepare_rows(rows, processing_class, args.max_prompt_length, completion_width, args.system_message)
 
         super().__init__(
             model=model,
@@ -151,13 +153,17 @@ class TunixTrainer(Trainer):
                 f"there are only {len(self.train_dataset)} training rows"
             )
         trainable = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        assert trainable and all("lora_" in name for name in trainable), "only LoRA weights may be trainable"
+        other = [name for name in trainable if "lora_" not in name]
+        if other or not trainable:
+            raise ValueError(
+                f"peft_config: only LoRA matrices can be trained, but {other[:1] or 'nothing'} is trainable"
+            )
 
-    def _fingerprint_base(self) -> float:
-        """A number that changes when a base weight does: the reference policy must stay the base model."""
+    def _fingerprint_base(self) -> list[float]:
+        """A number a base weight, which changes with it: the reference policy must stay the base model."""
         with torch.no_grad():
-            total = sum(p.float().abs().sum() for p in self.model.parameters() if not p.requires_grad)
-        return float(total)
+            sums = [p.float().abs().sum() for p in self.model.parameters() if not p.requires_grad]
+        return torch.stack(sums).tolist()
 
     # ---- one step ----
 
@@ -232,10 +238,10 @@ class TunixTrainer(Trainer):
                 first_pass = parts
                 self._save_record(batch, parts)
         first, last = sum_up(first_pass), sum_up(parts)  # second time the host waits
-        self._check_first_pass(first, first_pass)
+        self._check_first_pass(first_pass)
         seconds = time.perf_counter() - started
         speed = {"learning_tokens_per_second": last["tokens"] * args.num_iterations / seconds}
-        self._record(learning_metrics(first, last) | speed)
+        self._record(learning_metrics(first, last, args.beta > 0) | speed)
         return torch.tensor(last["loss"] / self.current_gradient_accumulation_steps, device=args.device)
 
     def learning_pass(self, batch: TrainBatch) -> list[dict[str, Tensor]]:
@@ -245,7 +251,8 @@ class TunixTrainer(Trainer):
 
     def optimizer_step(self) -> None:
         """Clip the gradient, step, and forget the gradient: as `transformers.Trainer` does after a batch."""
-        self._clip_grad_norm(self.model)
+        if self.args.max_grad_norm > 0:
+            self._clip_grad_norm(self.model)
         self.optimizer.step()
         device.sync()
         self.model.zero_grad()
@@ -266,8 +273,7 @@ class TunixTrainer(Trainer):
     def _learn(self, part: TrainBatch) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch. Returns its share of the batch's numbers, on the device.
 
-        All are scalars but `logps`, (rows of this part, C), and `bad_rows`, (rows of this part,) bool: a
-        log-probability is not finite or above 0.
+        Those named `row_...` have one value a row, `logps` is (rows, C); the others are scalars.
         """
         args = self.args
         logps, entropy = self._token_logps(part)
@@ -288,7 +294,6 @@ class TunixTrainer(Trainer):
         self.accelerator.backward(terms.loss / self.current_gradient_accumulation_steps)
         logps, mask = logps.detach(), part.completion_mask
         gap = (logps - part.sampler_logps).abs() * mask
-        bad_rows = (~(torch.isfinite(logps) & (logps <= 0))).any(dim=1)
         numbers = {
             "loss": terms.loss.detach(),
             "policy_loss": terms.policy_loss,
@@ -298,10 +303,10 @@ class TunixTrainer(Trainer):
             "tokens": mask.sum().float(),
             "entropy": entropy.sum(),
             "sampler_gap": gap.sum(),
-            "ratio_gap": terms.largest_ratio_gap,
-            "largest_sampler_gap": gap.max(),
-            "num_bad_rows": bad_rows.sum(),
-            "bad_rows": bad_rows,
+            "row_bad": (~(torch.isfinite(logps) & (logps <= 0))).any(dim=1),
+            "row_ratio_gap": terms.ratio_gap,
+            "row_sampler_gap": gap.amax(dim=1),
+            "row_largest_kl": terms.largest_kl,
             "logps": logps,
         }
         device.sync()
@@ -398,7 +403,7 @@ class TunixTrainer(Trainer):
         if not rows:
             raise ValueError("eval_dataset: there are no rows to evaluate on")
         completion_width = None if args.use_grpo else args.generation_max_length
-        rows = prepare_rows(rows, self.processing_class, args.max_prompt_length, completion_width)
+        rows = prepare_rows(rows, self.processing_class, args.max_prompt_length, completion_width, args.system_message)
         metrics = {}
         if self.reward_funcs:
             greedy = SamplingParams(args.generation_max_length, temperature=0.0)
@@ -428,17 +433,15 @@ class TunixTrainer(Trainer):
 
     # ---- assertions and metrics ----
 
-    def _check_first_pass(self, first: dict[str, float], parts: list[dict[str, Tensor]]) -> None:
+    def _check_first_pass(self, parts: list[dict[str, Tensor]]) -> None:
         """What holds before the first optimizer step on a batch, whatever the model and the data."""
-        dropout = any(config.lora_dropout for config in self.model.peft_config.values())
-        if dropout and not first["num_bad_rows"]:
-            return  # dropout makes the learning pass differ from sampling on purpose; only finite it must be
+        exact = base_model(self.model).dtype == torch.float32
         at_base = self._starts_at_base and self.state.global_step == 0
-        broken = broken_invariant(first, base_model(self.model).dtype == torch.float32, at_base)
+        dropout = any(config.lora_dropout for config in self.model.peft_config.values())
+        broken = broken_invariant(parts, exact, at_base, dropout)
         if broken is not None:
-            row = int(torch.cat([part["bad_rows"] for part in parts]).int().argmax())
-            group = row // self.args.num_completions_per_prompt
-            raise AssertionError(f"{broken}; {self._describe_group(group)}")
+            message, row = broken
+            raise AssertionError(f"{message}; {self._describe_group(row // self.args.num_completions_per_prompt)}")
 
     def _describe_group(self, group: int) -> str:
         size = self.args.num_completions_per_prompt
