@@ -28,7 +28,7 @@ _UNIT_ALIASES = {"$": "dollar", "usd": "dollar", "€": "euro", "£": "pound", "
 
 # One number and nothing else but a lead-in, a currency sign and a unit. The exponent has at most three digits, since
 # an exact 1e999999999 would fill the memory; the denominator is not zero. A unit starts with a letter or a sign, not
-# with "and" or "is" ("5 and a half" is not 5, "7 is wrong" not 7), and its only digits are the 2 and 3 of "m2" and "cm^3".
+# with "and" or "is" ("5 and a half" is not 5, "7 is wrong" not 7), and its only digits are the 2 and 3 of "m2", "cm^3".
 _QUANTITY = re.compile(
     rf"""
     (?:(?:(?:the\ )?(?:final\ )?answer\ is:?|about|approximately|around|roughly|=)\ ?)?
@@ -38,7 +38,9 @@ _QUANTITY = re.compile(
       | (?P<decimal>{DECIMAL}(?:e[+-]?[0-9]{{1,3}})?)
     )
     (?:[ -]?(?P<scale>{"|".join(_SCALES)})s?\b)?
-    (?P<unit>\ ?/?\ ?(?=[a-z%°μ$€£¥₹])(?!(?:and|or|to|is|are|was|not|plus|minus|times)\b)[^\s0-9]+[23]?(?:\ [^\s0-9]+[23]?)*)?
+    (?P<unit>
+        \ ?/?\ ?(?=[a-z%°μ$€£¥₹])(?!(?:and|or|to|is|are|was|not|plus|minus|times)\b)[^\s0-9]+[23]?(?:\ [^\s0-9]+[23]?)*
+    )?
     """,
     re.VERBOSE,
 )
