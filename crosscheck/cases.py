@@ -61,11 +61,13 @@ def make_model(family: str) -> PreTrainedModel:
                 layer_types=FIVE_TO_ONE,
                 num_kv_shared_layers=0,
                 global_head_dim=32,
-                hidden_size_per_layer_input=8,
+                hidden_size_per_layer_input=32,  # normalised by itself: a narrow one would magnify rounding errors
                 vocab_size_per_layer_input=VOCABULARY,
                 use_double_wide_mlp=False,
             )
             model = Gemma4ForCausalLM(config)
+            for layer in model.model.layers:  # its scores are not divided by sqrt(head_dim): keep attention soft
+                torch.nn.init.constant_(layer.self_attn.q_norm.weight, 0.25)
         else:
             raise ValueError(f"no such family: {family!r}")
     return model.eval()

@@ -45,6 +45,15 @@ def scalar_tolerance(args: GRPOConfig) -> float:
     return LARGE_SCALARS if is_sum or args.kl_estimator == "k3" else SCALARS
 
 
+def epsilon_effect(rewards: torch.Tensor, advantages: torch.Tensor, args: GRPOConfig) -> float:
+    """How far apart advantages are by right when our epsilon beside the standard deviation is not Tunix's 1e-6."""
+    if args.algorithm in ("rloo", "dr_grpo") or not args.normalize_advantages:
+        return 0.0
+    std = rewards.view(-1, args.num_completions_per_prompt).std(dim=1, keepdim=True)
+    relative = abs(args.advantage_epsilon - 1e-6) / (std + min(args.advantage_epsilon, 1e-6))
+    return float((relative * advantages.view(len(std), -1).abs()).max())
+
+
 def _tunix_batch(record: StepRecord, args: GRPOConfig, tunix: TunixPolicy) -> TunixBatch:
     return TunixBatch.of(record.batch, args.generation_max_length, tunix.map.config.vocab_size)
 
@@ -57,12 +66,8 @@ def compare_step(case: str, record: StepRecord, args: GRPOConfig, tunix: TunixPo
     batch, width = record.batch, args.generation_max_length
     theirs, settings = _tunix_batch(record, args, tunix), tunix_side.settings_of(args)
     shown = slice(0, batch.completion_ids.shape[1])  # Tunix's columns beyond the batch's are padding
-    yield Row(
-        case,
-        "advantages",
-        largest_difference(batch.advantages, tunix_side.advantages(batch.rewards.numpy(), args)),
-        ADVANTAGES,
-    )
+    difference = largest_difference(batch.advantages, tunix_side.advantages(batch.rewards.numpy(), args))
+    yield Row(case, "advantages", difference, ADVANTAGES + epsilon_effect(batch.rewards, batch.advantages, args))
     base_logps = tunix_side.token_logps(tunix.base, theirs, args.generation_temperature)[:, shown]
     with torch.no_grad():
         ours, _ = token_logps(base, batch, args.generation_temperature)
@@ -103,8 +108,12 @@ def compare_updates(
     args: GRPOConfig,
     tunix: TunixPolicy,
     after: Sequence[int],
+    measure: str = "largest",
 ) -> Iterator[Row]:
-    """Parameters after some of the steps. Tunix starts from the same LoRA and then goes its own way: its own reference
+    """Parameters after some of the steps: their largest difference, or, with "rms", its root mean square.
+
+    AdamW divides a gradient by its own size. Where a gradient is almost 0, its rounding error decides which way that
+    entry goes, so that single entries differ by up to a learning rate; hence the second measure. Tunix starts from the same LoRA and then goes its own way: its own reference
     log-probabilities, advantages, gradients, and optax's AdamW."""
     width, settings = args.generation_max_length, tunix_side.settings_of(args)
     weights = tunix.state_of({name: value.numpy() for name, value in records[0].lora.items()})
@@ -127,6 +136,7 @@ def compare_updates(
         weights, optimizer_state = step(weights, result.state, optimizer_state, record.learning_rate)
         if number in after:
             theirs = tunix.lora_of(weights)
-            difference = max(largest_difference(lora[name], theirs[name]) for name in theirs)
+            gaps = np.concatenate([(lora[name].double().numpy() - theirs[name]).ravel() for name in theirs])
+            difference = float(np.abs(gaps).max() if measure == "largest" else np.sqrt(np.mean(gaps**2)))
             steps = "1 step" if number == 1 else f"{number} steps"
-            yield Row(case, f"parameters after {steps}", difference, PARAMETERS)
+            yield Row(case, f"parameters after {steps}", difference, PARAMETERS, measure)

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .batch import TrainBatch
@@ -25,9 +27,10 @@ class StepRecord:
     kl_loss: Tensor  # () float32, without beta
     gradients: dict[str, Tensor]  # of the loss, before clipping, by parameter name
     learning_rate: float
+    model_dtype: str  # of the base weights: "float32" or "bfloat16"
 
     def save(self, path: Path) -> None:
-        tensors = {"learning_rate": torch.tensor(self.learning_rate, dtype=torch.float64)}
+        tensors, words = {}, {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, TrainBatch):
@@ -36,8 +39,10 @@ class StepRecord:
                 tensors |= {f"{field.name}.{name}": v.contiguous() for name, v in value.items() if v is not None}
             elif isinstance(value, Tensor):
                 tensors[field.name] = value.contiguous()
+            else:
+                words[field.name] = str(value)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path)
+        save_file(tensors, path, words)
 
     @classmethod
     def load(cls, path: Path) -> "StepRecord":
@@ -46,17 +51,18 @@ class StepRecord:
         Raises:
             ValueError: the file is not such a record.
         """
+        values: dict[str, Any] = {}
         try:
-            tensors = load_file(path)
-        except Exception as error:  # safetensors raises its own type for a file cut short
+            with safe_open(path, framework="pt") as file:
+                values |= file.metadata() or {}
+                for name in file.keys():
+                    field, dot, key = name.partition(".")
+                    if dot:
+                        values.setdefault(field, {})[key] = file.get_tensor(name)
+                    else:
+                        values[field] = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: not a safetensors file: {error}") from error
-        values: dict[str, object] = {}
-        for name, tensor in tensors.items():
-            field, dot, key = name.partition(".")
-            if dot:
-                values.setdefault(field, {})[key] = tensor
-            else:
-                values[field] = tensor
         missing = {field.name for field in fields(cls)} - set(values)
         if missing:
             raise ValueError(f"{path}: not a recorded step: it lacks {', '.join(sorted(missing))}")
@@ -84,4 +90,5 @@ def record_step(
         kl_loss=sum(part["kl_loss"].cpu() for part in parts),
         gradients={name: p.grad.cpu().clone() for name, p in trained.items()},
         learning_rate=learning_rate,
+        model_dtype=str(next(p.dtype for p in model.parameters() if not p.requires_grad)).removeprefix("torch."),
     )
