@@ -50,7 +50,17 @@ COMMON_FIELDS = (
 
 
 # Not a setting of the job: where this process runs, or what to do once.
-NOT_SAVED = ("local_rank", "resume_from_checkpoint", "logging_dir", "use_cpu", "dataloader_pin_memory", "hub_token")
+NOT_SAVED = (
+    "local_rank",
+    "resume_from_checkpoint",
+    "logging_dir",
+    "use_cpu",
+    "dataloader_pin_memory",
+    "hub_token",
+    "accelerator_config",
+    "debug",
+    "disable_tqdm",
+)
 
 
 def choose_device(argv: Sequence[str] | None = None) -> None:
@@ -137,6 +147,11 @@ def load_config(path: str | Path) -> dict[str, Any]:
     return settings
 
 
+def _default_of(field: dataclasses.Field) -> Any:
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return getattr(default, "value", default)  # of an enumeration
+
+
 def settings_of(*configs: Any) -> dict[str, Any]:
     """What a config file holds of a `ModelConfig`, a `DataConfig` and a `GRPOConfig`: every field of our own, those of
     `transformers.TrainingArguments` that people commonly set, and the others where they are not the default."""
@@ -144,9 +159,8 @@ def settings_of(*configs: Any) -> dict[str, Any]:
     for config in configs:
         own = list(type(config).__dict__.get("__annotations__", {}))
         values = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
-        defaults = type(config)().to_dict() if hasattr(config, "to_dict") else {}
-        fields = [field.name for field in dataclasses.fields(config) if field.init and field.name not in own]
-        shown = [name for name in fields if name in COMMON_FIELDS or values[name] != defaults[name]]
+        inherited = [field for field in dataclasses.fields(config) if field.init and field.name not in own]
+        shown = [f.name for f in inherited if f.name in COMMON_FIELDS or values[f.name] != _default_of(f)]
         settings |= {name: values[name] for name in [*own, *shown] if name not in NOT_SAVED}
     return settings
 

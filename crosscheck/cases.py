@@ -40,21 +40,26 @@ COMMON = {
 FIVE_TO_ONE = ["sliding_attention"] * 5 + ["full_attention"]
 
 
-def make_model(family: str) -> PreTrainedModel:
-    """A float32 model with random weights: gemma3-1, gemma3-2, gemma3-4 (KV heads), gemma2 or gemma4."""
+def make_model(family: str, **overrides: Any) -> PreTrainedModel:
+    """A float32 model with random weights: gemma3-1, gemma3-2, gemma3-4 (KV heads), gemma2 or gemma4.
+
+    `overrides` are settings of its config.
+    """
     name, _, kv_heads = family.partition("-")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if name == "gemma3":
-            config = Gemma3TextConfig(**COMMON, num_key_value_heads=int(kv_heads), layer_types=FIVE_TO_ONE)
+            config = Gemma3TextConfig(
+                **(COMMON | overrides), num_key_value_heads=int(kv_heads), layer_types=FIVE_TO_ONE
+            )
             model = Gemma3ForCausalLM(config)
         elif name == "gemma2":
             # Tunix's Gemma 2 takes positions for slots, so its window is wrong beside left padding: see differences.py
             window = {"sliding_window": PROMPT_WIDTH + COMPLETION_WIDTH}
-            config = Gemma2Config(**(COMMON | window), num_key_value_heads=2, attn_implementation="eager")
+            config = Gemma2Config(**(COMMON | window | overrides), num_key_value_heads=2, attn_implementation="eager")
             model = Gemma2ForCausalLM(config)
         elif name == "gemma4":
-            settings = {name: value for name, value in COMMON.items() if name != "query_pre_attn_scalar"}
+            settings = {name: value for name, value in (COMMON | overrides).items() if name != "query_pre_attn_scalar"}
             config = Gemma4TextConfig(
                 **settings,
                 num_key_value_heads=2,

@@ -39,10 +39,10 @@ def largest_difference(ours: np.ndarray | torch.Tensor, theirs: np.ndarray | tor
     return float(np.abs(ours - theirs).max(initial=0.0))
 
 
-def scalar_tolerance(args: GRPOConfig) -> float:
+def scalar_tolerance(args: GRPOConfig, with_kl: bool = True) -> float:
     """Of losses and KL: sums over a row are larger than means, and k3 takes an exponential."""
     is_sum = args.aggregation in ("seq-mean-token-sum", "sequence-mean-token-sum-norm")
-    return LARGE_SCALARS if is_sum or args.kl_estimator == "k3" else SCALARS
+    return LARGE_SCALARS if is_sum or (with_kl and args.beta and args.kl_estimator == "k3") else SCALARS
 
 
 def epsilon_effect(rewards: torch.Tensor, advantages: torch.Tensor, args: GRPOConfig) -> float:
@@ -90,7 +90,8 @@ def compare_step(case: str, record: StepRecord, args: GRPOConfig, tunix: TunixPo
     tolerance = scalar_tolerance(args)
     if batch.ref_per_token_logps is not None:
         yield Row(case, "KL", abs(float(record.kl_loss) - result.kl_loss), tolerance)
-    yield Row(case, "policy loss", abs(float(record.policy_loss) - result.policy_loss), tolerance)
+    difference = abs(float(record.policy_loss) - result.policy_loss)
+    yield Row(case, "policy loss", difference, scalar_tolerance(args, with_kl=False))
     yield Row(case, "loss", abs(float(record.loss) - result.loss), tolerance)
     worst, worst_name = 0.0, ""
     for name, gradient in result.gradients.items():
@@ -98,6 +99,7 @@ def compare_step(case: str, record: StepRecord, args: GRPOConfig, tunix: TunixPo
         difference = largest_difference(record.gradients[name], gradient) / largest
         if not difference <= worst:
             worst, worst_name = difference, name
+    worst_name = worst_name.removeprefix("base_model.model.").removesuffix(".default.weight")
     yield Row(case, "LoRA gradients", worst, GRADIENTS, f"relative; worst: {worst_name}")
 
 
@@ -113,8 +115,11 @@ def compare_updates(
     """Parameters after some of the steps: their largest difference, or, with "rms", its root mean square.
 
     AdamW divides a gradient by its own size. Where a gradient is almost 0, its rounding error decides which way that
-    entry goes, so that single entries differ by up to a learning rate; hence the second measure. Tunix starts from the same LoRA and then goes its own way: its own reference
-    log-probabilities, advantages, gradients, and optax's AdamW."""
+    entry goes, so that single entries differ by up to a learning rate; hence the second measure.
+
+    Tunix starts from the same LoRA and then goes its own way: its own reference log-probabilities, advantages,
+    gradients, and optax's AdamW.
+    """
     width, settings = args.generation_max_length, tunix_side.settings_of(args)
     weights = tunix.state_of({name: value.numpy() for name, value in records[0].lora.items()})
     step, optimizer_state = tunix_side.adamw(args), None

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,10 +25,10 @@ def no_reward(prompts: list[str], completions: list[str], **columns: list) -> li
 
 
 @contextmanager
-def saved_model(family: str) -> Iterator[Path]:
+def saved_model(family: str, **overrides: Any) -> Iterator[Path]:
     """A folder with a family's model as `save_pretrained` writes it; gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        make_model(family).save_pretrained(folder)
+        make_model(family, **overrides).save_pretrained(folder)
         yield Path(folder)
 
 

@@ -50,6 +50,7 @@ def compare_with_trl(case: str, folder: Path, record: StepRecord, args: GRPOConf
                 max_completion_length=args.generation_max_length,
                 temperature=args.generation_temperature,
                 beta=args.beta,
+                use_bias_correction_kl=False,  # TRL's default multiplies the KL estimate by the ratio
                 epsilon=args.epsilon,
                 epsilon_high=args.clip_high,
                 delta=args.epsilon_c,

@@ -313,6 +313,15 @@ def advantages(rewards: np.ndarray, args: GRPOConfig) -> np.ndarray:
     return np.asarray(estimate(rewards=rewards, num_generations=args.num_completions_per_prompt))
 
 
+def completion_mask(ids: np.ndarray, eos_id: int) -> np.ndarray:
+    """(B, C) 1 up to and including the first `eos_id`, by Tunix's own function."""
+    return common.np_make_completion_mask(ids, eos_id)
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(model)
+
+
 def token_logps(model: nnx.Module, batch: TunixBatch, temperature: float) -> np.ndarray:
     """(B, C) log-probabilities, 0 where masked."""
     graph, state = nnx.split(model)

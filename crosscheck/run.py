@@ -1,0 +1,54 @@
+"""Run cases: record this library's steps and compare them with Tunix's and TRL's."""
+
+from collections.abc import Iterator, Sequence
+
+from tunix_torch.model import load_base_model
+
+from .cases import CASES, Case
+from .compare import Row, compare_step, compare_updates
+from .ours import ALPHA, RANK, lora_of, make_trainer, record_steps, saved_model
+from .tunix_side import TunixPolicy
+
+# Our case -> TRL's loss_type. The others have no like in TRL (k1, k2, the clamp) or are one of these again.
+TRL_CASES = {
+    "defaults": "grpo",
+    "old": "grpo",
+    "token-mean": "bnpo",
+    "row-scale": "dr_grpo",
+    "row-sum": "luspo",
+    "temperature 0.9": "grpo",
+    "gspo": "grpo",
+    "dual clip": "grpo",
+    "dapo": "dapo",
+    "dr_grpo": "dr_grpo",
+    "rloo": "grpo",
+}
+
+
+def rows_of_family(family: str, cases: Sequence[Case], chain: int) -> Iterator[Row]:
+    """Each case on one family's model: one step, quantity by quantity, then parameters after 1 and `chain` steps."""
+    with saved_model(family) as folder:
+        tunix, base = None, load_base_model(str(folder))
+        for case in cases:
+            trainer = make_trainer(folder, case)
+            if tunix is None:
+                shapes = {name: tuple(weights.shape) for name, weights in lora_of(trainer).items()}
+                tunix = TunixPolicy(folder, base.config, shapes, RANK, ALPHA)
+            records = record_steps(trainer, case, chain)
+            name = f"{family}, {case.name}"
+            yield from compare_step(name, records[0], trainer.args, tunix, base)
+            yield from compare_updates(name, records, lora_of(trainer), trainer.args, tunix, (1, chain))
+
+
+def rows_of_trl(family: str = "gemma3-2", cases: Sequence[str] = tuple(TRL_CASES)) -> Iterator[Row]:
+    """The cases that TRL shares, on batches without an empty completion, which TRL counts as a row."""
+    from .trl_side import compare_with_trl
+
+    with saved_model(family) as folder:
+        for case in CASES:
+            if case.name in cases:
+                trainer = make_trainer(folder, case)
+                (record,) = record_steps(trainer, case, 1, empty=False)
+                yield from compare_with_trl(
+                    f"TRL, {case.name}", folder, record, trainer.args, loss_type=TRL_CASES[case.name]
+                )
