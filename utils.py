@@ -59,6 +59,7 @@ NOT_SAVED = (
     "hub_token",
     "accelerator_config",
     "debug",
+    "do_eval",
     "disable_tqdm",
 )
 
