@@ -5,12 +5,14 @@ trainers take it). This file moves weights and batches across.
 """
 
 import dataclasses
+import functools
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -382,22 +384,34 @@ def loss_and_gradients(
     )
 
 
-def adamw(args: GRPOConfig) -> Callable[[nnx.State, nnx.State, object, float], tuple[nnx.State, object]]:
-    """One step of optax's AdamW with clipping by global norm: (weights, gradient, its state or None, learning rate)."""
-    clip = [optax.clip_by_global_norm(args.max_grad_norm)] if args.max_grad_norm else []
+@functools.cache
+def _optimizer(
+    max_norm: float, beta1: float, beta2: float, epsilon: float, weight_decay: float
+) -> tuple[optax.GradientTransformation, Callable]:
+    clip = [optax.clip_by_global_norm(max_norm)] if max_norm else []
     optimizer = optax.inject_hyperparams(
         lambda learning_rate: optax.chain(
-            *clip,
-            optax.adamw(
-                learning_rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon, weight_decay=args.weight_decay
-            ),
+            *clip, optax.adamw(learning_rate, beta1, beta2, epsilon, weight_decay=weight_decay)
         )
     )(learning_rate=0.0)
 
-    def step(weights: nnx.State, gradient: nnx.State, state: object, learning_rate: float) -> tuple[nnx.State, object]:
-        state = optimizer.init(weights) if state is None else state
-        state.hyperparams["learning_rate"] = jnp.asarray(learning_rate, jnp.float32)
+    @jax.jit
+    def step(weights: nnx.State, gradient: nnx.State, state: Any) -> tuple[nnx.State, Any]:
         updates, state = optimizer.update(gradient, state, weights)
         return optax.apply_updates(weights, updates), state
+
+    return optimizer, step
+
+
+def adamw(args: GRPOConfig) -> Callable[[nnx.State, nnx.State, Any, float], tuple[nnx.State, Any]]:
+    """One step of optax's AdamW with clipping by global norm: (weights, gradient, its state or None, learning rate)."""
+    optimizer, compiled = _optimizer(
+        args.max_grad_norm, args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.weight_decay
+    )
+
+    def step(weights: nnx.State, gradient: nnx.State, state: Any, learning_rate: float) -> tuple[nnx.State, Any]:
+        state = optimizer.init(weights) if state is None else state
+        state.hyperparams["learning_rate"] = jnp.asarray(learning_rate, jnp.float32)
+        return compiled(weights, gradient, state)
 
     return step
