@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup train test test-slow lint format tensorboard clean
+.PHONY: help setup train test test-slow crosscheck lint format tensorboard clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -28,6 +28,9 @@ test: setup  ## the tests: on the CPU, then through XLA on the CPU
 
 test-slow: setup  ## whole jobs, on the CPU and through XLA (about half an hour)
 	TUNIX_DEVICE=cpu $(BIN)/python -m pytest -m slow -s
+
+crosscheck: setup  ## the same batches through Google's Tunix on JAX, TRL and this library (ten minutes; ARGS="--cases gspo")
+	$(BIN)/python -m crosscheck $(ARGS)
 
 lint: setup  ## formatting and lint
 	$(BIN)/ruff format --check .

@@ -50,9 +50,13 @@ def make_model(family: str, **overrides: Any) -> PreTrainedModel:
         torch.manual_seed(0)
         if name == "gemma3":
             config = Gemma3TextConfig(
-                **(COMMON | overrides), num_key_value_heads=int(kv_heads), layer_types=FIVE_TO_ONE
+                **(COMMON | {"initializer_range": 0.2} | overrides),
+                num_key_value_heads=int(kv_heads),
+                layer_types=FIVE_TO_ONE,
             )
             model = Gemma3ForCausalLM(config)
+            for layer in model.model.layers:  # (1 + weight): soft attention keeps rounding errors small
+                torch.nn.init.constant_(layer.self_attn.q_norm.weight, -0.5)
         elif name == "gemma2":
             # Tunix's Gemma 2 takes positions for slots, so its window is wrong beside left padding: see differences.py
             window = {"sliding_window": PROMPT_WIDTH + COMPLETION_WIDTH}

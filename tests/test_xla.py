@@ -107,6 +107,19 @@ def test_adapter_after_training_on_xla_is_that_of_the_cpu(results):
         assert results["xla"]["weights"][name] == pytest.approx(expected, abs=2e-3), name
 
 
+def test_a_run_on_xla_agrees_with_tunix(model_folder, tmp_path):
+    pytest.importorskip("tunix")
+    environment = {k: v for k, v in os.environ.items() if k not in ("USE_TORCH_XLA", "TORCH_DEVICE_BACKEND_AUTOLOAD")}
+    flags = "--use_grpo --device xla --max_steps 3 --save_batches 3 --batch_size 2 --max_completion_length 12"
+    flags = [*flags.split(), "--max_prompt_length", "40", "--num_eval_rows", "2", "--system_message", ""]
+    train = [sys.executable, "train.py", "--model_name", model_folder, "--output_dir", str(tmp_path / "run"), *flags]
+    check = [sys.executable, "-m", "crosscheck", "--from-run", str(tmp_path / "run")]
+    for command in (train, check):
+        result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "all within tolerance" in result.stdout and "LoRA gradients" in result.stdout
+
+
 def test_resumed_on_xla_equals_uninterrupted(results):
     assert results["resumed"]["completions"] == results["xla"]["completions"][3:]
     for name, expected in results["xla"]["weights"].items():
