@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from tunix.rl.rollout.vanilla_rollout import VanillaRollout
 
 from tunix_torch.batch import PromptBatch, TrainBatch
 from tunix_torch.logprobs import token_logps
@@ -48,15 +47,8 @@ def old_logps_under_temperature() -> Iterator[Row]:
         tunix = TunixPolicy(folder, base_model(trainer.model).config, shapes, RANK, ALPHA)
         policy = tunix.policy(tunix.state_of({name: weights.numpy() for name, weights in lora_of(trainer).items()}))
     theirs = TunixBatch.of(batch, COMPLETION_WIDTH, VOCABULARY)
-
-    class Rollout:  # what VanillaRollout's method reads of itself
-        _sampler = type("Sampler", (), {"model_def_and_state": staticmethod(lambda: tunix_side.split(policy))})
-        pad_id = staticmethod(lambda: theirs.pad_id)
-        eos_id = staticmethod(lambda: -1)
-
-    old = VanillaRollout.get_per_token_logps(Rollout, theirs.prompt_ids, theirs.completion_ids)
     exact = float64_logps(trainer.model, batch, 0.9)
-    off = largest_difference(old * theirs.completion_mask, exact)
+    off = largest_difference(tunix_side.old_logps(policy, theirs), exact)
     note = f"ours against float64; Tunix's old log-probabilities forget the temperature and are {off:.2g} off"
     yield Row(case.name, "old log-probabilities", largest_difference(batch.old_per_token_logps, exact), LOGPS, note)
 

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -35,6 +36,7 @@ from tunix.models.gemma4 import model as gemma4
 from tunix.models.gemma4 import params_safetensors as gemma4_loader
 from tunix.rl import algo_core, common
 from tunix.rl.grpo.grpo_learner import GRPOConfig as TunixConfig
+from tunix.rl.rollout.vanilla_rollout import VanillaRollout
 
 from tunix_torch import GRPOConfig
 from tunix_torch.batch import TrainBatch
@@ -320,10 +322,6 @@ def completion_mask(ids: np.ndarray, eos_id: int) -> np.ndarray:
     return common.np_make_completion_mask(ids, eos_id)
 
 
-def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(model)
-
-
 def token_logps(model: nnx.Module, batch: TunixBatch, temperature: float) -> np.ndarray:
     """(B, C) log-probabilities, 0 where masked."""
     graph, state = nnx.split(model)
@@ -336,6 +334,18 @@ def token_logps(model: nnx.Module, batch: TunixBatch, temperature: float) -> np.
         eos_id=-1,
         temperature=temperature,
     )
+    return np.asarray(logps * batch.completion_mask)
+
+
+def old_logps(model: nnx.Module, batch: TunixBatch) -> np.ndarray:
+    """(B, C) what Tunix's learner takes for old log-probabilities: the method of its rollout, 0 where masked."""
+
+    class Rollout:  # what that method reads of itself
+        _sampler = SimpleNamespace(model_def_and_state=lambda: nnx.split(model))
+        pad_id = staticmethod(lambda: batch.pad_id)
+        eos_id = staticmethod(lambda: -1)
+
+    logps = VanillaRollout.get_per_token_logps(Rollout, batch.prompt_ids, batch.completion_ids)
     return np.asarray(logps * batch.completion_mask)
 
 
