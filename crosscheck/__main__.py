@@ -8,6 +8,7 @@ python -m crosscheck --from-run outputs                # replay a run made with 
 import argparse
 import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -32,8 +33,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.error = lambda message: utils.fail(message)
     parser.add_argument("--from-run", "--from_run", type=Path, help="a run's output_dir, made with --save_batches")
-    parser.add_argument("--families", nargs="+", help="model families (default: all)")
-    parser.add_argument("--cases", nargs="+", help="cases (default: all, with TRL's and the differences on purpose)")
+    also = "and then without TRL and the differences on purpose; an unknown name lists those that there are"
+    parser.add_argument("--families", nargs="+", help=f"only these model families, {also}")
+    parser.add_argument("--cases", nargs="+", help=f"only these cases, {also}")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     return parser.parse_args(argv)
 
@@ -57,7 +59,7 @@ def rows_of_cases(families: Sequence[str] | None, cases: Sequence[str] | None) -
     """Every chosen case on every chosen family; when nothing was chosen, also TRL and the differences on purpose."""
     from . import differences
     from .cases import CASES, FAMILIES
-    from .run import rows_of_family, rows_of_trl
+    from .run import TRL_FAMILIES, rows_of_family, rows_of_trl
 
     chosen_families = choose(families, FAMILIES, "families")
     chosen_cases = choose(cases, [case.name for case in CASES], "cases")
@@ -67,9 +69,16 @@ def rows_of_cases(families: Sequence[str] | None, cases: Sequence[str] | None) -
         if importlib.util.find_spec("trl") is None:
             print("trl is not installed: its opinion is left out")
         else:
-            yield from rows_of_trl()
+            for family in TRL_FAMILIES:
+                yield from rows_of_trl(family)
         for difference in differences.DIFFERENCES:
             yield from difference()
+
+
+def as_dict(row: "Row") -> dict[str, object]:
+    """A row for JSON, which knows no infinity and no NaN."""
+    finite = math.isfinite(row.difference)
+    return {**vars(row), "difference": row.difference if finite else None, "verdict": row.verdict}
 
 
 def show(row: "Row") -> None:
@@ -82,18 +91,19 @@ def show(row: "Row") -> None:
 
 def summarise(rows: Sequence["Row"]) -> None:
     """The largest difference of each quantity, and how it went."""
-    print(f"\n{'quantity':<28} {'comparisons':>11} {'largest difference':>19} {'tolerance':>10}")
+    print(f"\n{'quantity':<28} {'comparisons':>11} {'largest difference':>19} {'tolerance':>10}  verdict")
     for quantity in dict.fromkeys(row.quantity for row in rows):
         among = [row for row in rows if row.quantity == quantity]
         worst = max(among, key=lambda row: row.difference / row.tolerance if row.tolerance else row.difference)
-        print(f"{quantity:<28} {len(among):>11} {worst.difference:>19.1e} {worst.tolerance:>10.1e}")
+        verdict = "fail" if any(row.verdict == "fail" for row in among) else "pass"
+        print(f"{quantity:<28} {len(among):>11} {worst.difference:>19.1e} {worst.tolerance:>10.1e}  {verdict}")
 
 
 def main() -> None:
     args = parse_args(sys.argv[1:])
     check_installed()
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise ValueError(f"json={str(args.json)!r}: its folder does not exist")
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        raise ValueError(f"json={str(args.json)!r}: expected a file in a folder that exists")
     if args.from_run and (args.families or args.cases):
         raise ValueError("from_run: a run has its own model and settings; leave out --families and --cases")
     import tunix_torch  # noqa: F401  (before Transformers: decides for the CPU)
@@ -107,15 +117,17 @@ def main() -> None:
     from .replay import replay
 
     started = time.perf_counter()
-    print(f"{'case':<30} {'quantity':<28} {'differ by':>9} {'tolerance':>9}  verdict")
     rows = []
-    for row in replay(args.from_run) if args.from_run else rows_of_cases(args.families, args.cases):
-        show(row)
-        rows.append(row)
+    try:
+        for row in replay(args.from_run) if args.from_run else rows_of_cases(args.families, args.cases):
+            if not rows:
+                print(f"{'case':<30} {'quantity':<28} {'differ by':>9} {'tolerance':>9}  verdict")
+            show(row)
+            rows.append(row)
+    finally:  # also what there is after Ctrl-C
+        if args.json and rows:
+            args.json.write_text(json.dumps({"rows": list(map(as_dict, rows))}, indent=1) + "\n")
     summarise(rows)
-    if args.json:
-        table = [{**vars(row), "verdict": row.verdict} for row in rows]
-        args.json.write_text(json.dumps({"rows": table}, indent=1) + "\n")
     failed = [row for row in rows if row.verdict == "fail"]
     seconds = time.perf_counter() - started
     if not failed:

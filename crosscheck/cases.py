@@ -26,7 +26,6 @@ COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
     "intermediate_size": 64,
-    "num_hidden_layers": 6,  # Tunix's Gemma 3 has a full layer after every five sliding ones
     "num_attention_heads": 4,
     "head_dim": 16,
     "query_pre_attn_scalar": 16,
@@ -37,7 +36,8 @@ COMMON = {
     "eos_token_id": EOS,
     "bos_token_id": 2,
 }
-FIVE_TO_ONE = ["sliding_attention"] * 5 + ["full_attention"]
+FIVE_TO_ONE = ["sliding_attention"] * 5 + ["full_attention"]  # Gemma 3's pattern, a constant in Tunix
+SHORTER = ["sliding_attention"] * 2 + ["full_attention"]
 
 
 def make_model(family: str, **overrides: Any) -> PreTrainedModel:
@@ -49,10 +49,12 @@ def make_model(family: str, **overrides: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if name == "gemma3":
+            layers = FIVE_TO_ONE if kv_heads == "1" else SHORTER
             config = Gemma3TextConfig(
                 **(COMMON | {"initializer_range": 0.2} | overrides),
                 num_key_value_heads=int(kv_heads),
-                layer_types=FIVE_TO_ONE,
+                num_hidden_layers=len(layers),
+                layer_types=layers,
             )
             model = Gemma3ForCausalLM(config)
             for layer in model.model.layers:  # (1 + weight): soft attention keeps rounding errors small
@@ -60,15 +62,22 @@ def make_model(family: str, **overrides: Any) -> PreTrainedModel:
         elif name == "gemma2":
             # Tunix's Gemma 2 takes positions for slots, so its window is wrong beside left padding: see differences.py
             window = {"sliding_window": PROMPT_WIDTH + COMPLETION_WIDTH}
-            config = Gemma2Config(**(COMMON | window | overrides), num_key_value_heads=2, attn_implementation="eager")
+            config = Gemma2Config(
+                **(COMMON | window | overrides),
+                num_key_value_heads=2,
+                num_hidden_layers=4,
+                attn_implementation="eager",
+            )
             model = Gemma2ForCausalLM(config)
         elif name == "gemma4":
             settings = {name: value for name, value in (COMMON | overrides).items() if name != "query_pre_attn_scalar"}
             config = Gemma4TextConfig(
                 **settings,
                 num_key_value_heads=2,
-                layer_types=FIVE_TO_ONE,
-                num_kv_shared_layers=0,
+                num_hidden_layers=len(SHORTER),
+                layer_types=SHORTER,
+                final_logit_softcapping=30.0,
+                num_kv_shared_layers=0,  # Tunix's loader takes no other: see tunix_side.py
                 global_head_dim=32,
                 hidden_size_per_layer_input=32,  # normalised by itself: a narrow one would magnify rounding errors
                 vocab_size_per_layer_input=VOCABULARY,
@@ -133,18 +142,20 @@ AGGREGATIONS = {
     "sum-norm": "sequence-mean-token-sum-norm",
 }
 CASES = [
-    Case("defaults"),
+    Case("defaults", {"micro_batch_size": None}),
     Case("old", given_old=True),
     Case("k1", {"kl_estimator": "k1"}),
     Case("k2", {"kl_estimator": "k2"}),
     Case("k3 clamped", {"kl_estimator": "k3", "kl_clamp_value": 0.05}, given_old=True),
     *(Case(name, {"loss_aggregation": mode}, given_old=True) for name, mode in AGGREGATIONS.items()),
     Case("temperature 0.9", {"generation_temperature": 0.9}),
+    Case("two passes", {"num_iterations": 2}),
     Case("gspo", {"algorithm": "gspo"}, given_old=True),
     Case("dual clip", {"epsilon_high": 0.28, "epsilon_c": 1.5}, given_old=True),
     Case("dapo", {"algorithm": "dapo"}, given_old=True),
     Case("dr_grpo", {"algorithm": "dr_grpo"}, given_old=True),
     Case("rloo", {"algorithm": "rloo"}, given_old=True),
     Case("micro-batches of 2", {"micro_batch_size": 2}, given_old=True),
+    Case("clipping and decay", {"max_grad_norm": 0.05, "weight_decay": 0.1}, given_old=True),
 ]
 FAMILIES = ["gemma3-1", "gemma3-2", "gemma3-4", "gemma2", "gemma4"]

@@ -33,15 +33,12 @@ def saved_model(family: str, **overrides: Any) -> Iterator[Path]:
 
 
 def make_trainer(folder: Path, case: Case) -> TunixTrainer:
-    """A trainer with the case's settings and a LoRA that changes what the model computes."""
+    """A trainer with the case's settings, else defaults, and a LoRA that changes what the model computes."""
     settings = {
         "num_completions_per_prompt": GROUP,
         "per_device_train_batch_size": NUM_PROMPTS,
         "generation_max_length": COMPLETION_WIDTH,
         "max_prompt_length": PROMPT_WIDTH,
-        "generation_temperature": 1.0,
-        "advantage_epsilon": 1e-6,  # Tunix's constant
-        "kl_penalty_coef": 0.01 if case.settings.get("algorithm") == "dapo" else 0.1,
         "micro_batch_size": 0,
         "learning_rate": LEARNING_RATE,
         "adam_epsilon": 1e-6,  # far above the rounding error of a gradient: else chance decides where one is almost 0

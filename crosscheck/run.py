@@ -5,24 +5,26 @@ from collections.abc import Iterator, Sequence
 from tunix_torch.model import load_base_model
 
 from .cases import CASES, Case
-from .compare import Row, compare_step, compare_updates
+from .compare import PARAMETERS, Row, compare_step, largest_difference, steps, tunix_updates
 from .ours import ALPHA, RANK, lora_of, make_trainer, record_steps, saved_model
 from .tunix_side import TunixPolicy
 
-# Our case -> TRL's loss_type. The others have no like in TRL (k1, k2, the clamp) or are one of these again.
-TRL_CASES = {
-    "defaults": "grpo",
-    "old": "grpo",
-    "token-mean": "bnpo",
-    "row-scale": "dr_grpo",
-    "row-sum": "luspo",
-    "temperature 0.9": "grpo",
-    "gspo": "grpo",
-    "dual clip": "grpo",
-    "dapo": "dapo",
-    "dr_grpo": "dr_grpo",
-    "rloo": "grpo",
-}
+# The others have no like in TRL (k1, k2, the clamp) or are one of these again.
+TRL_CASES = (
+    "defaults",
+    "old",
+    "two passes",
+    "token-mean",
+    "row-scale",
+    "row-sum",
+    "temperature 0.9",
+    "gspo",
+    "dual clip",
+    "dapo",
+    "dr_grpo",
+    "rloo",
+)
+TRL_FAMILIES = ("gemma3-2", "gemma2", "gemma4")
 
 
 def rows_of_family(family: str, cases: Sequence[Case], chain: int) -> Iterator[Row]:
@@ -37,10 +39,14 @@ def rows_of_family(family: str, cases: Sequence[Case], chain: int) -> Iterator[R
             records = record_steps(trainer, case, chain)
             name = f"{family}, {case.name}"
             yield from compare_step(name, records[0], trainer.args, tunix, base)
-            yield from compare_updates(name, records, lora_of(trainer), trainer.args, tunix, (1, chain))
+            ours = [record.lora for record in records[1:]] + [lora_of(trainer)]
+            for number, theirs in enumerate(tunix_updates(records, trainer.args, tunix), start=1):
+                if number in (1, chain):
+                    difference = max(largest_difference(ours[number - 1][name], theirs[name]) for name in theirs)
+                    yield Row(name, f"parameters after {steps(number)}", difference, PARAMETERS)
 
 
-def rows_of_trl(family: str = "gemma3-2", cases: Sequence[str] = tuple(TRL_CASES)) -> Iterator[Row]:
+def rows_of_trl(family: str, cases: Sequence[str] = TRL_CASES) -> Iterator[Row]:
     """The cases that TRL shares, on batches without an empty completion, which TRL counts as a row."""
     from .trl_side import compare_with_trl
 
@@ -49,6 +55,4 @@ def rows_of_trl(family: str = "gemma3-2", cases: Sequence[str] = tuple(TRL_CASES
             if case.name in cases:
                 trainer = make_trainer(folder, case)
                 (record,) = record_steps(trainer, case, 1, empty=False)
-                yield from compare_with_trl(
-                    f"TRL, {case.name}", folder, record, trainer.args, loss_type=TRL_CASES[case.name]
-                )
+                yield from compare_with_trl(f"TRL, {family}, {case.name}", folder, record, trainer.args)

@@ -13,20 +13,20 @@ from tunix_torch import GRPOConfig, ModelConfig, tiny
 from tunix_torch.model import add_lora, load_base_model, lora_config
 from tunix_torch.record import StepRecord
 
-from .compare import GRADIENTS, LOGPS, Row, largest_difference, scalar_tolerance
+from .compare import LOGPS, Row, gradient_row, largest_difference, scalar_tolerance
 from .ours import ALPHA, RANK, no_reward
 
-# TRL's loss_type -> our loss_aggregation. TRL's means over rows count empty rows too, ours and Tunix's don't.
+# Our loss aggregation -> TRL's loss_type. TRL's means over rows count empty rows too, ours and Tunix's don't.
 LOSS_TYPES = {
-    "grpo": "sequence-mean-token-mean",
-    "bnpo": "token-mean",
-    "dr_grpo": "sequence-mean-token-scale",
-    "dapo": "token-mean",
-    "luspo": "seq-mean-token-sum",
+    "sequence-mean-token-mean": "grpo",
+    "token-mean": "bnpo",  # "dapo" is the same over a whole batch; the algorithm of that name gets it
+    "sequence-mean-token-scale": "dr_grpo",
+    "seq-mean-token-sum": "luspo",
+    "sequence-mean-token-sum-norm": "luspo",
 }
 
 
-def compare_with_trl(case: str, folder: Path, record: StepRecord, args: GRPOConfig, loss_type: str) -> Iterator[Row]:
+def compare_with_trl(case: str, folder: Path, record: StepRecord, args: GRPOConfig) -> Iterator[Row]:
     """Policy log-probabilities, loss and LoRA gradients of a recorded step, by TRL. `folder` holds the base model."""
     model = add_lora(load_base_model(str(folder)), lora_config(ModelConfig(lora_rank=RANK, lora_alpha=ALPHA)))
     parameters = dict(model.named_parameters())
@@ -54,7 +54,7 @@ def compare_with_trl(case: str, folder: Path, record: StepRecord, args: GRPOConf
                 epsilon=args.epsilon,
                 epsilon_high=args.clip_high,
                 delta=args.epsilon_c,
-                loss_type=loss_type,
+                loss_type="dapo" if args.algorithm == "dapo" else LOSS_TYPES[args.aggregation],
                 importance_sampling_level="sequence" if args.algorithm == "gspo" else "token",
             ),
             Dataset.from_list([{"prompt": "?"}]),
@@ -81,9 +81,4 @@ def compare_with_trl(case: str, folder: Path, record: StepRecord, args: GRPOConf
     loss = trainer._compute_loss(model, inputs)
     yield Row(case, "loss", abs(float(loss.detach()) - float(record.loss)), scalar_tolerance(args))
     loss.backward()
-    gradients = {name: parameters[name].grad for name in record.gradients}
-    worst = max(
-        largest_difference(record.gradients[name], gradient) / max(float(gradient.abs().max()), 1e-30)
-        for name, gradient in gradients.items()
-    )
-    yield Row(case, "LoRA gradients", worst, GRADIENTS, "relative")
+    yield gradient_row(case, record.gradients, {name: parameters[name].grad for name in record.gradients}, True)

@@ -43,6 +43,7 @@ from tunix_torch.batch import TrainBatch
 
 Lora = dict[str, np.ndarray]  # by PEFT's parameter name
 KL_NAMES = {"k1": "kl", "k2": "mse_kl", "k3": "low_var_kl"}
+TUNIX_EPSILON = 1e-6  # beside the standard deviation, a constant in its compute_advantages
 ESTIMATORS = {"rloo": "rloo", "dr_grpo": "drgrpo"}
 LORA_NAME = re.compile(r"layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.lora_([AB])\.")
 
@@ -111,6 +112,11 @@ def _load_gemma3(folder: Path, config: PretrainedConfig, sizes: dict[str, int]) 
 
 
 def _load_gemma4(folder: Path, config: PretrainedConfig, sizes: dict[str, int]) -> nnx.Module:
+    if config.num_kv_shared_layers:
+        raise ValueError(
+            f"num_kv_shared_layers={config.num_kv_shared_layers}: Tunix 0.1.7 wants K and V weights of every layer, "
+            "which Hugging Face does not save for Gemma 4's layers that share them"
+        )
     full = config.rope_parameters["full_attention"]
     tunix_config = gemma4.ModelConfig(
         **sizes,
@@ -119,19 +125,18 @@ def _load_gemma4(folder: Path, config: PretrainedConfig, sizes: dict[str, int]) 
         num_global_kv_heads=config.num_global_key_value_heads,
         global_key_size=config.global_head_dim,
         attention_pattern=_attention_types(gemma4, config),
-        frac_shared_layers=config.num_kv_shared_layers / config.num_hidden_layers,
         global_rope_proportion=full.get("partial_rotary_factor", 1.0),
         local_base_frequency=config.rope_parameters["sliding_attention"]["rope_theta"],
         global_base_frequency=full["rope_theta"],
         k_eq_v_global=config.attention_k_eq_v,
-        override_kv_shared_ffw_hidden=2 * config.intermediate_size if config.use_double_wide_mlp else None,
     )
     # its loader wants the names that the text model has inside the multimodal one
     with tempfile.TemporaryDirectory() as renamed:
         weights = {}
         for file in folder.glob("*.safetensors"):
             weights |= load_file(file)
-        weights = {name.replace("model.", "model.language_model.", 1): w for name, w in weights.items()}
+        if not any("language_model" in name for name in weights):
+            weights = {name.replace("model.", "model.language_model.", 1): w for name, w in weights.items()}
         save_file(weights, Path(renamed) / "model.safetensors")
         shutil.copy(folder / "config.json", renamed)
         return gemma4_loader.create_model_from_safe_tensors(renamed, tunix_config, dtype=jnp.float32)
@@ -162,7 +167,10 @@ class LoraMap:
 
     def place(self, name: str) -> tuple[str, str, int, int]:
         """Where PEFT's parameter lies: Tunix's module, "A" or "B", its block, the number of blocks."""
-        layer, projection, matrix = LORA_NAME.search(name).groups()
+        found = LORA_NAME.search(name)
+        if found is None or "vision" in name:
+            raise ValueError(f"LoRA matrix {name}: only those on q, k, v, o, gate, up and down of the text layers map")
+        layer, projection, matrix = found.groups()
         blocks = self.joined(int(layer), projection)
         weight = {("q", "k", "v"): "attn.qkv_einsum", ("k", "v"): "attn.kv_einsum", ("q",): "attn.q_einsum"}.get(
             blocks, "attn.attn_vec_einsum" if projection == "o" else f"mlp.{projection}_proj"
@@ -218,8 +226,8 @@ class TunixPolicy:
         self._treedef = jax.tree.structure(lora)
         self._paths = [_path_name(path) for path, _ in jax.tree.leaves_with_path(lora)]
         self._sizes = [leaf.shape for leaf in jax.tree.leaves(lora)]
-        places = {self._path_of(name) for name in lora_shapes}
-        assert places == set(self._paths), f"LoRA matrices do not pair up: {places ^ set(self._paths)}"
+        unknown = {self._path_of(name) for name in lora_shapes} - set(self._paths)
+        assert not unknown, f"LoRA matrices that Tunix's model has no place for: {unknown}"
         self.used = self.state_of({name: np.ones(shape) for name, shape in lora_shapes.items()})  # 1 inside the blocks
 
     def _path_of(self, name: str) -> str:
@@ -320,6 +328,12 @@ def advantages(rewards: np.ndarray, args: GRPOConfig) -> np.ndarray:
 def completion_mask(ids: np.ndarray, eos_id: int) -> np.ndarray:
     """(B, C) 1 up to and including the first `eos_id`, by Tunix's own function."""
     return common.np_make_completion_mask(ids, eos_id)
+
+
+def padding_mask(prompt_ids: np.ndarray, completion_ids: np.ndarray, pad_id: int) -> np.ndarray:
+    """(B, C) which completion tokens Tunix's log-probabilities take for real ones, by its own function."""
+    *_, mask = common.process_ids(jnp.asarray(prompt_ids), jnp.asarray(completion_ids), pad_id, pad_id)
+    return np.asarray(mask)[:, prompt_ids.shape[1] :]
 
 
 def token_logps(model: nnx.Module, batch: TunixBatch, temperature: float) -> np.ndarray:

@@ -110,8 +110,10 @@ def test_adapter_after_training_on_xla_is_that_of_the_cpu(results):
 def test_a_run_on_xla_agrees_with_tunix(model_folder, tmp_path):
     pytest.importorskip("tunix")
     environment = {k: v for k, v in os.environ.items() if k not in ("USE_TORCH_XLA", "TORCH_DEVICE_BACKEND_AUTOLOAD")}
-    flags = "--use_grpo --device xla --max_steps 3 --save_batches 3 --batch_size 2 --max_completion_length 12"
-    flags = [*flags.split(), "--max_prompt_length", "40", "--num_eval_rows", "2", "--system_message", ""]
+    flags = (
+        "--use_grpo --device xla --max_steps 3 --save_batches 3 --batch_size 2 --learning_rate 1e-2 "
+        "--max_completion_length 12 --max_prompt_length 40 --num_eval_rows 2 --system_message="
+    ).split()
     train = [sys.executable, "train.py", "--model_name", model_folder, "--output_dir", str(tmp_path / "run"), *flags]
     check = [sys.executable, "-m", "crosscheck", "--from-run", str(tmp_path / "run")]
     for command in (train, check):

@@ -79,7 +79,7 @@ def record_step(
     Args:
         parts: what `TunixTrainer.learning_pass` returned.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if p.grad is not None}  # a vision tower gets none
     on_host = {f.name: getattr(batch, f.name) for f in fields(batch)}
     return StepRecord(
         batch=TrainBatch(**{name: value if value is None else value.cpu() for name, value in on_host.items()}),
