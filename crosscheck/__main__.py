@@ -13,10 +13,16 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 import utils
+
+from .job import Job, quiet, run_job
 
 os.environ["TUNIX_DEVICE"] = "cpu"
 
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
 
 NEEDED = {"jax": "jax==0.10.2", "tunix": "google-tunix==0.1.7"}
 CHAIN = 20  # AdamW steps
+TRL_FAMILIES = ("gemma3-2", "gemma2", "gemma4")
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -56,23 +63,33 @@ def choose(names: Sequence[str] | None, known: Sequence[str], option: str) -> li
 
 
 def rows_of_cases(families: Sequence[str] | None, cases: Sequence[str] | None) -> Iterator["Row"]:
-    """Every chosen case on every chosen family; when nothing was chosen, also TRL and the differences on purpose."""
-    from . import differences
-    from .cases import CASES, FAMILIES
-    from .run import TRL_FAMILIES, rows_of_family, rows_of_trl
+    """Every chosen case on every chosen family; when nothing was chosen, also TRL and the differences on purpose.
 
-    chosen_families = choose(families, FAMILIES, "families")
-    chosen_cases = choose(cases, [case.name for case in CASES], "cases")
-    for family in chosen_families:
-        yield from rows_of_family(family, [case for case in CASES if case.name in chosen_cases], CHAIN)
+    Jobs of several families run side by side, one thread each: small models keep no more busy.
+    """
+    from .cases import CASES, FAMILIES
+    from .run import rows_of
+
+    cases = choose(cases, [case.name for case in CASES], "cases") if cases else None
+    jobs = [Job("tunix", family, cases, CHAIN) for family in choose(families, FAMILIES, "families")]
     if families is None and cases is None:
         if importlib.util.find_spec("trl") is None:
             print("trl is not installed: its opinion is left out")
         else:
-            for family in TRL_FAMILIES:
-                yield from rows_of_trl(family)
-        for difference in differences.DIFFERENCES:
-            yield from difference()
+            jobs += [Job("trl", family) for family in TRL_FAMILIES]
+        jobs.append(Job("differences"))
+    if len(jobs) == 1:
+        yield from rows_of(jobs[0])
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        running = [pool.submit(run_job, job) for job in jobs]
+        try:
+            for future in tqdm(running, desc="Cross-check", unit="job"):
+                yield from future.result()
+        except BaseException:  # Ctrl-C too: what has not begun shall not begin
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def as_dict(row: "Row") -> dict[str, object]:
@@ -106,14 +123,7 @@ def main() -> None:
         raise ValueError(f"json={str(args.json)!r}: expected a file in a folder that exists")
     if args.from_run and (args.families or args.cases):
         raise ValueError("from_run: a run has its own model and settings; leave out --families and --cases")
-    import tunix_torch  # noqa: F401  (before Transformers: decides for the CPU)
-
-    # isort: split
-
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     from .replay import replay
 
     started = time.perf_counter()

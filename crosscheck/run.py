@@ -6,6 +6,8 @@ from tunix_torch.model import load_base_model
 
 from .cases import CASES, Case
 from .compare import PARAMETERS, Row, compare_step, largest_difference, steps, tunix_updates
+from .differences import DIFFERENCES
+from .job import Job
 from .ours import ALPHA, RANK, lora_of, make_trainer, record_steps, saved_model
 from .tunix_side import TunixPolicy
 
@@ -24,7 +26,17 @@ TRL_CASES = (
     "dr_grpo",
     "rloo",
 )
-TRL_FAMILIES = ("gemma3-2", "gemma2", "gemma4")
+
+
+def rows_of(job: Job) -> Iterator[Row]:
+    """A job's rows, one by one."""
+    if job.kind == "tunix":
+        yield from rows_of_family(job.family, [c for c in CASES if job.cases is None or c.name in job.cases], job.chain)
+    elif job.kind == "trl":
+        yield from rows_of_trl(job.family)
+    else:
+        for difference in DIFFERENCES:
+            yield from difference()
 
 
 def rows_of_family(family: str, cases: Sequence[Case], chain: int) -> Iterator[Row]:
