@@ -5,6 +5,7 @@ time taken is linear in its length.
 """
 
 import re
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -25,6 +26,16 @@ _SCALES = {
     "trillion": 1_000_000_000_000,
 }
 _UNIT_ALIASES = {"$": "dollar", "usd": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "percent": "%"}
+
+STEP_END = re.compile(r"\n|(?<=[.!?])\s")  # a step of reasoning is a line or a sentence
+# A calculation, counted at its operator: "2 + 3 * 4" has two, "$4 x 2" one.
+OPERATION = re.compile(r"[0-9] ?[-+*/×·÷x](?= ?[$€£]?[0-9])")
+
+# A number within other text. No digits or letters touch it, so that "x2" and "1e1234" hold none of 2 and 1234; a minus
+# sign counts unless something to subtract from stands before it.
+_NUMBER = re.compile(
+    rf"(?:(?<![\w)%])(?P<sign>-)[$€£¥₹]?)?(?<!\w)(?P<digits>{DECIMAL}(?:e[+-]?[0-9]{{1,3}})?)(?![0-9])"
+)
 
 # One number and nothing else but a lead-in, a currency sign and a unit. The exponent has at most three digits, since
 # an exact 1e999999999 would fill the memory; the denominator is not zero. A unit starts with a letter or a sign, not
@@ -65,6 +76,16 @@ def extract_answer(completion: str) -> str | None:
     >>> extract_answer("The answer is 72.") is None
     True
     """
+    verbatim = extract_verbatim_answer(completion)
+    return None if verbatim is None else verbatim.strip()
+
+
+def extract_verbatim_answer(completion: str) -> str | None:
+    """What `extract_answer` finds, with the white space around it.
+
+    >>> extract_verbatim_answer("<answer> 72</answer>")
+    ' 72'
+    """
     return _last_between(completion, *ANSWER_TAGS)
 
 
@@ -74,7 +95,17 @@ def extract_reasoning(completion: str) -> str | None:
     >>> extract_reasoning("<reasoning> 6 * 12 = 72 </reasoning> <answer>72</answer>")
     '6 * 12 = 72'
     """
-    return _last_between(completion, *REASONING_TAGS)
+    reasoning = _last_between(completion, *REASONING_TAGS)
+    return None if reasoning is None else reasoning.strip()
+
+
+def extract_steps(completion: str) -> list[str]:
+    """The lines and sentences of the reasoning, stripped, without empty ones.
+
+    >>> extract_steps("<reasoning>We add 1.5 and 2. That is 3.5.\\n\\nDone</reasoning>")
+    ['We add 1.5 and 2.', 'That is 3.5.', 'Done']
+    """
+    return [step.strip() for step in STEP_END.split(extract_reasoning(completion) or "") if step.strip()]
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -97,6 +128,53 @@ def parse_number(text: str) -> Fraction | None:
     """
     quantity = _parse_quantity(_normalise(text))
     return None if quantity is None else quantity.value
+
+
+def find_numbers(text: str) -> list[Fraction]:
+    """Every number in `text`, exactly and in order: signs, thousands separators and exponents of up to three digits.
+
+    Of text that as a whole states one number (`parse_number`), that one; so "1/2" holds one number, "1/2 or 3" three.
+
+    >>> find_numbers("She pays -$5, then 1,234.5 of 10-3."), find_numbers("1/2"), find_numbers("none")
+    ([Fraction(-5, 1), Fraction(2469, 2), Fraction(10, 1), Fraction(3, 1)], [Fraction(1, 2)], [])
+    """
+    number = parse_number(text)
+    if number is not None:
+        return [number]
+    matches = _NUMBER.finditer(text.translate(_MINUS_SIGNS).casefold())
+    return [
+        Fraction((match["sign"] or "") + match["digits"].replace(",", ""))
+        for match in matches
+        if len(match["digits"]) <= MAX_NUMBER_CHARS
+    ]
+
+
+def final_answer(solution: str) -> str:
+    """What follows the last "####" of a GSM8K solution, stripped; a text without it as it is.
+
+    >>> final_answer("48 + 24 = 72\\n#### 72"), final_answer(" 72")
+    ('72', ' 72')
+    """
+    _, marker, final = solution.rpartition("####")
+    return final.strip() if marker else solution
+
+
+def score_against_answers(
+    completions: Sequence[str], answer: Sequence[str | None], score: Callable[[str, str], float]
+) -> list[float | None]:
+    """`score(completion, expected)` of every row, None where the expected answer is None.
+
+    Raises:
+        ValueError: `answer` has not one value for every completion.
+    """
+    if len(answer) != len(completions):
+        raise ValueError(
+            f"answer has {len(answer)} values; it needs one for each of the {len(completions)} completions"
+        )
+    return [
+        None if expected is None else score(completion, expected)
+        for completion, expected in zip(completions, answer, strict=True)
+    ]
 
 
 def answers_match(given: str, expected: str) -> bool:
@@ -125,7 +203,7 @@ def _last_between(text: str, opening: str, closing: str) -> str | None:
     if start < 0:
         return None
     start += len(opening)
-    return text[start : text.find(closing, start)].strip()
+    return text[start : text.find(closing, start)]
 
 
 def _normalise(text: str) -> str:

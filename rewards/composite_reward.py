@@ -1,8 +1,8 @@
 """The weighted sum of several reward functions, and its parts."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 # (prompts, completions, **columns) -> one value for each completion, None where the reward does not apply
 RewardFn = Callable[..., Sequence[float | None]]
@@ -12,28 +12,39 @@ RewardFn = Callable[..., Sequence[float | None]]
 class RewardComponent:
     """One term of a composite reward: `weight` times the value of `reward_fn`, clipped to `clip_range` before that.
 
+    With `normalize`, the clipped value is mapped from `clip_range` to [0, 1] before it is weighted. `metadata` is for
+    notes of the user's own and changes no value.
+
     Raises:
-        ValueError: `weight` is not finite, or `clip_range` is not (low, high) with low < high.
+        ValueError: `weight` is not finite, `clip_range` is not (low, high) with low < high, or `normalize` has no
+            finite `clip_range` to map from.
     """
 
     name: str
     reward_fn: RewardFn
     weight: float = 1.0
+    normalize: bool = False
     clip_range: tuple[float, float] | None = None
+    metadata: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
             raise ValueError(f"weight of {self.name!r} is {self.weight}; it has to be a finite number")
         if self.clip_range is not None and not self.clip_range[0] < self.clip_range[1]:
             raise ValueError(f"clip_range of {self.name!r} is {self.clip_range}; it has to be (low, high), low < high")
+        if self.normalize and (self.clip_range is None or not all(map(math.isfinite, self.clip_range))):
+            raise ValueError(
+                f"normalize of {self.name!r} is True and clip_range {self.clip_range}; it maps clip_range to [0, 1], "
+                "so give a finite (low, high)"
+            )
 
 
 @dataclass(frozen=True)
 class RewardBreakdown:
-    """The score of one completion: the weighted total, and each component's clipped value before weighting."""
+    """The score of one completion: the weighted total, and each component's value before it was weighted."""
 
     total: float | None  # None where no component applies
-    parts: dict[str, float | None]  # component name -> value, None where that component does not apply
+    parts: dict[str, float | None]  # name -> value, clipped and normalised; None where the component does not apply
 
 
 def composite_reward(components: Sequence[RewardComponent]) -> RewardFn:
@@ -96,15 +107,17 @@ def _component_values(
             f"reward_fn of {component.name!r} gave {len(values)} values; it has to give one for each of the "
             f"{len(completions)} completions"
         )
-    return [None if value is None else _clip(component, float(value)) for value in values]
+    return [None if value is None else _clip_and_normalize(component, float(value)) for value in values]
 
 
-def _clip(component: RewardComponent, value: float) -> float:
+def _clip_and_normalize(component: RewardComponent, value: float) -> float:
     if component.clip_range is not None:
         low, high = component.clip_range
         value = min(max(value, low), high)
     if not math.isfinite(value):
         raise ValueError(f"reward_fn of {component.name!r} gave {value}; it has to give finite numbers or None")
+    if component.normalize:
+        value = (value - low) / (high - low)
     return value
 
 

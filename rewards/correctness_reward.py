@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rewards.answers import answers_match, extract_answer
+from rewards.answers import answers_match, extract_answer, score_against_answers
 
 
 def correctness_reward(
@@ -20,15 +20,9 @@ def correctness_reward(
     >>> correctness_reward(["How much?"] * 4, completions, answer=["72", "72", "72", None])
     [1.0, 0.0, 0.0, None]
     """
-    if len(answer) != len(completions):
-        raise ValueError(
-            f"answer has {len(answer)} values; it needs one for each of the {len(completions)} completions"
-        )
-    return [_score(completion, expected) for completion, expected in zip(completions, answer, strict=True)]
+    return score_against_answers(completions, answer, _score)
 
 
-def _score(completion: str, expected: str | None) -> float | None:
-    if expected is None:
-        return None
+def _score(completion: str, expected: str) -> float:
     given = extract_answer(completion)
     return float(given is not None and answers_match(given, expected))

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-from rewards.answers import DECIMAL, MAX_NUMBER_CHARS, extract_reasoning
+from rewards.answers import DECIMAL, MAX_NUMBER_CHARS, STEP_END, extract_reasoning
 
 FULL_STEPS = 3
 FULL_TRANSITIONS = 2
@@ -12,7 +12,6 @@ TRANSITIONS = frozenset(
     "first firstly second secondly third next then after so since because therefore thus hence finally".split()
 )
 
-_STEP_END = re.compile(r"\n|(?<=[.!?])\s")
 _LIST_MARKER = re.compile(r"^[ \t]*(?:[-*•]|[0-9]+[.)])[ \t]+", re.MULTILINE)
 _SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "×": "*", "·": "*", "÷": "/", "$": None, "€": None, "£": None})
 _TIMES_X = re.compile(r"(?<=[0-9]) ?x ?(?=[0-9])")
@@ -47,7 +46,7 @@ def reasoning_coherence_reward(prompts: Sequence[str], completions: Sequence[str
 def _score(reasoning: str | None) -> float:
     if not reasoning:
         return 0.0
-    steps = {step for step in _STEP_END.split(reasoning.casefold()) if len(step.split()) >= 3}
+    steps = {step for step in STEP_END.split(reasoning.casefold()) if len(step.split()) >= 3}
     transitions = TRANSITIONS.intersection(re.findall(r"[a-z]+", reasoning.casefold()))
     verdicts = _judge_equations(reasoning)
     true_share = sum(verdicts) / len(verdicts) if verdicts else 0.0
