@@ -29,7 +29,7 @@ test: setup  ## the tests: on the CPU, then through XLA on the CPU
 test-slow: setup  ## whole jobs, on the CPU and through XLA (about half an hour)
 	TUNIX_DEVICE=cpu $(BIN)/python -m pytest -m slow -s
 
-crosscheck: setup  ## the same batches through Google's Tunix on JAX, TRL and this library (ten minutes; ARGS="--cases gspo")
+crosscheck: setup  ## the same batches through Google's Tunix on JAX, TRL and this library (six minutes; ARGS="--cases gspo")
 	$(BIN)/python -m crosscheck $(ARGS)
 
 lint: setup  ## formatting and lint
