@@ -258,13 +258,23 @@ def test_ctrl_c_says_how_to_go_on(model_folder, tmp_path):
     flags = ["--use_grpo", "--model_name", model_folder, *SMALL, "--max_steps", "10000", "--save_steps", "1"]
     environment = {**os.environ, "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "train.py"), *flags, "--output_dir", str(tmp_path)]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    for _ in range(600):
-        if (tmp_path / "checkpoint-2").exists():
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits it ignored
+    )
+    try:
+        for _ in range(600):
+            if (tmp_path / "checkpoint-2").exists():
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "--resume_from_checkpoint latest" in stderr and "Traceback" not in stderr, stderr
 
