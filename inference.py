@@ -24,7 +24,7 @@ from tunix_torch import Sampler, SamplingParams, device, load_model, load_tokeni
 from tunix_torch.config import SYSTEM_MESSAGE
 from tunix_torch.data import Collator, encode_prompts, load_rows, render_prompt
 from tunix_torch.evaluation import sample_texts
-from tunix_torch.model import eos_token_ids, place, resolve_model_name
+from tunix_torch.model import base_model_name, eos_token_ids, place, resolve_model_name
 
 PROMPT_TEMPLATES = {
     "alpaca": (
@@ -110,9 +110,11 @@ def find_system_message(model_path: str) -> str:
             message = utils.load_config(config).get("system_message")
             if message is not None:
                 return message
-    if (Path(model_path) / "adapter_config.json").is_file():
-        model_path = utils.load_config(Path(model_path) / "adapter_config.json")["base_model_name_or_path"]
-    return "" if Path(resolve_model_name(model_path)).name.startswith(tiny.FOLDER_PREFIX) else SYSTEM_MESSAGE
+    return (
+        ""
+        if Path(resolve_model_name(base_model_name(model_path))).name.startswith(tiny.FOLDER_PREFIX)
+        else SYSTEM_MESSAGE
+    )
 
 
 def build_prompt(tokenizer: PreTrainedTokenizerBase, template: str, question: str, system_message: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from tunix_torch.batch import PromptBatch, TrainBatch
+from tunix_torch.batch import TrainBatch
 from tunix_torch.logprobs import token_logps
 from tunix_torch.model import base_model, load_base_model
 from tunix_torch.sampler import Sampler, SamplingParams, draw_uniforms
@@ -63,25 +63,16 @@ def end_token_that_is_padding() -> Iterator[Row]:
     with saved_model("gemma3-1") as folder:
         model = load_base_model(str(folder))
     prompts, _, _ = make_rollout(0)
-    params, uniforms = (
-        SamplingParams(COMPLETION_WIDTH),
-        draw_uniforms((0, 1), range(NUM_PROMPTS * GROUP), COMPLETION_WIDTH),
-    )
+    params = SamplingParams(COMPLETION_WIDTH)
+    uniforms = draw_uniforms((0, 1), range(NUM_PROMPTS * GROUP), COMPLETION_WIDTH)
 
     def sample(end: int) -> TrainBatch:
-        prompt_ids = prompts.prompt_ids.masked_fill(prompts.prompt_ids == end, 3).masked_fill(~prompts.prompt_mask, end)
-        given = PromptBatch(prompt_ids, prompts.prompt_mask, prompts.rows)
-        rollout = Sampler(model, [end], end).sample(given.prompt_ids, given.prompt_mask, GROUP, params, uniforms)
-        none = torch.zeros(len(rollout.completion_ids))
-        return TrainBatch(
-            prompt_ids,
-            prompts.prompt_mask,
-            rollout.completion_ids,
-            rollout.completion_mask,
-            none,
-            rollout.completion_mask.float(),
-            sampler_logps=rollout.sampler_logps,
-        )
+        mask = prompts.prompt_mask
+        ids = prompts.prompt_ids.masked_fill(prompts.prompt_ids == end, 3).masked_fill(~mask, end)
+        rollout = Sampler(model, [end], end).sample(ids, mask, GROUP, params, uniforms)
+        no_advantages = torch.zeros(len(rollout.completion_ids))
+        weights = rollout.completion_mask.float()
+        return TrainBatch(ids, mask, rollout.completion_ids, rollout.completion_mask, no_advantages, weights)
 
     free = sample(VOCABULARY - 1)
     end = int(free.completion_ids[free.completion_mask].mode().values)  # a token that really occurs

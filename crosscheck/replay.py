@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 
 import utils
 from tunix_torch import GRPOConfig, ModelConfig, load_tokenizer
-from tunix_torch.model import eos_token_ids, load_base_model, resolve_model_name
+from tunix_torch.model import base_model_name, eos_token_ids, load_base_model, resolve_model_name
 from tunix_torch.record import FOLDER, StepRecord
 
 from . import tunix_side
@@ -61,8 +61,7 @@ def base_folder(model_name: str) -> Path:
         for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
             if settings.get(name):
                 raise ValueError(f"{name}={settings[name]!r} of {model_name}: Tunix's LoRA has no like of it")
-        model_name = settings["base_model_name_or_path"]
-    folder = resolve_model_name(model_name)
+    folder = resolve_model_name(base_model_name(model_name))
     if not Path(folder).is_dir():
         try:
             folder = snapshot_download(folder, allow_patterns=["*.safetensors", "*.json"])

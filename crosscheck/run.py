@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from tunix_torch.model import load_base_model
 
 from .cases import CASES, Case
@@ -54,7 +56,8 @@ def rows_of_family(family: str, cases: Sequence[Case], chain: int) -> Iterator[R
             ours = [record.lora for record in records[1:]] + [lora_of(trainer)]
             for number, theirs in enumerate(tunix_updates(records, trainer.args, tunix), start=1):
                 if number in (1, chain):
-                    difference = max(largest_difference(ours[number - 1][name], theirs[name]) for name in theirs)
+                    gaps = [largest_difference(ours[number - 1][matrix], theirs[matrix]) for matrix in theirs]
+                    difference = float(np.max(gaps))  # not a number when any is not, unlike Python's max
                     yield Row(name, f"parameters after {steps(number)}", difference, PARAMETERS)
 
 

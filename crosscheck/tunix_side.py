@@ -158,7 +158,7 @@ class LoraMap:
     rank: int
     alpha: float
 
-    def joined(self, layer: int, projection: str) -> tuple[str, ...]:
+    def joined(self, projection: str) -> tuple[str, ...]:
         """The projections that share a weight with this one in Tunix, in the order in which they stand there."""
         heads_equal = self.config.num_key_value_heads == self.config.num_attention_heads
         if self.config.model_type != "gemma4_text" and heads_equal and projection in "qkv":
@@ -171,7 +171,7 @@ class LoraMap:
         if found is None or "vision" in name:
             raise ValueError(f"LoRA matrix {name}: only those on q, k, v, o, gate, up and down of the text layers map")
         layer, projection, matrix = found.groups()
-        blocks = self.joined(int(layer), projection)
+        blocks = self.joined(projection)
         weight = {("q", "k", "v"): "attn.qkv_einsum", ("k", "v"): "attn.kv_einsum", ("q",): "attn.q_einsum"}.get(
             blocks, "attn.attn_vec_einsum" if projection == "o" else f"mlp.{projection}_proj"
         )

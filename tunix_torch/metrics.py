@@ -62,12 +62,13 @@ def learning_metrics(first: dict[str, float], last: dict[str, float], has_refere
 
 
 def broken_invariant(
-    parts: Sequence[dict[str, Tensor]], exact: bool, at_base: bool, dropout: bool
+    parts: Sequence[dict[str, Tensor]], first: dict[str, float], exact: bool, at_base: bool, dropout: bool
 ) -> tuple[str, int] | None:
     """What is wrong with the first pass over a batch, and the first row where it is; or None.
 
     Args:
         parts: what `TunixTrainer.learning_pass` returned.
+        first: their `sum_up`.
         exact: the model computes in float32, so tolerances are narrow.
         at_base: the policy has not left the reference yet, so the KL must be 0.
         dropout: makes the learning pass differ from sampling on purpose; only finite it must be.
@@ -82,7 +83,7 @@ def broken_invariant(
         checks.append((ratio_gap, 1e-3 if exact else 0.1, "the first ratio is off 1 by {:.3g}"))
         if exact:
             checks.append((sampler_gap, 1e-2, "sampler and learner disagree by {:.3g} on a log-probability"))
-        elif sum_up(parts)["sampler_gap"] > 0.2 * max(sum_up(parts)["tokens"], 1.0):  # bfloat16: on average only
+        elif first["sampler_gap"] > 0.2 * max(first["tokens"], 1.0):  # bfloat16: on average only
             most = sampler_gap.max() * (1 - 1e-6)
             checks.append((sampler_gap, most, "sampler and learner disagree by up to {:.3g} on a log-probability"))
         if exact and at_base:

@@ -144,18 +144,24 @@ def lora_config(config: ModelConfig) -> LoraConfig:
     )
 
 
+def base_model_name(name: str) -> str:
+    """The base model that an adapter folder names; any other name itself."""
+    if not (Path(name) / "adapter_config.json").is_file():
+        return name
+    return LoraConfig.from_pretrained(name).base_model_name_or_path
+
+
 def load_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel | PeftModel:
     """A model ready to answer: a base model, or the base model with the adapter that an adapter folder holds."""
-    path = Path(name)
-    if not (path / "adapter_config.json").is_file():
+    base_name = base_model_name(name)
+    if base_name == name:
         return load_base_model(name, dtype)
     resolve_model_name(name)  # complains when the folder has no weights
-    adapter = LoraConfig.from_pretrained(name)
-    base = load_base_model(adapter.base_model_name_or_path, dtype)
+    base, weights = load_base_model(base_name, dtype), Path(name) / "adapter_model.safetensors"
     with _hub_errors(name):
         model = PeftModel.from_pretrained(base, name)
-        if (path / "adapter_model.safetensors").is_file():
-            with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
+        if weights.is_file():
+            with safe_open(weights, framework="pt") as file:
                 _require_all(name, set(get_peft_model_state_dict(model)) - set(file.keys()))
     return model
 

@@ -238,7 +238,7 @@ class TunixTrainer(Trainer):
                 first_pass = parts
                 self._save_record(batch, parts)
         first, last = sum_up(first_pass), sum_up(parts)  # second time the host waits
-        self._check_first_pass(first_pass)
+        self._check_first_pass(first_pass, first)
         seconds = time.perf_counter() - started
         speed = {"learning_tokens_per_second": last["tokens"] * args.num_iterations / seconds}
         self._record(learning_metrics(first, last, args.beta > 0) | speed)
@@ -433,12 +433,12 @@ class TunixTrainer(Trainer):
 
     # ---- assertions and metrics ----
 
-    def _check_first_pass(self, parts: list[dict[str, Tensor]]) -> None:
+    def _check_first_pass(self, parts: list[dict[str, Tensor]], first: dict[str, float]) -> None:
         """What holds before the first optimizer step on a batch, whatever the model and the data."""
         exact = base_model(self.model).dtype == torch.float32
         at_base = self._starts_at_base and self.state.global_step == 0
         dropout = any(config.lora_dropout for config in self.model.peft_config.values())
-        broken = broken_invariant(parts, exact, at_base, dropout)
+        broken = broken_invariant(parts, first, exact, at_base, dropout)
         if broken is not None:
             message, row = broken
             raise AssertionError(f"{message}; {self._describe_group(row // self.args.num_completions_per_prompt)}")
