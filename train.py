@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 import rewards
 from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer, device, load_tokenizer, tiny
 from tunix_torch.callbacks import ConsoleProgress, MetricsFile
-from tunix_torch.config import ALIASES, canonical_names, nearest
+from tunix_torch.settings import ALIASES, canonical_names, nearest
 from tunix_torch.data import load_data
 from tunix_torch.model import load_model, lora_config, torch_dtype
 
@@ -107,7 +107,7 @@ def build_trainer(model_config: ModelConfig, data_config: DataConfig, args: GRPO
     Raises:
         ValueError: any of them can't be had.
     """
-    reward_funcs = [rewards.get_reward(name) for name in data_config.reward_funcs]
+    reward_funcs = [rewards.get_reward(name) for name in data_config.reward_funcs or ["correctness", "format"]]
     train_rows, eval_rows = load_data(data_config, args.seed)
     tokenizer = load_tokenizer(model_config.model_name)
     if not eval_rows and args.eval_strategy != "no":

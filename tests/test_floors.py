@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"device", "tiny", "batch", "attention", "callbacks", "checkpoint", "metrics", "scoring"},
+    {"device", "tiny", "batch", "attention", "callbacks", "checkpoint", "metrics", "scoring", "settings"},
     {"config", "record"},
     {"grpo", "model"},
     {"logprobs", "sampler", "data"},

@@ -4,18 +4,15 @@ Each field is a flag of `train.py` and a key of its config files. Names that TRL
 same thing are accepted everywhere as aliases.
 """
 
-import dataclasses
-import difflib
-import functools
-import types
 from dataclasses import dataclass, field
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from . import device as process_device
 from .device import KINDS
+from .settings import accept_aliases, check_types, require, setting
 
 ALGORITHMS = ("grpo", "gspo", "dr_grpo", "dapo", "rloo")
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -27,154 +24,130 @@ LOSS_AGGREGATIONS = (
     "sequence-mean-token-sum-norm",
 )
 DTYPES = ("auto", "float32", "bfloat16")
+GEMMA3_SIZES = ("270m", "1b", "4b", "12b", "27b")
+DATA_SOURCES = ("huggingface", "tfds", "kaggle", "file")
+KNOWN_DATASETS = ("gsm8k", "math", "arc")
+OVERLONG_PROMPTS = ("drop", "raise")
 
 SYSTEM_MESSAGE = (
     "Reason step by step between <reasoning> and </reasoning>, "
     "then give only the final answer between <answer> and </answer>."
 )
 
-# The name that others use -> ours.
-ALIASES = {
-    "num_generations": "num_completions_per_prompt",
-    "beta": "kl_penalty_coef",
-    "kl_coef": "kl_penalty_coef",
-    "clip_range": "epsilon",
-    "temperature": "generation_temperature",
-    "top_p": "generation_top_p",
-    "top_k": "generation_top_k",
-    "max_completion_length": "generation_max_length",
-    "max_generation_steps": "generation_max_length",
-    "max_response_length": "generation_max_length",
-    "num_epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "num_training_steps": "max_steps",
-    "dtype": "model_dtype",
-}
 
-
-def _setting(default: Any, help: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": help, **metadata})
-
-
-def nearest(name: str, names: list[str]) -> str:
-    """A hint such as "; did you mean 'epsilon'?", or "" when nothing comes close."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def canonical_names(settings: dict[str, Any], valid: list[str]) -> dict[str, Any]:
-    """Replace aliases by our names.
-
-    Raises:
-        ValueError: a name that is neither a field nor an alias (with the nearest one), or the same setting twice.
-    """
-    result: dict[str, Any] = {}
-    for name, value in settings.items():
-        ours = name if name in valid else ALIASES.get(name, name)
-        if ours not in valid:
-            raise ValueError(f"unknown setting {name!r}{nearest(name, [*valid, *ALIASES])}")
-        if ours in result and result[ours] != value:
-            raise ValueError(f"{name}={value!r}: the same setting as {ours!r}, which is already {result[ours]!r}")
-        result[ours] = value
-    return result
-
-
-def _accept_aliases(cls: type) -> type:
-    """Let the constructor of a dataclass take aliases, and name the nearest field when it gets an unknown name."""
-    init, valid = cls.__init__, [f.name for f in dataclasses.fields(cls)]
-
-    @functools.wraps(init)
-    def init_with_aliases(self: Any, *args: Any, **settings: Any) -> None:
-        init(self, *args, **canonical_names(settings, valid))
-
-    cls.__init__ = init_with_aliases
-    return cls
-
-
-def _fits(value: object, hint: Any) -> bool:
-    """Whether a value is of an annotated type; True for annotations that are not understood."""
-    if hint is Any:
-        return True
-    if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
-        return any(_fits(value, part) for part in get_args(hint))
-    if get_origin(hint) is list:
-        return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return not isinstance(hint, type) or isinstance(value, hint)
-
-
-def check_types(config: Any) -> None:
-    """Check the fields of a dataclass of settings against their annotations; inherited ones where they are numbers.
-
-    Raises:
-        ValueError: a value of another type, naming the field.
-    """
-    hints = get_type_hints(type(config))
-    for name in config.__dataclass_fields__:
-        hint, value = hints[name], getattr(config, name, None)
-        checked = name in type(config).__annotations__ or hint in (int, float, bool)
-        if checked and not _fits(value, hint):
-            expected = hint.__name__ if isinstance(hint, type) else str(hint)
-            raise ValueError(f"{name}={value!r}: expected {expected}, got {type(value).__name__}")
-
-
-def _require(condition: bool, name: str, value: object, right: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}={value!r}: {right}")
-
-
+@accept_aliases
 @dataclass
 class ModelConfig:
-    """Which model, and the LoRA on it."""
+    """Which model, the LoRA on it, and the mesh of devices that share it.
 
-    model_name: str = _setting("tiny", "a Hugging Face model: hub id or folder; 'tiny' is made here, offline")
-    model_dtype: str = _setting(
+    `model_size` is a short name of an instruction-tuned Gemma 3, which sets `model_name`. `mesh_shape` is given as
+    "2,4" with `mesh_axes` "fsdp,tp", or both at once as ((2, 4), ("fsdp", "tp")).
+    """
+
+    model_name: str = setting("tiny", "a Hugging Face model: hub id or folder; 'tiny' is made here, offline")
+    model_size: str | None = setting(None, "a Gemma 3 by its size, instead of model_name: " + ", ".join(GEMMA3_SIZES))
+    model_dtype: str = setting(
         "auto", "of the base weights: auto (bfloat16 on TPU and CUDA, else float32), float32, bfloat16"
     )
-    lora_rank: int = _setting(16, "rank of the LoRA matrices")
-    lora_alpha: float = _setting(32.0, "the LoRA's output is scaled by lora_alpha / lora_rank")
-    lora_dropout: float = _setting(0.0, "dropout on the LoRA's input while learning")
+    lora_rank: int = setting(16, "rank of the LoRA matrices")
+    lora_alpha: float = setting(32.0, "the LoRA's output is scaled by lora_alpha / lora_rank")
+    lora_dropout: float = setting(0.0, "dropout on the LoRA's input while learning")
+    mesh_shape: str | None = setting(None, "devices along each axis of the mesh, such as 2,4; none: one device")
+    mesh_axes: str = setting("fsdp,tp", "what the axes of the mesh are")
 
     def __post_init__(self) -> None:
+        self._resolve_mesh()
         check_types(self)
-        _require(self.model_dtype in DTYPES, "model_dtype", self.model_dtype, f"choose one of {', '.join(DTYPES)}")
-        _require(self.lora_rank >= 1, "lora_rank", self.lora_rank, "must be at least 1")
-        _require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "must be above 0")
-        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "must be in [0, 1)")
+        if self.model_size is not None:
+            right = f"choose one of {', '.join(GEMMA3_SIZES)}"
+            require(self.model_size in GEMMA3_SIZES, "model_size", self.model_size, right)
+            name = f"google/gemma-3-{self.model_size}-it"
+            right = f"model_size={self.model_size!r} means {name!r}; give one of the two"
+            require(self.model_name in (type(self).model_name, name), "model_name", self.model_name, right)
+            self.model_name = name
+        require(self.model_dtype in DTYPES, "model_dtype", self.model_dtype, f"choose one of {', '.join(DTYPES)}")
+        require(self.lora_rank >= 1, "lora_rank", self.lora_rank, "must be at least 1")
+        require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "must be above 0")
+        require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "must be in [0, 1)")
+
+    def _resolve_mesh(self) -> None:
+        """Bring both ways to give a mesh into one: `mesh_shape` "2,4", `mesh_axes` "fsdp,tp"."""
+        shape, right = self.mesh_shape, 'expected "2,4" or ((2, 4), ("fsdp", "tp"))'
+        if shape is None:
+            return
+        if not isinstance(shape, str):
+            try:
+                numbers, axes = shape
+                self.mesh_shape = ",".join(str(int(number)) for number in numbers)
+                self.mesh_axes = ",".join(axes)
+            except (TypeError, ValueError):
+                raise ValueError(f"mesh_shape={shape!r}: {right}") from None
+        sizes = self.mesh_shape.split(",")
+        good = all(size.strip().isdigit() and int(size) >= 1 for size in sizes)
+        require(good and len(sizes) == len(self.mesh_axes.split(",")), "mesh_shape", shape, right)
+        require(set(self.mesh_axes.split(",")) <= {"fsdp", "tp"}, "mesh_axes", self.mesh_axes, "the axes are fsdp, tp")
 
 
+@accept_aliases
 @dataclass
 class DataConfig:
-    """Which questions, and how they are put to the model."""
+    """Which questions, and how answers to them are scored."""
 
-    data_path: str | None = _setting(
-        None, "training rows: a .json or .jsonl file, or a Hugging Face data set; none: generated arithmetic"
+    data_path: str | None = setting(
+        None,
+        "training rows: a .json or .jsonl file, a Hugging Face or TFDS data set, or a Kaggle handle (also "
+        "dataset_name); none: those of `dataset`, or generated arithmetic",
     )
-    val_data_path: str | None = _setting(
-        None, "evaluation rows, likewise; none: generated ones with generated training rows"
+    val_data_path: str | None = setting(
+        None, "evaluation rows, likewise; none: the data set's test split, or generated ones with generated rows"
     )
-    dataset_config: str | None = _setting(None, "configuration of a Hugging Face data set, e.g. 'main' of openai/gsm8k")
-    dataset_split: str = _setting("train", "split of a Hugging Face data set to train on")
-    val_dataset_split: str = _setting("test", "split of a Hugging Face data set to evaluate on")
-    num_train_rows: int | None = _setting(None, "use at most so many training rows (generated: make so many, 4096)")
-    num_eval_rows: int = _setting(256, "use at most so many evaluation rows")
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["correctness", "format"],
-        metadata={"help": "names from rewards/; the first one decides whether an answer counts as right"},
+    data_source: str | None = setting(
+        None, "huggingface, tfds, kaggle or file; none: file where data_path is one, else huggingface"
+    )
+    dataset: str | None = setting(
+        None, "a data set that is known by name, with its columns: " + ", ".join(KNOWN_DATASETS)
+    )
+    dataset_config: str | None = setting(None, "configuration of a Hugging Face data set, e.g. 'main' of openai/gsm8k")
+    dataset_split: str = setting("train", "split of the data set to train on")
+    val_dataset_split: str = setting("test", "split of the data set to evaluate on")
+    question_column: str | None = setting(None, "column of the question; none: prompt or question")
+    answer_column: str | None = setting(None, "column of the answer; none: answer, answers or expected_answers")
+    streaming: bool = setting(False, "read the training rows as they are needed, for data sets larger than memory")
+    train_fraction: float = setting(
+        1.0, "train on this part of the rows, chosen by seed, and evaluate on the rest, unless val_data_path is given"
+    )
+    num_train_rows: int | None = setting(
+        None, "use at most so many training rows (also num_train_samples; generated: make so many, 4096)"
+    )
+    num_eval_rows: int = setting(256, "use at most so many evaluation rows (also num_test_samples)")
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "names from rewards/, or functions by dotted path (my_module.my_reward); none: correctness, format"
+        },
+    )
+    reward_preset: str | None = setting(
+        None, "the rewards of another system, with its weights: agent_tunix, notebook, gemma2_grpo or composite"
+    )
+    judge: str = setting(
+        "correctness", "the reward function that decides at evaluation: an answer is right where it is at least 1"
     )
 
     def __post_init__(self) -> None:
         check_types(self)
         rows = self.num_train_rows
-        _require(rows is None or rows >= 1, "num_train_rows", rows, "must be at least 1")
-        _require(self.num_eval_rows >= 1, "num_eval_rows", self.num_eval_rows, "must be at least 1")
-        _require(len(self.reward_funcs) >= 1, "reward_funcs", self.reward_funcs, "name at least one reward function")
+        require(rows is None or rows >= 1, "num_train_rows", rows, "must be at least 1")
+        require(self.num_eval_rows >= 1, "num_eval_rows", self.num_eval_rows, "must be at least 1")
+        require(0 < self.train_fraction <= 1, "train_fraction", self.train_fraction, "must be in (0, 1]")
+        require(self.reward_funcs != [], "reward_funcs", self.reward_funcs, "name at least one reward function")
+        for name, choices in (("data_source", DATA_SOURCES), ("dataset", KNOWN_DATASETS)):
+            value = getattr(self, name)
+            require(value in (None, *choices), name, value, f"choose one of {', '.join(choices)}")
+        both = self.reward_funcs and self.reward_preset
+        require(not both, "reward_preset", self.reward_preset, "give either a preset or reward_funcs")
 
 
-@_accept_aliases
+@accept_aliases
 @dataclass
 class GRPOConfig(TrainingArguments):
     """Settings of `TunixTrainer`: those of `transformers.TrainingArguments`, and GRPO's.
@@ -187,69 +160,72 @@ class GRPOConfig(TrainingArguments):
     """
 
     # what TrainingArguments has, with other defaults
-    output_dir: str | None = _setting("./outputs", "where everything is written")
-    per_device_train_batch_size: int = _setting(8, "prompts a step (with SFT: rows a step)")
-    learning_rate: float = _setting(1e-5, "peak learning rate")
-    logging_steps: float = _setting(1, "log every so many steps")
-    optim: str = _setting("adamw_torch", "optimizer; the fused default of Transformers refuses XLA tensors")
-    report_to: None | str | list[str] = _setting(
+    output_dir: str | None = setting("./outputs", "where everything is written")
+    per_device_train_batch_size: int = setting(8, "prompts a step (with SFT: rows a step)")
+    learning_rate: float = setting(1e-5, "peak learning rate")
+    logging_steps: float = setting(1, "log every so many steps")
+    optim: str = setting("adamw_torch", "optimizer; the fused default of Transformers refuses XLA tensors")
+    report_to: None | str | list[str] = setting(
         "tensorboard", "where to log to, besides the terminal and metrics.jsonl"
     )
-    dataloader_drop_last: bool = _setting(True, "leave out an epoch's last, smaller batch: its shape would be new")
-    remove_unused_columns: bool = _setting(False, "must stay False: reward functions read the data set's columns")
+    dataloader_drop_last: bool = setting(True, "leave out an epoch's last, smaller batch: its shape would be new")
+    remove_unused_columns: bool = setting(False, "must stay False: reward functions read the data set's columns")
 
-    use_grpo: bool = _setting(True, "reinforcement learning; False: supervised fine-tuning on the rows' completions")
-    device: str = _setting("auto", "auto, xla, cuda or cpu; a process keeps the device it started with")
-    num_tpu_cores: int | None = _setting(None, "TPU cores to use; only 1 so far")
-    system_message: str = _setting(SYSTEM_MESSAGE, "instruction put before every question; '' for none")
-    max_prompt_length: int = _setting(
-        256, "prompts are padded to this many tokens; longer ones are left out and counted"
+    use_grpo: bool = setting(True, "reinforcement learning; False: supervised fine-tuning on the rows' completions")
+    device: str = setting("auto", "auto, xla, cuda or cpu; a process keeps the device it started with")
+    num_tpu_cores: int | None = setting(None, "TPU cores to use; only 1 so far")
+    system_message: str = setting(SYSTEM_MESSAGE, "instruction put before every question; '' for none")
+    max_prompt_length: int = setting(
+        256, "prompts are padded to this many tokens; see overlong_prompts for longer ones"
     )
-    max_length: int | None = _setting(
+    overlong_prompts: str = setting("drop", "what happens to longer prompts: drop (they are counted) or raise")
+    max_length: int | None = setting(
         None, "prompt and completion together; sets max_prompt_length to what is left over"
     )
 
     # rollouts
-    num_completions_per_prompt: int = _setting(4, "group size G (also num_generations)")
-    generation_max_length: int = _setting(256, "completion tokens (also max_completion_length, max_generation_steps)")
-    generation_temperature: float = _setting(0.8, "sampling temperature (also temperature)")
-    generation_top_p: float = _setting(0.9, "nucleus sampling: 1 is off (also top_p)")
-    generation_top_k: int = _setting(50, "sample among the k likeliest tokens: 0 is off (also top_k)")
-    stop_check_interval: int = _setting(16, "look every so many tokens whether all completions have ended")
+    num_completions_per_prompt: int = setting(4, "group size G (also num_generations)")
+    generation_max_length: int = setting(256, "completion tokens (also max_completion_length, max_generation_steps)")
+    generation_temperature: float = setting(0.8, "sampling temperature (also temperature)")
+    generation_top_p: float = setting(0.9, "nucleus sampling: 1 is off (also top_p)")
+    generation_top_k: int = setting(50, "sample among the k likeliest tokens: 0 is off (also top_k)")
+    stop_check_interval: int = setting(16, "look every so many tokens whether all completions have ended")
 
     # advantages and loss
-    algorithm: str = _setting("grpo", "grpo, gspo, dr_grpo, dapo or rloo")
-    normalize_advantages: bool = _setting(True, "divide by the group's standard deviation (dr_grpo and rloo never do)")
-    advantage_epsilon: float = _setting(1e-8, "added to that standard deviation")
-    use_kl_penalty: bool = _setting(
+    algorithm: str = setting("grpo", "grpo, gspo, dr_grpo, dapo or rloo")
+    normalize_advantages: bool = setting(True, "divide by the group's standard deviation (dr_grpo and rloo never do)")
+    advantage_epsilon: float = setting(1e-8, "added to that standard deviation")
+    use_kl_penalty: bool = setting(
         True, "penalise KL from the reference policy, which is the model without its adapter"
     )
-    kl_penalty_coef: float = _setting(
-        0.01, "weight of the KL penalty; 0: no reference is computed (also beta, kl_coef)"
-    )
-    kl_estimator: str = _setting("k3", "k1 (Tunix 'kl'), k2 ('mse_kl') or k3 ('low_var_kl')")
-    kl_clamp_value: float | None = _setting(None, "limit the KL estimate of a token to this absolute value")
-    num_iterations: int = _setting(1, "passes over a rollout batch, an optimizer step each")
-    epsilon: float = _setting(0.2, "ratios are clipped at 1 - epsilon (also clip_range)")
-    epsilon_high: float | None = _setting(None, "and at 1 + epsilon_high; none: epsilon, or 0.28 with dapo")
-    epsilon_c: float | None = _setting(None, "dual clip: cap of the ratio for negative advantages, above 1; none: off")
-    loss_aggregation: str | None = _setting(
+    kl_penalty_coef: float = setting(0.01, "weight of the KL penalty; 0: no reference is computed (also beta, kl_coef)")
+    kl_estimator: str = setting("k3", "k1 (Tunix 'kl'), k2 ('mse_kl') or k3 ('low_var_kl')")
+    kl_clamp_value: float | None = setting(None, "limit the KL estimate of a token to this absolute value")
+    num_iterations: int = setting(1, "passes over a rollout batch, an optimizer step each")
+    epsilon: float = setting(0.2, "ratios are clipped at 1 - epsilon (also clip_range)")
+    epsilon_high: float | None = setting(None, "and at 1 + epsilon_high; none: epsilon, or 0.28 with dapo")
+    epsilon_c: float | None = setting(None, "dual clip: cap of the ratio for negative advantages, above 1; none: off")
+    loss_aggregation: str | None = setting(
         None, "of token losses: " + ", ".join(LOSS_AGGREGATIONS) + "; none: what the algorithm's paper uses"
     )
-    micro_batch_size: int | None = _setting(
+    micro_batch_size: int | None = setting(
         None,
         "completions in one learning pass: divides the group size or is a multiple of it; "
         "none: one group (SFT: the whole batch); 0: the whole batch",
     )
-    reward_weights: list[float] | None = _setting(None, "weight of each reward function; none: 1 each")
+    reward_weights: list[float] | None = setting(None, "weight of each reward function; none: 1 each, or the preset's")
+    reward_timeout: float | None = setting(None, "stop with an error when a reward function takes longer, in seconds")
 
-    save_batches: int = _setting(
+    save_batches: int = setting(
         0, "keep the first so many steps, inputs and results, in output_dir/batches for python -m crosscheck --from-run"
     )
 
     # evaluation
-    num_eval_completions: int = _setting(0, "also sample so many completions a question at evaluation, for mean@k")
-    eval_temperature: float = _setting(1.0, "temperature of these samples")
+    num_eval_completions: int = setting(0, "also sample so many completions a question at evaluation, for mean@k")
+    eval_temperature: float = setting(1.0, "temperature of these samples")
+    early_stopping_patience: int | None = setting(
+        None, "stop after so many evaluations in a row without a better metric_for_best_model (accuracy)"
+    )
 
     def __post_init__(self) -> None:
         self._check_device()
@@ -295,7 +271,7 @@ class GRPOConfig(TrainingArguments):
         if isinstance(self.device, torch.device):  # of a config that is made from another one
             self.device = chosen
         self._requested_device = self.device
-        _require(self.device in KINDS, "device", self.device, f"choose one of {', '.join(KINDS)}")
+        require(self.device in KINDS, "device", self.device, f"choose one of {', '.join(KINDS)}")
         if self.device not in ("auto", chosen):
             raise ValueError(
                 f"device={self.device!r}: this process has already chosen {chosen!r}; "
@@ -304,23 +280,23 @@ class GRPOConfig(TrainingArguments):
         self.use_cpu = chosen == "cpu"
         self.dataloader_pin_memory = chosen == "cuda"
         cores = self.num_tpu_cores
-        _require(cores in (None, 1), "num_tpu_cores", cores, "one core is used; leave it out or set it to 1")
+        require(cores in (None, 1), "num_tpu_cores", cores, "one core is used; leave it out or set it to 1")
 
     def _check_values(self) -> None:
         group = self.num_completions_per_prompt
         if self.use_grpo:
-            _require(group > 1, "num_completions_per_prompt", group, "GRPO compares completions: at least 2 are needed")
-        _require(
+            require(group > 1, "num_completions_per_prompt", group, "GRPO compares completions: at least 2 are needed")
+        require(
             self.generation_temperature > 0, "generation_temperature", self.generation_temperature, "must be above 0"
         )
-        _require(0 < self.generation_top_p <= 1, "generation_top_p", self.generation_top_p, "must be in (0, 1]")
-        _require(self.advantage_epsilon >= 0, "advantage_epsilon", self.advantage_epsilon, "must not be negative")
-        _require(self.kl_penalty_coef >= 0, "kl_penalty_coef", self.kl_penalty_coef, "must not be negative")
-        _require(0 < self.epsilon < 1, "epsilon", self.epsilon, "must be in (0, 1)")
-        _require(self.epsilon_c is None or self.epsilon_c > 1, "epsilon_c", self.epsilon_c, "must be above 1")
+        require(0 < self.generation_top_p <= 1, "generation_top_p", self.generation_top_p, "must be in (0, 1]")
+        require(self.advantage_epsilon >= 0, "advantage_epsilon", self.advantage_epsilon, "must not be negative")
+        require(self.kl_penalty_coef >= 0, "kl_penalty_coef", self.kl_penalty_coef, "must not be negative")
+        require(0 < self.epsilon < 1, "epsilon", self.epsilon, "must be in (0, 1)")
+        require(self.epsilon_c is None or self.epsilon_c > 1, "epsilon_c", self.epsilon_c, "must be above 1")
         clamp = self.kl_clamp_value
-        _require(clamp is None or clamp > 0, "kl_clamp_value", clamp, "must be above 0")
-        _require(self.eval_temperature > 0, "eval_temperature", self.eval_temperature, "must be above 0")
+        require(clamp is None or clamp > 0, "kl_clamp_value", clamp, "must be above 0")
+        require(self.eval_temperature > 0, "eval_temperature", self.eval_temperature, "must be above 0")
         for name in (
             "generation_max_length",
             "max_prompt_length",
@@ -330,7 +306,7 @@ class GRPOConfig(TrainingArguments):
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
         ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         for name in (
             "generation_top_k",
             "num_eval_completions",
@@ -339,14 +315,18 @@ class GRPOConfig(TrainingArguments):
             "learning_rate",
             "max_grad_norm",
         ):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        timeout, patience = self.reward_timeout, self.early_stopping_patience
+        require(timeout is None or timeout > 0, "reward_timeout", timeout, "must be above 0")
+        require(patience is None or patience >= 1, "early_stopping_patience", patience, "must be at least 1")
         for name, choices in (
             ("algorithm", ALGORITHMS),
+            ("overlong_prompts", OVERLONG_PROMPTS),
             ("kl_estimator", KL_ESTIMATORS),
             ("loss_aggregation", (None, *LOSS_AGGREGATIONS)),
         ):
             value = getattr(self, name)
-            _require(value in choices, name, value, f"choose one of {', '.join(c for c in choices if c)}")
+            require(value in choices, name, value, f"choose one of {', '.join(c for c in choices if c)}")
         if self.algorithm == "dapo" and self.kl_penalty_coef not in (0.0, type(self).kl_penalty_coef):
             raise ValueError(
                 f"kl_penalty_coef={self.kl_penalty_coef}: algorithm 'dapo' has no KL penalty; leave it out"
@@ -360,18 +340,18 @@ class GRPOConfig(TrainingArguments):
         if self.save_batches and (self.gradient_accumulation_steps > 1 or not self.use_grpo):
             raise ValueError(f"save_batches={self.save_batches}: works with use_grpo, without gradient accumulation")
         micro = self.micro_batch_size
-        _require(micro is None or micro >= 0, "micro_batch_size", micro, "must not be negative")
+        require(micro is None or micro >= 0, "micro_batch_size", micro, "must not be negative")
         if micro and self.use_grpo:
             fits = group % micro == 0 or micro % group == 0
             right = f"must divide num_completions_per_prompt={group} or be a multiple of it"
-            _require(fits, "micro_batch_size", micro, right)
-        _require(
+            require(fits, "micro_batch_size", micro, right)
+        require(
             not (self.bf16 or self.fp16),
             "bf16/fp16",
             True,
             "choose the precision with model_dtype (ModelConfig) instead",
         )
-        _require(
+        require(
             not self.remove_unused_columns, "remove_unused_columns", True, "must be False; rewards read the columns"
         )
 
@@ -379,13 +359,16 @@ class GRPOConfig(TrainingArguments):
         """Fill in what other fields decide."""
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"
+        keeps_best = self.load_best_model_at_end or self.save_strategy == "best" or self.early_stopping_patience
+        if keeps_best and self.metric_for_best_model is None:
+            self.metric_for_best_model = "accuracy"
         if self.max_length is not None:
             left = self.max_length - self.generation_max_length
             right = f"must leave room for a prompt beside generation_max_length={self.generation_max_length}"
-            _require(left >= 1, "max_length", self.max_length, right)
+            require(left >= 1, "max_length", self.max_length, right)
             if self.max_prompt_length not in (type(self).max_prompt_length, left):
                 raise ValueError(
                     f"max_prompt_length={self.max_prompt_length}: max_length leaves {left}; give one of the two"
                 )
             self.max_prompt_length = left
-        _require(self.clip_high >= self.epsilon, "epsilon_high", self.epsilon_high, "must not be below epsilon")
+        require(self.clip_high >= self.epsilon, "epsilon_high", self.epsilon_high, "must not be below epsilon")

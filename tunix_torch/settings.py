@@ -1,0 +1,103 @@
+"""What every dataclass of settings shares: a field with its help, aliases of names, checks of types and values."""
+
+import dataclasses
+import difflib
+import functools
+import types
+from dataclasses import field
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+# The name that others use -> ours.
+ALIASES = {
+    "num_generations": "num_completions_per_prompt",
+    "beta": "kl_penalty_coef",
+    "kl_coef": "kl_penalty_coef",
+    "clip_range": "epsilon",
+    "temperature": "generation_temperature",
+    "top_p": "generation_top_p",
+    "top_k": "generation_top_k",
+    "max_completion_length": "generation_max_length",
+    "max_generation_steps": "generation_max_length",
+    "max_response_length": "generation_max_length",
+    "num_epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "num_training_steps": "max_steps",
+    "dataset_name": "data_path",
+    "num_train_samples": "num_train_rows",
+    "num_test_samples": "num_eval_rows",
+    "dtype": "model_dtype",
+}
+
+
+def setting(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """A hint such as "; did you mean 'epsilon'?", or "" when nothing comes close."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def canonical_names(settings: dict[str, Any], valid: list[str]) -> dict[str, Any]:
+    """Replace aliases by our names.
+
+    Raises:
+        ValueError: a name that is neither a field nor an alias (with the nearest one), or the same setting twice.
+    """
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        ours = name if name in valid else ALIASES.get(name, name)
+        if ours not in valid:
+            raise ValueError(f"unknown setting {name!r}{nearest(name, [*valid, *ALIASES])}")
+        if ours in result and result[ours] != value:
+            raise ValueError(f"{name}={value!r}: the same setting as {ours!r}, which is already {result[ours]!r}")
+        result[ours] = value
+    return result
+
+
+def accept_aliases(cls: type) -> type:
+    """Let the constructor of a dataclass take aliases, and name the nearest field when it gets an unknown name."""
+    init, valid = cls.__init__, [f.name for f in dataclasses.fields(cls)]
+
+    @functools.wraps(init)
+    def init_with_aliases(self: Any, *args: Any, **settings: Any) -> None:
+        init(self, *args, **canonical_names(settings, valid))
+
+    cls.__init__ = init_with_aliases
+    return cls
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of an annotated type; True for annotations that are not understood."""
+    if hint is Any:
+        return True
+    if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def check_types(config: Any) -> None:
+    """Check the fields of a dataclass of settings against their annotations; inherited ones where they are numbers.
+
+    Raises:
+        ValueError: a value of another type, naming the field.
+    """
+    hints = get_type_hints(type(config))
+    for name in config.__dataclass_fields__:
+        hint, value = hints[name], getattr(config, name, None)
+        checked = name in type(config).__annotations__ or hint in (int, float, bool)
+        if checked and not _fits(value, hint):
+            expected = hint.__name__ if isinstance(hint, type) else str(hint)
+            raise ValueError(f"{name}={value!r}: expected {expected}, got {type(value).__name__}")
+
+
+def require(condition: bool, name: str, value: object, right: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value!r}: {right}")
