@@ -21,10 +21,10 @@ from transformers.utils import logging as transformers_logging
 
 from rewards import extract_answer, extract_reasoning
 from tunix_torch import Sampler, SamplingParams, device, load_model, load_tokenizer, tiny
-from tunix_torch.config import SYSTEM_MESSAGE
 from tunix_torch.data import Collator, encode_prompts, load_rows, render_prompt
 from tunix_torch.evaluation import sample_texts
-from tunix_torch.model import base_model_name, eos_token_ids, place, resolve_model_name
+from tunix_torch.model import eos_token_ids, place
+from tunix_torch.run_folder import find_system_message, newest_run
 
 PROMPT_TEMPLATES = {
     "alpaca": (
@@ -102,21 +102,6 @@ def load_questions(args: argparse.Namespace) -> list[str]:
     return questions
 
 
-def find_system_message(model_path: str) -> str:
-    """The instruction that the model was trained with: that of the run's config.json; none for the tiny model."""
-    for folder in (Path(model_path), Path(model_path).parent):
-        config = folder / "config.json"
-        if config.is_file():
-            message = utils.load_config(config).get("system_message")
-            if message is not None:
-                return message
-    return (
-        ""
-        if Path(resolve_model_name(base_model_name(model_path))).name.startswith(tiny.FOLDER_PREFIX)
-        else SYSTEM_MESSAGE
-    )
-
-
 def build_prompt(tokenizer: PreTrainedTokenizerBase, template: str, question: str, system_message: str) -> str:
     """The text that the model sees, without a BOS token for the templates that are plain text."""
     if template == "default":
@@ -178,7 +163,7 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     questions = load_questions(args)
-    model_path = args.model_path or utils.newest_run() or tiny.NAME
+    model_path = args.model_path or newest_run() or tiny.NAME
     print(f"Model: {model_path}, on {device.describe()}")
     results = answer(args, questions, model_path)
     for result in results:

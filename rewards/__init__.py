@@ -6,6 +6,7 @@ rewards together as those systems do. `math_equal_reward` imports mpmath when it
 """
 
 import difflib
+import importlib
 from collections.abc import Iterable
 
 from rewards.agent_tunix import check_answer, check_numbers, match_format_approximately, match_format_exactly
@@ -63,6 +64,7 @@ __all__ = [
     "extract_reasoning",
     "extract_steps",
     "find_numbers",
+    "find_reward",
     "format_reward",
     "gemma2_accuracy_reward",
     "gemma2_format_reward",
@@ -149,6 +151,37 @@ def get_reward(name: str) -> RewardFn:
     if name not in named:
         raise ValueError(_unknown("reward", name, named))
     return named[name]
+
+
+def find_reward(name: str) -> RewardFn:
+    """The reward function of that name (see `get_reward`), or the one that a dotted path such as `my_module.my_reward`
+    names, which is imported.
+
+    Raises:
+        ValueError: there is none of that name, no such module, or what is found can't be called.
+
+    >>> find_reward("rewards.format_reward.format_reward") is find_reward("format")
+    True
+    >>> find_reward("rewards.no_such_reward")
+    Traceback (most recent call last):
+    ValueError: reward 'rewards.no_such_reward': module 'rewards' has no 'no_such_reward'
+    """
+    module_name, _, attribute = name.rpartition(".")
+    if not module_name:
+        return get_reward(name)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, but something that it imports is not
+        hint = "expected a module in this folder or an installed one"
+        raise ValueError(f"reward {name!r}: no module {error.name!r}; {hint}") from error
+    if not hasattr(module, attribute):
+        raise ValueError(f"reward {name!r}: module {module_name!r} has no {attribute!r}")
+    function = getattr(module, attribute)
+    if not callable(function):
+        raise ValueError(f"reward {name!r}: a {type(function).__name__}, expected a function")
+    return function
 
 
 def get_preset(name: str) -> list[tuple[RewardFn, float]]:

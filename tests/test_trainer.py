@@ -24,7 +24,9 @@ def digits_reward(prompts, completions, **columns):
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 
-def make_trainer(model, output_dir, reward_funcs=digits_reward, callbacks=None, peft_config=None, rows=64, **settings):
+def make_trainer(
+    model, output_dir, reward_funcs=digits_reward, callbacks=None, peft_config=None, rows=64, judge=None, **settings
+):
     settings = {
         "max_steps": 3,
         "per_device_train_batch_size": 4,
@@ -39,7 +41,7 @@ def make_trainer(model, output_dir, reward_funcs=digits_reward, callbacks=None, 
     } | settings
     args = GRPOConfig(output_dir=str(output_dir), **settings)
     train, evaluation = tiny.arithmetic_rows("train", rows), tiny.arithmetic_rows("test", 8)
-    return TunixTrainer(model, reward_funcs, args, train, evaluation, None, peft_config, callbacks)
+    return TunixTrainer(model, reward_funcs, args, train, evaluation, None, peft_config, callbacks, judge)
 
 
 def first_batch(trainer):
@@ -370,6 +372,51 @@ def test_evaluation_judges_with_the_first_reward_and_counts_samples(model_folder
     metrics = trainer.evaluate()
     expected = sum(int(row["answer"]) % 2 == 0 for row in tiny.arithmetic_rows("test", 8)) / 8
     assert metrics["eval_accuracy"] == metrics["eval_mean@3"] == expected
+
+
+def test_the_judge_need_not_be_a_reward_function(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path, judge=lambda completions, **columns: [1.0] * len(completions))
+    assert trainer.evaluate()["eval_accuracy"] == 1.0
+    assert make_trainer(model_folder, tmp_path).judge is digits_reward
+
+
+def accuracies(*values):
+    """A judge under which the evaluations have these accuracies, one after the other, in eighths."""
+    remaining = iter(values)
+
+    def judge(completions, **columns):
+        right = next(remaining)
+        return [1.0] * right + [0.0] * (len(completions) - right)
+
+    return judge
+
+
+def test_the_model_that_is_kept_is_the_one_with_the_best_accuracy(model_folder, tmp_path):
+    trainer = make_trainer(
+        model_folder,
+        tmp_path,
+        judge=accuracies(1, 5, 2),
+        load_best_model_at_end=True,
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        per_device_eval_batch_size=8,
+    )
+    trainer.train()
+    assert trainer.state.best_global_step == 2 and trainer.state.best_metric == 5 / 8
+    best = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    last = load_file(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
+    kept = {name.replace(".default", ""): p for name, p in lora_weights(trainer).items()}
+    assert set(kept) == set(best) and all(torch.equal(kept[name], best[name]) for name in kept)
+    assert not all(torch.equal(kept[name], last[name]) for name in kept)
+
+
+def test_training_stops_when_accuracy_no_longer_rises(model_folder, tmp_path):
+    settings = {"eval_steps": 1, "per_device_eval_batch_size": 8, "max_steps": 9, "early_stopping_patience": 2}
+    settings |= {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(model_folder, tmp_path, judge=accuracies(1, 5, 4, 5, 7), **settings)
+    trainer.train()
+    assert trainer.state.global_step == 4 and trainer.state.best_global_step == 2
 
 
 def test_a_checkpoint_cut_short_is_not_taken_for_whole(model_folder, tmp_path):

@@ -4,6 +4,7 @@ Each field is a flag of `train.py` and a key of its config files. Names that TRL
 same thing are accepted everywhere as aliases.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +70,11 @@ class ModelConfig:
         require(self.lora_rank >= 1, "lora_rank", self.lora_rank, "must be at least 1")
         require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "must be above 0")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "must be in [0, 1)")
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in the mesh."""
+        return math.prod(int(size) for size in (self.mesh_shape or "1").split(","))
 
     def _resolve_mesh(self) -> None:
         """Bring both ways to give a mesh into one: `mesh_shape` "2,4", `mesh_axes` "fsdp,tp"."""

@@ -130,3 +130,8 @@ def peak_memory_bytes() -> int:
     if KIND == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_summary() -> str:
+    """Peak memory of this process so far, for people."""
+    return f"peak memory {peak_memory_bytes() / 2**30:.2f} GiB"

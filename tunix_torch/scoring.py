@@ -1,13 +1,20 @@
 """Call reward functions and check what they return."""
 
-from collections.abc import Callable, Sequence
+import asyncio
+import concurrent.futures
+import functools
+import inspect
+import math
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# (prompts, completions, **columns) -> one value a completion, or None where the function does not apply
-RewardFunc = Callable[..., Sequence[float | None]]
+# (prompts, completions, **columns) -> one value a completion, or None where the function does not apply; may be async
+RewardFunc = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
 
 def name_of(function: RewardFunc) -> str:
@@ -33,33 +40,106 @@ def columns_of(rows: Sequence[dict[str, Any]], copies: int = 1) -> dict[str, lis
 
 
 def score_completions(
-    functions: Sequence[RewardFunc], rows: Sequence[dict[str, Any]], completions: Sequence[str]
+    functions: Sequence[RewardFunc],
+    rows: Sequence[dict[str, Any]],
+    completions: Sequence[str],
+    timeout: float | None = None,
 ) -> Tensor:
-    """Values of R reward functions for B completions of N rows, copies of a row side by side.
+    """Values of R reward functions for B completions of N rows: see `call_rewards`.
 
     Returns:
         (B, R) float64 on the host, NaN where a function returned None.
 
     Raises:
-        ValueError: a function returned the wrong number of values or something that is no finite number, or no
-            function judged some completion. An exception of the function itself passes through.
+        ValueError: as `call_rewards`, or no function judged some completion.
     """
-    copies = len(completions) // len(rows)
-    prompts = [row["prompt"] for row in rows for _ in range(copies)]
-    columns = columns_of(rows, copies)
-    rewards = torch.full((len(completions), len(functions)), float("nan"), dtype=torch.float64)
-    for j, function in enumerate(functions):
-        values = list(function(prompts=prompts, completions=list(completions), **columns))
-        if len(values) != len(completions):
-            counts = f"{len(values)} values for {len(completions)} completions"
-            raise ValueError(f"reward function {name_of(function)!r} returned {counts}")
-        for i, value in enumerate(values):
-            if value is None:
-                continue
-            rewards[i, j] = float(value)
-            if not torch.isfinite(rewards[i, j]):
-                raise ValueError(f"reward function {name_of(function)!r} returned {value!r} for {completions[i]!r}")
+    values = call_rewards(functions, rows, completions, timeout)
+    rewards = torch.tensor([[math.nan if v is None else v for v in column] for column in values], dtype=torch.float64).T
     unjudged = rewards.isnan().all(dim=1)
     if unjudged.any():
         raise ValueError(f"no reward function judged the completion {completions[int(unjudged.int().argmax())]!r}")
     return rewards
+
+
+def call_rewards(
+    functions: Sequence[RewardFunc],
+    rows: Sequence[dict[str, Any]],
+    completions: Sequence[str],
+    timeout: float | None = None,
+) -> list[list[float | None]]:
+    """What R reward functions say about B completions of N rows, copies of a row side by side.
+
+    Functions that are `async` run at the same time as each other and as the others.
+
+    Args:
+        timeout: seconds that the functions may take for the whole batch; None: as long as they like.
+
+    Returns:
+        R lists of B values, None where a function does not apply.
+
+    Raises:
+        ValueError: a function returned the wrong number of values or something that is no finite number, or took
+            longer than `timeout`. An exception of the function itself passes through.
+    """
+    copies = len(completions) // len(rows)
+    prompts = [row["prompt"] for row in rows for _ in range(copies)]
+    columns = columns_of(rows, copies)
+    calls = [functools.partial(call, prompts=prompts, completions=list(completions), **columns) for call in functions]
+    result = []
+    for function, values in zip(functions, _results(functions, calls, timeout), strict=True):
+        if len(values) != len(completions):
+            counts = f"{len(values)} values for {len(completions)} completions"
+            raise ValueError(f"reward function {name_of(function)!r} returned {counts}")
+        for i, value in enumerate(values):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"reward function {name_of(function)!r} returned {value!r} for {completions[i]!r}")
+        result.append([None if value is None else float(value) for value in values])
+    return result
+
+
+def _results(
+    functions: Sequence[RewardFunc], calls: Sequence[Callable[[], Any]], timeout: float | None
+) -> list[list[float | None]]:
+    """What each call returns.
+
+    An async function runs in a thread with an event loop of its own, so that it works where one is running already
+    (notebooks). So does every function when there is a timeout: Python can't stop a function, but it can stop waiting.
+    Without one, functions run here, one after the other.
+    """
+    started = time.monotonic()
+    threaded = [timeout is not None or _is_async(function) for function in functions]
+    futures = [_in_thread(call) if away else None for call, away in zip(calls, threaded, strict=True)]
+    results = [None if away else list(call()) for call, away in zip(calls, threaded, strict=True)]
+    for j, future in enumerate(futures):
+        if future is None:
+            continue
+        left = None if timeout is None else max(0.0, started + timeout - time.monotonic())
+        try:
+            results[j] = list(future.result(left))
+        except concurrent.futures.TimeoutError:
+            if future.done():  # its own TimeoutError
+                raise
+            raise ValueError(f"reward_timeout={timeout}: {name_of(functions[j])!r} takes longer than that") from None
+    return results
+
+
+def _is_async(function: RewardFunc) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def _in_thread(call: Callable[[], Any]) -> concurrent.futures.Future:
+    """Start a call in a thread that does not keep the process alive; a coroutine that it returns is run there."""
+    future: concurrent.futures.Future = concurrent.futures.Future()
+
+    async def finish(result: Awaitable[Any]) -> Any:
+        return await result
+
+    def run() -> None:
+        try:
+            result = call()
+            future.set_result(asyncio.run(finish(result)) if inspect.isawaitable(result) else result)
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

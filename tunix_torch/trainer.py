@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -55,12 +56,13 @@ class TunixTrainer(Trainer):
         model: a hub id, a folder (of a model or of an adapter, which is then trained further), "tiny", or a loaded
             model, with or without a LoRA.
         reward_funcs: one function or several, `(prompts, completions, **columns) -> list[float | None]`; None: does
-            not apply to this row. The first one decides at evaluation whether an answer is right (a value of at
-            least 1). Needed unless `args.use_grpo` is False.
+            not apply to this row. They may be `async`. Needed unless `args.use_grpo` is False.
         args: settings.
         train_dataset, eval_dataset: rows with prompt / question and answer: a list of dicts or a `datasets.Dataset`.
         processing_class: the tokenizer; by default the model's own, when `model` is a name.
         peft_config: of the LoRA put on a model that has none; default: rank 16 on all projections.
+        judge: the reward function that decides at evaluation: an answer is right where its value is at least 1. By
+            default the first of `reward_funcs`.
 
     Raises:
         ValueError: something the user gave can't work; the message says what would.
@@ -76,6 +78,7 @@ class TunixTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        judge: RewardFunc | None = None,
     ) -> None:
         args = args or GRPOConfig()
         if processing_class is None:
@@ -98,6 +101,7 @@ class TunixTrainer(Trainer):
         place(model)
 
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or [])
+        self.judge = judge or next(iter(self.reward_funcs), None)
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_funcs), dtype=torch.float64)
         self.sampling = SamplingParams(
             args.generation_max_length, args.generation_temperature, args.generation_top_k, args.generation_top_p
@@ -114,6 +118,8 @@ class TunixTrainer(Trainer):
                 return None
             return prepare_rows(rows, processing_class, args.max_prompt_length, completion_width, args.system_message)
 
+        patience = args.early_stopping_patience
+        early_stopping = [] if patience is None else [EarlyStoppingCallback(patience)]
         super().__init__(
             model=model,
             args=args,
@@ -121,7 +127,7 @@ class TunixTrainer(Trainer):
             train_dataset=prepare(train_dataset),
             eval_dataset=prepare(eval_dataset),
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), _EndGraphWithOptimizer()],
+            callbacks=[*(callbacks or []), *early_stopping, _EndGraphWithOptimizer()],
         )
         self.first_answers: Answers | None = None  # greedy answers of this process's first evaluation
         self.last_answers: Answers | None = None  # and of its newest
@@ -352,7 +358,7 @@ class TunixTrainer(Trainer):
         Raises:
             ValueError: see `score_completions`.
         """
-        return score_completions(self.reward_funcs, prompts.rows, completions)
+        return score_completions(self.reward_funcs, prompts.rows, completions, self.args.reward_timeout)
 
     def compute_group_advantages(self, rewards: Tensor) -> Tensor:
         """(B,) total rewards -> (B,) float32 advantages; checks that they are centred in each group."""
@@ -405,7 +411,7 @@ class TunixTrainer(Trainer):
         completion_width = None if args.use_grpo else args.generation_max_length
         rows = prepare_rows(rows, self.processing_class, args.max_prompt_length, completion_width, args.system_message)
         metrics = {}
-        if self.reward_funcs:
+        if self.judge is not None:
             greedy = SamplingParams(args.generation_max_length, temperature=0.0)
             self.last_answers = self._answer(rows, greedy, 1)
             self.first_answers = self.first_answers or self.last_answers
@@ -429,7 +435,7 @@ class TunixTrainer(Trainer):
         texts, lengths = sample_texts(
             self.sampler, self.processing_class, rows, params, collator, size, num_completions, self.args.seed
         )
-        return judge_answers(rows, texts, lengths, self.reward_funcs[0])
+        return judge_answers(rows, texts, lengths, self.judge)
 
     # ---- assertions and metrics ----
 

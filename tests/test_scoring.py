@@ -1,0 +1,116 @@
+"""Calling reward functions: plain, async, slow, by name and by dotted path."""
+
+import asyncio
+import time
+
+import pytest
+
+import rewards
+from tunix_torch import DataConfig, GRPOConfig
+from tunix_torch.job import choose_rewards
+from tunix_torch.scoring import call_rewards, score_completions
+
+ROWS = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "2 + 2?", "answer": "4"}]
+COMPLETIONS = ["2", "3", "4", "4"]
+
+
+def right(prompts, completions, answer, **columns):
+    return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+
+
+async def right_later(prompts, completions, answer, **columns):
+    await asyncio.sleep(0.3)
+    return right(prompts, completions, answer)
+
+
+class Later:
+    """A callable object whose call is async."""
+
+    async def __call__(self, **arguments):
+        return await right_later(**arguments)
+
+
+def some(prompts, completions, **columns):
+    return [None if c == "4" else 0.5 for c in completions]
+
+
+def sleepy(prompts, completions, **columns):
+    time.sleep(0.3)
+    return [0.0] * len(completions)
+
+
+def test_async_functions_say_what_plain_ones_do_in_their_own_columns():
+    values = call_rewards([right_later, some, Later(), right], ROWS, COMPLETIONS)
+    expected = [1.0, 0.0, 1.0, 1.0]
+    assert values == [expected, [0.5, 0.5, None, None], expected, expected]
+
+
+def test_async_functions_run_beside_each_other_and_beside_plain_ones():
+    started = time.monotonic()
+    call_rewards([right_later, Later(), sleepy, right_later], ROWS, COMPLETIONS)
+    assert time.monotonic() - started < 0.9  # one after the other it would be 1.2
+
+
+def test_async_functions_work_where_an_event_loop_runs_already():
+    async def notebook():
+        return call_rewards([right_later], ROWS, COMPLETIONS)
+
+    assert asyncio.run(notebook()) == [[1.0, 0.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("slow", [right_later, Later(), sleepy])
+def test_a_function_over_the_time_is_named(slow):
+    with pytest.raises(ValueError, match=r"reward_timeout=0.1: '(right_later|Later|sleepy)'"):
+        call_rewards([right, slow], ROWS, COMPLETIONS, timeout=0.1)
+    assert call_rewards([right, slow], ROWS, COMPLETIONS, timeout=30)[0] == [1.0, 0.0, 1.0, 1.0]
+
+
+def test_an_exception_passes_through_whatever_runs_the_function():
+    async def broken_async(**arguments):
+        raise KeyError("async")
+
+    def broken(**arguments):
+        raise TimeoutError("its own")
+
+    with pytest.raises(KeyError, match="async"):
+        call_rewards([broken_async], ROWS, COMPLETIONS)
+    for timeout in (None, 30):
+        with pytest.raises(TimeoutError, match="its own"):
+            call_rewards([broken], ROWS, COMPLETIONS, timeout)
+
+
+def test_a_completion_that_nobody_judges_is_named():
+    with pytest.raises(ValueError, match="no reward function judged the completion '4'"):
+        score_completions([some], ROWS, COMPLETIONS)
+
+
+def test_a_dotted_path_names_a_function(tmp_path, monkeypatch):
+    (tmp_path / "my_module.py").write_text("def my_reward(**arguments):\n    return [1.0]\nnumber = 3\n")
+    (tmp_path / "broken_module.py").write_text("import nowhere_to_be_found\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert rewards.find_reward("my_module.my_reward")() == [1.0]
+    assert rewards.find_reward("format") is rewards.format_reward
+    for wrong, words in (
+        ("my_module.other", "no 'other'"),
+        ("my_module.number", "expected a function"),
+        ("no_module.f", "no module 'no_module'"),
+        ("my_module.", "no ''"),
+        (".f", "is unknown"),
+        ("corectness", "did you mean 'correctness'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            rewards.find_reward(wrong)
+    with pytest.raises(ModuleNotFoundError, match="nowhere_to_be_found"):
+        rewards.find_reward("broken_module.f")
+
+
+@pytest.mark.parametrize("preset", rewards.PRESETS)
+def test_a_preset_sets_functions_and_weights(preset, tmp_path):
+    args = GRPOConfig(output_dir=str(tmp_path))
+    functions = choose_rewards(DataConfig(reward_preset=preset), args)
+    assert list(zip(functions, args.reward_weights, strict=True)) == rewards.get_preset(preset)
+    own = GRPOConfig(output_dir=str(tmp_path), reward_weights=[2.0] * len(functions))
+    choose_rewards(DataConfig(reward_preset=preset), own)
+    assert own.reward_weights == [2.0] * len(functions)
+    with pytest.raises(ValueError, match="reward_preset"):
+        DataConfig(reward_preset=preset, reward_funcs=["format"])

@@ -1,0 +1,167 @@
+"""A whole job: model, data and rewards by their names; evaluate, train, evaluate, save."""
+
+import logging
+import sys
+import time
+from collections.abc import Sized
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import PrinterCallback, ProgressCallback
+
+import rewards
+
+from . import device
+from .callbacks import ConsoleProgress, MetricsFile
+from .config import DataConfig, GRPOConfig, ModelConfig
+from .data import load_data
+from .model import load_model, load_tokenizer, lora_config, torch_dtype
+from .nested import GRPOTrainingConfig
+from .run_folder import (
+    check_output_dir,
+    get_latest_checkpoint,
+    plot_training_curves,
+    resolve_checkpoint,
+    save_config,
+    set_aside_previous_run,
+    settings_of,
+)
+from .scoring import RewardFunc
+from .trainer import TunixTrainer
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_REWARDS = ["correctness", "format"]
+NUM_SHOWN = 3  # completions printed before and after
+
+
+def choose_rewards(config: DataConfig, args: GRPOConfig) -> list[RewardFunc]:
+    """The reward functions that a configuration names. Sets `args.reward_weights` to a preset's, unless it is given.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if config.reward_preset is None:
+        return [rewards.find_reward(name) for name in config.reward_funcs or DEFAULT_REWARDS]
+    preset = rewards.get_preset(config.reward_preset)
+    if args.reward_weights is None:
+        args.reward_weights = [weight for _, weight in preset]
+    return [function for function, _ in preset]
+
+
+def build_trainer(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig) -> TunixTrainer:
+    """Load model, tokenizer, data and rewards, and put them together.
+
+    Raises:
+        ValueError: any of them can't be had.
+    """
+    if model_config.num_devices > 1:
+        raise ValueError(
+            f"mesh_shape={model_config.mesh_shape!r}: needs {model_config.num_devices} devices; one is used so far"
+        )
+    reward_funcs, judge = choose_rewards(data_config, args), rewards.find_reward(data_config.judge)
+    train_rows, eval_rows = load_data(data_config, args.seed)
+    tokenizer = load_tokenizer(model_config.model_name)
+    if not eval_rows and args.eval_strategy != "no":
+        logger.warning("There are no evaluation rows (--val_data_path), so nothing is evaluated.")
+        args.eval_strategy = "no"
+    model = load_model(model_config.model_name, torch_dtype(model_config.model_dtype))
+    has_adapter = isinstance(model, PeftModel)
+    if has_adapter:  # trained further as it is
+        adapter = model.peft_config["default"]
+        model_config.lora_rank, model_config.lora_alpha = adapter.r, float(adapter.lora_alpha)
+        model_config.lora_dropout = adapter.lora_dropout
+        print(f"{model_config.model_name} is an adapter, rank {adapter.r}, which is trained further")
+    trainer = TunixTrainer(
+        model,
+        reward_funcs,
+        args,
+        train_rows,
+        eval_rows or None,
+        processing_class=tokenizer,
+        peft_config=None if has_adapter else lora_config(model_config),
+        callbacks=[MetricsFile(), ConsoleProgress()],
+        judge=judge,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train(
+    config: GRPOTrainingConfig | ModelConfig, data_config: DataConfig | None = None, args: GRPOConfig | None = None
+) -> TunixTrainer:
+    """Run a whole job: set up, evaluate, train, evaluate, save. Everything is written to `args.output_dir`.
+
+    Args:
+        config: everything at once, in groups; or the model, followed by the data and the arguments.
+
+    Raises:
+        ValueError: a setting, file, model or data set that can't work; nothing has been written then.
+    """
+    if isinstance(config, GRPOTrainingConfig):
+        model_config, data_config, args = config.flat()
+    else:
+        model_config, data_config, args = config, data_config or DataConfig(), args or GRPOConfig()
+    started = time.perf_counter()
+    output_dir = Path(args.output_dir)
+    check_output_dir(output_dir)
+    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, output_dir)
+    trainer = build_trainer(model_config, data_config, args)
+    if checkpoint is not None:
+        args.eval_on_start = False  # the run that is resumed has done it
+    if checkpoint is None or Path(checkpoint).resolve().parent != output_dir.resolve():
+        set_aside_previous_run(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    save_config(settings_of(model_config, data_config, args), output_dir / "config.json")
+    print(f"{'GRPO' if args.use_grpo else 'SFT'} of {model_config.model_name} on {device.describe()}")
+    num_rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
+    print(f"{num_rows} training rows, {len(trainer.eval_dataset or [])} evaluation rows", flush=True)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        newest = get_latest_checkpoint(output_dir)
+        hint = f"--resume_from_checkpoint latest continues from {newest}" if newest else "there is no checkpoint yet"
+        print(f"\nStopped at step {trainer.state.global_step}; {hint}", file=sys.stderr)
+        raise
+    best = trainer.state.best_global_step if args.load_best_model_at_end else None
+    if best is not None:
+        name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+        print(f"The best model, with {name} {trainer.state.best_metric:.4g}, is that of step {best}")
+    last = evaluations(trainer)[-1]["step"]
+    if trainer.eval_dataset is not None and (last != trainer.state.global_step or best not in (None, last)):
+        trainer.evaluate()  # the last step was not one of eval_steps, or the best model is an earlier one
+    trainer.save_model()
+    trainer.save_state()
+    plot_training_curves(output_dir)
+    if trainer.eval_dataset is not None:
+        print_comparison(trainer)
+    print(
+        f"\n{time.perf_counter() - started:.0f} s, {device.memory_summary()}. Adapter, metrics and curves: {output_dir}"
+    )
+    return trainer
+
+
+def evaluations(trainer: TunixTrainer) -> list[dict[str, float]]:
+    """The logged evaluations, oldest first; one without anything when there was none."""
+    return [row for row in trainer.state.log_history if "eval_accuracy" in row] or [{"step": -1}]
+
+
+def print_comparison(trainer: TunixTrainer) -> None:
+    """Accuracy before and after, and a few answers of each."""
+    rows = evaluations(trainer)
+    names = [name for name in rows[0] if name == "eval_accuracy" or name.startswith("eval_mean@")]
+    print(f"\n{'on held-out questions':<24}{'before':>10}{'after':>10}")
+    for name in names:
+        label = "greedy pass@1" if name == "eval_accuracy" else f"{name.removeprefix('eval_')} (sampled)"
+        print(f"{label:<24}{rows[0][name]:>10.1%}{rows[-1][name]:>10.1%}")
+    first, last = trainer.first_answers, trainer.last_answers
+    changed = [i for i in range(len(last.right)) if first.right[i] != last.right[i]]
+    for i in (changed or list(range(len(last.right))))[:NUM_SHOWN]:
+        print(f"\n{trainer.eval_dataset[i]['question']}  (answer: {trainer.eval_dataset[i]['answer']})")
+        for label, answers in (("before", first), ("after", last)):
+            if label == "before" and first is last:
+                continue  # a resumed run has not seen what was answered before
+            verdict = "right" if answers.right[i][0] else "wrong"
+            text = answers.completions[i][0].replace("\n", " \u23ce ")
+            print(f"  {label:<7}{verdict:<7}{text}")

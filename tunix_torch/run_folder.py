@@ -1,0 +1,217 @@
+"""A run's folder: its settings, checkpoints, metrics and curves, and what an earlier run left there."""
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from . import tiny
+from .callbacks import METRICS_FILE
+from .checkpoint import is_whole, newest_checkpoint
+from .config import SYSTEM_MESSAGE
+from .model import base_model_name, resolve_model_name
+
+# What a run writes into its output_dir, besides checkpoint-N.
+RUN_FILES = (
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "batches",
+    "chat_template.jinja",
+    "config.json",
+    "metrics.jsonl",
+    "runs",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "trainer_state.json",
+    "training_args.bin",
+    "training_curves.png",
+)
+
+# Fields of transformers.TrainingArguments that people set; all fields of our own come on top.
+COMMON_FIELDS = (
+    "num_train_epochs",
+    "max_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "eval_strategy",
+    "eval_steps",
+    "eval_on_start",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "seed",
+)
+
+
+# Not a setting of the job: where this process runs, or what to do once.
+NOT_SAVED = (
+    "local_rank",
+    "resume_from_checkpoint",
+    "logging_dir",
+    "use_cpu",
+    "dataloader_pin_memory",
+    "hub_token",
+    "accelerator_config",
+    "debug",
+    "do_eval",
+    "disable_tqdm",
+)
+
+
+# ---- settings ----
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return getattr(default, "value", default)  # of an enumeration
+
+
+def settings_of(*configs: Any) -> dict[str, Any]:
+    """What a config file holds of a `ModelConfig`, a `DataConfig` and a `GRPOConfig`: every field of our own, those of
+    `transformers.TrainingArguments` that people commonly set, and the others where they are not the default."""
+    settings: dict[str, Any] = {}
+    for config in configs:
+        own = list(type(config).__dict__.get("__annotations__", {}))
+        values = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
+        inherited = [field for field in dataclasses.fields(config) if field.init and field.name not in own]
+        shown = [f.name for f in inherited if f.name in COMMON_FIELDS or values[f.name] != _default_of(f)]
+        settings |= {name: values[name] for name in [*own, *shown] if name not in NOT_SAVED}
+    return settings
+
+
+def save_config(settings: dict[str, Any], path: str | Path) -> None:
+    Path(path).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+# ---- the folder ----
+
+
+def get_latest_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest whole checkpoint in a run's folder, or None."""
+    checkpoint = newest_checkpoint(output_dir)
+    return None if checkpoint is None else str(checkpoint)
+
+
+def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) -> str | None:
+    """The checkpoint folder that `--resume_from_checkpoint` means: a folder, or "latest" / "true".
+
+    Raises:
+        ValueError: there is none, or it is not whole.
+    """
+    if resume_from_checkpoint is None or str(resume_from_checkpoint).lower() == "false":
+        return None
+    if str(resume_from_checkpoint).lower() in ("latest", "true"):
+        checkpoint = get_latest_checkpoint(output_dir)
+        if checkpoint is None:
+            raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r}: no whole checkpoint in {output_dir}")
+        return checkpoint
+    if not is_whole(Path(resume_from_checkpoint)):
+        raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r}: not a whole checkpoint folder")
+    return str(resume_from_checkpoint)
+
+
+def check_output_dir(output_dir: str | Path) -> None:
+    """See that a run may be written there; creates nothing.
+
+    Raises:
+        ValueError: it is a file, lies below one, may not be written, or holds a whole model, which is no run's.
+    """
+    output_dir = Path(output_dir)
+    there = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"output_dir={str(output_dir)!r}: {there} is a file, expected a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir={str(output_dir)!r}: {there} may not be written")
+    if list(output_dir.glob("model*.safetensors")) or list(output_dir.glob("pytorch_model*.bin")):
+        raise ValueError(f"output_dir={str(output_dir)!r}: holds a model; give another folder, a run would mix with it")
+
+
+def set_aside_previous_run(output_dir: str | Path) -> None:
+    """Move what an earlier run left in this folder to `previous/TIME/` inside it: nothing is overwritten.
+
+    Files that are not a run's stay where they are.
+    """
+    output_dir = Path(output_dir)
+    left = [output_dir / name for name in RUN_FILES if (output_dir / name).exists()]
+    left += [folder for folder in output_dir.glob("checkpoint-*") if folder.is_dir()]
+    if not left:
+        return
+    target = output_dir / "previous" / time.strftime("%Y%m%d-%H%M%S")
+    target.mkdir(parents=True)
+    for item in left:
+        shutil.move(item, target / item.name)
+    print(f"An earlier run was in {output_dir}; it is now in {target}")
+
+
+def newest_run(outputs: str | Path = "./outputs") -> str | None:
+    """The folder under `outputs` (or itself) whose final adapter is the newest, or None."""
+    adapters = [*Path(outputs).glob("adapter_config.json"), *Path(outputs).glob("*/adapter_config.json")]
+    finished = [a.parent for a in adapters if not a.parent.name.startswith("checkpoint-")]
+    return str(max(finished, key=lambda folder: (folder / "adapter_config.json").stat().st_mtime)) if finished else None
+
+
+def find_system_message(model_path: str) -> str:
+    """The instruction that the model was trained with: that of the run's config.json; none for the tiny model."""
+    for folder in (Path(model_path), Path(model_path).parent):
+        if (folder / "config.json").is_file():
+            message = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("system_message")
+            if message is not None:
+                return message
+    base = Path(resolve_model_name(base_model_name(model_path)))
+    return "" if base.name.startswith(tiny.FOLDER_PREFIX) else SYSTEM_MESSAGE
+
+
+# ---- metrics ----
+
+
+def load_metrics(output_dir: str | Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl."""
+    path = Path(output_dir) / METRICS_FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def plot_training_curves(output_dir: str | Path) -> Path:
+    """Draw loss, reward, KL, completion length and evaluation accuracy of a run; writes training_curves.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = load_metrics(output_dir)
+    panels = {
+        "accuracy": [name for name in ("eval_accuracy", *sorted({k for r in rows for k in r if "mean@" in k}))],
+        "reward": ["reward", "reward_std"],
+        "loss": ["loss"],
+        "KL from the reference": ["kl"],
+        "entropy": ["entropy"],
+        "completion length": ["completions/mean_length"],
+    }
+    panels = {title: [n for n in names if any(n in row for row in rows)] for title, names in panels.items()}
+    panels = {title: names for title, names in panels.items() if names} or {"no metrics": []}
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.5 * columns, 3 * lines), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            marker = "o" if name.startswith("eval_") else None
+            axis.plot(*zip(*points, strict=True), label=name.removeprefix("eval_"), marker=marker)
+        axis.set(title=title, xlabel="step")
+        if len(names) > 1:
+            axis.legend()
+    figure.tight_layout()
+    path = Path(output_dir) / "training_curves.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
