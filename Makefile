@@ -3,11 +3,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup train test test-slow crosscheck lint format tensorboard clean
+.PHONY: help setup train train-quick train-show-config train-sweep evaluate check-device test test-slow crosscheck lint format \
+	tensorboard clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## create .venv and install the pinned requirements (4 to 6 minutes, 9 GB)
 
@@ -19,6 +20,22 @@ $(STAMP): requirements.txt
 
 train: setup  ## the main job: a small Gemma learns arithmetic by GRPO (ARGS="--max_steps 20" adds flags)
 	$(BIN)/python train.py --use_grpo --num_completions_per_prompt 4 $(ARGS)
+
+train-quick: setup  ## run_training.py for ten small steps (ARGS="model=gemma3_270m" adds settings; so below)
+	$(BIN)/python run_training.py +experiment=quick_test $(ARGS)
+
+train-show-config: setup  ## the settings of run_training.py, of any command given as ARGS
+	$(BIN)/python run_training.py --cfg job $(ARGS)
+
+train-sweep: setup  ## the main job with three learning rates, and a table of what came out
+	$(BIN)/python run_training.py --multirun optimizer.learning_rate=1e-3,2e-3,4e-3 $(ARGS)
+
+evaluate: setup  ## evaluate.py: how many held-out questions a model answers (ARGS="--model_path outputs/mine")
+	$(BIN)/python evaluate.py $(ARGS)
+
+check-device: setup  ## which device is computed on here, after a small calculation on it
+	@$(BIN)/python -c "import utils; \
+	utils.run_script(lambda: [print(f'{n:<12} {v}') for n, v in utils.verify_tpu_setup().items()])"
 
 test: setup  ## the tests: on the CPU, then through XLA on the CPU
 	TUNIX_DEVICE=cpu $(BIN)/python -m pytest

@@ -21,9 +21,10 @@ from transformers.utils import logging as transformers_logging
 
 from rewards import extract_answer, extract_reasoning
 from tunix_torch import Sampler, SamplingParams, device, load_model, load_tokenizer, tiny
-from tunix_torch.data import Collator, encode_prompts, load_rows, render_prompt
+from tunix_torch.data import Collator, encode_prompts, render_prompt
 from tunix_torch.evaluation import sample_texts
 from tunix_torch.model import eos_token_ids, place
+from tunix_torch.readers import load_rows
 from tunix_torch.run_folder import find_system_message, newest_run
 
 PROMPT_TEMPLATES = {

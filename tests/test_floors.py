@@ -7,10 +7,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"device", "tiny", "batch", "attention", "callbacks", "checkpoint", "metrics", "scoring", "settings"},
-    {"config", "record"},
-    {"grpo", "model", "nested"},
-    {"logprobs", "sampler", "data", "run_folder"},
+    {
+        "device",
+        "tiny",
+        "batch",
+        "attention",
+        "callbacks",
+        "checkpoint",
+        "estimators",
+        "metrics",
+        "scoring",
+        "readers",
+        "settings",
+    },
+    {"config", "record", "sharding"},
+    {"grpo", "model", "nested", "sources"},
+    {"logprobs", "sampler", "data", "export", "run_folder"},
     {"evaluation", "sft"},
     {"trainer"},
     {"job"},

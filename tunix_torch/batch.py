@@ -49,6 +49,11 @@ class TrainBatch:
     sampler_logps: Tensor | None = None  # (B, C) float32, to compare with what the learning pass computes
     rewards: Tensor | None = None  # (B,) float64 on the host: the weighted totals that the advantages come from
 
+    def tensors(self) -> list[Tensor]:
+        """Those that are there and on the device."""
+        values = [getattr(self, field.name) for field in fields(self) if field.name != "rewards"]
+        return [value for value in values if value is not None]
+
     def split(self, micro_batch_size: int | None) -> list["TrainBatch"]:
         """Cut into micro-batches of `micro_batch_size` rows, each with its own prompts. Their losses add up.
 

@@ -4,7 +4,6 @@ Each field is a flag of `train.py` and a key of its config files. Names that TRL
 same thing are accepted everywhere as aliases.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import TrainingArguments
 
 from . import device as process_device
 from .device import KINDS
+from .groups import AlgorithmConfig, EvaluationConfig, GenerationConfig, OptimizerConfig, TrainingConfig  # noqa: F401
 from .settings import accept_aliases, check_types, require, setting
 
 ALGORITHMS = ("grpo", "gspo", "dr_grpo", "dapo", "rloo")
@@ -72,9 +72,11 @@ class ModelConfig:
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "must be in [0, 1)")
 
     @property
-    def num_devices(self) -> int:
-        """Devices in the mesh."""
-        return math.prod(int(size) for size in (self.mesh_shape or "1").split(","))
+    def mesh(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Sizes and names of the mesh's axes."""
+        if self.mesh_shape is None:
+            return (1,), ("fsdp",)
+        return tuple(int(size) for size in self.mesh_shape.split(",")), tuple(self.mesh_axes.split(","))
 
     def _resolve_mesh(self) -> None:
         """Bring both ways to give a mesh into one: `mesh_shape` "2,4", `mesh_axes` "fsdp,tp"."""
@@ -269,7 +271,8 @@ class GRPOConfig(TrainingArguments):
     def rows_per_pass(self) -> int | None:
         """Rows in one learning pass; None: the whole batch."""
         if self.micro_batch_size is None:
-            return self.num_completions_per_prompt if self.use_grpo else None
+            groups = process_device.axis_size("fsdp")  # each device a group of its own
+            return self.num_completions_per_prompt * groups if self.use_grpo else None
         return self.micro_batch_size or None
 
     def _check_device(self) -> None:

@@ -1,138 +1,31 @@
-"""Rows of a data set -> prompts of fixed width.
+"""Rows -> prompts of fixed width: rendered, tokenised once, and those that are too long left out; then batches.
 
-A row is a dict. It needs a question (`prompt` or `question`) and an answer (`answer`, `answers` or
-`expected_answers`, which are the same column); GSM8K's worked answers, "... #### 72", are split into reasoning and
-answer. Supervised fine-tuning takes the row's `completion`, or builds it from reasoning and answer.
+`prepare_rows` takes a list of rows, a `datasets.Dataset`, which stays on disk, or a stream. Supervised fine-tuning
+takes the row's `completion` too. `sources.py` says what a row is.
 """
 
-import json
+import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow.compute
 import torch
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from . import device, tiny
-from .config import DataConfig
 from .model import end_of_turn_id
+from .readers import Row
+from .readers import load_rows as load_rows  # it had its place here
+from .sources import normalize_row
 
 logger = logging.getLogger(__name__)
 
-QUESTION_COLUMNS = ("prompt", "question")
-ANSWER_COLUMNS = ("answer", "answers", "expected_answers")
-NUM_GENERATED_ROWS = 4096
-
-Row = dict[str, Any]
-
-
-def load_rows(path: str, config_name: str | None = None, split: str = "train", setting: str = "data_path") -> list[Row]:
-    """Rows of a .json file (a list, or one object a line), a .jsonl file, or a Hugging Face data set.
-
-    Args:
-        setting: the name that `path` has for the user.
-
-    Raises:
-        ValueError: no such file or data set, JSON that can't be read (with its line), or no rows.
-    """
-    if Path(path).suffix in (".json", ".jsonl") or Path(path).is_file():
-        return _read_file(Path(path), setting)
-    import datasets  # here because it takes seconds, and files don't need it
-
-    try:
-        rows = [dict(row) for row in datasets.load_dataset(path, config_name, split=split)]
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{setting}={path!r}: neither a file nor a data set that could be loaded: {reason}") from error
-    return rows
-
-
-def _read_file(path: Path, setting: str) -> list[Row]:
-    if not path.is_file():
-        raise ValueError(f"{setting}={str(path)!r}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{setting}={str(path)!r}: not UTF-8: {error}") from error
-    try:
-        whole = json.loads(text) if path.suffix == ".json" else None
-    except json.JSONDecodeError as error:
-        whole, whole_error = None, error
-    else:
-        whole_error = None
-    if isinstance(whole, list):
-        rows = whole
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also cuts at U+2028, within strings
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                problem = whole_error if whole_error is not None and number == 1 else None
-                at = (problem.lineno, problem.msg) if problem else (number, error.msg)
-                raise ValueError(f"{path}, line {at[0]}: not valid JSON: {at[1]}") from error
-    if not rows:
-        raise ValueError(f"{path}: no rows")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f'{path}, row {number}: expected an object such as {{"question": ..., "answer": ...}}')
-    return rows
-
-
-def normalize_row(row: Row, number: int, source: str) -> Row:
-    """One row with `question`, `answer` (str) and, where the data has one, `completion`; other columns are kept.
-
-    Raises:
-        ValueError: no question or no answer, naming the row.
-    """
-    question = next((row[name] for name in QUESTION_COLUMNS if row.get(name)), None)
-    answer = next((row[name] for name in ANSWER_COLUMNS if row.get(name) is not None), None)
-    if question is None:
-        raise ValueError(f"{source}, row {number}: no question; expected a column named prompt or question")
-    if not isinstance(question, str):
-        raise ValueError(f"{source}, row {number}: the question is a {type(question).__name__}, expected a text")
-    if isinstance(answer, list):
-        if len(answer) != 1:
-            raise ValueError(f"{source}, row {number}: {len(answer)} answers; expected one")
-        answer = answer[0]
-    reasoning, mark, final = ("", "", "") if answer is None else str(answer).rpartition("####")
-    if not final.strip():
-        raise ValueError(f"{source}, row {number}: no answer; expected a column named {', '.join(ANSWER_COLUMNS)}")
-    result = {name: value for name, value in row.items() if name not in QUESTION_COLUMNS + ANSWER_COLUMNS}
-    result["question"], result["answer"] = question, final.strip()
-    if "completion" not in result:
-        reasoning = reasoning if mark else row.get("reasoning", "")
-        result["completion"] = f"<reasoning>{str(reasoning).strip()}</reasoning>\n<answer>{final.strip()}</answer>"
-    if not isinstance(result["completion"], str):
-        kind = type(result["completion"]).__name__
-        raise ValueError(f"{source}, row {number}: the completion is a {kind}, expected a text")
-    return result
-
-
-def load_data(config: DataConfig, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training and evaluation rows. Without `data_path`: generated arithmetic, no problem in both.
-
-    Raises:
-        ValueError: see `load_rows` and `normalize_row`.
-    """
-
-    def load(path: str, split: str, setting: str) -> list[Row]:
-        rows = load_rows(path, config.dataset_config, split, setting)
-        return [normalize_row(row, number, path) for number, row in enumerate(rows, start=1)]
-
-    if config.data_path is None:
-        train = tiny.arithmetic_rows("train", config.num_train_rows or NUM_GENERATED_ROWS, seed)
-    else:
-        train = load(config.data_path, config.dataset_split, "data_path")[: config.num_train_rows]
-    if config.val_data_path is not None:
-        evaluation = load(config.val_data_path, config.val_dataset_split, "val_data_path")[: config.num_eval_rows]
-    else:
-        evaluation = [] if config.data_path else tiny.arithmetic_rows("test", config.num_eval_rows)
-    return train, evaluation
+CACHED_CHARACTERS = 1_000_000  # of texts; fewer are tokenised in less time than looking after a file is worth
+CHUNK = 32  # rows of a stream that are tokenised at once
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, question: str, system_message: str = "") -> str:
@@ -152,49 +45,174 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     return tokenizer(list(prompts), add_special_tokens=tokenizer.chat_template is None)["input_ids"]
 
 
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    """Token ids of many texts, from the cache folder where the same tokenizer has seen the same texts before."""
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        return {"ids": tokenizer(batch["text"], add_special_tokens=add_special_tokens)["input_ids"]}
+
+    if sum(map(len, texts)) < CACHED_CHARACTERS:
+        return encode({"text": texts})["ids"]
+    key = Hasher.hash([texts, tokenizer, add_special_tokens])
+    file = tiny.cache_folder() / "tokens" / f"{key}.arrow"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table = datasets.Dataset.from_dict({"text": texts}).map(
+        encode, batched=True, remove_columns="text", cache_file_name=str(file), new_fingerprint=key, desc="Tokenising"
+    )
+    return table["ids"][:]
+
+
 def prepare_rows(
-    rows: Iterable[Row],
+    rows: Sequence[Row] | datasets.Dataset | datasets.IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_length: int,
     max_completion_length: int | None = None,
     system_message: str = "",
-) -> list[Row]:
+    overlong: str = "drop",
+) -> "list[Row] | datasets.Dataset | PromptStream":
     """Add `prompt` (the rendered text) and `prompt_ids`; and `completion_ids` for SFT (`max_completion_length` given).
 
-    Rows that are too long are left out, never cut, and counted in a warning. Rows that have `prompt_ids` already are
-    taken as they are.
+    Prompts that are too long are never cut: their rows are left out and counted in a warning, or with `overlong`
+    "raise" are an error. Rows with completions that are too long are left out. Rows that have `prompt_ids` already
+    are taken as they are. What comes back is of the kind that came in: a list, a `Dataset` (its tokens are in the
+    cache of `datasets`), or for an `IterableDataset` a `PromptStream`.
 
     Raises:
-        ValueError: a row without a question or an answer, or every row is too long.
+        ValueError: a row without a question or an answer, every row is too long, or one with `overlong` "raise".
     """
-    rows = list(rows)
-    if not rows or "prompt_ids" in rows[0]:
-        return rows
-    rows = [normalize_row(row, number, "data set") for number, row in enumerate(rows, 1)]
-    prompts = [render_prompt(tokenizer, row["question"], system_message) for row in rows]
-    ready = [
-        {**row, "prompt": prompt, "prompt_ids": ids}
-        for row, prompt, ids in zip(rows, prompts, encode_prompts(tokenizer, prompts), strict=True)
-    ]
-    ready = _leave_out_long(ready, "prompt_ids", "max_prompt_length", max_prompt_length)
+    encoder = _Encoder(tokenizer, system_message, max_completion_length is not None)
+    if isinstance(rows, datasets.IterableDataset):
+        return PromptStream(rows, encoder, max_prompt_length, max_completion_length, overlong)
+    if isinstance(rows, datasets.Dataset):
+        if not len(rows) or "prompt_ids" in rows.column_names:
+            return rows
+        ready = rows.map(
+            encoder.encode_columns,
+            batched=True,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            desc="Tokenising",
+        )
+    else:
+        rows = list(rows)
+        if not rows or "prompt_ids" in rows[0]:
+            return rows
+        ready = encoder.encode(rows, range(1, len(rows) + 1))
+    ready = _leave_out_long(ready, "prompt_ids", "max_prompt_length", max_prompt_length, overlong)
     if max_completion_length is not None:
-        end = end_of_turn_id(tokenizer)
-        encoded = tokenizer([row["completion"] for row in ready], add_special_tokens=False)["input_ids"]
-        ready = [{**row, "completion_ids": [*ids, end]} for row, ids in zip(ready, encoded, strict=True)]
         ready = _leave_out_long(ready, "completion_ids", "generation_max_length", max_completion_length)
     return ready
 
 
-def _leave_out_long(rows: list[Row], column: str, setting: str, limit: int) -> list[Row]:
-    short = [row for row in rows if len(row[column]) <= limit]
-    if len(short) < len(rows):
-        longest = max(len(row[column]) for row in rows)
-        what = column.removesuffix("_ids")
-        report = f"{len(rows) - len(short)} of {len(rows)} rows have a {what} longer than {setting}={limit} tokens"
-        if not short:
-            raise ValueError(f"{report}; the longest has {longest}: raise {setting}")
-        logger.warning("%s and are left out; the longest has %d", report, longest)
-    return short
+@dataclass
+class _Encoder:
+    """Adds the tokens to rows."""
+
+    tokenizer: PreTrainedTokenizerBase
+    system_message: str
+    with_completions: bool
+
+    def encode(self, rows: Sequence[Row], numbers: Sequence[int]) -> list[Row]:
+        tokenizer = self.tokenizer
+        rows = [normalize_row(row, number, "data set") for row, number in zip(rows, numbers, strict=True)]
+        prompts = [render_prompt(tokenizer, row["question"], self.system_message) for row in rows]
+        ids = _token_ids(tokenizer, prompts, add_special_tokens=tokenizer.chat_template is None)
+        for i, row in enumerate(rows):
+            row |= {"prompt": prompts[i], "prompt_ids": ids[i]}
+        if self.with_completions:
+            end = end_of_turn_id(tokenizer)
+            ids = _token_ids(tokenizer, [row["completion"] for row in rows], add_special_tokens=False)
+            for i, row in enumerate(rows):
+                row["completion_ids"] = [*ids[i], end]
+        return rows
+
+    def encode_columns(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        """For `datasets.Dataset.map`."""
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        rows = self.encode(rows, [index + 1 for index in indices])
+        return {name: [row.get(name) for row in rows] for name in dict.fromkeys(itertools.chain(*rows))}
+
+
+def _leave_out_long(
+    rows: list[Row] | datasets.Dataset, column: str, setting: str, limit: int, overlong: str = "drop"
+) -> list[Row] | datasets.Dataset:
+    if isinstance(rows, datasets.Dataset):
+        table = rows.select_columns(column).with_format("arrow")[:]
+        lengths = pyarrow.compute.list_value_length(table.column(column)).to_pylist()
+    else:
+        lengths = [len(row[column]) for row in rows]
+    short = [i for i, length in enumerate(lengths) if length <= limit]
+    if len(short) == len(lengths):
+        return rows
+    what = column.removesuffix("_ids")
+    report = f"{len(lengths) - len(short)} of {len(lengths)} rows have a {what} longer than {setting}={limit} tokens"
+    if overlong == "raise":
+        first = next(i for i, length in enumerate(lengths) if length > limit)
+        raise ValueError(f"{report}; the first is row {first + 1} with {lengths[first]}: raise {setting}")
+    if not short:
+        raise ValueError(f"{report}; the longest has {max(lengths)}: raise {setting}")
+    logger.warning("%s and are left out; the longest has %d", report, max(lengths))
+    return rows.select(short) if isinstance(rows, datasets.Dataset) else [rows[i] for i in short]
+
+
+class PromptStream(torch.utils.data.IterableDataset):
+    """Prompts of a streamed data set, made as they are drawn.
+
+    It has no end: after the last row it begins the next epoch, in that epoch's order. So a resumed run, which skips as
+    many batches as were drawn, draws on as if it had never stopped, also past the end of the data set.
+
+    Attributes:
+        num_rows: rows read since the newest iteration began, and of these
+        num_overlong: those left out because prompt or completion was too long.
+
+    Raises:
+        ValueError: when iterated over: a row without a question or an answer, an epoch in which no row fits, or an
+            overlong prompt where `overlong` is "raise".
+    """
+
+    def __init__(
+        self,
+        rows: datasets.IterableDataset,
+        encoder: _Encoder,
+        max_prompt_length: int,
+        max_completion_length: int | None,
+        overlong: str,
+    ) -> None:
+        self.rows, self.encoder, self.overlong = rows, encoder, overlong
+        self.max_prompt_length, self.max_completion_length = max_prompt_length, max_completion_length
+        self.num_rows = self.num_overlong = 0
+
+    def __iter__(self) -> Iterator[Row]:
+        self.num_rows = self.num_overlong = 0
+        for epoch in itertools.count():
+            self.rows.set_epoch(epoch)
+            source, num_before = iter(self.rows), self.num_rows - self.num_overlong
+            while chunk := list(itertools.islice(source, CHUNK)):
+                numbers = range(self.num_rows + 1, self.num_rows + 1 + len(chunk))
+                for row in self.encoder.encode(chunk, numbers):
+                    self.num_rows += 1
+                    if self._fits(row):
+                        yield row
+            if self.num_rows - self.num_overlong == num_before:
+                raise ValueError(
+                    f"the stream of training rows has none that fits max_prompt_length={self.max_prompt_length}: "
+                    f"{self.num_overlong} are longer"
+                )
+
+    def _fits(self, row: Row) -> bool:
+        length, limit = len(row["prompt_ids"]), self.max_prompt_length
+        what = f"a prompt of {length} tokens, longer than max_prompt_length={limit}"
+        if length > limit and self.overlong == "raise":
+            raise ValueError(f"row {self.num_rows} of the stream has {what}: raise max_prompt_length")
+        if length <= limit and self.max_completion_length is not None:
+            length, limit = len(row["completion_ids"]), self.max_completion_length
+            what = f"a completion of {length} tokens, longer than generation_max_length={limit}"
+        if length <= limit:
+            return True
+        if self.num_overlong == 0:
+            logger.warning("Row %d of the stream has %s: it is left out, as all like it", self.num_rows, what)
+        self.num_overlong += 1
+        return False
 
 
 @dataclass

@@ -7,12 +7,15 @@ there, else CUDA, else the CPU. A process keeps its choice for life.
 
 import glob
 import importlib.util
+import math
 import os
 import pathlib
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 KINDS = ("auto", "xla", "cuda", "cpu")
 
@@ -57,6 +60,7 @@ def _choose() -> str:
         if loaded is not None and not loaded.is_torch_xla_available():
             raise ValueError("device='xla': Transformers was imported with USE_TORCH_XLA=0; import tunix_torch first")
         os.environ["USE_TORCH_XLA"] = "1"
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the partitioner's warnings, one a graph
         os.environ.setdefault("PJRT_DEVICE", "TPU" if tpu_is_present() else "CPU")
         return "xla"
     _keep_transformers_off_xla()
@@ -77,6 +81,8 @@ if KIND == "xla":
     import torch_xla
     import torch_xla.core.xla_model as xm
     import torch_xla.debug.metrics as xla_metrics
+    import torch_xla.distributed.spmd as spmd
+    import torch_xla.runtime as xla_runtime
     import torch_xla.utils.checkpoint as xla_checkpoint
 
 
@@ -90,11 +96,55 @@ def is_tpu() -> bool:
     return KIND == "xla" and os.environ["PJRT_DEVICE"] == "TPU"
 
 
+_mesh: "spmd.Mesh | None" = None
+
+
+def use_mesh(shape: Sequence[int], axes: Sequence[str]) -> None:
+    """Spread this process's tensors over a mesh of devices from now on. Must come before any tensor is on a device.
+
+    Raises:
+        ValueError: there are not as many devices, or the process is not on XLA.
+    """
+    global _mesh
+    wanted, asked = math.prod(shape), f"mesh_shape={','.join(map(str, shape))!r}"
+    if wanted == 1:
+        return
+    if KIND != "xla":
+        raise ValueError(f"{asked}: a mesh needs device='xla', and this process is on {KIND!r}")
+    if not xla_runtime.is_spmd():
+        xla_runtime.use_spmd()
+    found = xla_runtime.global_runtime_device_count()
+    if found != wanted:
+        hint = "" if is_tpu() else f"; CPU_NUM_DEVICES={wanted} makes as many on the CPU"
+        raise ValueError(f"{asked}: {wanted} devices, and there are {found}{hint}")
+    # A compiled step must look at how its inputs are split every time; torch-xla stops after five times the same.
+    os.environ["XLA_DYNAMO_INPUT_SHARDING_CHECK_THRESHOLD"] = str(2**31 - 1)
+    _mesh = spmd.Mesh(np.arange(wanted), tuple(shape), tuple(axes))
+
+
+def has_mesh() -> bool:
+    """Whether this process spreads its tensors over several devices."""
+    return _mesh is not None
+
+
+def axis_size(axis: str | None) -> int:
+    """Devices along an axis of the mesh; 1 where there is no such axis or no mesh."""
+    return 1 if _mesh is None or axis is None else _mesh.shape().get(axis, 1)
+
+
+def shard(tensor: "torch.Tensor", axes: Sequence[str | None]) -> None:
+    """Lay each dimension of a tensor on an axis of the mesh; None, or an axis that the mesh lacks: not split."""
+    if _mesh is not None:
+        spmd.mark_sharding(tensor, _mesh, tuple(axis if axis in _mesh.axis_names else None for axis in axes))
+
+
 def describe() -> str:
     """One line for people: which device, and how many of it."""
     if KIND == "xla":
         count = len(xm.get_xla_supported_devices())
-        return f"TPU through torch-xla, {count} device(s)" if is_tpu() else "XLA on the CPU (no TPU was found)"
+        name = f"TPU through torch-xla, {count} device(s)" if is_tpu() else "XLA on the CPU (no TPU was found)"
+        sizes = ", ".join(f"{axis} {size}" for axis, size in _mesh.shape().items()) if _mesh is not None else ""
+        return f"{name}, mesh of {sizes}" if sizes else name
     if KIND == "cuda":
         return f"CUDA: {torch.cuda.get_device_name(0)}, {torch.cuda.device_count()} device(s)"
     return f"CPU, {torch.get_num_threads()} threads"

@@ -14,7 +14,6 @@ import rewards
 from . import device
 from .callbacks import ConsoleProgress, MetricsFile
 from .config import DataConfig, GRPOConfig, ModelConfig
-from .data import load_data
 from .model import load_model, load_tokenizer, lora_config, torch_dtype
 from .nested import GRPOTrainingConfig
 from .run_folder import (
@@ -27,6 +26,7 @@ from .run_folder import (
     settings_of,
 )
 from .scoring import RewardFunc
+from .sources import load_data
 from .trainer import TunixTrainer
 
 logger = logging.getLogger(__name__)
@@ -55,10 +55,6 @@ def build_trainer(model_config: ModelConfig, data_config: DataConfig, args: GRPO
     Raises:
         ValueError: any of them can't be had.
     """
-    if model_config.num_devices > 1:
-        raise ValueError(
-            f"mesh_shape={model_config.mesh_shape!r}: needs {model_config.num_devices} devices; one is used so far"
-        )
     reward_funcs, judge = choose_rewards(data_config, args), rewards.find_reward(data_config.judge)
     train_rows, eval_rows = load_data(data_config, args.seed)
     tokenizer = load_tokenizer(model_config.model_name)
@@ -104,6 +100,7 @@ def train(
     else:
         model_config, data_config, args = config, data_config or DataConfig(), args or GRPOConfig()
     started = time.perf_counter()
+    device.use_mesh(*model_config.mesh)  # before any tensor is on a device
     output_dir = Path(args.output_dir)
     check_output_dir(output_dir)
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, output_dir)

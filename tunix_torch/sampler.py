@@ -16,6 +16,7 @@ from . import device
 from .attention import SlotCache, attention_masks
 from .batch import Rollout
 from .model import base_model, hidden_states, logits, prefill, text_config
+from .sharding import shard_rows
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ class Sampler:
     def _sample(
         self, prompt_ids: Tensor, prompt_mask: Tensor, num_completions: int, params: SamplingParams, uniforms: Tensor
     ) -> Rollout:
+        for tensor in (prompt_ids, prompt_mask, uniforms):
+            shard_rows(tensor)
         last_hidden, prefix = prefill(self.model, prompt_ids, prompt_mask)
         scores = logits(self.model, last_hidden).repeat_interleave(num_completions, dim=0)  # (B, V)
         tokens, logps = choose_tokens(scores, uniforms[:, 0], params)
@@ -130,12 +133,16 @@ class Sampler:
         values = [nn.functional.pad(prefix.layers[i][1], (0, 0, 0, room)) for i in layer_ids]  # K = P + C - 1
         key_mask = nn.functional.pad(prompt_mask.repeat_interleave(num_completions, dim=0), (0, room), value=True)
         lengths = prompt_mask.sum(-1, keepdim=True).repeat_interleave(num_completions, dim=0)  # (B, 1)
+        for tensor in (*keys, *values):
+            shard_rows(tensor, heads_dim=1)
+        for tensor in (ids, logps, ended, key_mask, lengths):
+            shard_rows(tensor)
         device.sync()
 
         decode = self._decode_step(params, tuple(layer_ids), prompt_ids.shape[1])
         for t in range(room):
             ids, logps, ended, step = decode(ids, logps, ended, step, key_mask, lengths, uniforms, keys, values)
-            if (t + 1) % self.stop_check_interval == 0 and bool(ended.all()):  # the host waits here
+            if (t + 1) % self.stop_check_interval == 0 and bool(ended.cpu().all()):  # the host waits here
                 break
         mask = self._completion_mask(ids)
         return Rollout(ids.masked_fill(~mask, self.pad_token_id), mask, logps.masked_fill(~mask, 0.0))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -28,7 +29,7 @@ from transformers import (
 from . import device
 from .batch import PromptBatch, Rollout, TrainBatch
 from .config import GRPOConfig, ModelConfig
-from .data import Collator, Row, prepare_rows
+from .data import Collator, PromptStream, Row, prepare_rows
 from .evaluation import Answers, judge_answers, sample_texts
 from .grpo import aggregation_weights, compute_group_advantages, grpo_loss
 from .logprobs import token_logps
@@ -37,7 +38,9 @@ from .model import add_lora, base_model, eos_token_ids, load_model, load_tokeniz
 from .record import FOLDER, record_step
 from .sampler import Sampler, SamplingParams, draw_uniforms
 from .scoring import RewardFunc, name_of, score_completions
+from .settings import require
 from .sft import completion_loss, sft_batch
+from .sharding import shard_rows
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +61,8 @@ class TunixTrainer(Trainer):
         reward_funcs: one function or several, `(prompts, completions, **columns) -> list[float | None]`; None: does
             not apply to this row. They may be `async`. Needed unless `args.use_grpo` is False.
         args: settings.
-        train_dataset, eval_dataset: rows with prompt / question and answer: a list of dicts or a `datasets.Dataset`.
+        train_dataset, eval_dataset: rows with prompt / question and answer: a list of dicts or a `datasets.Dataset`;
+            for training also a `datasets.IterableDataset`, with `args.max_steps`.
         processing_class: the tokenizer; by default the model's own, when `model` is a name.
         peft_config: of the LoRA put on a model that has none; default: rank 16 on all projections.
         judge: the reward function that decides at evaluation: an answer is right where its value is at least 1. By
@@ -73,7 +77,7 @@ class TunixTrainer(Trainer):
         model: str | Path | PreTrainedModel | PeftModel,
         reward_funcs: RewardFunc | Sequence[RewardFunc] | None = None,
         args: GRPOConfig | None = None,
-        train_dataset: Sequence[Row] | None = None,
+        train_dataset: Sequence[Row] | IterableDataset | None = None,
         eval_dataset: Sequence[Row] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,
@@ -113,10 +117,23 @@ class TunixTrainer(Trainer):
         if eval_dataset is None:
             args.eval_on_start = False
 
-        def prepare(rows: Sequence[Row] | None) -> list[Row] | None:
+        def prepare(rows: Sequence[Row] | IterableDataset | None) -> Sequence[Row] | PromptStream | None:
             if rows is None:
                 return None
-            return prepare_rows(rows, processing_class, args.max_prompt_length, completion_width, args.system_message)
+            if isinstance(rows, IterableDataset):
+                require(args.max_steps > 0, "max_steps", args.max_steps, "streamed rows have no end: set it above 0")
+                workers = args.dataloader_num_workers
+                require(
+                    workers == 0, "dataloader_num_workers", workers, "each would read the whole stream: set it to 0"
+                )
+            return prepare_rows(
+                rows,
+                processing_class,
+                args.max_prompt_length,
+                completion_width,
+                args.system_message,
+                args.overlong_prompts,
+            )
 
         patience = args.early_stopping_patience
         early_stopping = [] if patience is None else [EarlyStoppingCallback(patience)]
@@ -125,7 +142,7 @@ class TunixTrainer(Trainer):
             args=args,
             data_collator=Collator(processing_class.pad_token_id, args.max_prompt_length, completion_width),
             train_dataset=prepare(train_dataset),
-            eval_dataset=prepare(eval_dataset),
+            eval_dataset=prepare(None if eval_dataset is None else list(eval_dataset)),
             processing_class=processing_class,
             callbacks=[*(callbacks or []), *early_stopping, _EndGraphWithOptimizer()],
         )
@@ -134,7 +151,9 @@ class TunixTrainer(Trainer):
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._rewards = torch.empty(0, len(self.reward_funcs))  # (B, R) of the newest rollout
         self._rows_drawn = (-1, 0)  # (optimizer step, rows drawn in it so far)
-        self._starts_at_base = all(not p.any() for name, p in model.named_parameters() if "lora_B" in name)
+        self._starts_at_base = all(
+            float(p.detach().abs().sum()) == 0 for name, p in model.named_parameters() if "lora_B" in name
+        )
         self._base_fingerprint = self._fingerprint_base()
         self.validate_grpo_setup()
 
@@ -153,10 +172,16 @@ class TunixTrainer(Trainer):
             raise ValueError(
                 f"reward_weights={args.reward_weights}: {len(self.reward_funcs)} reward functions need as many weights"
             )
-        if self.train_dataset is not None and len(self.train_dataset) < args.per_device_train_batch_size:
+        rows = None if isinstance(self.train_dataset, PromptStream) else self.train_dataset
+        if rows is not None and len(rows) < args.per_device_train_batch_size:
             raise ValueError(
                 f"per_device_train_batch_size={args.per_device_train_batch_size}: "
-                f"there are only {len(self.train_dataset)} training rows"
+                f"there are only {len(rows)} training rows"
+            )
+        prompts, fsdp = args.per_device_train_batch_size, device.axis_size("fsdp")
+        if prompts % fsdp:
+            raise ValueError(
+                f"per_device_train_batch_size={prompts}: must be a multiple of fsdp={fsdp}, over which prompts are spread"
             )
         trainable = [name for name, p in self.model.named_parameters() if p.requires_grad]
         other = [name for name in trainable if "lora_" not in name]
@@ -273,6 +298,9 @@ class TunixTrainer(Trainer):
     def _split(self, batch: TrainBatch) -> list[TrainBatch]:
         """Micro-batches, cut before their graphs begin: so that on XLA all of them run the same compiled graph."""
         parts = batch.split(self.args.rows_per_pass)
+        for part in parts:
+            for tensor in part.tensors():
+                shard_rows(tensor)
         device.sync()
         return parts
 
@@ -405,7 +433,7 @@ class TunixTrainer(Trainer):
         """
         device.sync()  # as in `collect`
         args, started = self.args, time.perf_counter()
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = self.eval_dataset if eval_dataset is None else list(eval_dataset)
         if not rows:
             raise ValueError("eval_dataset: there are no rows to evaluate on")
         completion_width = None if args.use_grpo else args.generation_max_length

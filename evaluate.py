@@ -1,0 +1,340 @@
+"""How good is a model? Sample answers to questions with known answers, judge them, and sum up.
+
+python evaluate.py                                                   # newest run, generated arithmetic, greedy
+python evaluate.py --model_path ./outputs --data_path test.jsonl --output_file results.jsonl
+python evaluate.py --model_path google/gemma-3-270m-it --dataset gsm8k --preset standard --num_passes 8
+
+A base model, an adapter folder, a checkpoint folder and a merged model will do. With --output_file every completion is
+kept as a line of JSON, and the same command continues after an interruption.
+"""
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import utils
+
+if __name__ == "__main__":
+    utils.run_script(utils.choose_device)  # before anything imports Transformers
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+import rewards
+from tunix_torch import DataConfig, Sampler, SamplingParams, device, load_model, load_tokenizer, tiny
+from tunix_torch.data import Collator, Row, prepare_rows
+from tunix_torch.evaluation import RIGHT, JudgedCompletion, ResultsFile, rows_at_once, sample_batches, summarize
+from tunix_torch.model import eos_token_ids, place
+from tunix_torch.run_folder import find_system_message, newest_run
+from tunix_torch.scoring import call_rewards
+from tunix_torch.settings import require
+from tunix_torch.sources import load_eval_rows
+
+# agent-tunix's: the likeliest token; some variety; much. (temperature, top_k, top_p)
+PRESETS = {"greedy": (1e-4, 1, 1.0), "standard": (0.7, 50, 0.95), "liberal": (0.85, 2000, 1.0)}
+NUM_GENERATED_ROWS = 256
+NEAR = Fraction(1, 10)  # of the expected number: so far off is partially right
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """The settings; temperature, top_k and top_p are filled in from the preset.
+
+    Raises:
+        ValueError: a value that can't be.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.error = lambda message: utils.fail(message)
+    parser.add_argument(
+        "--model_path",
+        help="model, adapter or checkpoint folder, or hub id (default: newest run in ./outputs, else the tiny model)",
+    )
+    parser.add_argument(
+        "--data_path",
+        help="questions and answers: .json or .jsonl file, or data set (default: the tiny model's held-out arithmetic)",
+    )
+    for name in ("data_source", "dataset", "dataset_config", "question_column", "answer_column"):
+        parser.add_argument(f"--{name}", help=DataConfig.__dataclass_fields__[name].metadata["help"])
+    parser.add_argument("--split", default="test", help="split of the data set (default: test)")
+    parser.add_argument("--preset", choices=PRESETS, default="greedy", help="how tokens are chosen (default: greedy)")
+    parser.add_argument("--temperature", type=float, help="instead of the preset's; 0: the likeliest token")
+    parser.add_argument("--top_k", type=int, help="instead of the preset's; 0 is off")
+    parser.add_argument("--top_p", type=float, help="instead of the preset's; 1 is off")
+    parser.add_argument("--num_passes", type=int, default=1, help="completions of each question: K of pass@K")
+    parser.add_argument("--max_samples", type=int, help="use at most so many questions")
+    parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument("--max_prompt_length", type=int, help="leave out questions with longer prompts, in tokens")
+    parser.add_argument("--batch_size", type=int, default=64, help="completions at a time")
+    parser.add_argument("--output_file", help="write every completion here, one JSON object a line")
+    parser.add_argument(
+        "--rewards",
+        nargs="+",
+        default=["correctness", "format"],
+        help="their values go into output_file: names from rewards/, or functions by dotted path (my_module.my_reward)",
+    )
+    parser.add_argument(
+        "--judge",
+        default="correctness",
+        help="the reward function by which an answer is right, at a value of 1 or more",
+    )
+    parser.add_argument("--system_message", help="put before the question (default: that of the training run)")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--device", default="auto", help="auto, xla, cuda or cpu")
+    args = parser.parse_args(argv)
+    for name, value in zip(("temperature", "top_k", "top_p"), PRESETS[args.preset], strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("num_passes", "max_samples", "max_new_tokens", "max_prompt_length", "batch_size"):
+        value = getattr(args, name)
+        require(value is None or value >= 1, name, value, "must be at least 1")
+    for name in ("temperature", "top_k", "seed"):
+        require(getattr(args, name) >= 0, name, getattr(args, name), "must not be negative")
+    require(0 < args.top_p <= 1, "top_p", args.top_p, "must be in (0, 1]")
+    return args
+
+
+# ---- questions and model ----
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """How tokens are chosen. Among the one likeliest token there is no choice, whatever the temperature."""
+    if args.top_k == 1 or args.temperature == 0:
+        return SamplingParams(args.max_new_tokens, temperature=0.0)
+    return SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+
+
+def load_questions(args: argparse.Namespace) -> list[Row]:
+    """Rows with `question` and `answer`.
+
+    Raises:
+        ValueError: they can't be had, or a setting says something of data that is not given.
+    """
+    generated = args.data_path is None and args.dataset is None
+    for name in ("data_source", "dataset_config", "question_column", "answer_column") if generated else ():
+        require(getattr(args, name) is None, name, getattr(args, name), "of what? Give data_path or dataset")
+    config = DataConfig(
+        val_data_path=args.data_path,
+        data_source=args.data_source,
+        dataset=args.dataset,
+        dataset_config=args.dataset_config,
+        val_dataset_split=args.split,
+        question_column=args.question_column,
+        answer_column=args.answer_column,
+        num_eval_rows=args.max_samples or (NUM_GENERATED_ROWS if generated else sys.maxsize),
+    )
+    return load_eval_rows(config)
+
+
+def render_questions(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, system_message: str, max_prompt_length: int | None
+) -> tuple[list[Row], list[int]]:
+    """The rows whose prompts are short enough, with `prompt` and `prompt_ids`, and their numbers in the data, from 1.
+
+    Raises:
+        ValueError: no prompt is.
+    """
+    rows = prepare_rows(rows, tokenizer, sys.maxsize, system_message=system_message)
+    limit = max_prompt_length or sys.maxsize
+    numbered = [(row, number) for number, row in enumerate(rows, start=1) if len(row["prompt_ids"]) <= limit]
+    if len(numbered) < len(rows):
+        lengths = [len(row["prompt_ids"]) for row in rows]
+        shortest = f"every prompt is longer; the shortest has {min(lengths)} tokens"
+        require(bool(numbered), "max_prompt_length", max_prompt_length, shortest)
+        left_out = f"{len(rows) - len(numbered)} of {len(rows)} questions are left out"
+        print(f"{left_out}: their prompts are longer than max_prompt_length={limit}; the longest has {max(lengths)}")
+    return [row for row, _ in numbered], [number for _, number in numbered]
+
+
+def fingerprint_weights(model_path: str) -> str | None:
+    """A digest of all the weights in a model or adapter folder; None for a hub id."""
+    if not Path(model_path).is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted([*Path(model_path).glob("*.safetensors"), *Path(model_path).glob("*.bin")]):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def describe_settings(args: argparse.Namespace, model_path: str, system_message: str, rows: list[Row]) -> dict:
+    """All that a result depends on, as it is kept beside the results."""
+    questions = json.dumps([[row["question"], row["answer"]] for row in rows])
+    settings = {name: value for name, value in vars(args).items() if name not in ("output_file", "device")}
+    return settings | {
+        "model_path": model_path,
+        "system_message": system_message,
+        "device": device.KIND,
+        "num_questions": len(rows),
+        "questions_sha256": hashlib.sha256(questions.encode()).hexdigest()[:16],
+        "weights_sha256": fingerprint_weights(model_path),
+    }
+
+
+# ---- judging ----
+
+
+def is_near(given: str | None, expected: str) -> bool:
+    """Whether both are numbers, and the given one is at most 10% off the expected one."""
+    given_number, expected_number = rewards.parse_number(given or ""), rewards.parse_number(expected)
+    if given_number is None or expected_number is None:
+        return False
+    return abs(given_number - expected_number) <= abs(expected_number) * NEAR
+
+
+def vote_of(extracted: str | None) -> str | None:
+    """The answer in a form that is equal for equal answers: its number, else its words; None where there is none."""
+    number = rewards.parse_number(extracted or "")
+    return " ".join((extracted or "").casefold().split()) or None if number is None else str(number)
+
+
+def judge_batch(
+    rows: Sequence[Row],
+    row_numbers: Sequence[int],
+    texts: list[list[str]],
+    lengths: list[list[int]],
+    judge: str,
+    reward_names: Sequence[str],
+) -> list[JudgedCompletion]:
+    """Judge K completions of each of N rows.
+
+    Args:
+        row_numbers: N, of the rows in the data.
+        judge: the reward function that decides what is right.
+        reward_names: the reward functions whose values are kept.
+
+    Raises:
+        ValueError: see `call_rewards`.
+    """
+    flat = [text for row_texts in texts for text in row_texts]
+    functions = {name: rewards.find_reward(name) for name in (judge, "format", *reward_names)}
+    values = dict(zip(functions, call_rewards(list(functions.values()), rows, flat), strict=True))
+    judged = []
+    for i, text in enumerate(flat):
+        row, copy = divmod(i, len(texts[0]))
+        answer, extracted = rows[row]["answer"], rewards.extract_answer(text)
+        right = values[judge][i] is not None and values[judge][i] >= RIGHT
+        judged.append(
+            JudgedCompletion(
+                row_number=row_numbers[row],
+                pass_number=copy + 1,
+                question=rows[row]["question"],
+                answer=answer,
+                completion=text,
+                extracted_answer=extracted,
+                vote=vote_of(extracted),
+                right=right,
+                partially_right=right or is_near(extracted, answer),
+                well_formed=values["format"][i] == 1.0,
+                rewards={name: values[name][i] for name in reward_names},
+                length=lengths[row][copy],
+            )
+        )
+    return judged
+
+
+# ---- the job ----
+
+
+def format_metrics(metrics: dict[str, float]) -> str:
+    """The metrics as a table, the shares with their confidence intervals."""
+    lines = [f"{'':<20}{'':>8}   95% interval"]
+    for name, value in metrics.items():
+        if f"{name}_low" in metrics:
+            interval = f"{metrics[f'{name}_low']:>6.1%} to {metrics[f'{name}_high']:>6.1%}"
+            lines.append(f"{name.replace('_', ' '):<20}{value:>8.1%}   {interval}")
+    lines.append(f"{'correct':<20}{metrics['correct']:>8} of {metrics['total']}")
+    lines.append(f"{'mean length':<20}{metrics['mean_length']:>8.1f} tokens")
+    return "\n".join(lines)
+
+
+def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, float]:
+    """Sample, judge, write, print. Returns the metrics.
+
+    Args:
+        argv: what `args` was parsed from, to say how to continue.
+
+    Raises:
+        ValueError: a setting, model, data set or file that can't work.
+        KeyboardInterrupt: after the metrics of what is done have been printed.
+    """
+    model_path = args.model_path or newest_run() or tiny.NAME
+    for name in (*args.rewards, args.judge):
+        rewards.find_reward(name)  # complains before anything is loaded
+    tokenizer = load_tokenizer(model_path)
+    system_message = find_system_message(model_path) if args.system_message is None else args.system_message
+    rows, row_numbers = render_questions(load_questions(args), tokenizer, system_message, args.max_prompt_length)
+    params, passes = sampling_params(args), args.num_passes
+    print(f"Model: {model_path}, on {device.describe()}")
+    how = f"temperature {params.temperature:g}, top_k {params.top_k}, top_p {params.top_p:g}"
+    print(f"{len(rows)} questions, {passes} x each, {how if params.temperature else 'the likeliest token'}", flush=True)
+    if params.temperature == 0 and passes > 1:
+        print(f"num_passes={passes}: all {passes} are the same; a preset with variety is standard", file=sys.stderr)
+
+    results, judged = None, []
+    if args.output_file:
+        results = ResultsFile(args.output_file, describe_settings(args, model_path, system_message, rows))
+        judged = results.read(row_numbers, rows_at_once(len(rows), args.batch_size, passes))
+    num_done = len(judged) // passes
+    if num_done == len(rows):
+        print("All of it is done already; nothing is sampled again")
+        return finish(judged, num_done, results)
+
+    model = place(load_model(model_path)).eval()
+    sampler = Sampler(model, eos_token_ids(model, tokenizer), tokenizer.pad_token_id)
+    collator = Collator(tokenizer.pad_token_id, max(len(row["prompt_ids"]) for row in rows))
+    batches = sample_batches(
+        sampler, tokenizer, rows, params, collator, args.batch_size, passes, args.seed, start=num_done
+    )
+    if results is not None and num_done == 0:
+        results.write_summary(0, None)  # before the first line: whoever continues compares the settings
+    if num_done:
+        print(f"Continuing after {num_done} of {len(rows)} questions", flush=True)
+    try:
+        with tqdm(total=len(rows), initial=num_done, unit="question", dynamic_ncols=True, disable=None) as bar:
+            for texts, lengths in batches:
+                part = slice(num_done, num_done + len(texts))
+                batch = judge_batch(rows[part], row_numbers[part], texts, lengths, args.judge, args.rewards)
+                if results is not None:
+                    results.append(batch)
+                judged += batch
+                num_done += len(texts)
+                bar.set_postfix_str(f"accuracy {sum(c.right for c in judged) / len(judged):.1%}", refresh=False)
+                bar.update(len(texts))
+    except KeyboardInterrupt:
+        print(f"\nstopped after {num_done} of {len(rows)} questions", file=sys.stderr)
+        if judged:
+            finish(judged, num_done, results)
+        if results is not None:
+            chosen = [] if args.model_path else ["--model_path", model_path]  # a newer run may come
+            print(f"This continues: {shlex.join(['python', sys.argv[0], *argv, *chosen])}", file=sys.stderr)
+        raise
+    return finish(judged, num_done, results)
+
+
+def finish(judged: Sequence[JudgedCompletion], num_done: int, results: ResultsFile | None) -> dict[str, float]:
+    """Sum up, print, and keep in the summary."""
+    metrics = summarize(judged)
+    print(format_metrics(metrics))
+    if results is not None:
+        results.write_summary(num_done, metrics)
+        print(f"Completions: {results.path}, summary: {results.summary}")
+    return metrics
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    evaluate(args, argv)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

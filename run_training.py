@@ -1,0 +1,235 @@
+"""Train from groups of settings, as agent-tunix does: a Hydra app over the same settings and job as train.py.
+
+python run_training.py                                       # the tiny model, offline
+python run_training.py model=gemma3_270m training.micro_batch_size=1
+python run_training.py +experiment=quick_test
+python run_training.py --multirun optimizer.learning_rate=1e-6,3e-6,1e-5
+"""
+
+import contextlib
+import gc
+import io
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import utils
+
+
+def choose_device() -> None:
+    """`device=xla` among the arguments is `--device xla` for the other scripts."""
+    given = [word.partition("=")[2] for word in sys.argv[1:] if word.lstrip("+").startswith("device=")]
+    utils.choose_device([f"--device={given[-1]}"] if given else [])
+
+
+if __name__ == "__main__":
+    utils.run_script(choose_device)  # before anything imports Transformers
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from transformers.utils import logging as transformers_logging
+
+from tunix_torch import GRPOConfig, GRPOTrainingConfig, train
+from tunix_torch.nested import unknown_setting
+
+CONF = Path(__file__).parent / "conf"
+NUM_LAST_STEPS = 10  # whose mean reward a sweep's table shows
+
+
+@dataclass
+class Job:
+    """What became of one run; a sweep has several."""
+
+    number: int
+    overrides: list[str]
+    output_dir: str
+    seconds: float = 0.0
+    error: str | None = None
+    results: dict[str, float] = field(default_factory=dict)
+
+
+# ---- one job ----
+
+
+def config_from(config: DictConfig, run_dir: str, subfolder: str = "") -> GRPOTrainingConfig:
+    """The job that a composed configuration describes.
+
+    Args:
+        run_dir: where it is written, unless it has an output_dir or a checkpoint_dir.
+        subfolder: goes below these two, so that the jobs of a sweep do not share a folder.
+
+    Raises:
+        ValueError: an unknown name, or a value that can't be.
+    """
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    for name in ("output_dir", "checkpoint_dir"):
+        if settings[name] is not None:
+            settings[name] = os.path.join(str(settings[name]), subfolder)
+    if settings["checkpoint_dir"] is None:
+        settings["output_dir"] = settings["output_dir"] or run_dir
+    return GRPOTrainingConfig.from_dict(settings)
+
+
+def is_complete(args: GRPOConfig) -> bool:
+    """True when the run that would be continued has done all its steps, and wrote its last file."""
+    path = Path(args.output_dir) / "trainer_state.json"
+    if args.resume_from_checkpoint is None or not path.is_file():
+        return False
+    state = json.loads(path.read_text())
+    if args.max_steps > 0:
+        return state["global_step"] >= args.max_steps
+    return state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= args.num_train_epochs
+
+
+def run_job(config: GRPOTrainingConfig) -> None:
+    """Train, unless the run in checkpoint_dir is complete."""
+    settings = config.flat()
+    args = settings[-1]
+    if is_complete(args):
+        print(f"The run in {args.output_dir} is complete ({Path(args.resume_from_checkpoint).name}): nothing to do")
+        return
+    if args.resume_from_checkpoint is not None:
+        print(f"Continuing from {args.resume_from_checkpoint}")
+    train(*settings)
+
+
+def results_of(output_dir: str) -> dict[str, float]:
+    """The last evaluation of a run, and the mean reward of its last steps."""
+    rows = utils.load_metrics(output_dir)
+    last = next((row for row in reversed(rows) if "eval_accuracy" in row), {})
+    results = {
+        n.removeprefix("eval_"): v for n, v in last.items() if n == "eval_accuracy" or n.startswith("eval_mean@")
+    }
+    rewards = [row["reward"] for row in rows if "reward" in row][-NUM_LAST_STEPS:]
+    return results | ({"reward": sum(rewards) / len(rewards)} if rewards else {})
+
+
+class Tee(io.TextIOBase):
+    """Writes to two files at once."""
+
+    def __init__(self, *files: TextIO) -> None:
+        self.files = files
+
+    def write(self, text: str) -> int:
+        for file in self.files:
+            file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        for file in self.files:
+            file.flush()
+
+    def isatty(self) -> bool:
+        return self.files[0].isatty()
+
+
+@contextlib.contextmanager
+def printed_to(path: Path) -> Iterator[None]:
+    """What is printed within also goes to a file, and so does the error it ends with. Progress bars are on stderr."""
+    with open(path, "a", buffering=1, encoding="utf-8") as file, contextlib.redirect_stdout(Tee(sys.stdout, file)):
+        try:
+            yield
+        except ValueError as error:
+            print(f"error: {error}", file=file)
+            raise
+        except BaseException:
+            traceback.print_exc(file=file)
+            raise
+
+
+# ---- a sweep ----
+
+
+def table(jobs: list[Job]) -> str:
+    """One line a job: what only it was told, and what came out. A failed one shows its error."""
+    common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+    overrides = [" ".join(word for word in job.overrides if word not in common) for job in jobs]
+    columns = list(dict.fromkeys(name for job in jobs for name in job.results if name != "reward")) + ["reward"]
+    width = max(map(len, ["overrides", *overrides]))
+    names = {"accuracy": "greedy", "reward": "reward at end"}
+    lines = [f"  # {'overrides':<{width}}{''.join(f'{names.get(n, n):>15}' for n in columns)}{'seconds':>9}"]
+    for job, told in zip(jobs, overrides, strict=True):
+        shown = "".join(_cell(name, job.results.get(name)) for name in columns) + f"{job.seconds:>9.0f}"
+        lines.append(f"{job.number:>3} {told:<{width}}" + (shown if job.error is None else f"  failed: {job.error}"))
+    return "\n".join(lines)
+
+
+def _cell(name: str, value: float | None) -> str:
+    return f"{'-' if value is None else f'{value:.3f}' if name == 'reward' else f'{value:.1%}':>15}"
+
+
+# ---- the script ----
+
+
+def explain(error: Exception) -> ValueError:
+    """Hydra's error about the command line, in the words of the other scripts where it is about a name."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return ValueError(f"{group}={name!r}: choose one of {', '.join(error.options)}")
+    name = re.match(r"Could not override '([\w.]+)'", str(error))
+    if name and name[1] != "experiment":  # of which Hydra says that it is +experiment
+        return unknown_setting(name[1])
+    return ValueError(str(error))
+
+
+def main() -> None:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors then, instead of printing them and exiting
+    sys.argv[1:] = [re.sub(r"^\+{0,2}args\.", "++args.", word) for word in sys.argv[1:]]  # whether it is there or not
+    jobs: list[Job] = []
+    errors: list[Exception] = []
+    sweep_dir = None
+
+    def task(config: DictConfig) -> None:
+        nonlocal sweep_dir
+        context = HydraConfig.get()
+        run_dir = os.path.relpath(context.runtime.output_dir)
+        sweep_dir = Path(context.sweep.dir) if context.mode == RunMode.MULTIRUN else None
+        number = context.job.num if sweep_dir else 0
+        job = Job(number, list(context.overrides.task), run_dir)
+        jobs.append(job)
+        started = time.perf_counter()
+        try:
+            with printed_to(Path(run_dir) / "train.log"):
+                settings = config_from(config, run_dir, str(number) if sweep_dir else "")
+                job.output_dir = settings.checkpoint_dir or settings.output_dir
+                run_job(settings)
+            job.results = results_of(job.output_dir)
+        except Exception as error:  # the other jobs of a sweep run all the same
+            errors.append(error)
+            job.error = " ".join(str(error).split()) or type(error).__name__
+            if sweep_dir:
+                print(f"error: {job.error}", file=sys.stderr)
+            if sweep_dir and not isinstance(error, ValueError):
+                traceback.print_exc()
+        job.seconds = time.perf_counter() - started
+        gc.collect()  # a trainer is part of cycles; its model must go before the next one comes
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+    finally:
+        if sweep_dir:
+            (sweep_dir / "sweep.json").write_text(json.dumps([asdict(job) for job in jobs], indent=2) + "\n")
+            print(f"\n{table(jobs)}\n{sweep_dir / 'sweep.json'}")
+    if errors and not sweep_dir:
+        raise errors[0]
+    if errors:
+        sys.exit(2 if all(isinstance(error, ValueError) for error in errors) else 1)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

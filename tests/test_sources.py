@@ -1,0 +1,499 @@
+"""Where rows come from: every source on copies made here, shapes, splits, streams, and one clear line for mistakes."""
+
+import importlib.util
+import json
+
+import datasets
+import numpy as np
+import pytest
+
+from tunix_torch import DataConfig
+from tunix_torch.config import KNOWN_DATASETS
+from tunix_torch.readers import load_rows, stream_rows
+from tunix_torch.sources import KNOWN, last_boxed, load_data, load_eval_rows, normalize_row, split_rows
+
+ROWS = [{"question": f"{i} + 0?", "answer": str(i)} for i in range(10)]
+ARC = {
+    "question": "Which is a metal?",
+    "choices": {"text": ["iron", "salt"], "label": ["A", "B"]},
+    "answerKey": "A",
+}
+MATH = {"problem": "Half of 1?", "solution": r"It is $\boxed{\frac{1}{2}}$.", "level": "Level 1", "type": "Algebra"}
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def write_rows(path, rows=ROWS):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_json_list_json_lines_and_jsonl_hold_the_same_rows(tmp_path):
+    rows = [{"question": "1 + 1?", "answer": "2"}, {"question": "2 + 2?", "answer": "4"}]
+    lines = "\n".join(map(json.dumps, rows)) + "\n\n"
+    assert load_rows(write(tmp_path / "a.json", json.dumps(rows))) == rows
+    assert load_rows(write(tmp_path / "b.json", lines)) == rows
+    assert load_rows(write(tmp_path / "c.jsonl", lines)) == rows
+
+
+def test_pretty_printed_json_object_is_refused_with_a_line(tmp_path):
+    with pytest.raises(ValueError, match="line 3"):
+        load_rows(write(tmp_path / "a.json", '[\n{"question": "1"},\n{"question" 2}\n]'))
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.jsonl", '{"question": "1", "answer": "1"}\n{"question": }\n', "a.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", "", "no rows"),
+        ("a.json", "[]", "no rows"),
+        ("a.json", "[1, 2]", "row 1: expected an object"),
+        ("a.jsonl", '"text"\n', "row 1: expected an object"),
+    ],
+)
+def test_bad_files_are_one_clear_line(tmp_path, name, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_rows(write(tmp_path / name, text))
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        load_rows(str(tmp_path / "missing.jsonl"))
+
+
+@pytest.mark.parametrize("row", [{"question": "1 + 1?"}, {"question": "1 + 1?", "answer": " "}])
+def test_row_without_an_answer_is_named(tmp_path, row):
+    path = write(tmp_path / "a.jsonl", json.dumps({"question": "q", "answer": "1"}) + "\n" + json.dumps(row))
+    with pytest.raises(ValueError, match="row 2: no answer"):
+        load_data(DataConfig(data_path=path), seed=0)
+
+
+def test_row_without_a_question_is_named():
+    with pytest.raises(ValueError, match="row 7: no question"):
+        normalize_row({"answer": "1"}, 7, "file")
+
+
+def test_a_question_that_is_no_text_is_refused_rather_than_printed_into_a_prompt():
+    with pytest.raises(ValueError, match="row 1: the question is a list"):
+        normalize_row({"prompt": [{"role": "user", "content": "1 + 1?"}], "answer": "2"}, 1, "file")
+
+
+@pytest.mark.parametrize("column", ["answer", "answers", "expected_answers"])
+@pytest.mark.parametrize("question", ["question", "prompt"])
+def test_columns_by_any_of_their_names(question, column):
+    row = normalize_row({question: "1 + 1?", column: 2, "level": "easy"}, 1, "file")
+    assert (row["question"], row["answer"], row["level"]) == ("1 + 1?", "2", "easy")
+
+
+def test_gsm8k_answers_are_split_into_reasoning_and_answer():
+    row = normalize_row({"question": "q", "answer": "48/2 = 24 clips.\n48+24 = 72.\n#### 72"}, 1, "gsm8k")
+    assert row["answer"] == "72"
+    assert row["completion"] == "<reasoning>48/2 = 24 clips.\n48+24 = 72.</reasoning>\n<answer>72</answer>"
+
+
+def test_generated_rows_never_share_a_question_with_the_held_out_set():
+    train, evaluation = load_data(DataConfig(), seed=3)
+    assert len(evaluation) == 256 and len(train) == 4096
+    assert not {row["question"] for row in train} & {row["question"] for row in evaluation}
+
+
+def test_json_lines_end_at_newlines_only(tmp_path):
+    text = '{"question": "0 + 1?", "answer": "1", "note": "a\u2028b"}\n{"question": "1 + 1?", "answer": "2"}\n'
+    assert [row["answer"] for row in load_rows(write(tmp_path / "a.jsonl", text))] == ["1", "2"]
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"question": "\u00e9"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="val_data_path=.*a.jsonl.*not UTF-8"):
+        load_rows(str(tmp_path / "a.jsonl"), setting="val_data_path")
+
+
+def test_a_list_of_one_answer_is_that_answer():
+    assert normalize_row({"question": "q", "answers": ["7"]}, 1, "file")["answer"] == "7"
+    with pytest.raises(ValueError, match="row 3: 2 answers"):
+        normalize_row({"question": "q", "answers": ["7", "8"]}, 3, "file")
+
+
+def test_an_answer_that_ends_in_a_bare_mark_is_no_answer():
+    with pytest.raises(ValueError, match="row 1: no answer"):
+        normalize_row({"question": "q", "answer": "48 + 24 = 72 ####"}, 1, "file")
+
+
+def test_a_completion_that_is_no_text_is_refused():
+    with pytest.raises(ValueError, match="row 2: the completion is a NoneType"):
+        normalize_row({"question": "q", "answer": "1", "completion": None}, 2, "file")
+
+
+# ---- files ----
+
+
+def test_csv_and_parquet_hold_the_same_rows_and_csv_keeps_the_text(tmp_path):
+    path = write(tmp_path / "a.csv", '\ufeffquestion,answer,note\n"1, 2,\n3?",007,5.10\nb,1,\n')
+    rows = [{"question": "1, 2,\n3?", "answer": "007", "note": "5.10"}, {"question": "b", "answer": "1", "note": ""}]
+    assert load_rows(path) == rows
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    assert load_rows(str(tmp_path / "a.parquet")) == rows
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.csv", "question,answer\n1,2,3\n", "a.csv, line 2: expected the fields question, answer"),
+        ("a.csv", "question,answer\n1\n", "a.csv, line 2: expected the fields"),
+        ("a.csv", "question,answer\n", "no rows"),
+        ("a.csv", 'question,answer\n"1,2\n', "a.csv, line 2: not valid CSV"),
+        ("a.parquet", "question", "not a Parquet file"),
+    ],
+)
+def test_bad_tables_are_one_clear_line(tmp_path, name, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_rows(write(tmp_path / name, text))
+
+
+# ---- hubs ----
+
+
+def test_folders_and_saved_data_sets_are_read_as_hugging_face_data_sets(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_rows(tmp_path / "plain" / "train.jsonl")
+    write_rows(tmp_path / "plain" / "test.jsonl", ROWS[:3])
+    splits = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:3])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    for name in ("plain", "saved"):
+        path = str(tmp_path / name)
+        assert load_rows(path) == ROWS
+        assert load_rows(path, split="test") == ROWS[:3]
+        assert list(stream_rows(path, split="test")) == ROWS[:3]
+    with pytest.raises(ValueError, match="data_path=.*saved.*it has the splits train, test"):
+        load_rows(str(tmp_path / "saved"), split="validation")
+
+
+def test_hub_out_of_reach_says_what_was_asked_and_where_to_put_a_copy(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError) as error:
+        load_data(DataConfig(dataset="gsm8k"), seed=0)
+    assert "\n" not in str(error.value)
+    for words in ("dataset='openai/gsm8k'", "'main'", "'train'", "--data_source file --data_path rows.jsonl"):
+        assert words in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory):
+    """An array_record data set written by TFDS: ARC's columns with classes, and numbers, as TFDS has them."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    pytest.importorskip("array_record")
+
+    class TunixArc(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            label = tfds.features.ClassLabel(names=["A", "B"])
+            columns = {"text": tfds.features.Text(), "label": label}
+            features = {
+                "question": tfds.features.Text(),
+                "choices": tfds.features.Sequence(columns),
+                "answerKey": label,
+                "grade": tfds.features.Scalar(dtype=np.int64),
+                "scores": tfds.features.Tensor(shape=(2,), dtype=np.float32),
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, download_manager):
+            return {"train": self._generate_examples(4), "test": self._generate_examples(1)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                yield i, {**ARC, "question": f"Métal {i}?", "grade": i, "scores": [0.5, 2.0]}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    builder = TunixArc(data_dir=folder, file_format="array_record")
+    builder.download_and_prepare()
+    return folder
+
+
+@pytest.mark.parametrize("below", ["", "tunix_arc", "tunix_arc/1.0.0"])
+def test_tfds_rows_come_without_tensorflow_as_plain_python(tfds_folder, below):
+    rows = load_rows(str(tfds_folder / below), source="tfds")
+    expected = [{**ARC, "question": f"Métal {i}?", "grade": i, "scores": [0.5, 2.0]} for i in range(4)]
+    assert sorted(rows, key=lambda row: row["grade"]) == expected
+    assert {type(row["grade"]) for row in rows} == {int}
+    streamed = stream_rows(str(tfds_folder / below), split="test", source="tfds")
+    assert [row["question"] for row in streamed] == ["Métal 0?"]
+
+
+def test_tfds_data_set_by_name_is_found_in_its_data_folder(tfds_folder, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tfds_folder))
+    config = DataConfig(data_path="tunix_arc", data_source="tfds", dataset="arc", num_eval_rows=5)
+    train, evaluation = load_data(config, seed=0)
+    assert len(train) == 4 and len(evaluation) == 1, "a name with --dataset: evaluated on its test split"
+    assert train[0]["answer"] == "A" and train[0]["question"].endswith("?\nA. iron\nB. salt")
+
+
+def test_tfds_mistakes_are_one_line(tfds_folder, tmp_path):
+    for path, split, words in (
+        (str(tfds_folder), "nosuch", "Unknown split 'nosuch'"),
+        (str(tmp_path), "train", "found none"),
+        ("no_such_data_set", "train", "Dataset no_such_data_set not found"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            load_rows(path, split=split, source="tfds")
+        assert "\n" not in str(error.value) and "--data_source file" in str(error.value)
+
+
+def test_kaggle_splits_are_files_by_name(tmp_path):
+    write_rows(tmp_path / "a" / "main_train.jsonl")
+    write(tmp_path / "a" / "main_test.csv", "question,answer\n1?,1\n")
+    write(tmp_path / "a" / "readme.md", "train")
+    assert load_rows(str(tmp_path / "a"), source="kaggle") == ROWS
+    assert load_rows(str(tmp_path / "a"), split="test", source="kaggle") == [{"question": "1?", "answer": "1"}]
+    assert list(stream_rows(str(tmp_path / "a"), source="kaggle")) == ROWS
+    write_rows(tmp_path / "a" / "train.jsonl", ROWS[:2])
+    assert load_rows(str(tmp_path / "a"), source="kaggle") == ROWS[:2], "the very name goes first"
+
+
+def test_kaggle_folder_with_one_file_is_training_rows_and_nothing_else(tmp_path):
+    write_rows(tmp_path / "a" / "gsm8k.jsonl")
+    assert load_rows(str(tmp_path / "a"), source="kaggle") == ROWS
+    with pytest.raises(ValueError, match="no file for split 'test'.*gsm8k.jsonl"):
+        load_rows(str(tmp_path / "a"), split="test", source="kaggle")
+
+
+def test_kaggle_configurations_are_never_mixed(tmp_path):
+    write_rows(tmp_path / "main" / "train.jsonl")
+    write_rows(tmp_path / "socratic" / "train.jsonl", ROWS[:2])
+    with pytest.raises(ValueError, match="files in several folders.*main/train.jsonl, socratic/train.jsonl"):
+        load_rows(str(tmp_path), source="kaggle")
+    assert load_rows(str(tmp_path), "socratic", source="kaggle") == ROWS[:2]
+
+
+def test_kaggle_handle_is_downloaded(tmp_path, monkeypatch):
+    kagglehub = pytest.importorskip("kagglehub")
+    write_rows(tmp_path / "versions" / "1" / "train.jsonl")
+    asked = []
+    monkeypatch.setattr(kagglehub, "dataset_download", lambda handle: asked.append(handle) or str(tmp_path))
+    assert load_rows("someone/gsm8k", source="kaggle") == ROWS
+    assert asked == ["someone/gsm8k"]
+
+
+def test_kaggle_out_of_reach_is_one_line(monkeypatch):
+    kagglehub = pytest.importorskip("kagglehub")
+
+    def fail(handle):
+        raise ConnectionError("Failed to resolve 'api.kaggle.com'\nmore")
+
+    monkeypatch.setattr(kagglehub, "dataset_download", fail)
+    with pytest.raises(ValueError, match="data_path='a/b'.*api.kaggle.com.*--data_source file") as error:
+        load_rows("a/b", source="kaggle")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source, package", [("tfds", "tensorflow-datasets"), ("kaggle", "kagglehub")])
+def test_missing_package_is_said_with_the_command(monkeypatch, source, package):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=f"pip install {package}"):
+        load_rows("a/b", source=source)
+
+
+# ---- shapes ----
+
+
+def test_known_data_sets_are_those_of_the_config():
+    assert tuple(KNOWN) == KNOWN_DATASETS
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (r"so \boxed{72}.", "72"),
+        (r"\boxed{1} and then $\boxed{\frac{1}{2}}$", r"\frac{1}{2}"),
+        (r"\boxed{\left\{ x : x > 0 \right\}}", r"\left\{ x : x > 0 \right\}"),
+        (r"\boxed{a \left\{ b}", r"a \left\{ b"),
+        (r"$\boxed {5}$", "5"),
+        (r"so $\boxed 2$ it is", "2"),
+        (r"\fbox{3}", "3"),
+        (r"no box", None),
+        (r"\boxed{never closed", None),
+    ],
+)
+def test_answer_is_what_the_last_box_holds(text, answer):
+    assert last_boxed(text) == answer
+
+
+def test_math_rows_keep_level_and_type_and_the_solution_is_the_demonstration():
+    row = normalize_row(MATH, 1, "math")
+    assert (row["question"], row["answer"], row["level"], row["type"]) == (
+        "Half of 1?",
+        r"\frac{1}{2}",
+        "Level 1",
+        "Algebra",
+    )
+    assert row["completion"].startswith("<reasoning>It is $") and "problem" not in row
+    assert normalize_row({**MATH, "answer": "0.5"}, 1, "math")["answer"] == "0.5"
+    with pytest.raises(ValueError, match=r"math, row 4: no answer.*boxed"):
+        normalize_row({**MATH, "solution": "It is clear."}, 4, "math")
+
+
+def test_arc_choices_stand_below_the_question_in_either_form():
+    as_list = [{"text": "iron", "label": "A"}, {"text": "salt", "label": "B"}]
+    rows = [normalize_row({**ARC, "choices": choices}, 1, "arc") for choices in (ARC["choices"], as_list)]
+    for row in rows:
+        assert row["question"] == "Which is a metal?\nA. iron\nB. salt" and row["answer"] == "A"
+    with pytest.raises(ValueError, match="arc, row 2: answerKey 'E' is none of the choices A, B"):
+        normalize_row({**ARC, "answerKey": "E"}, 2, "arc")
+
+
+@pytest.mark.parametrize("row", [ARC, MATH, {"question": "q", "answer": "so\n#### 7", "level": 3}])
+def test_normalizing_twice_changes_nothing(row):
+    once = normalize_row(row, 1, "file")
+    assert normalize_row(once, 1, "file") == once
+
+
+@pytest.mark.parametrize(
+    "dataset, row, words",
+    [
+        ("gsm8k", MATH, "no column 'question'; it has problem, solution"),
+        ("gsm8k", ROWS[0], "no '####'"),
+        ("math", ROWS[0], "no column 'problem'; it has question, answer"),
+        ("arc", ROWS[0], "no column 'choices'"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_local_copy_that_is_another_data_set_is_refused(tmp_path, dataset, row, words, streaming):
+    path = write_rows(tmp_path / "a.jsonl", [row])
+    with pytest.raises(ValueError, match=f"a.jsonl, row 1: no row of dataset='{dataset}'.*{words}"):
+        load_data(DataConfig(data_path=path, dataset=dataset, streaming=streaming), seed=0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_named_columns_take_the_place_of_those_looked_for(tmp_path, streaming):
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": 17, "query": "1 + 1?", "response": "2", "answer": "no"}])
+    names = {"question_column": "query", "answer_column": "response", "streaming": streaming}
+    train, _ = load_data(DataConfig(data_path=path, **names), seed=0)
+    row = normalize_row(next(iter(train)), 1, "a")
+    assert (row["question"], row["answer"]) == ("1 + 1?", "2")
+    with pytest.raises(ValueError, match="question_column='task': not in .*a.jsonl, row 1, which has prompt, query"):
+        load_data(DataConfig(data_path=path, **names | {"question_column": "task"}), seed=0)
+
+
+# ---- training and evaluation ----
+
+
+def test_parts_share_no_row_and_hang_on_the_seed_alone(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl")
+    config = DataConfig(data_path=path, train_fraction=0.7)
+    train, evaluation = load_data(config, seed=1)
+    questions = [[row["question"] for row in part] for part in (train, evaluation)]
+    assert len(train) == 7 and len(evaluation) == 3
+    assert sorted(questions[0] + questions[1]) == [row["question"] for row in ROWS]
+    assert all(part == sorted(part) for part in questions), "each part keeps the order of the file"
+    assert load_data(config, seed=1) == (train, evaluation) != load_data(config, seed=2)
+
+
+def test_limits_hold_after_the_split(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl")
+    whole = load_data(DataConfig(data_path=path, train_fraction=0.5), seed=1)
+    limited = load_data(DataConfig(data_path=path, train_fraction=0.5, num_train_samples=2, num_test_samples=1), seed=1)
+    assert limited == (whole[0][:2], whole[1][:1])
+    with pytest.raises(ValueError, match="train_fraction=0.05: leaves a part of 10 rows empty"):
+        split_rows(ROWS, 0.05, seed=0)
+
+
+def test_local_copy_of_a_known_data_set_is_not_evaluated_on_unless_asked(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [MATH] * 4)
+    assert load_data(DataConfig(data_path=path, dataset="math"), seed=0)[1] == []
+    config = DataConfig(data_path=path, dataset="math", val_data_path=path, num_eval_rows=3)
+    assert len(load_data(config, seed=0)[1]) == 3
+
+
+def test_known_data_set_is_evaluated_on_its_test_split(monkeypatch):
+    asked = []
+
+    def load(path, config_name, split, streaming):
+        asked.append((path, config_name, split))
+        return datasets.Dataset.from_list([ARC] * 2)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    train, evaluation = load_data(DataConfig(dataset="arc"), seed=0)
+    assert len(train) == len(evaluation) == 2
+    assert asked == [("allenai/ai2_arc", "ARC-Challenge", "train"), ("allenai/ai2_arc", "ARC-Challenge", "test")]
+    assert load_eval_rows(DataConfig(dataset="arc")) == evaluation
+
+
+def test_evaluation_rows_alone(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl")
+    assert len(load_eval_rows(DataConfig(num_eval_rows=5))) == 5
+    rows = load_eval_rows(DataConfig(val_data_path=path, num_eval_rows=2, data_source="file"))
+    assert [row["answer"] for row in rows] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"data_path": "a", "train_fraction": 0.5, "val_data_path": "b"}, "train_fraction=0.5: val_data_path='b'"),
+        ({"data_path": "a", "train_fraction": 0.5, "streaming": True}, "train_fraction=0.5.*give val_data_path"),
+        ({"train_fraction": 0.5}, "train_fraction=0.5: generated rows"),
+        ({"streaming": True}, "streaming=True: generated rows"),
+        ({"data_source": "tfds"}, "data_source='tfds': .*Give data_path or dataset"),
+        (
+            {"data_source": "kaggle", "dataset": "gsm8k"},
+            "data_source='kaggle': has no known 'gsm8k'; say with data_path",
+        ),
+        ({"data_source": "file", "dataset": "math"}, "data_source='file': has no known 'math'"),
+        ({"data_source": "file", "data_path": "nowhere"}, "data_path='nowhere': no such file"),
+    ],
+)
+def test_settings_that_exclude_each_other(settings, words):
+    with pytest.raises(ValueError, match=words):
+        load_data(DataConfig(**settings), seed=0)
+
+
+# ---- streams ----
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_a_stream_holds_the_rows_of_the_list(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+    elif suffix == ".csv":
+        write(path, "question,answer\n" + "".join(f"{row['question']},{row['answer']}\n" for row in ROWS))
+    else:
+        write_rows(path)
+    assert list(stream_rows(str(path))) == load_rows(str(path)) == ROWS
+
+
+def test_stream_is_shuffled_by_seed_and_epoch_and_limited_before(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl")
+
+    def drawn(seed, epoch=0):
+        stream, _ = load_data(DataConfig(data_path=path, streaming=True, num_train_rows=8), seed)
+        stream.set_epoch(epoch)
+        return [row["question"] for row in stream]
+
+    assert sorted(drawn(0)) == [row["question"] for row in ROWS[:8]]
+    assert drawn(0) == drawn(0) and drawn(0) != drawn(1) and drawn(0) != drawn(0, epoch=1)
+
+
+def test_stream_reads_no_more_than_is_drawn_and_its_window(tmp_path, monkeypatch):
+    monkeypatch.setattr("tunix_torch.sources.SHUFFLE_BUFFER", 10)
+    path, pulled = write_rows(tmp_path / "a.jsonl", ROWS * 1000), []
+    monkeypatch.setattr(
+        "tunix_torch.readers.json.loads", lambda line: pulled.append(line) or {"question": "q", "answer": "1"}
+    )
+    stream, _ = load_data(DataConfig(data_path=path, streaming=True), seed=0)
+    assert len(pulled) <= 2
+    for _, _ in zip(stream, range(20), strict=False):
+        pass
+    assert len(pulled) <= 40
+
+
+def test_wrong_stream_is_told_when_it_is_opened(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        load_data(DataConfig(data_path=str(tmp_path / "a.jsonl"), streaming=True), seed=0)
+    with pytest.raises(ValueError, match="no answer"):
+        load_data(DataConfig(data_path=write_rows(tmp_path / "b.jsonl", [{"question": "q"}]), streaming=True), seed=0)

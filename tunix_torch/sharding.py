@@ -1,0 +1,92 @@
+"""Which dimension of each tensor lies on which axis of the (fsdp, tp) mesh. XLA's partitioner does the rest.
+
+The mesh is the process's: `device.use_mesh` makes it, before any tensor exists. Without one, nothing here has an effect.
+"""
+
+import logging
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from . import device
+
+logger = logging.getLogger(__name__)
+
+BY_OUTPUT, BY_INPUT = ("tp", "fsdp"), ("fsdp", "tp")
+# The last part of a module's name -> axes of its (out, in) weight; of an embedding, (vocabulary, hidden).
+WEIGHTS = {
+    "embed_tokens": BY_OUTPUT,
+    "lm_head": BY_OUTPUT,
+    "q_proj": BY_OUTPUT,
+    "k_proj": BY_OUTPUT,
+    "v_proj": BY_OUTPUT,
+    "gate_proj": BY_OUTPUT,
+    "up_proj": BY_OUTPUT,
+    "o_proj": BY_INPUT,
+    "down_proj": BY_INPUT,
+}
+
+
+def axes_of(name: str, dims: int, split_kv_heads: bool = True) -> tuple[str | None, ...]:
+    """The axis of each dimension of a parameter, by its name; None: not split.
+
+    A LoRA's A is (rank, in) and its B (out, rank): each has its layer's axis where it meets the layer, and the rank is
+    never split. Norms, biases and what is in no layer of the table lie whole on every device.
+    """
+    parts = name.split(".")
+    layer = next((part for part in reversed(parts) if part in WEIGHTS), None)
+    if layer is None or dims != 2:
+        return (None,) * dims
+    out, inner = WEIGHTS[layer]
+    if layer in ("k_proj", "v_proj") and not split_kv_heads:
+        out = None
+    if "lora_A" in parts:
+        out = None
+    if "lora_B" in parts:
+        inner = None
+    return out, inner
+
+
+def shard_model(model: nn.Module, num_kv_heads: int) -> None:
+    """Lay every parameter on the mesh. Where the KV heads do not divide by tp, their projections stay whole.
+
+    Raises:
+        ValueError: a dimension does not divide by its axis; names the parameter, and the meshes that would fit.
+    """
+    tp = device.axis_size("tp")
+    split_kv_heads = num_kv_heads % tp == 0
+    if not split_kv_heads:
+        logger.warning(
+            "The %d KV heads do not divide by tp=%d: every device along tp has all of them", num_kv_heads, tp
+        )
+    layout = [(n, p, axes_of(n, p.dim(), split_kv_heads)) for n, p in model.named_parameters()]
+    shapes = [(tuple(parameter.shape), axes) for _, parameter, axes in layout]
+    for name, parameter, axes in layout:
+        for size, axis in zip(parameter.shape, axes, strict=True):
+            if size % device.axis_size(axis):
+                meshes = ", ".join(f"{fsdp},{tp}" for fsdp, tp in _meshes_that_fit(shapes)) or "none"
+                raise ValueError(
+                    f"mesh_shape: {axis}={device.axis_size(axis)} does not divide the {size} of {name} "
+                    f"{tuple(parameter.shape)}; with as many devices, these meshes (fsdp,tp) fit: {meshes}"
+                )
+    for _, parameter, axes in layout:
+        device.shard(parameter.data, axes)
+
+
+def _meshes_that_fit(shapes: list[tuple[tuple[int, ...], tuple[str | None, ...]]]) -> Iterator[tuple[int, int]]:
+    devices = device.axis_size("fsdp") * device.axis_size("tp")
+    for fsdp in range(1, devices + 1):
+        sizes = {"fsdp": fsdp, "tp": devices // fsdp, None: 1}
+        dimensions = [(size, axis) for shape, axes in shapes for size, axis in zip(shape, axes, strict=True)]
+        if devices % fsdp == 0 and all(size % sizes[axis] == 0 for size, axis in dimensions):
+            yield sizes["fsdp"], sizes["tp"]
+
+
+def shard_rows(tensor: Tensor, heads_dim: int | None = None) -> Tensor:
+    """Lay a tensor's rows on the fsdp axis, and the heads of a KV cache on tp, where they divide. Returns it."""
+    axes: list[str | None] = [None] * tensor.dim()
+    for dim, axis in ((0, "fsdp"), (heads_dim, "tp")):
+        if dim is not None and tensor.shape[dim] % device.axis_size(axis) == 0:
+            axes[dim] = axis
+    device.shard(tensor, axes)
+    return tensor
