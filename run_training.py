@@ -56,6 +56,7 @@ class Job:
     output_dir: str
     seconds: float = 0.0
     error: str | None = None
+    exit_code: int = 0
     results: dict[str, float] = field(default_factory=dict)
 
 
@@ -189,11 +190,10 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors then, instead of printing them and exiting
     sys.argv[1:] = [re.sub(r"^\+{0,2}args\.", "++args.", word) for word in sys.argv[1:]]  # whether it is there or not
     jobs: list[Job] = []
-    errors: list[Exception] = []
-    sweep_dir = None
+    sweep_dir = error_alone = None
 
     def task(config: DictConfig) -> None:
-        nonlocal sweep_dir
+        nonlocal sweep_dir, error_alone
         context = HydraConfig.get()
         run_dir = os.path.relpath(context.runtime.output_dir)
         sweep_dir = Path(context.sweep.dir) if context.mode == RunMode.MULTIRUN else None
@@ -208,11 +208,13 @@ def main() -> None:
                 run_job(settings)
             job.results = results_of(job.output_dir)
         except Exception as error:  # the other jobs of a sweep run all the same
-            errors.append(error)
             job.error = " ".join(str(error).split()) or type(error).__name__
-            if sweep_dir:
+            job.exit_code = 2 if isinstance(error, ValueError) else 1
+            if not sweep_dir:
+                error_alone = error
+            elif job.exit_code == 2:
                 print(f"error: {job.error}", file=sys.stderr)
-            if sweep_dir and not isinstance(error, ValueError):
+            else:
                 traceback.print_exc()
         job.seconds = time.perf_counter() - started
         gc.collect()  # a trainer is part of cycles; its model must go before the next one comes
@@ -225,10 +227,9 @@ def main() -> None:
         if sweep_dir:
             (sweep_dir / "sweep.json").write_text(json.dumps([asdict(job) for job in jobs], indent=2) + "\n")
             print(f"\n{table(jobs)}\n{sweep_dir / 'sweep.json'}")
-    if errors and not sweep_dir:
-        raise errors[0]
-    if errors:
-        sys.exit(2 if all(isinstance(error, ValueError) for error in errors) else 1)
+    if error_alone is not None:  # raised here, since Hydra would print a line of its own above it
+        raise error_alone
+    sys.exit(min((job.exit_code for job in jobs if job.exit_code), default=0))
 
 
 if __name__ == "__main__":
