@@ -29,8 +29,9 @@ from transformers.utils import logging as transformers_logging
 import rewards
 from tunix_torch import DataConfig, Sampler, SamplingParams, device, load_model, load_tokenizer, tiny
 from tunix_torch.data import Collator, Row, prepare_rows
-from tunix_torch.evaluation import RIGHT, JudgedCompletion, ResultsFile, rows_at_once, sample_batches, summarize
+from tunix_torch.evaluation import RIGHT, rows_at_once, sample_batches
 from tunix_torch.model import eos_token_ids, place
+from tunix_torch.results import JudgedCompletion, ResultsFile, summarize
 from tunix_torch.run_folder import find_system_message, newest_run
 from tunix_torch.scoring import call_rewards
 from tunix_torch.settings import require
@@ -129,7 +130,7 @@ def load_questions(args: argparse.Namespace) -> list[Row]:
         answer_column=args.answer_column,
         num_eval_rows=args.max_samples or (NUM_GENERATED_ROWS if generated else sys.maxsize),
     )
-    return load_eval_rows(config)
+    return load_eval_rows(config, "data_path")
 
 
 def render_questions(

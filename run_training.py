@@ -40,7 +40,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
-from tunix_torch import GRPOConfig, GRPOTrainingConfig, train
+from tunix_torch import GRPOConfig, GRPOTrainingConfig, device, train
 from tunix_torch.nested import unknown_setting
 
 CONF = Path(__file__).parent / "conf"
@@ -95,6 +95,7 @@ def is_complete(args: GRPOConfig) -> bool:
 
 def run_job(config: GRPOTrainingConfig) -> None:
     """Train, unless the run in checkpoint_dir is complete."""
+    device.use_mesh(config.model.mesh)  # before the device is in use
     settings = config.flat()
     args = settings[-1]
     if is_complete(args):

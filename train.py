@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from tunix_torch import DataConfig, GRPOConfig, ModelConfig, tiny, train
+from tunix_torch import DataConfig, GRPOConfig, ModelConfig, device, tiny, train
 from tunix_torch.settings import ALIASES, canonical_names, nearest
 
 CONFIGS = (ModelConfig, DataConfig, GRPOConfig)
@@ -69,6 +69,8 @@ def parse_args(argv: Sequence[str]) -> tuple[ModelConfig, DataConfig, GRPOConfig
         rivals = {rival for name in chosen & set(OUTWEIGHS) for rival in OUTWEIGHS[name]}
         recipe = {name: value for name, value in tiny.RECIPE.items() if name not in rivals}
         parser.set_defaults(**_as_defaults(lowest | recipe | settings))
+    # before the device is in use, which GRPOConfig does
+    device.use_mesh(ModelConfig(mesh_shape=model.mesh_shape, mesh_axes=model.mesh_axes).mesh)
     model_config, data_config, args, _, unknown = parser.parse_args_into_dataclasses(
         list(argv), return_remaining_strings=True, look_for_args_file=False
     )

@@ -24,8 +24,9 @@ import evaluate
 from tunix_torch import Sampler, SamplingParams, estimators, load_model, load_tokenizer, tiny
 from tunix_torch.data import Collator, prepare_rows
 from tunix_torch.estimators import maj_at_k, mean_at_k, pass_at_k, share_interval, wilson_interval
-from tunix_torch.evaluation import JudgedCompletion, sample_batches, sample_texts, summarize
+from tunix_torch.evaluation import sample_batches, sample_texts
 from tunix_torch.model import eos_token_ids
+from tunix_torch.results import JudgedCompletion, summarize
 
 ROOT = Path(__file__).parent.parent
 SAMPLED = ["--preset", "liberal", "--num_passes", "2", "--batch_size", "4"]

@@ -21,7 +21,7 @@ import json, sys
 from tunix_torch import GRPOConfig, TunixTrainer, device, tiny
 
 settings = json.loads(sys.argv[3])
-device.use_mesh(settings.pop("mesh", [1]), ("fsdp", "tp"))
+device.use_mesh((settings.pop("mesh", [1]), ("fsdp", "tp")))
 
 def digits_reward(prompts, completions, **columns):
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
@@ -57,7 +57,8 @@ if device.has_mesh():
         if "embed_tokens" in name or "layers.0.self_attn.q_proj" in name:
             on_devices = torch_xla._XLAC._get_local_shards([p.data])[0]
             shards[".".join(name.split(".")[-3:])] = [list(shard.shape) for shard, _ in on_devices]
-result = {"kind": device.KIND, "shards": shards, "log": trainer.state.log_history, "completions": completions, "weights": weights}
+result = {"kind": device.KIND, "shards": shards, "log": trainer.state.log_history}
+result |= {"completions": completions, "weights": weights}
 json.dump(result, open(output_dir + "/result.json", "w"))
 """
 

@@ -72,10 +72,10 @@ class ModelConfig:
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "must be in [0, 1)")
 
     @property
-    def mesh(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """Sizes and names of the mesh's axes."""
+    def mesh(self) -> tuple[tuple[int, ...], tuple[str, ...]] | None:
+        """Sizes and names of the mesh's axes; None: no mesh."""
         if self.mesh_shape is None:
-            return (1,), ("fsdp",)
+            return None
         return tuple(int(size) for size in self.mesh_shape.split(",")), tuple(self.mesh_axes.split(","))
 
     def _resolve_mesh(self) -> None:
@@ -103,11 +103,13 @@ class DataConfig:
 
     data_path: str | None = setting(
         None,
-        "training rows: a .json or .jsonl file, a Hugging Face or TFDS data set, or a Kaggle handle (also "
-        "dataset_name); none: those of `dataset`, or generated arithmetic",
+        "training rows: a .json, .jsonl, .csv or .parquet file, a Hugging Face or TFDS data set or its folder, or a "
+        "Kaggle handle (also dataset_name); none: those of `dataset`, or generated arithmetic",
     )
     val_data_path: str | None = setting(
-        None, "evaluation rows, likewise; none: the data set's test split, or generated ones with generated rows"
+        None,
+        "evaluation rows, likewise; none: the test split of `dataset`, unless data_path is a local copy of it; "
+        "generated ones with generated rows",
     )
     data_source: str | None = setting(
         None, "huggingface, tfds, kaggle or file; none: file where data_path is one, else huggingface"
@@ -118,11 +120,15 @@ class DataConfig:
     dataset_config: str | None = setting(None, "configuration of a Hugging Face data set, e.g. 'main' of openai/gsm8k")
     dataset_split: str = setting("train", "split of the data set to train on")
     val_dataset_split: str = setting("test", "split of the data set to evaluate on")
-    question_column: str | None = setting(None, "column of the question; none: prompt or question")
-    answer_column: str | None = setting(None, "column of the answer; none: answer, answers or expected_answers")
-    streaming: bool = setting(False, "read the training rows as they are needed, for data sets larger than memory")
+    question_column: str | None = setting(None, "column of the question; none: prompt, question, or as in MATH and ARC")
+    answer_column: str | None = setting(
+        None, "column of the answer; none: answer, answers, expected_answers, or as in MATH and ARC"
+    )
+    streaming: bool = setting(
+        False, "read training rows as they are needed, for sets larger than memory; needs max_steps"
+    )
     train_fraction: float = setting(
-        1.0, "train on this part of the rows, chosen by seed, and evaluate on the rest, unless val_data_path is given"
+        1.0, "train on this part of the rows, chosen by seed, and evaluate on the rest (without val_data_path)"
     )
     num_train_rows: int | None = setting(
         None, "use at most so many training rows (also num_train_samples; generated: make so many, 4096)"
@@ -338,7 +344,7 @@ class GRPOConfig(TrainingArguments):
             require(value in choices, name, value, f"choose one of {', '.join(c for c in choices if c)}")
         if self.algorithm == "dapo" and self.kl_penalty_coef not in (0.0, type(self).kl_penalty_coef):
             raise ValueError(
-                f"kl_penalty_coef={self.kl_penalty_coef}: algorithm 'dapo' has no KL penalty; leave it out"
+                f"kl_penalty_coef={self.kl_penalty_coef}: algorithm 'dapo' has no KL penalty; leave it out, or 0"
             )
         if self.num_iterations > 1 and self.gradient_accumulation_steps > 1:
             raise ValueError(

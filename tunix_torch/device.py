@@ -99,13 +99,20 @@ def is_tpu() -> bool:
 _mesh: "spmd.Mesh | None" = None
 
 
-def use_mesh(shape: Sequence[int], axes: Sequence[str]) -> None:
-    """Spread this process's tensors over a mesh of devices from now on. Must come before any tensor is on a device.
+def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
+    """Spread this process's tensors over a mesh of devices from now on: its sizes and the names of its axes.
+
+    Must come before any tensor is on a device, and so before a `GRPOConfig` is made. None, or one device: nothing
+    changes.
 
     Raises:
-        ValueError: there are not as many devices, or the process is not on XLA.
+        ValueError: there are not as many devices, the process is not on XLA, the device is in use already, or a mesh
+            of another shape is.
     """
     global _mesh
+    if mesh is None:
+        return
+    shape, axes = mesh
     wanted, asked = math.prod(shape), f"mesh_shape={','.join(map(str, shape))!r}"
     if _mesh is not None and _mesh.mesh_shape != tuple(shape):
         raise ValueError(f"{asked}: this process has a mesh of {_mesh.mesh_shape} already, and keeps it")
@@ -114,6 +121,8 @@ def use_mesh(shape: Sequence[int], axes: Sequence[str]) -> None:
     if KIND != "xla":
         raise ValueError(f"{asked}: a mesh needs device='xla', and this process is on {KIND!r}")
     if not xla_runtime.is_spmd():
+        if torch_xla._XLAC._xla_get_spmd_config_is_locked():
+            raise ValueError(f"{asked}: too late, the device is in use; call device.use_mesh before GRPOConfig is made")
         xla_runtime.use_spmd()
     found = xla_runtime.global_runtime_device_count()
     if found != wanted:

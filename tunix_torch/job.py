@@ -6,7 +6,7 @@ import time
 from collections.abc import Sized
 from pathlib import Path
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import PrinterCallback, ProgressCallback
 
 import rewards
@@ -14,7 +14,7 @@ import rewards
 from . import device
 from .callbacks import ConsoleProgress, MetricsFile
 from .config import DataConfig, GRPOConfig, ModelConfig
-from .model import load_model, load_tokenizer, lora_config, torch_dtype
+from .model import base_model_name, load_model, load_tokenizer, lora_config, torch_dtype
 from .nested import GRPOTrainingConfig
 from .run_folder import (
     check_output_dir,
@@ -59,7 +59,7 @@ def build_trainer(model_config: ModelConfig, data_config: DataConfig, args: GRPO
     train_rows, eval_rows = load_data(data_config, args.seed)
     tokenizer = load_tokenizer(model_config.model_name)
     if not eval_rows and args.eval_strategy != "no":
-        logger.warning("There are no evaluation rows (--val_data_path), so nothing is evaluated.")
+        logger.warning("There are no evaluation rows (val_data_path, train_fraction), so nothing is evaluated.")
         args.eval_strategy = "no"
     model = load_model(model_config.model_name, torch_dtype(model_config.model_dtype))
     has_adapter = isinstance(model, PeftModel)
@@ -95,15 +95,17 @@ def train(
     Raises:
         ValueError: a setting, file, model or data set that can't work; nothing has been written then.
     """
+    device.use_mesh((config.model if isinstance(config, GRPOTrainingConfig) else config).mesh)  # before args are made
     if isinstance(config, GRPOTrainingConfig):
         model_config, data_config, args = config.flat()
     else:
         model_config, data_config, args = config, data_config or DataConfig(), args or GRPOConfig()
     started = time.perf_counter()
-    device.use_mesh(*model_config.mesh)  # before any tensor is on a device
     output_dir = Path(args.output_dir)
     check_output_dir(output_dir)
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, output_dir)
+    if checkpoint is not None:
+        _check_rank(model_config, checkpoint)
     trainer = build_trainer(model_config, data_config, args)
     if checkpoint is not None:
         args.eval_on_start = False  # the run that is resumed has done it
@@ -118,7 +120,8 @@ def train(
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         newest = get_latest_checkpoint(output_dir)
-        hint = f"--resume_from_checkpoint latest continues from {newest}" if newest else "there is no checkpoint yet"
+        how = f"--resume_from_checkpoint latest (run_training.py: checkpoint_dir={output_dir})"
+        hint = f"{how} continues from {newest}" if newest else "there is no checkpoint yet"
         print(f"\nStopped at step {trainer.state.global_step}; {hint}", file=sys.stderr)
         raise
     best = trainer.state.best_global_step if args.load_best_model_at_end else None
@@ -137,6 +140,13 @@ def train(
         f"\n{time.perf_counter() - started:.0f} s, {device.memory_summary()}. Adapter, metrics and curves: {output_dir}"
     )
     return trainer
+
+
+def _check_rank(model_config: ModelConfig, checkpoint: str) -> None:
+    """The adapter of a run that is resumed must be of the same size."""
+    rank = PeftConfig.from_pretrained(checkpoint).r
+    if rank != model_config.lora_rank and base_model_name(model_config.model_name) == model_config.model_name:
+        raise ValueError(f"lora_rank={model_config.lora_rank}: the run that is resumed from {checkpoint} has {rank}")
 
 
 def evaluations(trainer: TunixTrainer) -> list[dict[str, float]]:

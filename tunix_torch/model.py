@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 TESTED_MODEL_TYPES = ("gemma2", "gemma3_text", "gemma3", "gemma4_text", "gemma4", "llama", "qwen3")
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Of models that also see or hear: these parts do not run on text.
+LORA_EXCLUDED = r".*(vision_tower|audio_tower|multi_modal_projector).*"
 
 
 def default_dtype() -> torch.dtype:
@@ -141,6 +143,7 @@ def lora_config(config: ModelConfig) -> LoraConfig:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=LORA_TARGETS,
+        exclude_modules=LORA_EXCLUDED,
         task_type="CAUSAL_LM",
     )
 

@@ -1,6 +1,6 @@
 """Which dimension of each tensor lies on which axis of the (fsdp, tp) mesh. XLA's partitioner does the rest.
 
-The mesh is the process's: `device.use_mesh` makes it, before any tensor exists. Without one, nothing here has an effect.
+The mesh is the process's: `device.use_mesh` makes it, before any tensor exists. Without one nothing here has an effect.
 """
 
 import logging

@@ -66,8 +66,11 @@ def load_data(config: DataConfig, seed: int) -> tuple[list[Row] | datasets.Itera
     return train[: config.num_train_rows], evaluation[: config.num_eval_rows]
 
 
-def load_eval_rows(config: DataConfig) -> list[Row]:
+def load_eval_rows(config: DataConfig, setting: str = "val_data_path") -> list[Row]:
     """Evaluation rows only; without `val_data_path`, `data_path` and `dataset`: generated arithmetic.
+
+    Args:
+        setting: the name that `val_data_path` has for the user.
 
     Raises:
         ValueError: see `load_rows` and `normalize_row`.
@@ -78,7 +81,7 @@ def load_eval_rows(config: DataConfig) -> list[Row]:
     if path is None and (config.dataset is None or is_local):
         return []
     path = config.data_path if path is None else path
-    return _load(config, path, config.val_dataset_split, "val_data_path")[: config.num_eval_rows]
+    return _load(config, path, config.val_dataset_split, setting)[: config.num_eval_rows]
 
 
 def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -4,6 +4,7 @@ One step is `collect(prompts) -> TrainBatch` and `update(batch) -> loss`. `trans
 loop, schedule, logging, callbacks, checkpoints, resume, hub.
 """
 
+import functools
 import logging
 import time
 from collections import defaultdict
@@ -117,32 +118,26 @@ class TunixTrainer(Trainer):
         if eval_dataset is None:
             args.eval_on_start = False
 
-        def prepare(rows: Sequence[Row] | IterableDataset | None) -> Sequence[Row] | PromptStream | None:
-            if rows is None:
-                return None
-            if isinstance(rows, IterableDataset):
-                require(args.max_steps > 0, "max_steps", args.max_steps, "streamed rows have no end: set it above 0")
-                workers = args.dataloader_num_workers
-                require(
-                    workers == 0, "dataloader_num_workers", workers, "each would read the whole stream: set it to 0"
-                )
-            return prepare_rows(
-                rows,
-                processing_class,
-                args.max_prompt_length,
-                completion_width,
-                args.system_message,
-                args.overlong_prompts,
-            )
-
+        self._prepare = functools.partial(
+            prepare_rows,
+            tokenizer=processing_class,
+            max_prompt_length=args.max_prompt_length,
+            max_completion_length=completion_width,
+            system_message=args.system_message,
+            overlong=args.overlong_prompts,
+        )
+        if isinstance(train_dataset, IterableDataset):
+            require(args.max_steps > 0, "max_steps", args.max_steps, "streamed rows have no end: set it above 0")
+            workers = args.dataloader_num_workers
+            require(workers == 0, "dataloader_num_workers", workers, "each would read the whole stream: set it to 0")
         patience = args.early_stopping_patience
         early_stopping = [] if patience is None else [EarlyStoppingCallback(patience)]
         super().__init__(
             model=model,
             args=args,
             data_collator=Collator(processing_class.pad_token_id, args.max_prompt_length, completion_width),
-            train_dataset=prepare(train_dataset),
-            eval_dataset=prepare(None if eval_dataset is None else list(eval_dataset)),
+            train_dataset=None if train_dataset is None else self._prepare(train_dataset),
+            eval_dataset=None if eval_dataset is None else self._prepare(list(eval_dataset)),
             processing_class=processing_class,
             callbacks=[*(callbacks or []), *early_stopping, _EndGraphWithOptimizer()],
         )
@@ -181,7 +176,7 @@ class TunixTrainer(Trainer):
         prompts, fsdp = args.per_device_train_batch_size, device.axis_size("fsdp")
         if prompts % fsdp:
             raise ValueError(
-                f"per_device_train_batch_size={prompts}: must be a multiple of fsdp={fsdp}, over which prompts are spread"
+                f"per_device_train_batch_size={prompts}: prompts are spread over fsdp={fsdp}; give a multiple of that"
             )
         trainable = [name for name, p in self.model.named_parameters() if p.requires_grad]
         other = [name for name in trainable if "lora_" not in name]
@@ -436,8 +431,7 @@ class TunixTrainer(Trainer):
         rows = self.eval_dataset if eval_dataset is None else list(eval_dataset)
         if not rows:
             raise ValueError("eval_dataset: there are no rows to evaluate on")
-        completion_width = None if args.use_grpo else args.generation_max_length
-        rows = prepare_rows(rows, self.processing_class, args.max_prompt_length, completion_width, args.system_message)
+        rows = self._prepare(rows)
         metrics = {}
         if self.judge is not None:
             greedy = SamplingParams(args.generation_max_length, temperature=0.0)
