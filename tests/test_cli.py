@@ -1,4 +1,7 @@
-"""Every script end to end, as a subprocess: what it writes, what it prints, and what it says to wrong input."""
+"""Every script end to end: what it writes, what it prints, and what it says to wrong input.
+
+What depends on how a process starts or ends runs in one of its own; the rest in this one, as starting takes seconds.
+"""
 
 import json
 import os
@@ -13,6 +16,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import inference
+import train
+import utils
 from tunix_torch import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +45,24 @@ def run(script, *args, cwd=ROOT, cache=None, timeout=120, **environment):
     return subprocess.run(
         [*command, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
     )
+
+
+@pytest.fixture
+def call(monkeypatch, capfd, cache):
+    """`call(script, *arguments)`: what `run` does, in this process."""
+
+    def call(module, *args, **environment):
+        for name, value in {"TUNIX_CACHE": cache, **environment}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
+        code = 0
+        try:
+            utils.run_script(module.main)
+        except SystemExit as exit:
+            code = exit.code
+        return subprocess.CompletedProcess(sys.argv, code, *capfd.readouterr())
+
+    return call
 
 
 def refused(result, *words):
@@ -132,44 +156,41 @@ def test_the_config_that_a_run_wrote_repeats_the_run(trained, tmp_path):
 )
 def test_what_is_said_last_and_nearest_counts(flags, expected, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(ROOT))
-    import train
-
     args = train.parse_args(flags.split())[2]
     assert {name: getattr(args, name) for name in expected} == expected
 
 
-def test_resuming_from_elsewhere_spares_the_run_that_is_there(model_folder, tmp_path):
+def test_resuming_from_elsewhere_spares_the_run_that_is_there(call, model_folder, tmp_path):
     flags = ["--use_grpo", "--model_name", model_folder, *SMALL, "--save_steps", "1"]
     for name in ("a", "b"):
-        assert run("train.py", *flags, "--output_dir", tmp_path / name).returncode == 0
+        assert call(train, *flags, "--output_dir", tmp_path / name).returncode == 0
     kept = (tmp_path / "b" / "metrics.jsonl").read_text()
     resume = ["--resume_from_checkpoint", tmp_path / "a" / "checkpoint-1"]
-    assert run("train.py", *flags, "--output_dir", tmp_path / "b", *resume).returncode == 0
+    assert call(train, *flags, "--output_dir", tmp_path / "b", *resume).returncode == 0
     (previous,) = (tmp_path / "b" / "previous").iterdir()
     assert (previous / "metrics.jsonl").read_text() == kept and (previous / "checkpoint-2").is_dir()
 
 
-def test_an_earlier_run_is_set_aside_and_can_be_resumed(model_folder, tmp_path):
+def test_an_earlier_run_is_set_aside_and_can_be_resumed(call, model_folder, tmp_path):
     flags = ["--use_grpo", "--model_name", model_folder, "--output_dir", tmp_path, *SMALL, "--save_steps", "1"]
-    assert run("train.py", *flags).returncode == 0
+    assert call(train, *flags).returncode == 0
     kept = (tmp_path / "adapter_model.safetensors").read_bytes()
-    assert run("train.py", *flags, "--resume_from_checkpoint", "latest", "--max_steps", "3").returncode == 0
+    assert call(train, *flags, "--resume_from_checkpoint", "latest", "--max_steps", "3").returncode == 0
     assert (tmp_path / "checkpoint-3").is_dir() and not (tmp_path / "previous").exists()
-    assert run("train.py", *flags).returncode == 0
+    assert call(train, *flags).returncode == 0
     (previous,) = (tmp_path / "previous").iterdir()
     assert (previous / "checkpoint-3").is_dir()
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == kept
 
 
-def test_supervised_fine_tuning_is_the_default_and_takes_files(model_folder, tmp_path):
+def test_supervised_fine_tuning_is_the_default_and_takes_files(call, model_folder, tmp_path):
     rows = [{"question": f"{n} + 1?", "answer": f"so\n#### {n + 1}"} for n in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "settings.yaml").write_text(
         f"model_name: {model_folder}\nlearning_rate: 1e-3\nmax_completion_length: 64\n"
     )
-    result = run(
-        "train.py",
+    result = call(
+        train,
         "--config",
         tmp_path / "settings.yaml",
         "--data_path",
@@ -192,11 +213,34 @@ def test_supervised_fine_tuning_is_the_default_and_takes_files(model_folder, tmp
     assert all("eval_loss" in row for row in rows if "eval_accuracy" in row)
 
 
-def test_config_example_holds_every_setting_with_its_default_and_runs(cache, tmp_path):
-    sys.path.insert(0, str(ROOT))
-    import train
-    import utils
+def test_settings_of_gemma2_grpo_and_rewards_of_agent_tunix_on_a_part_of_a_file(
+    call, model_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # where the user's module lies
+    (tmp_path / "my_module.py").write_text(
+        "def my_judge(completions, **columns):\n    return [1.0] * len(completions)\n"
+    )
+    rows = [{"ask": f"{n} + {n}?", "solved": f"{2 * n}"} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = call(
+        train,
+        *("--use_grpo", "--model_name", model_folder, "--output_dir", tmp_path / "out", "--system_message="),
+        *"--num_generations 4 --num_iterations 2 --beta 0.04 --epsilon 0.2 --max_steps 2 --learning_rate 2e-6".split(),
+        *"--lora_rank 4 --batch_size 2 --max_completion_length 12 --max_prompt_length 32 --eval_steps 1".split(),
+        *("--data_path", tmp_path / "rows.jsonl", "--question_column", "ask", "--answer_column", "solved"),
+        *"--train_fraction 0.5 --num_train_samples 8 --num_test_samples 6 --reward_preset agent_tunix".split(),
+        *("--judge", "my_module.my_judge", "--reward_timeout", "60"),
+    )
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["reward_weights"] == [1.0] * 4 and config["lora_rank"] == 4 and config["num_iterations"] == 2
+    logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["eval_accuracy"] for row in logged if "eval_accuracy" in row] == [1.0, 1.0, 1.0]
+    names = {name for row in logged for name in row if name.startswith("rewards/")}
+    assert {"rewards/check_answer/mean", "rewards/match_format_approximately/mean"} <= names
 
+
+def test_config_example_holds_every_setting_with_its_default_and_runs(cache, tmp_path):
     defaults = utils.settings_of(*train.parse_args(["--use_grpo"]))
     assert json.loads((ROOT / "config_example.json").read_text()) == defaults
     result = run(
@@ -217,15 +261,36 @@ def test_config_example_holds_every_setting_with_its_default_and_runs(cache, tmp
         (["--learning_rate", "fast"], ["learning_rate", "fast"]),
         (["--beta", "0.1", "--kl_coef", "0.2"], ["--kl_coef", "--beta", "same setting"]),
         (["--model_name", "./nowhere"], ["./nowhere", "no such folder"]),
-        (["--model_name", "nobody/no-such-model"], ["nobody/no-such-model", "local folder"]),
-        (["--device", "quantum"], ["quantum", "auto, xla, cuda, cpu"]),
+        (["--reward_preset", "agent-tunix"], ["agent-tunix", "did you mean 'agent_tunix'"]),
+        (["--reward_preset", "notebook", "--reward_weights", "1"], ["reward_weights=[1.0]", "3 reward functions"]),
+        (["--reward_preset", "notebook", "--reward_funcs", "format"], ["reward_preset='notebook'", "either"]),
+        (["--reward_funcs", "no_module.reward"], ["no_module.reward", "no module 'no_module'"]),
+        (["--judge", "corectness"], ["corectness", "did you mean 'correctness'"]),
+        (["--train_fraction", "0.5"], ["train_fraction=0.5", "held-out questions of their own"]),
+        (["--dataset", "gsm9k"], ["dataset='gsm9k'", "gsm8k"]),
+        (["--model_size", "2b"], ["model_size='2b'", "270m, 1b"]),
+        (["--mesh_shape", "2,2"], ["mesh_shape='2,2'", "needs device='xla'"]),
+        (["--use_grpo", "--max_prompt_length", "24", "--overlong_prompts", "raise"], ["max_prompt_length=24", "row 1"]),
         (["--resume_from_checkpoint", "latest"], ["resume_from_checkpoint", "no whole checkpoint"]),
         (["--max_length", "4"], ["max_length=4"]),
         (["--num_tpu_cores", "8"], ["num_tpu_cores=8"]),
         (["--gradient_accumulation_steps", "0"], ["gradient_accumulation_steps=0", "at least 1"]),
     ],
 )
-def test_train_refuses_wrong_input_with_one_line(flags, words, cache, tmp_path):
+def test_train_refuses_wrong_input_with_one_line(flags, words, call, tmp_path):
+    refused(call(train, "--output_dir", tmp_path / "out", *flags), *words)
+    assert not (tmp_path / "out").exists(), "nothing may be written"
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--model_name", "nobody/no-such-model"], ["nobody/no-such-model", "local folder"]),
+        (["--device", "quantum"], ["quantum", "auto, xla, cuda, cpu"]),
+        (["--dataset", "gsm8k"], ["dataset='openai/gsm8k'", "--data_source file"]),
+    ],
+)
+def test_what_a_process_settles_at_its_start_is_refused_with_one_line(flags, words, cache, tmp_path):
     refused(run("train.py", "--output_dir", tmp_path / "out", *flags, cache=cache, HF_HUB_OFFLINE="1"), *words)
     assert not (tmp_path / "out").exists(), "nothing may be written"
 
@@ -242,16 +307,16 @@ def test_train_refuses_wrong_input_with_one_line(flags, words, cache, tmp_path):
         ("settings.json", '{"max_steps": null}', ["max_steps=None", "expected int"]),
     ],
 )
-def test_train_refuses_broken_files_with_one_line(name, text, words, cache, tmp_path):
+def test_train_refuses_broken_files_with_one_line(name, text, words, call, tmp_path):
     (tmp_path / name).write_text(text)
     flag = "--data_path" if name.startswith("rows") else "--config"
-    refused(run("train.py", "--output_dir", tmp_path / "out", flag, tmp_path / name, cache=cache), *words)
+    refused(call(train, "--output_dir", tmp_path / "out", flag, tmp_path / name), *words)
 
 
-def test_train_refuses_a_model_folder_without_weights(tmp_path, model_folder):
+def test_train_refuses_a_model_folder_without_weights(call, tmp_path, model_folder):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text((Path(model_folder) / "config.json").read_text())
-    refused(run("train.py", "--model_name", tmp_path / "empty", "--output_dir", tmp_path / "out"), "no weights")
+    refused(call(train, "--model_name", tmp_path / "empty", "--output_dir", tmp_path / "out"), "no weights")
 
 
 def test_ctrl_c_says_how_to_go_on(model_folder, tmp_path):
@@ -302,9 +367,9 @@ def test_inference_takes_the_newest_run_else_the_tiny_model(trained, cache, tmp_
 
 
 @pytest.mark.parametrize("template", ["default", "alpaca", "chatml", "llama2"])
-def test_inference_knows_the_prompt_templates(template, model_folder):
+def test_inference_knows_the_prompt_templates(template, call, model_folder):
     flags = ["--question", "1 + 1?", "--prompt_template", template, "--system_message", "Think.", "--show_prompt"]
-    result = run("inference.py", "--model_path", model_folder, *flags, "--max_new_tokens", "2")
+    result = call(inference, "--model_path", model_folder, *flags, "--max_new_tokens", "2")
     marker = {"default": "<start_of_turn>", "alpaca": "###", "chatml": "<|im_start|>", "llama2": "[INST]"}[template]
     assert marker in result.stdout and "Think." in result.stdout, result.stderr
 
@@ -320,14 +385,12 @@ def test_inference_knows_the_prompt_templates(template, model_folder):
         (["--question", "1", "--prompt_template", "gpt"], ["prompt_template", "gpt"]),
     ],
 )
-def test_inference_refuses_wrong_input_with_one_line(flags, words):
-    refused(run("inference.py", *flags), *words)
+def test_inference_refuses_wrong_input_with_one_line(flags, words, call):
+    refused(call(inference, *flags), *words)
 
 
 def test_reasoning_becomes_numbered_steps():
-    sys.path.insert(0, str(ROOT))
-    from inference import reasoning_steps
-
+    reasoning_steps = inference.reasoning_steps
     assert reasoning_steps("<reasoning>40+30=70\n7+8=15</reasoning><answer>85</answer>") == ["40+30=70", "7+8=15"]
     assert reasoning_steps("<reasoning>First this. Then that.</reasoning>") == ["First this.", "Then that."]
     assert reasoning_steps("<reasoning>Step 1: a\n2. b</reasoning>") == ["a", "b"]

@@ -26,6 +26,7 @@ from .run_folder import (
     settings_of,
 )
 from .scoring import RewardFunc
+from .settings import require
 from .sources import load_data
 from .trainer import TunixTrainer
 
@@ -39,14 +40,17 @@ def choose_rewards(config: DataConfig, args: GRPOConfig) -> list[RewardFunc]:
     """The reward functions that a configuration names. Sets `args.reward_weights` to a preset's, unless it is given.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or not one weight for each function.
     """
     if config.reward_preset is None:
-        return [rewards.find_reward(name) for name in config.reward_funcs or DEFAULT_REWARDS]
-    preset = rewards.get_preset(config.reward_preset)
-    if args.reward_weights is None:
-        args.reward_weights = [weight for _, weight in preset]
-    return [function for function, _ in preset]
+        functions = [rewards.find_reward(name) for name in config.reward_funcs or DEFAULT_REWARDS]
+    else:
+        functions, weights = map(list, zip(*rewards.get_preset(config.reward_preset), strict=True))
+        args.reward_weights = args.reward_weights or weights
+    weights = args.reward_weights
+    right = f"{len(functions)} reward functions need as many weights"
+    require(weights is None or len(weights) == len(functions), "reward_weights", weights, right)
+    return functions
 
 
 def build_trainer(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig) -> TunixTrainer:

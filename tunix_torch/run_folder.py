@@ -153,8 +153,8 @@ def set_aside_previous_run(output_dir: str | Path) -> None:
 
 
 def newest_run(outputs: str | Path = "./outputs") -> str | None:
-    """The folder under `outputs`, at any depth, or itself, whose final adapter is the newest, or None."""
-    folders = [path.parent for path in Path(outputs).glob("**/adapter_config.json")]
+    """The folder up to three levels under `outputs`, or itself, whose final adapter is the newest, or None."""
+    folders = [path.parent for depth in range(4) for path in Path(outputs).glob("*/" * depth + "adapter_config.json")]
     finished = [f for f in folders if "previous" not in f.parts and not f.name.startswith("checkpoint-")]
     return str(max(finished, key=lambda folder: (folder / "adapter_config.json").stat().st_mtime)) if finished else None
 
