@@ -85,10 +85,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         default="correctness",
         help="the reward function by which an answer is right, at a value of 1 or more",
     )
+    parser.add_argument("--reward_timeout", type=float, help="seconds that judge and rewards may take for a batch")
     parser.add_argument("--system_message", help="put before the question (default: that of the training run)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", default="auto", help="auto, xla, cuda or cpu")
     args = parser.parse_args(argv)
+    if args.top_k is None and PRESETS[args.preset][1] == 1 and (args.temperature or args.top_p):
+        args.top_k = 0  # who gives a temperature wants a choice
     for name, value in zip(("temperature", "top_k", "top_p"), PRESETS[args.preset], strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -202,6 +205,7 @@ def judge_batch(
     lengths: list[list[int]],
     judge: str,
     reward_names: Sequence[str],
+    timeout: float | None = None,
 ) -> list[JudgedCompletion]:
     """Judge K completions of each of N rows.
 
@@ -209,13 +213,14 @@ def judge_batch(
         row_numbers: N, of the rows in the data.
         judge: the reward function that decides what is right.
         reward_names: the reward functions whose values are kept.
+        timeout: seconds that all of them may take.
 
     Raises:
         ValueError: see `call_rewards`.
     """
     flat = [text for row_texts in texts for text in row_texts]
     functions = {name: rewards.find_reward(name) for name in (judge, "format", *reward_names)}
-    values = dict(zip(functions, call_rewards(list(functions.values()), rows, flat), strict=True))
+    values = dict(zip(functions, call_rewards(list(functions.values()), rows, flat, timeout), strict=True))
     judged = []
     for i, text in enumerate(flat):
         row, copy = divmod(i, len(texts[0]))
@@ -301,7 +306,9 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, float]:
         with tqdm(total=len(rows), initial=num_done, unit="question", dynamic_ncols=True, disable=None) as bar:
             for texts, lengths in batches:
                 part = slice(num_done, num_done + len(texts))
-                batch = judge_batch(rows[part], row_numbers[part], texts, lengths, args.judge, args.rewards)
+                batch = judge_batch(
+                    rows[part], row_numbers[part], texts, lengths, args.judge, args.rewards, args.reward_timeout
+                )
                 if results is not None:
                     results.append(batch)
                 judged += batch

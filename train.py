@@ -61,13 +61,18 @@ def parse_args(argv: Sequence[str]) -> tuple[ModelConfig, DataConfig, GRPOConfig
     for name in given & set(OUTWEIGHS):
         for rival in set(OUTWEIGHS[name]) - given:
             settings.pop(rival, None)
+    strategy = parser.parse_known_args(argv)[0].eval_strategy if "eval_strategy" in given else None
+    if strategy == "no" and "eval_steps" in given:
+        raise ValueError("eval_strategy='no': eval_steps says how often to evaluate; give one of the two")
+    unwanted = {"eval_steps"} if strategy == "no" else set()
+    settings = {name: value for name, value in settings.items() if name not in unwanted}
     lowest = {"use_grpo": False, "eval_on_start": True}
     parser.set_defaults(**_as_defaults(lowest | settings))
     model = parser.parse_known_args(argv)[0]
     if model.model_name == tiny.NAME and model.model_size is None:
         chosen = given | {name for name, value in settings.items() if value is not None}
         rivals = {rival for name in chosen & set(OUTWEIGHS) for rival in OUTWEIGHS[name]}
-        recipe = {name: value for name, value in tiny.RECIPE.items() if name not in rivals}
+        recipe = {name: value for name, value in tiny.RECIPE.items() if name not in rivals | unwanted}
         parser.set_defaults(**_as_defaults(lowest | recipe | settings))
     # before the device is in use, which GRPOConfig does
     device.use_mesh(ModelConfig(mesh_shape=model.mesh_shape, mesh_axes=model.mesh_axes).mesh)

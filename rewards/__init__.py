@@ -167,8 +167,10 @@ def find_reward(name: str) -> RewardFn:
     ValueError: reward 'rewards.no_such_reward': module 'rewards' has no 'no_such_reward'
     """
     module_name, _, attribute = name.rpartition(".")
-    if not module_name:
+    if "." not in name:
         return get_reward(name)
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"reward {name!r}: expected a dotted path such as my_module.my_reward")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

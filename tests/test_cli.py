@@ -152,6 +152,9 @@ def test_the_config_that_a_run_wrote_repeats_the_run(trained, tmp_path):
         ("--model_name x", {"eval_strategy": "no", "max_prompt_length": 256, "use_grpo": False}),
         ("--config config_example.json --algorithm dr_grpo", {"aggregation": "sequence-mean-token-scale"}),
         ("--config config_example.json --epsilon 0.3", {"clip_high": 0.3}),
+        ("--use_grpo --eval_strategy no", {"eval_strategy": "no", "eval_steps": None}),
+        ("--config config_example.json --eval_strategy no", {"eval_strategy": "no"}),
+        ("--use_grpo --early_stopping_patience 2", {"metric_for_best_model": "accuracy", "eval_steps": 40}),
     ],
 )
 def test_what_is_said_last_and_nearest_counts(flags, expected, monkeypatch):
@@ -181,6 +184,27 @@ def test_an_earlier_run_is_set_aside_and_can_be_resumed(call, model_folder, tmp_
     (previous,) = (tmp_path / "previous").iterdir()
     assert (previous / "checkpoint-3").is_dir()
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == kept
+
+
+def test_a_run_is_resumed_as_it_began_and_only_its_length_may_change(call, model_folder, tmp_path):
+    flags = ["--use_grpo", "--model_name", model_folder, "--output_dir", tmp_path, *SMALL, "--save_steps", "1"]
+    assert call(train, *flags, "--max_steps", "1").returncode == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for flag, value in (("--lora_alpha", "4"), ("--learning_rate", "1"), ("--seed", "7"), ("--judge", "format")):
+        again = call(train, *flags, "--resume_from_checkpoint", "latest", flag, value)
+        refused(again, flag.removeprefix("--") + "=", "would be resumed", "model_name=")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert call(train, *flags, "--resume_from_checkpoint", "latest", "--save_steps", "2").returncode == 0
+
+
+def test_what_evaluations_decide_needs_rows_to_evaluate_on(call, model_folder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n' * 8)
+    flags = ["--use_grpo", "--model_name", model_folder, *SMALL, "--data_path", tmp_path / "rows.jsonl"]
+    for flag, value in (("--early_stopping_patience", 1), ("--load_best_model_at_end", "true")):
+        more = [flag, value, "--eval_steps", "1", "--save_steps", "1", "--save_strategy", "steps"]
+        result = call(train, *flags, "--output_dir", tmp_path / "out", *more)
+        refused(result, flag.removeprefix("--"), "no evaluation rows", "train_fraction")
+    assert not (tmp_path / "out").exists()
 
 
 def test_supervised_fine_tuning_is_the_default_and_takes_files(call, model_folder, tmp_path):
@@ -271,6 +295,11 @@ def test_config_example_holds_every_setting_with_its_default_and_runs(cache, tmp
         (["--model_size", "2b"], ["model_size='2b'", "270m, 1b"]),
         (["--mesh_shape", "2,2"], ["mesh_shape='2,2'", "needs device='xla'"]),
         (["--use_grpo", "--max_prompt_length", "24", "--overlong_prompts", "raise"], ["max_prompt_length=24", "row 1"]),
+        (["--eval_strategy", "no", "--eval_steps", "1"], ["eval_strategy='no'", "eval_steps"]),
+        (["--eval_strategy", "no", "--early_stopping_patience", "1"], ["early_stopping_patience=1", "eval_strategy"]),
+        (["--question_column", "ask"], ["question_column='ask'", "data_path"]),
+        (["--mesh_axes", "rows"], ["mesh_axes='rows'"]),
+        (["--reward_funcs", "format", "format"], ["format_reward is there twice"]),
         (["--resume_from_checkpoint", "latest"], ["resume_from_checkpoint", "no whole checkpoint"]),
         (["--max_length", "4"], ["max_length=4"]),
         (["--num_tpu_cores", "8"], ["num_tpu_cores=8"]),
@@ -287,7 +316,7 @@ def test_train_refuses_wrong_input_with_one_line(flags, words, call, tmp_path):
     [
         (["--model_name", "nobody/no-such-model"], ["nobody/no-such-model", "local folder"]),
         (["--device", "quantum"], ["quantum", "auto, xla, cuda, cpu"]),
-        (["--dataset", "gsm8k"], ["dataset='openai/gsm8k'", "--data_source file"]),
+        (["--dataset", "gsm8k"], ["dataset='openai/gsm8k'", "data_source=file"]),
     ],
 )
 def test_what_a_process_settles_at_its_start_is_refused_with_one_line(flags, words, cache, tmp_path):

@@ -311,6 +311,13 @@ def sample_all(folder, params, rows=5, **settings):
     return sample_texts(sampler, tokenizer, rows, params, Collator(tokenizer.pad_token_id, 64), **settings)
 
 
+@pytest.mark.parametrize("flags", [["--temperature", "0.8"], ["--top_p", "0.9"]])
+def test_who_gives_a_temperature_gets_variety(flags):
+    params = evaluate.sampling_params(evaluate.parse_args(flags))
+    assert params.temperature > 0 and params.top_k == 0
+    assert evaluate.sampling_params(evaluate.parse_args([*flags, "--top_k", "1"])).temperature == 0
+
+
 def test_the_greedy_preset_takes_the_likeliest_token(model_folder):
     args = evaluate.parse_args(["--max_new_tokens", "8"])
     literally = SamplingParams(8, args.temperature, args.top_k, args.top_p)

@@ -18,7 +18,8 @@ from rewards import answers_match, extract_answer, extract_reasoning, format_rew
 from rewards.reasoning_coherence_reward import _judge_equations
 from training_data import DIFFICULTIES, TEMPLATES, Question, common_sense_questions
 from training_data.code_questions import run as run_traced
-from tunix_torch.data import load_rows, normalize_row
+from tunix_torch.readers import load_rows
+from tunix_torch.sources import normalize_row
 
 ROOT = Path(__file__).parent.parent
 TYPES = ["math", "logic", "science", "common_sense", "code"]

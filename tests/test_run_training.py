@@ -196,6 +196,11 @@ def test_checkpoint_dir_resumes_from_the_newest(here, capsys):
     assert (folder / "checkpoint-3").is_dir()
 
 
+def test_a_size_without_its_group_would_be_trained_by_the_tiny_models_settings():
+    with pytest.raises(ValueError, match=r"model.model_size='270m': .*choose model=gemma3_270m"):
+        job_of("model.model_size=270m")
+
+
 def test_experiment_quick_test(here, cache):
     result = command("+experiment=quick_test", cwd=here, TUNIX_CACHE=cache)
     assert result.returncode == 0, result.stderr

@@ -79,6 +79,23 @@ def test_an_exception_passes_through_whatever_runs_the_function():
             call_rewards([broken], ROWS, COMPLETIONS, timeout)
 
 
+def test_a_plain_function_may_wrap_an_async_one():
+    def wrapped(**arguments):
+        return right_later(**arguments)
+
+    for timeout in (None, 30):
+        assert call_rewards([wrapped], ROWS, COMPLETIONS, timeout) == [[1.0, 0.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("values", [["much"] * 4, None, 1.0, [[1.0]] * 4])
+def test_what_is_no_list_of_numbers_is_refused_with_the_functions_name(values):
+    def careless(**arguments):
+        return values
+
+    with pytest.raises(ValueError, match="'careless' returned .*expected numbers"):
+        call_rewards([careless], ROWS, COMPLETIONS)
+
+
 def test_a_completion_that_nobody_judges_is_named():
     with pytest.raises(ValueError, match="no reward function judged the completion '4'"):
         score_completions([some], ROWS, COMPLETIONS)
@@ -94,8 +111,10 @@ def test_a_dotted_path_names_a_function(tmp_path, monkeypatch):
         ("my_module.other", "no 'other'"),
         ("my_module.number", "expected a function"),
         ("no_module.f", "no module 'no_module'"),
-        ("my_module.", "no ''"),
-        (".f", "is unknown"),
+        ("my_module.", "expected a dotted path"),
+        ("..f", "expected a dotted path"),
+        (".my_module.f", "expected a dotted path"),
+        (".f", "expected a dotted path"),
         ("corectness", "did you mean 'correctness'"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -176,7 +176,7 @@ def test_hub_out_of_reach_says_what_was_asked_and_where_to_put_a_copy(monkeypatc
     with pytest.raises(ValueError) as error:
         load_data(DataConfig(dataset="gsm8k"), seed=0)
     assert "\n" not in str(error.value)
-    for words in ("dataset='openai/gsm8k'", "'main'", "'train'", "--data_source file --data_path rows.jsonl"):
+    for words in ("dataset='openai/gsm8k'", "'main'", "'train'", "data_source=file: rows.jsonl"):
         assert words in str(error.value)
 
 
@@ -242,7 +242,7 @@ def test_tfds_mistakes_are_one_line(tfds_folder, tmp_path):
     ):
         with pytest.raises(ValueError, match=words) as error:
             load_rows(path, split=split, source="tfds")
-        assert "\n" not in str(error.value) and "--data_source file" in str(error.value)
+        assert "\n" not in str(error.value) and "data_source=file" in str(error.value)
 
 
 def test_kaggle_splits_are_files_by_name(tmp_path):
@@ -287,7 +287,7 @@ def test_kaggle_out_of_reach_is_one_line(monkeypatch):
         raise ConnectionError("Failed to resolve 'api.kaggle.com'\nmore")
 
     monkeypatch.setattr(kagglehub, "dataset_download", fail)
-    with pytest.raises(ValueError, match="data_path='a/b'.*api.kaggle.com.*--data_source file") as error:
+    with pytest.raises(ValueError, match="data_path='a/b'.*api.kaggle.com.*data_source=file") as error:
         load_rows("a/b", source="kaggle")
     assert "\n" not in str(error.value)
 
@@ -394,12 +394,38 @@ def test_parts_share_no_row_and_hang_on_the_seed_alone(tmp_path):
     assert load_data(config, seed=1) == (train, evaluation) != load_data(config, seed=2)
 
 
+def test_a_question_is_in_one_part_only(tmp_path):
+    rows = [{"question": f"{n % 10}?", "answer": str(n)} for n in range(40)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    train, evaluation = load_data(DataConfig(data_path=str(path), train_fraction=0.7), seed=3)
+    assert not {row["question"] for row in train} & {row["question"] for row in evaluation}
+    assert len(train) == 28 and len(train) + len(evaluation) == 40
+
+
+def test_own_evaluation_rows_need_not_be_rows_of_the_data_set(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"question": "1 + 1?", "answer": "1 + 1 = 2\\n#### 2"}')
+    (tmp_path / "own.jsonl").write_text('{"prompt": "2 + 2?", "answer": 4}')
+    paths = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "own")}
+    _, evaluation = load_data(DataConfig(dataset="gsm8k", data_path=paths["train"], val_data_path=paths["own"]), seed=0)
+    assert [row["answer"] for row in evaluation] == ["4"]
+
+
+def test_kaggle_split_is_a_word_of_the_name_and_not_a_part_of_one(tmp_path):
+    for name in ("train", "latest_scores"):
+        (tmp_path / f"{name}.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}')
+    with pytest.raises(ValueError, match="no file for split 'test'"):
+        load_rows(str(tmp_path), None, "test", source="kaggle")
+    (tmp_path / "arithmetic_test.jsonl").write_text('{"question": "2 + 2?", "answer": "4"}')
+    assert [row["answer"] for row in load_rows(str(tmp_path), None, "test", source="kaggle")] == ["4"]
+
+
 def test_limits_hold_after_the_split(tmp_path):
     path = write_rows(tmp_path / "a.jsonl")
     whole = load_data(DataConfig(data_path=path, train_fraction=0.5), seed=1)
     limited = load_data(DataConfig(data_path=path, train_fraction=0.5, num_train_samples=2, num_test_samples=1), seed=1)
     assert limited == (whole[0][:2], whole[1][:1])
-    with pytest.raises(ValueError, match="train_fraction=0.05: leaves a part of 10 rows empty"):
+    with pytest.raises(ValueError, match="train_fraction=0.05: leaves a part of 10 questions empty"):
         split_rows(ROWS, 0.05, seed=0)
 
 
@@ -438,7 +464,7 @@ def test_evaluation_rows_alone(tmp_path):
         ({"data_path": "a", "train_fraction": 0.5, "streaming": True}, "train_fraction=0.5.*give val_data_path"),
         ({"train_fraction": 0.5}, "train_fraction=0.5: generated rows"),
         ({"streaming": True}, "streaming=True: generated rows"),
-        ({"data_source": "tfds"}, "data_source='tfds': .*Give data_path or dataset"),
+        ({"data_source": "tfds"}, "data_source='tfds': of what. Give data_path"),
         (
             {"data_source": "kaggle", "dataset": "gsm8k"},
             "data_source='kaggle': has no known 'gsm8k'; say with data_path",

@@ -417,6 +417,9 @@ def test_training_stops_when_accuracy_no_longer_rises(model_folder, tmp_path):
     trainer = make_trainer(model_folder, tmp_path, judge=accuracies(1, 5, 4, 5, 7), **settings)
     trainer.train()
     assert trainer.state.global_step == 4 and trainer.state.best_global_step == 2
+    resumed = make_trainer(model_folder, tmp_path, judge=accuracies(5, 7), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.state.global_step == 4, "it began to count anew"
 
 
 def test_a_checkpoint_cut_short_is_not_taken_for_whole(model_folder, tmp_path):

@@ -81,7 +81,9 @@ class ModelConfig:
     def _resolve_mesh(self) -> None:
         """Bring both ways to give a mesh into one: `mesh_shape` "2,4", `mesh_axes` "fsdp,tp"."""
         shape, right = self.mesh_shape, 'expected "2,4" or ((2, 4), ("fsdp", "tp"))'
+        right_axes = "the axes are fsdp, tp"
         if shape is None:
+            require(set(str(self.mesh_axes).split(",")) <= {"fsdp", "tp"}, "mesh_axes", self.mesh_axes, right_axes)
             return
         if not isinstance(shape, str):
             try:
@@ -93,7 +95,7 @@ class ModelConfig:
         sizes = self.mesh_shape.split(",")
         good = all(size.strip().isdigit() and int(size) >= 1 for size in sizes)
         require(good and len(sizes) == len(self.mesh_axes.split(",")), "mesh_shape", shape, right)
-        require(set(self.mesh_axes.split(",")) <= {"fsdp", "tp"}, "mesh_axes", self.mesh_axes, "the axes are fsdp, tp")
+        require(set(self.mesh_axes.split(",")) <= {"fsdp", "tp"}, "mesh_axes", self.mesh_axes, right_axes)
 
 
 @accept_aliases
@@ -137,14 +139,17 @@ class DataConfig:
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "names from rewards/, or functions by dotted path (my_module.my_reward); none: correctness, format"
+            "help": "names from rewards/, or functions by dotted path (my_module.my_reward); none: correctness "
+            "(math_equal with dataset=math) and format"
         },
     )
     reward_preset: str | None = setting(
         None, "the rewards of another system, with its weights: agent_tunix, notebook, gemma2_grpo or composite"
     )
-    judge: str = setting(
-        "correctness", "the reward function that decides at evaluation: an answer is right where it is at least 1"
+    judge: str | None = setting(
+        None,
+        "the reward function that decides at evaluation: an answer is right where it is at least 1, and not where it "
+        "is None; none: correctness, or math_equal with dataset=math",
     )
 
     def __post_init__(self) -> None:
@@ -374,9 +379,17 @@ class GRPOConfig(TrainingArguments):
         """Fill in what other fields decide."""
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"
-        keeps_best = self.load_best_model_at_end or self.save_strategy == "best" or self.early_stopping_patience
-        if keeps_best and self.metric_for_best_model is None:
-            self.metric_for_best_model = "accuracy"
+        for name, value in (
+            ("load_best_model_at_end", self.load_best_model_at_end),
+            ("save_strategy", self.save_strategy == "best" and "best"),
+            ("early_stopping_patience", self.early_stopping_patience),
+        ):
+            right = "evaluations decide this: set eval_strategy (or eval_steps)"
+            require(not value or self.eval_strategy != "no", name, value, right)
+            if value and self.metric_for_best_model is None:
+                self.metric_for_best_model = "accuracy"
+        if self.early_stopping_patience:
+            self.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
         if self.max_length is not None:
             left = self.max_length - self.generation_max_length
             right = f"must leave room for a prompt beside generation_max_length={self.generation_max_length}"

@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from . import device, tiny
 from .model import end_of_turn_id
 from .readers import Row
-from .readers import load_rows as load_rows  # it had its place here
 from .sources import normalize_row
 
 logger = logging.getLogger(__name__)

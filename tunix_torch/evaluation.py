@@ -107,10 +107,18 @@ def sample_texts(
 
 
 def judge_answers(
-    rows: Sequence[Row], completions: list[list[str]], lengths: list[list[int]], judge: RewardFunc
+    rows: Sequence[Row],
+    completions: list[list[str]],
+    lengths: list[list[int]],
+    judge: RewardFunc,
+    timeout: float | None = None,
 ) -> Answers:
-    """Judge k completions of each row: one is right when the reward function's value is at least 1."""
+    """Judge k completions of each row: one is right when the reward function's value is at least 1, not when None.
+
+    Raises:
+        ValueError: see `call_rewards`.
+    """
     copies = len(completions[0])
-    (values,) = call_rewards([judge], rows, [text for texts in completions for text in texts])
+    (values,) = call_rewards([judge], rows, [text for texts in completions for text in texts], timeout)
     right = [value is not None and value >= RIGHT for value in values]
     return Answers(completions, [right[i : i + copies] for i in range(0, len(right), copies)], lengths)

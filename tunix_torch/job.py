@@ -3,10 +3,12 @@
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Sized
 from pathlib import Path
+from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import PrinterCallback, ProgressCallback
 
 import rewards
@@ -18,6 +20,7 @@ from .model import base_model_name, load_model, load_tokenizer, lora_config, tor
 from .nested import GRPOTrainingConfig
 from .run_folder import (
     check_output_dir,
+    check_same_run,
     get_latest_checkpoint,
     plot_training_curves,
     resolve_checkpoint,
@@ -25,14 +28,13 @@ from .run_folder import (
     set_aside_previous_run,
     settings_of,
 )
-from .scoring import RewardFunc
+from .scoring import RewardFunc, name_of
 from .settings import require
 from .sources import load_data
 from .trainer import TunixTrainer
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_REWARDS = ["correctness", "format"]
 NUM_SHOWN = 3  # completions printed before and after
 
 
@@ -43,14 +45,21 @@ def choose_rewards(config: DataConfig, args: GRPOConfig) -> list[RewardFunc]:
         ValueError: an unknown name, or not one weight for each function.
     """
     if config.reward_preset is None:
-        functions = [rewards.find_reward(name) for name in config.reward_funcs or DEFAULT_REWARDS]
+        functions = [rewards.find_reward(name) for name in config.reward_funcs or [_correctness(config), "format"]]
     else:
         functions, weights = map(list, zip(*rewards.get_preset(config.reward_preset), strict=True))
         args.reward_weights = args.reward_weights or weights
     weights = args.reward_weights
+    twice = {name for name, count in Counter(map(name_of, functions)).items() if count > 1}
+    require(not twice, "reward_funcs", config.reward_funcs, f"{', '.join(twice)} is there twice")
     right = f"{len(functions)} reward functions need as many weights"
     require(weights is None or len(weights) == len(functions), "reward_weights", weights, right)
     return functions
+
+
+def _correctness(config: DataConfig) -> str:
+    """What tells right answers from wrong ones: those of MATH are LaTeX."""
+    return "math_equal" if config.dataset == "math" else "correctness"
 
 
 def build_trainer(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig) -> TunixTrainer:
@@ -59,19 +68,22 @@ def build_trainer(model_config: ModelConfig, data_config: DataConfig, args: GRPO
     Raises:
         ValueError: any of them can't be had.
     """
-    reward_funcs, judge = choose_rewards(data_config, args), rewards.find_reward(data_config.judge)
+    reward_funcs, judge = (
+        choose_rewards(data_config, args),
+        rewards.find_reward(data_config.judge or _correctness(data_config)),
+    )
     train_rows, eval_rows = load_data(data_config, args.seed)
     tokenizer = load_tokenizer(model_config.model_name)
+    for name in ("early_stopping_patience", "load_best_model_at_end"):
+        right = "evaluations decide this, and there are no evaluation rows: give val_data_path or train_fraction"
+        require(bool(eval_rows) or not getattr(args, name), name, getattr(args, name), right)
     if not eval_rows and args.eval_strategy != "no":
         logger.warning("There are no evaluation rows (val_data_path, train_fraction), so nothing is evaluated.")
         args.eval_strategy = "no"
     model = load_model(model_config.model_name, torch_dtype(model_config.model_dtype))
     has_adapter = isinstance(model, PeftModel)
-    if has_adapter:  # trained further as it is
-        adapter = model.peft_config["default"]
-        model_config.lora_rank, model_config.lora_alpha = adapter.r, float(adapter.lora_alpha)
-        model_config.lora_dropout = adapter.lora_dropout
-        print(f"{model_config.model_name} is an adapter, rank {adapter.r}, which is trained further")
+    if has_adapter:
+        print(f"{model_config.model_name} is an adapter, rank {model_config.lora_rank}, which is trained further")
     trainer = TunixTrainer(
         model,
         reward_funcs,
@@ -88,6 +100,21 @@ def build_trainer(model_config: ModelConfig, data_config: DataConfig, args: GRPO
     return trainer
 
 
+def settings_in_force(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig) -> dict[str, Any]:
+    """What a run's config.json holds. Fills in what an adapter that is trained further and a preset decide.
+
+    Raises:
+        ValueError: an unknown reward.
+    """
+    name = model_config.model_name
+    if base_model_name(name) != name:
+        adapter = LoraConfig.from_pretrained(name)
+        model_config.lora_rank, model_config.lora_alpha = adapter.r, float(adapter.lora_alpha)
+        model_config.lora_dropout = adapter.lora_dropout
+    choose_rewards(data_config, args)
+    return settings_of(model_config, data_config, args)
+
+
 def train(
     config: GRPOTrainingConfig | ModelConfig, data_config: DataConfig | None = None, args: GRPOConfig | None = None
 ) -> TunixTrainer:
@@ -101,6 +128,8 @@ def train(
     """
     device.use_mesh((config.model if isinstance(config, GRPOTrainingConfig) else config).mesh)  # before args are made
     if isinstance(config, GRPOTrainingConfig):
+        if data_config is not None or args is not None:
+            raise ValueError("train: a GRPOTrainingConfig is the whole job; leave out data_config and args")
         model_config, data_config, args = config.flat()
     else:
         model_config, data_config, args = config, data_config or DataConfig(), args or GRPOConfig()
@@ -108,15 +137,16 @@ def train(
     output_dir = Path(args.output_dir)
     check_output_dir(output_dir)
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, output_dir)
+    settings = settings_in_force(model_config, data_config, args)
     if checkpoint is not None:
-        _check_rank(model_config, checkpoint)
+        check_same_run(settings, checkpoint)
     trainer = build_trainer(model_config, data_config, args)
     if checkpoint is not None:
         args.eval_on_start = False  # the run that is resumed has done it
     if checkpoint is None or Path(checkpoint).resolve().parent != output_dir.resolve():
         set_aside_previous_run(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    save_config(settings_of(model_config, data_config, args), output_dir / "config.json")
+    save_config(settings, output_dir / "config.json")
     print(f"{'GRPO' if args.use_grpo else 'SFT'} of {model_config.model_name} on {device.describe()}")
     num_rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
     print(f"{num_rows} training rows, {len(trainer.eval_dataset or [])} evaluation rows", flush=True)
@@ -144,13 +174,6 @@ def train(
         f"\n{time.perf_counter() - started:.0f} s, {device.memory_summary()}. Adapter, metrics and curves: {output_dir}"
     )
     return trainer
-
-
-def _check_rank(model_config: ModelConfig, checkpoint: str) -> None:
-    """The adapter of a run that is resumed must be of the same size."""
-    rank = PeftConfig.from_pretrained(checkpoint).r
-    if rank != model_config.lora_rank and base_model_name(model_config.model_name) == model_config.model_name:
-        raise ValueError(f"lora_rank={model_config.lora_rank}: the run that is resumed from {checkpoint} has {rank}")
 
 
 def evaluations(trainer: TunixTrainer) -> list[dict[str, float]]:

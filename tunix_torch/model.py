@@ -4,8 +4,10 @@ The reference policy is the same model with the adapter switched off; there is n
 """
 
 import contextlib
+import dataclasses
 import logging
 import os
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -143,7 +145,6 @@ def lora_config(config: ModelConfig) -> LoraConfig:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=LORA_TARGETS,
-        exclude_modules=LORA_EXCLUDED,
         task_type="CAUSAL_LM",
     )
 
@@ -172,6 +173,8 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel |
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Wrap a model with a fresh LoRA, in float32 whatever the base weights are. At first it changes nothing (B = 0)."""
+    if config.exclude_modules is None and any(re.fullmatch(LORA_EXCLUDED, name) for name, _ in model.named_modules()):
+        config = dataclasses.replace(config, exclude_modules=LORA_EXCLUDED)
     return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 

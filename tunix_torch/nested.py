@@ -1,7 +1,8 @@
 """A whole job in groups, as agent-tunix and `run_training.py` have it: `GRPOTrainingConfig`.
 
-What is not given (None) is agent-tunix's value, or for the tiny model its recipe's. Names are agent-tunix's; `flat()`
-gives the same job as a `ModelConfig`, a `DataConfig` and a `GRPOConfig`.
+What a group does not give (None) is agent-tunix's value, or for the tiny model its recipe's. `model` and `data` have
+this library's own defaults, but a model that is named by its size is asked GSM8K's questions. Names are agent-tunix's;
+`flat()` gives the same job as a `ModelConfig`, a `DataConfig` and a `GRPOConfig`.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from . import tiny
 from .checkpoint import newest_checkpoint
 from .config import DataConfig, GRPOConfig, ModelConfig
 from .groups import AlgorithmConfig, EvaluationConfig, GenerationConfig, OptimizerConfig, TrainingConfig
-from .settings import canonical_names, check_types, nearest, require
+from .settings import ALIASES, canonical_names, check_types, nearest, require
 
 # A group's setting -> that of GRPOConfig, where neither its own name nor an alias says it.
 RENAMED = {
@@ -115,7 +116,10 @@ class GRPOTrainingConfig:
             name, equals, rest = str(error).partition("=")
             raise ValueError(f"{given.get(name, (name, None))[0]}{equals}{rest}") from error
         # copies, since a job fills in what other fields decide
-        return dataclasses.replace(self.model), dataclasses.replace(self.data), args
+        data = dataclasses.replace(self.data)
+        if self.model.model_size is not None and data.data_path is None and data.dataset is None:
+            data.dataset = "gsm8k"
+        return dataclasses.replace(self.model), data, args
 
     def _given(self) -> dict[str, tuple[str, Any]]:
         """Name in `GRPOConfig` -> (name here, value) of every setting that is given."""
@@ -187,5 +191,8 @@ def unknown_setting(name: str) -> ValueError:
     """The error for a name that is none, with the one that is most likely meant."""
     names = setting_names()
     elsewhere = [other for other in names if other.rpartition(".")[2] == name.rpartition(".")[2]]
+    group, _, key = name.rpartition(".")
+    if f"{group}.{ALIASES.get(key)}" in names:
+        elsewhere = [f"{group}.{ALIASES[key]}"]
     hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else nearest(name, [*names, *_groups()])
     return ValueError(f"unknown setting {name!r}{hint}")

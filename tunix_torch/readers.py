@@ -4,6 +4,7 @@ import contextlib
 import csv
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def _loading(what: str, path: str, config_name: str | None, split: str, setting:
         config = f"configuration {config_name!r}, " if config_name else ""
         raise ValueError(
             f"{setting}={path!r}: neither a file nor a {what} data set that could be loaded ({config}split {split!r}): "
-            f"{reason}. Without a network, point at a local copy: --data_source file --data_path rows.jsonl"
+            f"{reason}. Without a network, point data_path at a local copy (data_source=file: rows.jsonl)"
         ) from error
 
 
@@ -164,12 +165,13 @@ def _read_kaggle(path: str, config_name: str | None, split: str, setting: str) -
 
         with _loading("Kaggle", path, config_name, split, setting):
             folder = Path(kagglehub.dataset_download(path))
-    files = {file: file.relative_to(folder).with_suffix("").as_posix() for file in sorted(folder.rglob("*"))}
-    files = {file: name for file, name in files.items() if file.suffix in FILE_SUFFIXES and (config_name or "") in name}
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix in FILE_SUFFIXES]
+    if config_name:
+        files = [file for file in files if _names(file, folder, config_name)]
     chosen = [file for file in files if file.stem.lower() == split.lower()]
-    chosen = chosen or [file for file, name in files.items() if split.lower() in name.lower()]
+    chosen = chosen or [file for file in files if _names(file, folder, split)]
     if not chosen and len(files) == 1 and split == "train":
-        chosen = list(files)
+        chosen = files
     if not chosen or len({file.parent for file in chosen}) > 1:
         names = ", ".join(str(file.relative_to(folder)) for file in chosen or files) or "none"
         what = "files in several folders" if chosen else "no file"
@@ -179,6 +181,12 @@ def _read_kaggle(path: str, config_name: str | None, split: str, setting: str) -
         )
     for file in chosen:
         yield from _read_file(file, setting)
+
+
+def _names(file: Path, folder: Path, word: str) -> bool:
+    """Whether a file's path below the folder has this word in it: "latest.csv" says nothing of a "test" split."""
+    name = file.relative_to(folder).with_suffix("").as_posix().lower()
+    return re.search(rf"(?<![a-z0-9]){re.escape(word.lower())}(?![a-z0-9])", name) is not None
 
 
 def _read_file(path: Path, setting: str) -> Iterator[Row]:

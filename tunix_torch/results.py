@@ -11,8 +11,9 @@ from typing import Any
 from .estimators import maj_at_k, mean_at_k, pass_at_k, share_interval
 from .settings import require
 
-# Settings with which a file may be continued even so: a preset is its numbers, and batches change float ties at most.
-NOT_COMPARED = ("preset", "batch_size")
+# Settings with which a file may be continued even so: a preset is its numbers, batches change float ties at most,
+# and time changes nothing.
+NOT_COMPARED = ("preset", "batch_size", "reward_timeout")
 
 
 @dataclass

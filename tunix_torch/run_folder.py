@@ -52,6 +52,34 @@ COMMON_FIELDS = (
 )
 
 
+# What a run may be resumed with, although it began otherwise: how long, how often, where, and in what portions.
+MAY_CHANGE = (
+    "output_dir",
+    "device",
+    "mesh_shape",
+    "mesh_axes",
+    "max_steps",
+    "num_train_epochs",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "stop_check_interval",
+    "per_device_eval_batch_size",
+    "eval_strategy",
+    "eval_steps",
+    "eval_on_start",
+    "num_eval_completions",
+    "num_eval_rows",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "save_batches",
+    "logging_steps",
+    "logging_strategy",
+    "report_to",
+    "reward_timeout",
+    "early_stopping_patience",
+)
+
 # Not a setting of the job: where this process runs, or what to do once.
 NOT_SAVED = (
     "local_rank",
@@ -90,6 +118,24 @@ def settings_of(*configs: Any) -> dict[str, Any]:
 
 def save_config(settings: dict[str, Any], path: str | Path) -> None:
     Path(path).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def check_same_run(settings: dict[str, Any], checkpoint: str | Path) -> None:
+    """Settings that are resumed with must be those of the run, but for `MAY_CHANGE`.
+
+    Raises:
+        ValueError: one differs.
+    """
+    path = Path(checkpoint).parent / "config.json"
+    if not path.is_file():  # not written by `train`
+        return
+    earlier = json.loads(path.read_text())
+    for name in sorted((settings.keys() & earlier.keys()) - set(MAY_CHANGE)):
+        if json.loads(json.dumps(settings[name])) != earlier[name]:
+            raise ValueError(
+                f"{name}={settings[name]!r}: the run that would be resumed from {checkpoint} has {earlier[name]!r}; "
+                f"give that, or start a new run with model_name={checkpoint}, which trains its adapter further"
+            )
 
 
 # ---- the folder ----

@@ -87,19 +87,22 @@ def call_rewards(
     calls = [functools.partial(call, prompts=prompts, completions=list(completions), **columns) for call in functions]
     result = []
     for function, values in zip(functions, _results(functions, calls, timeout), strict=True):
+        try:
+            values = [None if value is None else float(value) for value in values]
+        except (TypeError, ValueError) as error:
+            shown = f"{values!r:.80}"
+            raise ValueError(f"reward function {name_of(function)!r} returned {shown}: expected numbers") from error
         if len(values) != len(completions):
             counts = f"{len(values)} values for {len(completions)} completions"
             raise ValueError(f"reward function {name_of(function)!r} returned {counts}")
         for i, value in enumerate(values):
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"reward function {name_of(function)!r} returned {value!r} for {completions[i]!r}")
-        result.append([None if value is None else float(value) for value in values])
+        result.append(values)
     return result
 
 
-def _results(
-    functions: Sequence[RewardFunc], calls: Sequence[Callable[[], Any]], timeout: float | None
-) -> list[list[float | None]]:
+def _results(functions: Sequence[RewardFunc], calls: Sequence[Callable[[], Any]], timeout: float | None) -> list[Any]:
     """What each call returns.
 
     An async function runs in a thread with an event loop of its own, so that it works where one is running already
@@ -109,13 +112,15 @@ def _results(
     started = time.monotonic()
     threaded = [timeout is not None or _is_async(function) for function in functions]
     futures = [_in_thread(call) if away else None for call, away in zip(calls, threaded, strict=True)]
-    results = [None if away else list(call()) for call, away in zip(calls, threaded, strict=True)]
+    results: list[Any] = [None if away else call() for call, away in zip(calls, threaded, strict=True)]
     for j, future in enumerate(futures):
+        if future is None and inspect.isawaitable(results[j]):  # of a plain function that wraps an async one
+            future = _in_thread(functools.partial(lambda awaitable: awaitable, results[j]))
         if future is None:
             continue
         left = None if timeout is None else max(0.0, started + timeout - time.monotonic())
         try:
-            results[j] = list(future.result(left))
+            results[j] = future.result(left)
         except concurrent.futures.TimeoutError:
             if future.done():  # its own TimeoutError
                 raise

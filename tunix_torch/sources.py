@@ -16,6 +16,7 @@ import datasets
 from . import tiny
 from .config import DataConfig
 from .readers import Row, load_rows, stream_rows
+from .settings import require
 
 QUESTION_COLUMNS = ("prompt", "question")
 ANSWER_COLUMNS = ("answer", "answers", "expected_answers")
@@ -81,20 +82,26 @@ def load_eval_rows(config: DataConfig, setting: str = "val_data_path") -> list[R
     if path is None and (config.dataset is None or is_local):
         return []
     path = config.data_path if path is None else path
-    return _load(config, path, config.val_dataset_split, setting)[: config.num_eval_rows]
+    own = config.val_data_path is not None  # the user's, in whatever shape
+    return _load(config, path, config.val_dataset_split, setting, any_shape=own)[: config.num_eval_rows]
 
 
 def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Two parts that share no row, chosen by `seed`; both keep the order of `rows`.
+    """Two parts that share no question, chosen by `seed`; both keep the order of `rows`.
+
+    Args:
+        rows: normalized ones.
+        fraction: of the questions, in the first part.
 
     Raises:
         ValueError: a part would be empty.
     """
-    count = int(len(rows) * fraction)
-    if not 0 < count < len(rows):
-        raise ValueError(f"train_fraction={fraction}: leaves a part of {len(rows)} rows empty")
-    chosen = set(random.Random(f"split {seed}").sample(range(len(rows)), count))
-    return [row for i, row in enumerate(rows) if i in chosen], [row for i, row in enumerate(rows) if i not in chosen]
+    questions = list(dict.fromkeys(row["question"] for row in rows))
+    count = int(len(questions) * fraction)
+    if not 0 < count < len(questions):
+        raise ValueError(f"train_fraction={fraction}: leaves a part of {len(questions)} questions empty")
+    chosen = set(random.Random(f"split {seed}").sample(questions, count))
+    return [row for row in rows if row["question"] in chosen], [row for row in rows if row["question"] not in chosen]
 
 
 def _check(config: DataConfig) -> None:
@@ -111,8 +118,9 @@ def _check(config: DataConfig) -> None:
         raise ValueError(
             "streaming=True: generated rows are made in memory; give data_path or dataset, or leave it out"
         )
-    if config.data_source is not None and generated and config.val_data_path is None:
-        raise ValueError(f"data_source={config.data_source!r}: of what? Give data_path or dataset")
+    for name in ("data_source", "dataset_config", "question_column", "answer_column"):
+        nothing = generated and config.val_data_path is None
+        require(not nothing or getattr(config, name) is None, name, getattr(config, name), "of what? Give data_path")
 
 
 def _place(config: DataConfig, path: str | None) -> tuple[str, str | None]:
@@ -126,12 +134,13 @@ def _place(config: DataConfig, path: str | None) -> tuple[str, str | None]:
     return place[0], config.dataset_config or place[1]
 
 
-def _load(config: DataConfig, path: str | None, split: str, setting: str) -> list[Row]:
+def _load(config: DataConfig, path: str | None, split: str, setting: str, any_shape: bool = False) -> list[Row]:
     place, config_name = _place(config, path)
     setting = setting if path is not None else "dataset"
     rows = load_rows(place, config_name, split, setting, config.data_source)
     rows = [_map_columns(row, f"{place}, row {i}", config) for i, row in enumerate(rows, start=1)]
-    return [normalize_row(row, number, place, config.dataset) for number, row in enumerate(rows, start=1)]
+    dataset = None if any_shape else config.dataset
+    return [normalize_row(row, number, place, dataset) for number, row in enumerate(rows, start=1)]
 
 
 def _stream(config: DataConfig, seed: int) -> datasets.IterableDataset:

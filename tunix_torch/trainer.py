@@ -457,7 +457,7 @@ class TunixTrainer(Trainer):
         texts, lengths = sample_texts(
             self.sampler, self.processing_class, rows, params, collator, size, num_completions, self.args.seed
         )
-        return judge_answers(rows, texts, lengths, self.judge)
+        return judge_answers(rows, texts, lengths, self.judge, self.args.reward_timeout)
 
     # ---- assertions and metrics ----
 

@@ -1,0 +1,116 @@
+"""This library's `TunixTrainer`, on the CPU, through XLA on the CPU, or on CUDA.
+
+Forced lengths: here a token is found from one uniform number by walking the vocabulary in its order, and EOS is the
+first word. So the number 0 gives EOS, and one from [0.1, 1) none of the special tokens. The trainer draws its numbers
+as ever; they are scaled into that interval, and set to 0 where a row is to end. Nothing in the sampler is changed, and it
+knows of no length ahead of time.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import tunix_torch  # first: it chooses the device
+
+# isort: split
+
+import torch
+from transformers import TrainerCallback
+
+from tunix_torch import GRPOConfig, ModelConfig, TunixTrainer, device, load_tokenizer
+from tunix_torch import trainer as trainer_module
+from tunix_torch.model import load_base_model, lora_config
+
+from .step_ends import StepEnds
+from .stopwatch import Stopwatch
+from .worker import Measurement
+from .workload import Spec, ends_itself, lengths, read_prompts, share_of_even_words
+
+ABOVE_SPECIAL = 0.1  # more than the probability of all special tokens under a model with random weights
+
+
+def make_trainer(spec: Spec, folder: Path, callbacks: list[TrainerCallback]) -> TunixTrainer:
+    args = GRPOConfig(
+        output_dir=str(folder / "ours"),
+        max_steps=spec.warmup + spec.steps,
+        per_device_train_batch_size=spec.num_prompts,
+        num_completions_per_prompt=spec.num_completions,
+        max_prompt_length=spec.prompt_length,
+        generation_max_length=spec.completion_length,
+        generation_temperature=1.0,
+        generation_top_p=1.0,
+        generation_top_k=0,
+        kl_penalty_coef=spec.beta,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type="constant",
+        max_grad_norm=spec.max_grad_norm,
+        seed=spec.seed,
+        system_message="",
+        train_sampling_strategy="sequential",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    return TunixTrainer(
+        load_base_model(str(folder), getattr(torch, spec.dtype)),
+        share_of_even_words,
+        args,
+        [{"question": prompt, "answer": "0"} for prompt in read_prompts(folder)],
+        processing_class=load_tokenizer(str(folder)),
+        peft_config=lora_config(ModelConfig(lora_rank=spec.lora_rank, lora_alpha=spec.lora_alpha)),
+        callbacks=callbacks,
+    )
+
+
+def force_lengths(draw: Callable[..., torch.Tensor], spec: Spec) -> Callable[..., torch.Tensor]:
+    """The function that draws uniforms, made to end rows where they are to end."""
+    last = torch.tensor([n - 1 if ends else -1 for n, ends in zip(lengths(spec), ends_itself(spec), strict=True)])
+
+    def drawn(seed: Sequence[int], rows: Sequence[int], num_tokens: int) -> torch.Tensor:
+        uniforms = ABOVE_SPECIAL + (1 - ABOVE_SPECIAL) * draw(seed, rows, num_tokens)  # (rows, num_tokens)
+        return uniforms.masked_fill(torch.arange(num_tokens) == last[torch.tensor(rows)][:, None], 0.0)
+
+    return drawn
+
+
+def wait_for_device(result: object) -> None:
+    """Wait until the device has done all that was started; on XLA no graph is cut for it."""
+    if device.KIND == "xla":
+        import torch_xla.core.xla_model as xm
+
+        xm.wait_device_ops()
+    elif device.KIND == "cuda":
+        torch.cuda.synchronize()
+
+
+def run(spec: Spec, folder: Path) -> Measurement:
+    assert tunix_torch.device.KIND in ("xla", spec.device), f"{device.KIND}, not {spec.device}"
+    watch, rollouts, losses = Stopwatch(wait_for_device), [], []
+    trainer = make_trainer(spec, folder, [StepEnds(watch)])
+    watch.wrap(trainer, "training_step", "learning", rest="learning", seen=losses.append)  # clipping and the optimizer
+    watch.wrap(trainer, "collect", "other")
+    watch.wrap(trainer, "sample_completions_for_prompts", "rollout", seen=rollouts.append)
+    watch.wrap(trainer, "compute_rewards_for_completions", "scoring")
+    reference_policy = trainer_module.reference_policy
+
+    @functools.wraps(reference_policy)
+    @contextlib.contextmanager
+    def timed_reference_policy(model: torch.nn.Module) -> Iterator[None]:
+        with watch.part("reference"), reference_policy(model):
+            yield
+
+    with (
+        mock.patch.object(trainer_module, "reference_policy", timed_reference_policy),
+        mock.patch.object(trainer_module, "draw_uniforms", force_lengths(trainer_module.draw_uniforms, spec)),
+    ):
+        trainer.train()
+    return Measurement(
+        watch.steps,
+        [rollout.completion_mask.sum(dim=1).tolist() for rollout in rollouts],
+        [float(loss) for loss in losses],
+        peak_memory=device.peak_memory_bytes() if device.KIND == "cuda" else None,
+    )

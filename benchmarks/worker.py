@@ -1,0 +1,90 @@
+"""One peer's run in a fresh process: `python -m benchmarks.worker PEER SPEC.json FOLDER RESULT.json`.
+
+The process keeps to as many cores as the spec has threads; the parent has set the environment that must be there
+before Python starts (see `environment`).
+"""
+
+import importlib
+import json
+import os
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .workload import Spec, check_measured, read_spec
+
+PEERS = {  # name: module, packages that it needs beyond this library's
+    "ours": ("peer_ours", {}),
+    "ours-xla": ("peer_ours", {"torch_xla": "torch-xla==2.9.0"}),
+    "trl": ("peer_trl", {"trl": "trl==1.16.0"}),
+    "tunix": ("peer_tunix", {"tunix": "google-tunix==0.1.7", "jax": "jax==0.10.2"}),
+}
+CPU_ONLY = ("ours-xla", "tunix")
+
+
+@dataclass
+class Measurement:
+    """What a peer's `run` hands back; warm-up steps come first and are in all three lists."""
+
+    steps: list[dict[str, float]]  # seconds by part
+    completion_lengths: list[list[int]]  # tokens of every row, the one that ends it included
+    losses: list[float]
+    unknown_parts: tuple[str, ...] = ()  # that the peer does not let one tell apart
+    peak_memory: int | None = None  # bytes on the device; None: the process's resident set is what counts
+
+
+def environment(peer: str, spec: Spec) -> dict[str, str]:
+    """The environment of a peer's process: one device, and as many threads as the others get."""
+    threads = str(spec.threads)
+    device = {"ours": spec.device, "ours-xla": "xla"}.get(peer)
+    chosen = {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "NPROC": threads,  # XLA's thread pool
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    if device is None:  # TRL and Tunix: Transformers would take an XLA device that it sees
+        chosen |= {"USE_TORCH_XLA": "0", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    else:
+        chosen["TUNIX_DEVICE"] = device
+    if device == "xla":
+        chosen["PJRT_DEVICE"] = "CPU"
+    inherited = {name: value for name, value in os.environ.items() if name not in ("USE_TORCH_XLA", "XLA_FLAGS")}
+    return inherited | chosen
+
+
+def keep_to_cores(count: int) -> None:
+    """Use the first `count` of the cores that this process may use."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
+def as_result(spec: Spec, measured: Measurement) -> dict[str, Any]:
+    """What the parent reads: the warm-up left out of the times."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "steps": measured.steps[spec.warmup :],
+        "warmup_steps": measured.steps[: spec.warmup],
+        "unknown_parts": list(measured.unknown_parts),
+        "completion_lengths": measured.completion_lengths[spec.warmup :],
+        "losses": measured.losses,
+        "peak_memory": measured.peak_memory or resident,
+    }
+
+
+def main() -> None:
+    peer, spec_file, folder, result_file = sys.argv[1:]
+    spec = read_spec(Path(spec_file))
+    keep_to_cores(spec.threads)
+    module = importlib.import_module(f".{PEERS[peer][0]}", __package__)
+    measured = module.run(spec, Path(folder))
+    assert len(measured.steps) == spec.warmup + spec.steps, f"{len(measured.steps)} steps"
+    check_measured(spec, measured.completion_lengths, measured.losses)
+    Path(result_file).write_text(json.dumps(as_result(spec, measured), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
