@@ -5,6 +5,8 @@ import os
 import pytest
 
 os.environ.setdefault("TUNIX_DEVICE", "cpu")
+# The models here are too small for several threads, which slow each other down where other work shares the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

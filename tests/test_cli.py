@@ -316,7 +316,7 @@ def test_train_refuses_wrong_input_with_one_line(flags, words, call, tmp_path):
     [
         (["--model_name", "nobody/no-such-model"], ["nobody/no-such-model", "local folder"]),
         (["--device", "quantum"], ["quantum", "auto, xla, cuda, cpu"]),
-        (["--dataset", "gsm8k"], ["dataset='openai/gsm8k'", "data_source=file"]),
+        (["--dataset", "gsm8k"], ["dataset='gsm8k': data_path='openai/gsm8k'", "data_source=file"]),
     ],
 )
 def test_what_a_process_settles_at_its_start_is_refused_with_one_line(flags, words, cache, tmp_path):

@@ -68,10 +68,8 @@ def build_trainer(model_config: ModelConfig, data_config: DataConfig, args: GRPO
     Raises:
         ValueError: any of them can't be had.
     """
-    reward_funcs, judge = (
-        choose_rewards(data_config, args),
-        rewards.find_reward(data_config.judge or _correctness(data_config)),
-    )
+    reward_funcs = choose_rewards(data_config, args)
+    judge = rewards.find_reward(data_config.judge or _correctness(data_config))
     train_rows, eval_rows = load_data(data_config, args.seed)
     tokenizer = load_tokenizer(model_config.model_name)
     for name in ("early_stopping_patience", "load_best_model_at_end"):

@@ -136,7 +136,7 @@ def _place(config: DataConfig, path: str | None) -> tuple[str, str | None]:
 
 def _load(config: DataConfig, path: str | None, split: str, setting: str, any_shape: bool = False) -> list[Row]:
     place, config_name = _place(config, path)
-    setting = setting if path is not None else "dataset"
+    setting = setting if path is not None else f"dataset={config.dataset!r}: data_path"
     rows = load_rows(place, config_name, split, setting, config.data_source)
     rows = [_map_columns(row, f"{place}, row {i}", config) for i, row in enumerate(rows, start=1)]
     dataset = None if any_shape else config.dataset
@@ -145,7 +145,7 @@ def _load(config: DataConfig, path: str | None, split: str, setting: str, any_sh
 
 def _stream(config: DataConfig, seed: int) -> datasets.IterableDataset:
     place, config_name = _place(config, config.data_path)
-    setting = "dataset" if config.data_path is None else "data_path"
+    setting = "data_path" if config.data_path is not None else f"dataset={config.dataset!r}: data_path"
     stream = stream_rows(place, config_name, config.dataset_split, setting, config.data_source)
     if config.num_train_rows is not None:
         stream = stream.take(config.num_train_rows)
