@@ -23,7 +23,7 @@ import utils
 
 from .summary import Result, step_seconds, summarise, table
 from .worker import CPU_ONLY, PEERS, environment
-from .workload import PRESETS, Spec, check, make_inputs, write_spec
+from .workload import PRESETS, Spec, check, write_spec
 
 OVERRIDES = {
     "num_prompts": "prompts a step",
@@ -33,7 +33,9 @@ OVERRIDES = {
     "steps": "steps a round that count",
     "warmup": "steps before them that do not",
     "threads": "threads, and cores, that each peer gets; by default all",
+    "tokens_per_pass": "tokens of a learning pass of TRL and Tunix; by default what was fastest for each",
 }
+ROOT = Path(__file__).parent.parent
 TAIL = 12  # lines of a failed peer's output that are shown
 
 
@@ -97,24 +99,24 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def run_peer(peer: str, spec_file: Path, folder: Path, spec: Spec) -> Result | str:
-    """What the peer measured, or the end of its output when it failed."""
+def run_peer(peer: str, spec: Spec, spec_file: Path) -> Result | str:
+    """What the peer measured, or the end of its output when it failed. The inputs lie beside the spec's file."""
+    folder = spec_file.parent
     result_file = folder / f"{peer}.json"
     result_file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.worker", peer, str(spec_file), str(folder), str(result_file)]
-    root = Path(__file__).parent.parent
     done = subprocess.run(
-        command, cwd=root, env=environment(peer, spec), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=environment(peer, spec), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if done.returncode != 0 or not result_file.is_file():
         return "\n".join([f"exit code {done.returncode}", *done.stdout.strip().splitlines()[-TAIL:]])
     return json.loads(result_file.read_text())
 
 
-def run_rounds(peers: Sequence[str], spec: Spec, folder: Path, rounds: int) -> tuple[dict[str, list[Result]], dict]:
+def run_rounds(
+    peers: Sequence[str], spec: Spec, spec_file: Path, rounds: int
+) -> tuple[dict[str, list[Result]], dict[str, str]]:
     """A B C A B C ...: each peer's results, and the errors of those that failed, which get no further round."""
-    spec_file = folder / "spec.json"
-    write_spec(spec, spec_file)
     results: dict[str, list[Result]] = {peer: [] for peer in peers}
     errors: dict[str, str] = {}
     for number in range(1, rounds + 1):
@@ -122,7 +124,7 @@ def run_rounds(peers: Sequence[str], spec: Spec, folder: Path, rounds: int) -> t
             if peer in errors:
                 continue
             started = time.perf_counter()
-            result = run_peer(peer, spec_file, folder, spec)
+            result = run_peer(peer, spec, spec_file)
             if isinstance(result, str):
                 errors[peer] = result
                 print(f"round {number}, {peer}: failed\n{result}", file=sys.stderr, flush=True)
@@ -157,7 +159,6 @@ def main() -> None:
     spec = make_spec(args, peers)
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         raise ValueError(f"json={str(args.json)!r}: expected a file in a folder that exists")
-    os.environ |= {"USE_TORCH_XLA": "0", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # making the model needs no XLA
     print(
         f"{spec.preset}: {spec.num_prompts} prompts x {spec.num_completions} completions, {spec.prompt_length} + "
         f"{spec.completion_length} tokens{' at most' if spec.spread else ''}, {spec.dtype} on {spec.device}, "
@@ -166,8 +167,11 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(prefix="tunix-torch-bench-") as name:
         folder = Path(name)
-        make_inputs(spec, folder)
-        results, errors = run_rounds(peers, spec, folder, args.rounds)
+        spec_file = folder / "spec.json"
+        write_spec(spec, spec_file)
+        make = [sys.executable, "-m", "benchmarks.workload", str(spec_file), str(folder)]
+        subprocess.run(make, cwd=ROOT, env=environment("trl", spec), check=True)
+        results, errors = run_rounds(peers, spec, spec_file, args.rounds)
     summary: dict[str, Any] = summarise(spec, results) | {
         "errors": errors,
         "spec": asdict(spec),

@@ -2,15 +2,14 @@
 
 Forced lengths: here a token is found from one uniform number by walking the vocabulary in its order, and EOS is the
 first word. So the number 0 gives EOS, and one from [0.1, 1) none of the special tokens. The trainer draws its numbers
-as ever; they are scaled into that interval, and set to 0 where a row is to end. Nothing in the sampler is changed, and it
-knows of no length ahead of time.
+as ever; they are scaled into that interval, and set to 0 where a row is to end. Nothing in the sampler is changed, and
+it knows of no length ahead of time.
 """
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import tunix_torch  # first: it chooses the device
@@ -94,6 +93,7 @@ def run(spec: Spec, folder: Path) -> Measurement:
     watch.wrap(trainer, "training_step", "learning", rest="learning", seen=losses.append)  # clipping and the optimizer
     watch.wrap(trainer, "collect", "other")
     watch.wrap(trainer, "sample_completions_for_prompts", "rollout", seen=rollouts.append)
+    watch.wrap(trainer.processing_class, "batch_decode", "rollout")
     watch.wrap(trainer, "compute_rewards_for_completions", "scoring")
     reference_policy = trainer_module.reference_policy
 

@@ -9,6 +9,7 @@ The LoRA has the given rank on every weight, as Tunix's users set it. Tunix keep
 share a matrix A there: a little less work than in the other peers.
 """
 
+import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +30,9 @@ from tunix.rl.rollout.base_rollout import RolloutConfig
 
 from .stopwatch import Stopwatch
 from .worker import Measurement
-from .workload import EOS, NUM_SPECIAL, Spec, ends_itself, lengths, read_prompts, share_of_even_words
+from .workload import EOS, NUM_SPECIAL, Spec, ends_itself, lengths, read_prompts, rows_per_pass, share_of_even_words
 
+TOKENS_PER_PASS = 512  # measured: see README.md
 LORA_TARGETS = ".*(q_einsum|kv_einsum|attn_vec_einsum|gate_proj|up_proj|down_proj)"
 
 
@@ -62,7 +64,12 @@ def add_lora(spec: Spec, model: nnx.Module, mesh: jax.sharding.Mesh) -> nnx.Modu
     return model
 
 
+def prompts_per_pass(spec: Spec) -> int:
+    return rows_per_pass(spec, TOKENS_PER_PASS, multiple=spec.num_completions) // spec.num_completions
+
+
 def make_learner(spec: Spec, folder: Path) -> GRPOLearner:
+    """It learns from a few prompts' completions at a time, which is faster: one rollout and one optimizer step."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     base = load_model(spec, folder, mesh)
     optimizer = optax.chain(
@@ -76,7 +83,13 @@ def make_learner(spec: Spec, folder: Path) -> GRPOLearner:
             role_to_mesh={Role.ACTOR: mesh, Role.REFERENCE: mesh, Role.ROLLOUT: mesh},
             rollout_engine="vanilla",
             training_config=RLTrainingConfig(
-                actor_optimizer=optimizer, eval_every_n_steps=10**9, max_steps=spec.warmup + spec.steps
+                actor_optimizer=optimizer,
+                eval_every_n_steps=10**9,
+                max_steps=spec.warmup + spec.steps,
+                mini_batch_size=spec.num_prompts,
+                train_micro_batch_size=prompts_per_pass(spec),
+                compute_logps_micro_batch_size=prompts_per_pass(spec),
+                rollout_micro_batch_size=spec.num_prompts,
             ),
             rollout_config=RolloutConfig(
                 max_tokens_to_generate=spec.completion_length,
@@ -123,7 +136,13 @@ def run(spec: Spec, folder: Path) -> Measurement:
     watch.wrap(cluster, "generate", "rollout", seen=lambda output: rollouts.append(output.tokens))
     watch.wrap(cluster, "get_ref_per_token_logps", "reference")
     watch.wrap(learner, "_compute_rewards", "scoring")
-    watch.wrap(cluster, "update_actor", "learning", seen=lambda _: watch.end_step())
+    passes = itertools.cycle(range(1, spec.num_prompts // prompts_per_pass(spec) + 1))
+
+    def learned(result: None) -> None:
+        if next(passes) * prompts_per_pass(spec) == spec.num_prompts:
+            watch.end_step()
+
+    watch.wrap(cluster, "update_actor", "learning", seen=learned)
     watch.start()
     learner.train(batches(spec, folder))
     ended = np.array(ends_itself(spec), dtype=int)

@@ -1,12 +1,14 @@
 """What is measured: the shape of the model and of the batch, the prompts, the lengths, the reward. Imports no torch.
 
 Every peer gets a `Spec` as JSON and reads the same folder, which `make_inputs` writes: the model, its tokenizer and
-the prompts.
+the prompts. `python -m benchmarks.workload SPEC.json FOLDER` does that in a process of its own: a child's peak of
+memory begins with what its parent held.
 """
 
 import json
 import math
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -44,6 +46,7 @@ class Spec:
     beta: float = 0.04  # weight of the KL penalty
     learning_rate: float = 1e-4
     max_grad_norm: float = 1.0
+    tokens_per_pass: int | None = None  # see `rows_per_pass`
     seed: int = 0
     # the measurement
     warmup: int = 2  # steps before those that count
@@ -86,10 +89,11 @@ def check(spec: Spec) -> None:
         "steps": 1,
         "warmup": 0,
         "threads": 1,
+        "tokens_per_pass": 1,
     }
     for name, smallest in least.items():
         value = getattr(spec, name)
-        if value < smallest:
+        if value is not None and value < smallest:
             raise ValueError(f"{name}={value}: must be at least {smallest}")
 
 
@@ -109,6 +113,21 @@ def lengths(spec: Spec) -> list[int]:
 def ends_itself(spec: Spec) -> list[bool]:
     """Which rows end with EOS; the others are cut off at the limit."""
     return [spec.spread and length < spec.completion_length for length in lengths(spec)]
+
+
+def rows_per_pass(spec: Spec, tokens: int, multiple: int = 1) -> int:
+    """Rows in one learning pass of a peer: as many as have at most so many tokens, prompt and completion.
+
+    Args:
+        tokens: what was fastest for this peer; `spec.tokens_per_pass` replaces it.
+        multiple: the peer takes multiples of so many rows, and at least that.
+
+    Returns:
+        a divisor of B.
+    """
+    limit = (spec.tokens_per_pass or tokens) // (spec.prompt_length + spec.completion_length)
+    candidates = [n for n in range(multiple, spec.num_rows + 1, multiple) if spec.num_rows % n == 0]
+    return max([n for n in candidates if n <= limit], default=candidates[0])
 
 
 def word(token: int) -> str:
@@ -189,3 +208,14 @@ def check_measured(spec: Spec, completion_lengths: Sequence[Sequence[int]], loss
         assert not off, f"step {step}: completions of the wrong length: {'; '.join(off[:3])}"
     assert len(losses) == num_steps, f"{len(losses)} losses in {num_steps} steps"
     assert all(math.isfinite(loss) for loss in losses), f"losses that are not finite: {losses}"
+
+
+def main() -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    make_inputs(read_spec(Path(sys.argv[1])), Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from tunix_torch import export, load_model, load_tokenizer, tiny
 from tunix_torch.export import TOLERANCE, export_merged, main
 from tunix_torch.model import eos_token_ids
+from tunix_torch.run_folder import find_system_message
 
 ROOT = Path(__file__).parent.parent
 IDS = torch.arange(40) * 7 % 97  # longer than the window of attention
@@ -103,6 +104,14 @@ def test_merged_folder_is_a_plain_model_that_inference_loads(saved, tmp_path):
     assert model.name_or_path == str(tmp_path / "merged") and tokenizer.chat_template == tiny.CHAT_TEMPLATE
     assert eos_token_ids(model, tokenizer) == sorted({1, 5, tokenizer.eos_token_id})
     assert model.generation_config.top_k == 64
+
+
+@pytest.mark.parametrize("message", ["", "Think first."])
+def test_a_merged_model_is_asked_as_the_adapter_was(message, tmp_path):
+    save_run(tmp_path)
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"system_message": message}))
+    export_merged(tmp_path / "run", tmp_path / "merged")
+    assert find_system_message(str(tmp_path / "merged")) == message
 
 
 @pytest.mark.parametrize("tokenizer_in", ["base", "run"])

@@ -23,8 +23,8 @@ FLOORS = [
     },
     {"config", "record", "results", "sharding"},
     {"grpo", "model", "nested", "sources"},
-    {"logprobs", "sampler", "data", "export", "run_folder"},
-    {"evaluation", "sft"},
+    {"logprobs", "sampler", "data", "run_folder"},
+    {"evaluation", "export", "sft"},
     {"trainer"},
     {"job"},
 ]

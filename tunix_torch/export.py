@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from .checkpoint import newest_checkpoint
 from .model import base_model, load_model, load_tokenizer, resolve_model_name, text_config
+from .run_folder import find_system_message
 
 DTYPES = ("float32", "bfloat16")
 TOLERANCE = 1e-4  # of logits in float32, in units of their standard deviation
@@ -41,7 +42,8 @@ def export_merged(
     """Write base model + adapter as a plain Hugging Face model, with its generation config and tokenizer.
 
     The merge is done on the CPU in float32; the written folder is loaded again and must compute the same logits.
-    `merged` appears only when it is whole and proved. Of a model that also sees, the image processor is not copied.
+    `merged` appears only when it is whole and proved; its config.json has the run's `system_message`. Of a model that
+    also sees, the image processor is not copied.
 
     Args:
         output_dir: a run's folder, one of its checkpoints, or any folder with a LoRA.
@@ -78,6 +80,7 @@ def export_merged(
 
         written_dtype = getattr(torch, dtype) if dtype else _stored_dtype(base_name)
         _record_attention(model.to(written_dtype))
+        model.config.system_message = find_system_message(str(output_dir))  # which inference then finds again
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         del adapter, model  # two models at once might not fit
