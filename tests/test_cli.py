@@ -253,7 +253,7 @@ def test_settings_of_gemma2_grpo_and_rewards_of_agent_tunix_on_a_part_of_a_file(
         *"--lora_rank 4 --batch_size 2 --max_completion_length 12 --max_prompt_length 32 --eval_steps 1".split(),
         *("--data_path", tmp_path / "rows.jsonl", "--question_column", "ask", "--answer_column", "solved"),
         *"--train_fraction 0.5 --num_train_samples 8 --num_test_samples 6 --reward_preset agent_tunix".split(),
-        *("--judge", "my_module.my_judge", "--reward_timeout", "60"),
+        *("--judge", "module_of_a_user.my_judge", "--reward_timeout", "60"),
     )
     assert result.returncode == 0, result.stderr
     config = json.loads((tmp_path / "out" / "config.json").read_text())
