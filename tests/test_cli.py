@@ -241,7 +241,7 @@ def test_settings_of_gemma2_grpo_and_rewards_of_agent_tunix_on_a_part_of_a_file(
     call, model_folder, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)  # where the user's module lies
-    (tmp_path / "my_module.py").write_text(
+    (tmp_path / "module_of_a_user.py").write_text(
         "def my_judge(completions, **columns):\n    return [1.0] * len(completions)\n"
     )
     rows = [{"ask": f"{n} + {n}?", "solved": f"{2 * n}"} for n in range(20)]
