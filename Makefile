@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup train train-quick train-show-config train-sweep evaluate check-device test test-slow crosscheck lint format \
+.PHONY: help setup train train-quick train-show-config train-sweep evaluate check-device test test-slow crosscheck bench lint format \
 	tensorboard clean
 .DEFAULT_GOAL := help
 
@@ -48,6 +48,9 @@ test-slow: setup  ## whole jobs, on the CPU and through XLA (about half an hour)
 
 crosscheck: setup  ## the same batches through Google's Tunix on JAX, TRL and this library (six minutes; ARGS="--cases gspo")
 	$(BIN)/python -m crosscheck $(ARGS)
+
+bench: setup  ## seconds a GRPO step beside TRL and Tunix, in turns (ARGS="--preset long --rounds 1")
+	$(BIN)/python -m benchmarks.grpo_step $(ARGS)
 
 lint: setup  ## formatting and lint
 	$(BIN)/ruff format --check .

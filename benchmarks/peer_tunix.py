@@ -111,11 +111,11 @@ def force_lengths(sampler: Sampler, spec: Spec) -> None:
     last = jnp.array([n - 1 if ends else -1 for n, ends in zip(lengths(spec), ends_itself(spec), strict=True)])  # (B,)
     token = jnp.arange(spec.vocabulary_size)
 
-    def forced(logits, eos, cache, sampler_state):  # (B, ..., V)
+    def forced(logits, eos, cache, sampler_state):  # (B, P or 1, V); it samples from the last
         tokens_so_far = sampler_state.decoding_step + 1 - spec.prompt_length
         ending = (last == tokens_so_far)[:, None]
         forbidden = jnp.where(ending, token != EOS, token < NUM_SPECIAL)  # (B, V)
-        logits = jnp.where(forbidden[:, None], -jnp.inf, logits)
+        logits = jnp.where(forbidden[:, None], -jnp.inf, logits[:, -1:])
         return sample(logits=logits, eos=eos, cache=cache, sampler_state=sampler_state)
 
     sampler._sample = forced

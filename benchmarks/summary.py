@@ -25,11 +25,11 @@ def summarise_peer(results: Sequence[Result]) -> dict[str, Any]:
     rows = [row for result in results for row in result["completion_lengths"]]  # a list of lengths for each step
     tokens = [sum(row) for row in rows]
     steps = [parts for result in results for parts in result["steps"]]
-    unknown = results[0]["unknown_parts"]
+    timed = set().union(*steps)
     return {
         "seconds_per_step": spread_of(seconds),
-        "parts": {
-            name: None if name in unknown else spread_of([parts.get(name, 0.0) for parts in steps]) for name in PARTS
+        "parts": {  # None: it was never seen apart from the others
+            name: spread_of([parts.get(name, 0.0) for parts in steps]) if name in timed else None for name in PARTS
         },
         "tokens_per_second": spread_of([count / value for count, value in zip(tokens, seconds, strict=True)]),
         "peak_memory_bytes": max(result["peak_memory"] for result in results),

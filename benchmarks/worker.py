@@ -31,7 +31,6 @@ class Measurement:
     steps: list[dict[str, float]]  # seconds by part
     completion_lengths: list[list[int]]  # tokens of every row, the one that ends it included
     losses: list[float]
-    unknown_parts: tuple[str, ...] = ()  # that the peer does not let one tell apart
     peak_memory: int | None = None  # bytes on the device; None: the process's resident set is what counts
 
 
@@ -68,7 +67,6 @@ def as_result(spec: Spec, measured: Measurement) -> dict[str, Any]:
     return {
         "steps": measured.steps[spec.warmup :],
         "warmup_steps": measured.steps[: spec.warmup],
-        "unknown_parts": list(measured.unknown_parts),
         "completion_lengths": measured.completion_lengths[spec.warmup :],
         "losses": measured.losses,
         "peak_memory": measured.peak_memory or resident,

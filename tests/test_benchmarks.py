@@ -39,7 +39,6 @@ def result_of(spec, *steps):
     return {
         "steps": [{"learning": seconds} for seconds in steps],
         "warmup_steps": [{"learning": 9.0}],
-        "unknown_parts": ["scoring"],
         "completion_lengths": [lengths(spec) for _ in steps],
         "losses": [0.0] * (len(steps) + 1),
         "peak_memory": 2**30,
