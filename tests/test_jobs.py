@@ -18,6 +18,7 @@ def run_default_job(output_dir, *flags, **environment):
     command = [sys.executable, "train.py", "--use_grpo", "--num_completions_per_prompt", "4", *flags]
     started = time.perf_counter()
     env = {**os.environ, "TUNIX_DEVICE": "cpu", **environment}
+    env.pop("OMP_NUM_THREADS", None)  # as a user runs it
     subprocess.run([*command, "--output_dir", str(output_dir)], cwd=ROOT, env=env, check=True)
     seconds = time.perf_counter() - started
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
