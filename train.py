@@ -58,21 +58,18 @@ def parse_args(argv: Sequence[str]) -> tuple[ModelConfig, DataConfig, GRPOConfig
     settings = canonical_names(utils.load_config(file), names) if file else {}
 
     given = {word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
-    for name in given & set(OUTWEIGHS):
-        for rival in set(OUTWEIGHS[name]) - given:
-            settings.pop(rival, None)
-    strategy = parser.parse_known_args(argv)[0].eval_strategy if "eval_strategy" in given else None
-    if strategy == "no" and "eval_steps" in given:
-        raise ValueError("eval_strategy='no': eval_steps says how often to evaluate; give one of the two")
-    unwanted = {"eval_steps"} if strategy == "no" else set()
-    settings = {name: value for name, value in settings.items() if name not in unwanted}
+    dropped = _rivals_of(given) - given
+    if "eval_strategy" in given and parser.parse_known_args(argv)[0].eval_strategy == "no":
+        if "eval_steps" in given:
+            raise ValueError("eval_strategy='no': eval_steps says how often to evaluate; give one of the two")
+        dropped.add("eval_steps")
+    settings = {name: value for name, value in settings.items() if name not in dropped}
     lowest = {"use_grpo": False, "eval_on_start": True}
     parser.set_defaults(**_as_defaults(lowest | settings))
     model = parser.parse_known_args(argv)[0]
     if model.model_name == tiny.NAME and model.model_size is None:
-        chosen = given | {name for name, value in settings.items() if value is not None}
-        rivals = {rival for name in chosen & set(OUTWEIGHS) for rival in OUTWEIGHS[name]}
-        recipe = {name: value for name, value in tiny.RECIPE.items() if name not in rivals | unwanted}
+        dropped |= _rivals_of(given | {name for name, value in settings.items() if value is not None})
+        recipe = {name: value for name, value in tiny.RECIPE.items() if name not in dropped}
         parser.set_defaults(**_as_defaults(lowest | recipe | settings))
     # before the device is in use, which GRPOConfig does
     device.use_mesh(ModelConfig(mesh_shape=model.mesh_shape, mesh_axes=model.mesh_axes).mesh)
@@ -83,6 +80,10 @@ def parse_args(argv: Sequence[str]) -> tuple[ModelConfig, DataConfig, GRPOConfig
         name = unknown[0].partition("=")[0].removeprefix("--")
         raise ValueError(f"unknown argument {unknown[0]!r}{nearest(name, [*names, *ALIASES]) if name else ''}")
     return model_config, data_config, args
+
+
+def _rivals_of(names: set[str]) -> set[str]:
+    return {rival for name in names & set(OUTWEIGHS) for rival in OUTWEIGHS[name]}
 
 
 def _replace_aliases(argv: Sequence[str]) -> list[str]:

@@ -19,3 +19,13 @@ def model_folder(tmp_path_factory):
     tiny.make_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory, model_folder):
+    """A cache folder in which the tiny model lies already, without its warm start, so that no test waits for that."""
+    from tunix_torch import tiny
+
+    folder = tmp_path_factory.mktemp("cache")
+    os.symlink(model_folder, folder / tiny.folder_name())
+    return str(folder)

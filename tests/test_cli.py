@@ -19,21 +19,12 @@ from transformers import AutoModelForCausalLM
 import inference
 import train
 import utils
-from tunix_torch import tiny
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
     "--max_steps 2 --batch_size 2 --max_completion_length 12 --max_prompt_length 48 --num_eval_rows 4 "
     "--per_device_eval_batch_size 4 --num_train_rows 16 --system_message="
 ).split()
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory, model_folder):
-    """A cache folder in which the tiny model lies already, so that no test waits for its warm start."""
-    folder = tmp_path_factory.mktemp("cache")
-    os.symlink(model_folder, folder / tiny.folder_name())
-    return str(folder)
 
 
 def run(script, *args, cwd=ROOT, cache=None, timeout=120, **environment):

@@ -36,14 +36,6 @@ SHORT = (
 NARROW = ["generation.max_generation_steps=12"]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory, model_folder):
-    """A cache folder in which "tiny" is a model without a warm start."""
-    folder = tmp_path_factory.mktemp("cache")
-    os.symlink(model_folder, folder / tiny.folder_name())
-    return str(folder)
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch, cache):
     """An empty working directory, and the tiny model."""

@@ -81,21 +81,19 @@ class ModelConfig:
     def _resolve_mesh(self) -> None:
         """Bring both ways to give a mesh into one: `mesh_shape` "2,4", `mesh_axes` "fsdp,tp"."""
         shape, right = self.mesh_shape, 'expected "2,4" or ((2, 4), ("fsdp", "tp"))'
-        right_axes = "the axes are fsdp, tp"
-        if shape is None:
-            require(set(str(self.mesh_axes).split(",")) <= {"fsdp", "tp"}, "mesh_axes", self.mesh_axes, right_axes)
-            return
-        if not isinstance(shape, str):
+        if shape is not None and not isinstance(shape, str):
             try:
                 numbers, axes = shape
                 self.mesh_shape = ",".join(str(int(number)) for number in numbers)
                 self.mesh_axes = ",".join(axes)
             except (TypeError, ValueError):
                 raise ValueError(f"mesh_shape={shape!r}: {right}") from None
-        sizes = self.mesh_shape.split(",")
-        good = all(size.strip().isdigit() and int(size) >= 1 for size in sizes)
-        require(good and len(sizes) == len(self.mesh_axes.split(",")), "mesh_shape", shape, right)
-        require(set(self.mesh_axes.split(",")) <= {"fsdp", "tp"}, "mesh_axes", self.mesh_axes, right_axes)
+        names = str(self.mesh_axes).split(",")
+        require(set(names) <= {"fsdp", "tp"}, "mesh_axes", self.mesh_axes, "the axes are fsdp, tp")
+        if shape is not None:
+            sizes = self.mesh_shape.split(",")
+            good = all(size.strip().isdigit() and int(size) >= 1 for size in sizes)
+            require(good and len(sizes) == len(names), "mesh_shape", shape, right)
 
 
 @accept_aliases
