@@ -29,21 +29,22 @@ def token_logps(
     """
     completion_states = _shared_prefix_states if share_prefix else _plain_states
     hidden = completion_states(model, batch)  # (B, C, D)
-    num_rows, width = batch.completion_ids.shape
-    flat_hidden, flat_ids = hidden.flatten(0, 1), batch.completion_ids.flatten()
-    chunk = max(1, LOGITS_AT_ONCE // base_model(model).get_output_embeddings().weight.shape[0])
+    num_rows = batch.completion_ids.shape[0]
+    vocabulary = base_model(model).get_output_embeddings().weight.shape[0]
+    # Whole columns, so that on a mesh each device keeps its rows; a chunk is spread over all devices.
+    columns = max(1, LOGITS_AT_ONCE * device.axis_size("fsdp") * device.axis_size("tp") // (num_rows * vocabulary))
 
     def score(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logps = torch.log_softmax(logits(model, hidden) / temperature, dim=-1)  # (chunk, V)
+        logps = torch.log_softmax(logits(model, hidden) / temperature, dim=-1)  # (B, columns, V)
         with torch.no_grad():
             entropy = -(logps.exp() * logps).sum(-1)
-        return logps.gather(-1, ids[:, None])[:, 0], entropy
+        return logps.gather(-1, ids[..., None])[..., 0], entropy
 
     chunks = [
-        device.checkpoint(score, h, i) if torch.is_grad_enabled() else score(h, i)
-        for h, i in zip(flat_hidden.split(chunk), flat_ids.split(chunk), strict=True)
+        device.checkpoint(score, h.contiguous(), i) if torch.is_grad_enabled() else score(h.contiguous(), i)
+        for h, i in zip(hidden.split(columns, 1), batch.completion_ids.split(columns, 1), strict=True)
     ]
-    logps, entropy = (torch.cat(parts).view(num_rows, width) for parts in zip(*chunks, strict=True))
+    logps, entropy = (torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))  # (B, C)
     mask = batch.completion_mask
     return logps.masked_fill(~mask, 0.0), entropy.detach().masked_fill(~mask, 0.0)
 
