@@ -5,8 +5,10 @@ tokens in slots equals their distance in positions, and both causality and the s
 """
 
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
+
+GROUPED = "tunix_grouped"  # the name by which models take `grouped_attention`
 
 
 def prompt_positions(prompt_mask: Tensor) -> Tensor:
@@ -44,6 +46,44 @@ def attention_masks(
     if getattr(config, "layer_types", None) is None:
         return finish(sliding)
     return {"full_attention": finish(full), "sliding_attention": finish(sliding)}
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention in which the query heads of one KV head stay together: keys and values are not repeated for each.
+
+    On a mesh it is also the form that XLA can split over rows and heads at once. The usual one flattens rows and heads
+    into one dimension of a batched product, which has no such layout, so that whole KV caches were gathered.
+
+    Args:
+        query: (R, heads, Q, head dim); key, value: (R, KV heads, K, head dim).
+        attention_mask: (R, 1, Q, K) bool, True: may look.
+        softcap: scores s become tanh(s / softcap) * softcap (Gemma 2).
+
+    Returns:
+        (R, Q, heads, head dim) and None; the signature is that of Transformers' attention functions.
+    """
+    rows, heads, num_queries, head_dim = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, num_queries, head_dim)  # (R, KV heads, heads / KV heads, Q, D)
+    scores = torch.einsum("rhgqd,rhkd->rhgqk", grouped, key) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.float().masked_fill(~attention_mask[:, :, None], torch.finfo(torch.float32).min)
+    weights = nn.functional.dropout(scores.softmax(dim=-1).to(query.dtype), dropout, module.training)
+    mixed = torch.einsum("rhgqk,rhkd->rhgqd", weights, value)
+    return mixed.reshape(rows, heads, num_queries, head_dim).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(GROUPED, grouped_attention)
 
 
 class PrefixCache:

@@ -150,6 +150,14 @@ def shard(tensor: "torch.Tensor", axes: Sequence[str | None]) -> None:
         spmd.mark_sharding(tensor, _mesh, tuple(axis if axis in _mesh.axis_names else None for axis in axes))
 
 
+def shard_activation(tensor: "torch.Tensor", axes: Sequence[str | None]) -> "torch.Tensor":
+    """Lay an intermediate result on the mesh, and in the backward pass its gradient alike. Returns it."""
+    if _mesh is None:
+        return tensor
+    spec = tuple(axis if axis in _mesh.axis_names else None for axis in axes)
+    return spmd.xla_sharding.mark_sharding_with_gradients(tensor, _mesh, spec)
+
+
 def describe() -> str:
     """One line for people: which device, and how many of it."""
     if KIND == "xla":

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from . import device, tiny
-from .attention import PrefixCache, attention_masks, prompt_positions
+from .attention import GROUPED, PrefixCache, attention_masks, prompt_positions
 from .config import ModelConfig
 from .sharding import shard_model
 
@@ -186,6 +186,7 @@ def place(model: nn.Module) -> nn.Module:
     if base.config.get_text_config().tie_word_embeddings:
         assert base.get_output_embeddings().weight is base.get_input_embeddings().weight, "embeddings came untied"
     if device.has_mesh():
+        base.set_attn_implementation(GROUPED)
         shard_model(model, base.config.get_text_config().num_key_value_heads)
     return model
 
