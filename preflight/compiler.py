@@ -39,7 +39,9 @@ def check_installed() -> None:
     """Raises ValueError when the TPU's compiler is not here, saying what to install."""
     missing = [name for name in ("jax", "libtpu") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"the pre-flight compiles with {' and '.join(missing)}: pip install jax==0.10.2 libtpu==0.0.21")
+        raise ValueError(
+            f"the pre-flight compiles with {' and '.join(missing)}: pip install jax==0.10.2 libtpu==0.0.21"
+        )
 
 
 def cache_folder() -> Path:
@@ -69,9 +71,7 @@ def _compile(topology: Topology, num_partitions: int, graph: Graph) -> Program:
     with tempfile.TemporaryDirectory(prefix="plan-tpu-") as folder:
         files = {name: os.path.join(folder, name) for name in ("request", "hlo", "result", "program")}
         Path(files["hlo"]).write_bytes(graph.hlo)
-        request = Request(
-            topology.name, num_partitions, files["hlo"], graph.donated, files["result"], files["program"]
-        )
+        request = Request(topology.name, num_partitions, files["hlo"], graph.donated, files["result"], files["program"])
         Path(files["request"]).write_text(json.dumps(asdict(request)))
         environment = {
             **os.environ,

@@ -10,7 +10,8 @@ from transformers import AutoConfig, Gemma2Config, Gemma3TextConfig, PretrainedC
 
 from tunix_torch import tiny
 
-GEMMA2 = {"vocab_size": 256_000, "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+GEMMA2 = {"vocab_size": 256_000, "sliding_window": 4096, **CAPS}
 GEMMA3 = {"vocab_size": 262_144, "sliding_window": 512, "num_attention_heads": 4, "num_key_value_heads": 1}
 GEMMA3_SEES = {"vocab_size": 262_208, "sliding_window": 1024}  # those with a vision tower
 

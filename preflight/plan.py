@@ -1,4 +1,4 @@
-"""Plan a job: compile its graphs, at two depths where the model is deep, and say what each needs and how fast it can be.
+"""Plan a job: compile its graphs, at two depths where the model is deep; what each needs, and how fast it can be.
 
 A deep model takes the compiler many minutes and more memory than a workstation has, since its layers are unrolled. So
 models of more than `CUT_DEPTHS[1]` layers are compiled with few layers, twice, and every figure is taken to grow
@@ -198,7 +198,7 @@ def plan_graph(
         setattr(result, name, number[name])
     result.output_bytes = max(0.0, number["output_bytes"] - number["alias_bytes"])
     vision = vision_parameters(job.model.model_name) * dtype_on_tpu(job.model.model_dtype).itemsize
-    result.held_bytes = at_full_depth([graph.held_bytes for graph in graphs]) + vision
+    result.held_bytes = max(0.0, at_full_depth([graph.live_bytes for graph in graphs]) - result.argument_bytes) + vision
     for kind in sorted({collective.kind for program in programs for collective in program.collectives}):
         alike = [[c for c in program.collectives if c.kind == kind] for program in programs]
         count = at_full_depth([len(found) for found in alike])

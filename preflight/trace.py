@@ -41,7 +41,7 @@ class Graph:
     hlo: bytes  # a serialized HloModuleProto with shardings
     donated: list[int]  # arguments whose buffers its results may take over
     runs: int  # times a step
-    held_bytes: int  # a chip's, of what lies in its memory meanwhile and is not an argument
+    live_bytes: int  # a chip's, of all tensors that lie in its memory when it begins, arguments or not
 
     @property
     def digest(self) -> str:
@@ -122,9 +122,10 @@ class Recorder:
             return
         hlo, read = device.graph_of([tensor for tensor, _ in pending])
         overwritten = {state.overwrites for _, state in pending}
-        held = sum(state.bytes_per_device for _, state in lazy.values() if not state.pending and state.number not in read)
+        live = [state for _, state in lazy.values() if not state.pending or state.overwrites in read]
+        live_bytes = sum(state.bytes_per_device for state in live)
         donated = [i for i, number in enumerate(read) if number in overwritten]
-        self.found.append(Graph("", hlo, donated, 1, held))
+        self.found.append(Graph("", hlo, donated, 1, live_bytes))
         layouts = self._layouts_of_learned()
         zeros: dict[int, Tensor] = {}
         with torch.no_grad():

@@ -276,9 +276,7 @@ def lazy_tensor(tensor: "torch.Tensor") -> LazyTensor:
         tiles = [int(size) for size in sharding[1].split(",")][: tensor.dim()]
     shard = math.prod(-(-size // tile) for size, tile in zip(tensor.shape, tiles, strict=True))
     pending = fields["IR"] != "None" and "xla::device_data" not in fields["IR"]
-    return LazyTensor(
-        int(fields["TensorID"]), int(fields["AliasID"]), pending, shard * tensor.dtype.itemsize
-    )
+    return LazyTensor(int(fields["TensorID"]), int(fields["AliasID"]), pending, shard * tensor.dtype.itemsize)
 
 
 def graph_of(tensors: "Sequence[torch.Tensor]") -> tuple[bytes, list[int]]:

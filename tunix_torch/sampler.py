@@ -137,6 +137,7 @@ class Sampler:
             shard_rows(tensor, heads_dim=1)
         for tensor in (ids, logps, ended, key_mask, lengths):
             shard_rows(tensor)
+        del last_hidden, scores, tokens, prefix  # what is alive here, XLA computes and keeps
         device.sync()
 
         decode = self._decode_step(params, tuple(layer_ids), prompt_ids.shape[1])
