@@ -44,16 +44,32 @@ def main() -> None:
     os.environ |= {"TUNIX_DEVICE": "xla", "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(topology.num_chips)}
     import logging
 
-    from preflight import compiler, plan, report
+    from preflight import compiler, plan, quick, report, search
 
-    plan.is_traceable()
-    compiler.check_installed()
+    # isort: split
+
+    from transformers.utils import logging as transformers_logging
+
+    plan.check_traceable()
+    if not ours.quick:
+        compiler.check_installed()
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    transformers_logging.set_verbosity_error()
     job = plan.job_of(rest, topology)
-    result = plan.plan_job(job, say=lambda text: print(text, file=sys.stderr, flush=True))
-    print("\n".join(report.lines_of(result)))
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    if ours.search:
+        candidates = search.search(job, rest, ours.quick, say)
+        print("\n".join(search.lines_of(candidates)))
+        document = {"candidates": [vars(candidate) for candidate in candidates]}
+    else:
+        result = quick.quick_plan(job) if ours.quick else plan.plan_job(job, say)
+        print("\n".join(report.lines_of(result)))
+        document = report.as_dict(result)
     if ours.json:
-        ours.json.write_text(json.dumps(report.as_dict(result), indent=1) + "\n")
+        ours.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,15 @@ attention included (see `models.with_depth`), and what a learning pass keeps of 
 gradient is computed. `tests/test_preflight.py` compares with the whole Gemma 3 270m.
 """
 
+import argparse
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PretrainedConfig
 
+import utils
 from tunix_torch import GRPOConfig, ModelConfig, device
 
 from .chips import Chip, Topology
@@ -45,7 +48,7 @@ class Job:
     @property
     def num_partitions(self) -> int:
         """Chips that the job uses."""
-        return 1 if self.model.mesh is None else self.topology.num_chips
+        return 1 if self.model.mesh is None else math.prod(self.model.mesh[0])
 
     @property
     def config(self) -> PretrainedConfig:
@@ -95,6 +98,12 @@ class GraphPlan:
     def bound_seconds(self) -> float:
         """One run takes at least this long, if the three overlap perfectly."""
         return max(self.compute_seconds, self.hbm_seconds, self.ici_seconds)
+
+    def bound_by(self, chip: Chip) -> None:
+        """Set how long one run takes at least, from each of the three."""
+        self.compute_seconds = self.flops / chip.flops
+        self.hbm_seconds = self.bytes_accessed / chip.hbm_bytes_per_second
+        self.ici_seconds = sum(traffic.bytes for traffic in self.collectives.values()) / chip.ici_bytes_per_second
 
     @property
     def binds(self) -> str:
@@ -204,43 +213,45 @@ def plan_graph(
         count = at_full_depth([len(found) for found in alike])
         sent = at_full_depth([sum(c.bytes for c in found) for found in alike])
         result.collectives[kind] = Traffic(count, sent)
-    chip = job.topology.chip
-    result.compute_seconds = result.flops / chip.flops
-    result.hbm_seconds = result.bytes_accessed / chip.hbm_bytes_per_second
-    result.ici_seconds = sum(traffic.bytes for traffic in result.collectives.values()) / chip.ici_bytes_per_second
+    result.bound_by(job.topology.chip)
     return result
-
-
-def check_mesh(model: ModelConfig, topology: Topology) -> None:
-    """Raises ValueError when the job's mesh has another number of devices than the slice has chips."""
-    if model.mesh is None:
-        return
-    wanted = 1
-    for size in model.mesh[0]:
-        wanted *= size
-    if wanted != topology.num_chips:
-        chips = topology.num_chips
-        fitting = " ".join(f"{chips // tp},{tp}" for tp in (1, 2, 4, 8, 16, 32, 64, 128, 256) if tp <= chips)
-        raise ValueError(
-            f"mesh_shape={model.mesh_shape!r}: {wanted} devices, and {topology.name} has {chips} chips: {fitting}"
-        )
-
-
-def is_traceable() -> None:
-    """Raises ValueError when this process can't trace a job's graphs."""
-    if device.KIND != "xla":
-        raise ValueError("the pre-flight traces with torch_xla: pip install 'torch-xla[tpu]==2.9.0'")
 
 
 def job_of(argv: Sequence[str], topology: Topology) -> Job:
     """The job that flags of `train.py` describe, `--config` among them.
 
     Raises:
-        ValueError: an unknown setting, a value that can't be, or supervised fine-tuning, which is not planned.
+        ValueError: an unknown setting, a value that can't be, a mesh of another size than the slice, or supervised
+            fine-tuning, which is not planned.
     """
     import train
 
+    _check_mesh(argv, topology)
     model, _, args = train.parse_args([*argv, "--device", "xla"])
     if not args.use_grpo:
         raise ValueError("use_grpo=False: only GRPO is planned; set use_grpo to true")
     return Job(model, args, topology)
+
+
+def _check_mesh(argv: Sequence[str], topology: Topology) -> None:
+    """Before the parser does, whose words are about the devices of this process."""
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("config", "mesh_shape", "mesh_axes"):
+        given.add_argument(f"--{name}")
+    flags = vars(given.parse_known_args(argv)[0])
+    settings = utils.load_config(flags["config"]) if flags["config"] else {}
+    settings |= {name: value for name, value in flags.items() if value is not None}
+    mesh = ModelConfig(**{name: settings[name] for name in ("mesh_shape", "mesh_axes") if name in settings}).mesh
+    chips = topology.num_chips
+    if mesh is not None and math.prod(mesh[0]) not in (1, chips):
+        fitting = " ".join(f"{chips // tp},{tp}" for tp in (2**i for i in range(9)) if tp <= chips)
+        raise ValueError(
+            f"mesh_shape={settings['mesh_shape']!r}: {math.prod(mesh[0])} devices, and {topology.name} has {chips} "
+            f"chips; meshes of as many: {fitting}"
+        )
+
+
+def check_traceable() -> None:
+    """Raises ValueError when this process can't trace a job's graphs."""
+    if device.KIND != "xla":
+        raise ValueError("the pre-flight traces with torch_xla: pip install 'torch-xla[tpu]==2.9.0'")

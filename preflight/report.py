@@ -12,7 +12,7 @@ def lines_of(plan: Plan) -> list[str]:
     """The report, line by line."""
     job, chip = plan.job, plan.chip
     mesh = job.model.mesh
-    over = f"mesh {job.model.mesh_shape} ({job.model.mesh_axes})" if mesh else "one chip, since mesh_shape is not set"
+    over = f"mesh {job.model.mesh_shape} ({job.model.mesh_axes})" if mesh else "one chip (mesh_shape is not set)"
     args = job.args
     lines = [
         f"{job.model.model_name}, LoRA {job.model.lora_rank}, on {job.topology.name}, {over}",
@@ -46,6 +46,8 @@ def lines_of(plan: Plan) -> list[str]:
     for graph in compiled:
         parts = [f"{kind} {t.count:.0f}, {t.bytes / 1e6:.1f} MB" for kind, t in graph.collectives.items()]
         lines.append(f"{graph.name:<29}{'; '.join(parts) or 'none'}")
+    if any(not graph.compiled_depths for graph in compiled):
+        lines += ["", "By arithmetic: nothing was compiled, and what XLA keeps besides is estimated."]
     depths = next((graph.compiled_depths for graph in compiled if len(graph.compiled_depths) > 1), None)
     lines.append("")
     if depths:
