@@ -28,6 +28,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--topology", required=True, help="a slice: v5e:2x4, v6e:4x4, v5p:2x2x1, ...")
     parser.add_argument("--json", type=Path, help="also write the plan to this file")
     parser.add_argument("--quick", action="store_true", help="arithmetic only: weights, KV cache, activations")
+    parser.add_argument("--whole", action="store_true", help="compile all layers, however long it takes")
     parser.add_argument("--search", action="store_true", help="try meshes and micro-batches, and print the best first")
     ours, rest = parser.parse_known_args(argv)
     if ours.json and (ours.json.is_dir() or not ours.json.absolute().parent.is_dir()):
@@ -65,7 +66,7 @@ def main() -> None:
         print("\n".join(search.lines_of(candidates)))
         document = {"candidates": [vars(candidate) for candidate in candidates]}
     else:
-        result = quick.quick_plan(job) if ours.quick else plan.plan_job(job, say)
+        result = quick.quick_plan(job) if ours.quick else plan.plan_job(job, say, ours.whole)
         print("\n".join(report.lines_of(result)))
         document = report.as_dict(result)
     if ours.json:

@@ -38,9 +38,9 @@ SHAPES: dict[str, tuple[type[PretrainedConfig], dict]] = {
     "gemma-3-12b": (Gemma3TextConfig, GEMMA3_SEES | _sizes(3840, 15360, 48, 16, 8, 256, 256)),
     "gemma-3-27b": (Gemma3TextConfig, GEMMA3_SEES | _sizes(5376, 21504, 62, 32, 16, 128, 168)),
 }
-# Gemma 3 from 4B up is loaded with its vision tower (SigLIP, 27 layers, 1152 wide) and projector, which no graph of a
-# text job reads but every chip holds.
-VISION_PARAMETERS = 416_866_032
+# Gemma 3 from 4B up is loaded with its vision tower (SigLIP, 27 layers, 1152 wide) and a projector, which no graph of
+# a text job reads but every chip holds.
+VISION_PARAMETERS, VISION_HIDDEN = 416_866_032, 1152
 HAVE_VISION = ("gemma-3-4b", "gemma-3-12b", "gemma-3-27b")
 
 
@@ -75,7 +75,9 @@ def model_config(model_name: str) -> PretrainedConfig:
 
 def vision_parameters(model_name: str) -> int:
     """Parameters that are loaded with the model and that no graph of a text job reads."""
-    return VISION_PARAMETERS if known_name(model_name) in HAVE_VISION else 0
+    if known_name(model_name) not in HAVE_VISION:
+        return 0
+    return VISION_PARAMETERS + VISION_HIDDEN * (1 + model_config(model_name).hidden_size)
 
 
 def kinds_of_layers(config: PretrainedConfig) -> list[str]:

@@ -154,18 +154,18 @@ class Plan:
         return self.job.rows * self.job.args.generation_max_length / self.step_seconds
 
 
-def plan_job(job: Job, say: Callable[[str], None] = lambda text: None, depths: Sequence[int] | None = None) -> Plan:
+def plan_job(job: Job, say: Callable[[str], None] = lambda text: None, whole: bool = False) -> Plan:
     """Trace and compile every graph of a job.
 
     Args:
         say: is told what is going on, since it takes minutes.
-        depths: compile with these numbers of layers; None: the whole model when it is small, else `CUT_DEPTHS`.
+        whole: compile all layers, also of a model with more than `CUT_DEPTHS[1]`.
 
     Raises:
         ValueError: a setting that can't be, such as a mesh that does not divide the model.
     """
     full = job.config.num_hidden_layers
-    depths = list(depths or ([full] if full <= CUT_DEPTHS[1] else CUT_DEPTHS))
+    depths = [full] if whole or full <= CUT_DEPTHS[1] else list(CUT_DEPTHS)
     traced = [trace_at_depth(job, depth) for depth in depths]
     plans = []
     for graphs in zip(*traced, strict=True):

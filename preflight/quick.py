@@ -7,8 +7,6 @@ estimated: `SAVED` is fitted to compiled learning passes, see `tests/test_prefli
 import math
 
 from accelerate import init_empty_weights
-from torch import nn
-from transformers import AutoModelForCausalLM
 
 from tunix_torch.logprobs import LOGITS_AT_ONCE
 from tunix_torch.model import add_lora, lora_config
@@ -16,7 +14,7 @@ from tunix_torch.sharding import axes_of
 
 from .models import vision_parameters
 from .plan import GraphPlan, Job, Plan, Traffic
-from .trace import DECODE, LEARN, OLD, OPTIMIZER, PREFILL, REFERENCE, dtype_on_tpu
+from .trace import DECODE, LEARN, OLD, OPTIMIZER, PREFILL, REFERENCE, dtype_on_tpu, model_of_zeros
 
 FLOAT = 4  # bytes of LoRA matrices, their gradients, AdamW's averages, logits
 # What a learning pass keeps of each token in each layer, in numbers of the base weights' type: so many times the
@@ -156,8 +154,8 @@ def parameter_bytes(job: Job, sizes: dict[str | None, int]) -> tuple[float, floa
     Raises:
         ValueError: an axis of the mesh does not divide a parameter.
     """
+    model = model_of_zeros(job.config, dtype_on_tpu(job.model.model_dtype))
     with init_empty_weights(include_buffers=False):
-        model: nn.Module = AutoModelForCausalLM.from_config(job.config, dtype=dtype_on_tpu(job.model.model_dtype))
         model = add_lora(model, lora_config(job.model))
     split_kv_heads = job.config.num_key_value_heads % sizes["tp"] == 0
     weights = head = lora = 0.0
