@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -252,16 +253,19 @@ for graph in trace_step(trainer):
 
 
 def operations(text):
-    """How often each operation occurs, with its shape and its place on the mesh, whatever it is called."""
-    import re
+    """How often each operation occurs, with its shape and its place on the mesh, whatever it is called.
 
+    Not counted: scalar parameters and the tuple of results. The Trainer's loop keeps the gradient's norm for its log, and
+    its scheduler has set the learning rate.
+    """
     found = Counter()
     for line in text.splitlines():
         match = re.match(r"\s+(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(", line)
         if match is not None:
             shape = re.sub(r"\{[\d,]*\}|/\*.*?\*/", "", match[1])
             sharding = re.search(r"sharding=\{.*?\}", line)
-            found[match[2], shape, sharding[0] if sharding else ""] += 1
+            if match[2] != "tuple" and (match[2], shape) != ("parameter", "f32[]"):
+                found[match[2], shape, sharding[0] if sharding else ""] += 1
     return found
 
 
