@@ -16,6 +16,7 @@ FLOORS = [
         "checkpoint",
         "estimators",
         "groups",
+        "merged_lora",
         "metrics",
         "scoring",
         "readers",

@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from . import device, tiny
-from .attention import PrefixCache, attention_masks, prompt_positions
+from .attention import SDPA, PrefixCache, attention_masks, prompt_positions
 from .config import ModelConfig
+from .merged_lora import merge_lora
 from .sharding import shard_model
 
 logger = logging.getLogger(__name__)
@@ -179,9 +180,16 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 
 def place(model: nn.Module) -> nn.Module:
-    """Move a model to this process's device. Tied embeddings come untied on XLA, so they are tied again."""
+    """Move a model to this process's device. Tied embeddings come untied on XLA, so they are tied again.
+
+    On the CPU its LoRA layers and its attention take faster forms, equal up to rounding.
+    """
     model.to(device.torch_device())
     base = base_model(model)
+    if device.KIND == "cpu":
+        merge_lora(model)
+        if text_config(model)._attn_implementation == "sdpa":
+            base.set_attn_implementation(SDPA)
     base.tie_weights()
     if base.config.get_text_config().tie_word_embeddings:
         assert base.get_output_embeddings().weight is base.get_input_embeddings().weight, "embeddings came untied"
