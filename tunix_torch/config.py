@@ -239,6 +239,9 @@ class GRPOConfig(TrainingArguments):
     save_batches: int = setting(
         0, "keep the first so many steps, inputs and results, in output_dir/batches for python -m crosscheck --from-run"
     )
+    profile_step: int | None = setting(
+        None, "record this optimizer step, from 1, as a Chrome/Perfetto trace in output_dir/profile; the first warm up"
+    )
 
     # evaluation
     num_eval_completions: int = setting(0, "also sample so many completions a question at evaluation, for mean@k")
@@ -285,7 +288,9 @@ class GRPOConfig(TrainingArguments):
         if self.micro_batch_size is not None or not self.use_grpo:
             return self.micro_batch_size or None
         groups = process_device.axis_size("fsdp")  # each device a group of its own
-        if process_device.KIND == "cpu":  # one group alone is too little to keep the cores busy
+        if not (
+            process_device.is_accelerator() or process_device.has_mesh()
+        ):  # one group alone is too little to keep the cores busy
             tokens = self.max_prompt_length + self.num_completions_per_prompt * self.generation_max_length
             passes = math.ceil(self.per_device_train_batch_size / max(1, CPU_TOKENS_PER_PASS // tokens))
             groups = math.ceil(self.per_device_train_batch_size / passes)
@@ -341,9 +346,10 @@ class GRPOConfig(TrainingArguments):
             "max_grad_norm",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        timeout, patience = self.reward_timeout, self.early_stopping_patience
+        timeout = self.reward_timeout
         require(timeout is None or timeout > 0, "reward_timeout", timeout, "must be above 0")
-        require(patience is None or patience >= 1, "early_stopping_patience", patience, "must be at least 1")
+        for name in ("early_stopping_patience", "profile_step"):
+            require((getattr(self, name) or 1) >= 1, name, getattr(self, name), "must be at least 1")
         for name, choices in (
             ("algorithm", ALGORITHMS),
             ("overlong_prompts", OVERLONG_PROMPTS),

@@ -124,6 +124,7 @@ class Sampler:
         for tensor in (prompt_ids, prompt_mask, uniforms):
             shard_rows(tensor)
         with packed_for_decoding(self.model):
+            device.sync()
             last_hidden, prefix = prefill(self.model, prompt_ids, prompt_mask)
             scores = logits(self.model, last_hidden).repeat_interleave(num_completions, dim=0)  # (B, V)
             tokens, logps = choose_tokens(scores, uniforms[:, 0], params)
