@@ -113,10 +113,11 @@ def test_first_five_steps_give_the_same_numbers_as_on_the_cpu(results, run, name
 
 
 def test_weights_really_are_split_over_the_mesh(results):
+    """Over tp only: a weight that fsdp splits too would be gathered for each token that is decoded."""
     assert results["mesh"]["shards"] == {
-        "model.embed_tokens.weight": [[54, 64]] * 4,  # of (108, 128)
-        "q_proj.base_layer.weight": [[64, 64]] * 4,  # of (128, 128)
-        "lora_A.default.weight": [[16, 64]] * 4,  # of (16, 128)
+        "model.embed_tokens.weight": [[54, 128]] * 4,  # of (108, 128)
+        "q_proj.base_layer.weight": [[64, 128]] * 4,  # of (128, 128)
+        "lora_A.default.weight": [[16, 128]] * 4,  # of (16, 128)
         "lora_B.default.weight": [[64, 16]] * 4,  # of (128, 16)
     }
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from . import device, tiny
-from .attention import SDPA, PrefixCache, attention_masks, prompt_positions
+from .attention import DECODE_GROUPED, GROUPED, PrefixCache, attention_masks, prompt_positions
 from .config import ModelConfig
 from .merged_lora import merge_lora
 from .sharding import shard_model
@@ -189,11 +189,12 @@ def place(model: nn.Module) -> nn.Module:
     if device.KIND != "cuda" and not device.has_mesh():
         merge_lora(model)
     if device.KIND == "cpu" and text_config(model)._attn_implementation == "sdpa":
-        base.set_attn_implementation(SDPA)
+        base.set_attn_implementation(DECODE_GROUPED)
     base.tie_weights()
     if base.config.get_text_config().tie_word_embeddings:
         assert base.get_output_embeddings().weight is base.get_input_embeddings().weight, "embeddings came untied"
     if device.has_mesh():
+        base.set_attn_implementation(GROUPED)
         shard_model(model, base.config.get_text_config().num_key_value_heads)
     return model
 

@@ -125,16 +125,27 @@ class Sampler:
             shard_rows(tensor)
         with packed_for_decoding(self.model):
             device.sync()
-            last_hidden, prefix = prefill(self.model, prompt_ids, prompt_mask)
-            scores = logits(self.model, last_hidden).repeat_interleave(num_completions, dim=0)  # (B, V)
-            tokens, logps = choose_tokens(scores, uniforms[:, 0], params)
-            room = params.max_new_tokens - 1
-            ids = nn.functional.pad(tokens[:, None], (0, room), value=self.pad_token_id)  # (B, C)
-            logps = nn.functional.pad(logps[:, None], (0, room))  # (B, C)
-            key_mask = nn.functional.pad(prompt_mask.repeat_interleave(num_completions, dim=0), (0, room), value=True)
-            ids, logps = self._decode(ids, logps, key_mask, prefix.expand(num_completions), uniforms, params)
+            ids, logps, key_mask, prefix = self._start(prompt_ids, prompt_mask, num_completions, params, uniforms)
+            ids, logps = self._decode(ids, logps, key_mask, prefix, uniforms, params)
         mask = self._completion_mask(ids)
         return Rollout(ids.masked_fill(~mask, self.pad_token_id), mask, logps.masked_fill(~mask, 0.0))
+
+    def _start(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, num_completions: int, params: SamplingParams, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, PrefixCache]:
+        """One pass over the prompts, and each row's first token.
+
+        Returns:
+            ids, logps (B, C), of which the first column is filled in; key_mask (B, P + C - 1); the prompts' KV cache.
+        """
+        last_hidden, prefix = prefill(self.model, prompt_ids, prompt_mask)
+        scores = logits(self.model, last_hidden).repeat_interleave(num_completions, dim=0)  # (B, V)
+        tokens, logps = choose_tokens(scores, uniforms[:, 0], params)
+        room = params.max_new_tokens - 1
+        ids = nn.functional.pad(tokens[:, None], (0, room), value=self.pad_token_id)
+        logps = nn.functional.pad(logps[:, None], (0, room))
+        key_mask = nn.functional.pad(prompt_mask.repeat_interleave(num_completions, dim=0), (0, room), value=True)
+        return ids, logps, key_mask, prefix.expand(num_completions)
 
     def _decode_growing(
         self,
@@ -192,6 +203,7 @@ class Sampler:
             shard_rows(tensor, heads_dim=1)
         for tensor in (ids, logps, ended, key_mask, lengths):
             shard_rows(tensor)
+        prefix.layers.clear()  # what is alive here, XLA computes and keeps
         device.sync()
         decode = self._decode_step(params, layer_ids, width)
         for t in range(room):
