@@ -21,7 +21,7 @@ FLOORS = [
         "readers",
         "settings",
     },
-    {"config", "record", "results", "sharding"},
+    {"config", "merged_lora", "profiling", "record", "results", "sharding"},
     {"grpo", "model", "nested", "sources"},
     {"logprobs", "sampler", "data", "run_folder"},
     {"evaluation", "export", "sft"},

@@ -84,6 +84,7 @@ if KIND == "xla":
     import torch_xla
     import torch_xla.core.xla_model as xm
     import torch_xla.debug.metrics as xla_metrics
+    import torch_xla.debug.profiler as xla_profiler
     import torch_xla.distributed.spmd as spmd
     import torch_xla.runtime as xla_runtime
     import torch_xla.utils.checkpoint as xla_checkpoint
@@ -97,6 +98,11 @@ def torch_device() -> torch.device:
 def is_tpu() -> bool:
     """True on a real TPU; False on XLA:CPU, which runs the same graphs on the host's processor."""
     return KIND == "xla" and os.environ["PJRT_DEVICE"] == "TPU"
+
+
+def is_accelerator() -> bool:
+    """True on a real TPU and on CUDA; False where the host's processor computes, through XLA or not."""
+    return KIND == "cuda" or is_tpu()
 
 
 _mesh: "spmd.Mesh | None" = None
@@ -176,6 +182,26 @@ def sync() -> None:
         _recorder()
     elif KIND == "xla":
         torch_xla.sync()
+
+
+def wait() -> None:
+    """Wait until the device has done all that was started."""
+    if KIND == "xla":
+        xm.wait_device_ops()
+    elif KIND == "cuda":
+        torch.cuda.synchronize()
+
+
+def start_trace(folder: "os.PathLike[str]") -> None:
+    """Record what an XLA device does, until `stop_trace`. Elsewhere PyTorch's own profiler sees it."""
+    if KIND == "xla":
+        xla_profiler.start_trace(folder)
+
+
+def stop_trace() -> None:
+    """Write what was recorded to `folder/plugins/profile`, for TensorBoard."""
+    if KIND == "xla":
+        xla_profiler.stop_trace()
 
 
 def compile_step(step: Callable[..., Any]) -> Callable[..., Any]:
