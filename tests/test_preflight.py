@@ -136,7 +136,7 @@ def example_plan(**changes):
 
     def program(layers):
         values = {"argument_bytes": 1000 + 10 * layers, "temporary_bytes": 500, "flops": 7.0 * layers, "seconds": 1.0}
-        values |= {"output_bytes": 300, "alias_bytes": 100, "bytes_accessed": 20.0 * layers}
+        values |= {"output_bytes": 300, "alias_bytes": 100, "hbm_traffic": 20.0 * layers}
         return Program(**values | changes, collectives=[reduce] * (1 + 2 * layers))
 
     graphs = [Graph(name, b"", [], 3, 1500 + 10 * layers) for name in (DECODE, LEARN) for layers in (2, 4)]
@@ -148,7 +148,7 @@ def test_figures_grow_linearly_with_depth():
     graph = example_plan().graphs[0]
     assert graph.argument_bytes == 1100 and graph.temporary_bytes == 500 and graph.output_bytes == 200
     assert graph.held_bytes == 1600 - 1100, "what is alive and no argument"
-    assert graph.flops == 70 and graph.bytes_accessed == 200
+    assert graph.flops == 70 and graph.hbm_traffic == 200
     assert (graph.collectives["all-reduce"].count, graph.collectives["all-reduce"].bytes) == (21, 2100)
     assert graph.total_bytes == 1100 + 200 + 500 + 500
     chip = CHIPS["v5e"]
@@ -337,7 +337,7 @@ def test_extrapolated_figures_are_those_of_the_whole_model(tmp_path):
     whole = plan_of("gemma3_270m", tmp_path / "whole.json", "--whole")
     for ours, right in zip(cut["graphs"], whole["graphs"], strict=True):
         assert (ours["compiled_depths"], right["compiled_depths"]) == ([2, 4], [18])
-        for name in ("total_bytes", "flops", "bytes_accessed", "bound_seconds"):
+        for name in ("total_bytes", "flops", "hbm_traffic", "bound_seconds"):
             error = ours[name] / right[name] - 1
             print(f"{ours['name']:<29}{name:<16}{ours[name]:>12.4g}{right[name]:>12.4g}{error:>8.1%}")
             assert abs(error) < 0.1, (ours["name"], name)
