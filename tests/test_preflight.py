@@ -78,6 +78,55 @@ def test_two_chips_send_each_other_half(kind):
     assert hlo.sent_bytes(kind, result, 2) == (100 if kind == "all-reduce" else 50)
 
 
+FETCHED_AHEAD = """\
+HloModule SyncTensorsGraph.9, is_scheduled=true
+
+%view (p.1: bf16[64,8]) -> bf16[64,8] {
+  %p.1 = bf16[64,8]{1,0} parameter(0)
+  ROOT %bitcast.1 = bf16[64,8]{1,0} bitcast(%p.1)
+}
+
+%head (p.2: bf16[64,8], p.3: bf16[4,8]) -> f32[4,64] {
+  %p.2 = bf16[64,8]{1,0} parameter(0)
+  %p.3 = bf16[4,8]{1,0} parameter(1)
+  %viewed = bf16[64,8]{1,0} fusion(%p.2), kind=kLoop, calls=%view
+  ROOT %dot.1 = f32[4,64]{1,0} convolution(%p.3, %viewed)
+}
+
+%lookup (p.4: bf16[64,8], p.5: s32[4]) -> bf16[4,8] {
+  %p.4 = bf16[64,8]{1,0} parameter(0)
+  %p.5 = s32[4]{0} parameter(1)
+  ROOT %gather.1 = bf16[4,8]{1,0} gather(%p.4, %p.5)
+}
+
+%update (p.6: bf16[4,100,8], p.7: bf16[4,1,8]) -> bf16[4,100,8] {
+  %p.6 = bf16[4,100,8]{2,1,0} parameter(0)
+  %p.7 = bf16[4,1,8]{2,1,0} parameter(1)
+  ROOT %dynamic-update-slice.1 = bf16[4,100,8]{2,1,0} dynamic-update-slice(%p.6, %p.7)
+}
+
+ENTRY %main (embedding: bf16[64,8], ids: s32[4], cache: bf16[4,100,8], weight: bf16[8,8]) -> f32[4,64] {
+  %embedding = bf16[64,8]{1,0} parameter(0)
+  %ids = s32[4]{0:T(128)S(1)} parameter(1)
+  %cache = bf16[4,100,8]{2,1,0} parameter(2)
+  %weight = bf16[8,8]{1,0} parameter(3)
+  %rows = bf16[4,8]{1,0:S(1)} fusion(%embedding, %ids), kind=kCustom, calls=%lookup
+  %copy-start = (bf16[8,8]{1,0:S(1)}, bf16[8,8]{1,0}, u32[]{:S(2)}) copy-start(%weight)
+  %copy-done = bf16[8,8]{1,0:S(1)} copy-done(%copy-start)
+  %new = bf16[4,1,8]{2,1,0:S(1)} convolution(%rows, %copy-done)
+  %cached = bf16[4,100,8]{2,1,0} fusion(%cache, %new), kind=kLoop, calls=%update
+  ROOT %scores = f32[4,64]{1,0} fusion(%embedding, %rows), kind=kOutput, calls=%head
+}
+"""
+
+
+def test_only_what_moves_from_and_to_hbm_counts():
+    from preflight.traffic import hbm_bytes
+
+    looked_up, weight, update, head, scores = 4 * 8 * 2, 8 * 8 * 2, 4 * 8 * 2, 64 * 8 * 2, 4 * 64 * 4
+    assert hbm_bytes(FETCHED_AHEAD) == looked_up + weight + update + head + scores
+
+
 # ---- slices and shapes ----
 
 
