@@ -19,7 +19,7 @@ from .trace import DECODE, LEARN, OLD, OPTIMIZER, PREFILL, REFERENCE, model_of_z
 FLOAT = 4  # bytes of LoRA matrices, their gradients, AdamW's averages, logits
 # What a learning pass keeps of each token in each layer, in numbers of the base weights' type: so many times the
 # hidden size, the MLP's share, the query heads' share, and the scores of every query with every key of a head.
-SAVED = {"hidden": 16, "mlp": 6, "heads": 6, "scores": 5}
+SAVED = {"hidden": 6, "mlp": 4, "heads": 4, "scores": 2.5}
 
 
 def quick_plan(job: Job) -> Plan:
