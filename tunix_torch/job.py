@@ -13,7 +13,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 import rewards
 
-from . import device
+from . import device, processes
 from .callbacks import ConsoleProgress, MetricsFile
 from .config import DataConfig, GRPOConfig, ModelConfig
 from .model import base_model_name, load_model, load_tokenizer, lora_config, torch_dtype
@@ -80,7 +80,7 @@ def build_trainer(model_config: ModelConfig, data_config: DataConfig, args: GRPO
         args.eval_strategy = "no"
     model = load_model(model_config.model_name, torch_dtype(model_config.model_dtype))
     has_adapter = isinstance(model, PeftModel)
-    if has_adapter:
+    if has_adapter and processes.index() == 0:
         print(f"{model_config.model_name} is an adapter, rank {model_config.lora_rank}, which is trained further")
     trainer = TunixTrainer(
         model,
@@ -141,13 +141,16 @@ def train(
     trainer = build_trainer(model_config, data_config, args)
     if checkpoint is not None:
         args.eval_on_start = False  # the run that is resumed has done it
-    if checkpoint is None or Path(checkpoint).resolve().parent != output_dir.resolve():
-        set_aside_previous_run(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    save_config(settings, output_dir / "config.json")
-    print(f"{'GRPO' if args.use_grpo else 'SFT'} of {model_config.model_name} on {device.describe()}")
-    num_rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
-    print(f"{num_rows} training rows, {len(trainer.eval_dataset or [])} evaluation rows", flush=True)
+    trainer.accelerator.wait_for_everyone()  # all have read what is in the folder
+    if processes.index() == 0:
+        if checkpoint is None or Path(checkpoint).resolve().parent != output_dir.resolve():
+            set_aside_previous_run(output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        save_config(settings, output_dir / "config.json")
+        together = f", {processes.count()} processes" if processes.count() > 1 else ""
+        print(f"{'GRPO' if args.use_grpo else 'SFT'} of {model_config.model_name} on {device.describe()}{together}")
+        num_rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
+        print(f"{num_rows} training rows, {len(trainer.eval_dataset or [])} evaluation rows", flush=True)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
@@ -157,7 +160,7 @@ def train(
         print(f"\nStopped at step {trainer.state.global_step}; {hint}", file=sys.stderr)
         raise
     best = trainer.state.best_global_step if args.load_best_model_at_end else None
-    if best is not None:
+    if best is not None and processes.index() == 0:
         name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
         print(f"The best model, with {name} {trainer.state.best_metric:.4g}, is that of step {best}")
     last = evaluations(trainer)[-1]["step"]
@@ -165,6 +168,8 @@ def train(
         trainer.evaluate()  # the last step was not one of eval_steps, or the best model is an earlier one
     trainer.save_model()
     trainer.save_state()
+    if processes.index() > 0:
+        return trainer
     plot_training_curves(output_dir)
     if trainer.eval_dataset is not None:
         print_comparison(trainer)
