@@ -48,7 +48,7 @@ for case, settings in CASES.items():
     args = GRPOConfig(**{
         "output_dir": f"{root}/{case}" if processes.index() == 0 else f"{root}/not-the-first/{case}",
         "per_device_train_batch_size": prompts // processes.count(), "max_steps": steps, "learning_rate": 1e-2,
-        "adam_epsilon": 1e-3,  # else a gradient of nearly 0 moves a weight as far as any other, by the sign of its rounding
+        "adam_epsilon": 1e-3,  # else where a gradient is nearly 0, its rounding decides where the weight goes
         "num_completions_per_prompt": 2, "generation_max_length": 12, "max_prompt_length": 40, "system_message": "",
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "per_device_eval_batch_size": 4,
     } | settings)

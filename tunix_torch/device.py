@@ -6,6 +6,7 @@ there, else CUDA, else the CPU. A process keeps its choice for life.
 """
 
 import glob
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -19,19 +20,54 @@ import numpy as np
 
 KINDS = ("auto", "xla", "cuda", "cpu")
 
-# Google's PCI vendor id, and the device ids of TPU v2 to v7 (torch_xla/_internal/tpu.py lists the same).
+# Google's PCI vendor id, and the device ids of TPUs (torch_xla/_internal/tpu.py and jax/_src/hardware_utils.py).
 _TPU_VENDOR = "0x1ae0"
-_TPU_DEVICES = {"0x0027", "0x005e", "0x0063", "0x006f", "0x0056", "0x0062", "0x0076"}
+_TPU_DEVICES = {
+    "0x0027": "v2 or v3",
+    "0x0056": "without a public name",
+    "0x005e": "v4",
+    "0x0062": "v5p",
+    "0x0063": "v5e",
+    "0x006f": "v6e",
+    "0x0076": "v7x",
+}
+PCI_DEVICES = "/sys/bus/pci/devices"
+
+
+def tpu_chips() -> list[str]:
+    """The version of each TPU chip on this host's PCI bus, such as "v5e". Looks at files only; initialises nothing."""
+    chips = []
+    for vendor in glob.glob(f"{PCI_DEVICES}/*/vendor"):
+        product = pathlib.Path(vendor).with_name("device").read_text().strip()
+        if pathlib.Path(vendor).read_text().strip() == _TPU_VENDOR and product in _TPU_DEVICES:
+            chips.append(_TPU_DEVICES[product])
+    return chips
 
 
 def tpu_is_present() -> bool:
-    """True when a TPU chip hangs on this host's PCI bus. Looks at files only; initialises nothing."""
-    for vendor in glob.glob("/sys/bus/pci/devices/*/vendor"):
-        folder = pathlib.Path(vendor).parent
-        if pathlib.Path(vendor).read_text().strip() == _TPU_VENDOR:
-            if (folder / "device").read_text().strip() in _TPU_DEVICES:
-                return True
-    return False
+    """True when there is a TPU chip on this host."""
+    return bool(tpu_chips())
+
+
+def check_libtpu() -> str:
+    """The version of the installed libtpu, which is the one that the installed torch_xla was built for.
+
+    Raises:
+        ValueError: torch_xla or libtpu is not installed, or they do not belong together.
+    """
+    right = "pip install 'torch-xla[tpu]==2.9.0'"
+    try:
+        needed = importlib.metadata.requires("torch_xla") or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(f"torch_xla is not installed: {right}") from None
+    wanted = next(word.partition("==")[2].split(";")[0].strip() for word in needed if word.startswith("libtpu=="))
+    try:
+        found = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        found = "none"
+    if found != wanted:
+        raise ValueError(f"libtpu {found}: torch_xla {importlib.metadata.version('torch_xla')} needs {wanted}: {right}")
+    return found
 
 
 def _keep_transformers_off_xla() -> None:
@@ -87,6 +123,15 @@ if KIND == "xla":
     import torch_xla.utils.checkpoint as xla_checkpoint
 
 
+def keep_compilations(folder: str) -> None:
+    """Keep compiled graphs in a folder, so that the next process need not compile them. On a TPU; before any graph.
+
+    XLA:CPU can write such files but not read them, so there nothing is kept.
+    """
+    if is_tpu():
+        xla_runtime.initialize_cache(folder)
+
+
 def torch_device() -> torch.device:
     """The device that this process computes on."""
     return torch_xla.device() if KIND == "xla" else torch.device(KIND)
@@ -96,6 +141,9 @@ def is_tpu() -> bool:
     """True on a real TPU; False on XLA:CPU, which runs the same graphs on the host's processor."""
     return KIND == "xla" and os.environ["PJRT_DEVICE"] == "TPU"
 
+
+if "TUNIX_COMPILE_CACHE" in os.environ:
+    keep_compilations(os.environ["TUNIX_COMPILE_CACHE"])
 
 _mesh: "spmd.Mesh | None" = None
 
@@ -125,6 +173,10 @@ def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
         if torch_xla._XLAC._xla_get_spmd_config_is_locked():
             raise ValueError(f"{asked}: too late, the device is in use; call device.use_mesh before GRPOConfig is made")
         xla_runtime.use_spmd()
+    if xla_runtime.process_count() > 1:
+        raise ValueError(
+            f"{asked}: {xla_runtime.process_count()} hosts; a mesh over several hosts is not supported yet"
+        )
     found = xla_runtime.global_runtime_device_count()
     if found != wanted:
         hint = "" if is_tpu() else f"; CPU_NUM_DEVICES={wanted} makes as many on the CPU"
