@@ -11,7 +11,7 @@ from models import FAMILIES, PAD, VOCABULARY, WINDOW, add_nontrivial_lora, huggi
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tunix_torch.logprobs import token_logps
-from tunix_torch.model import base_model
+from tunix_torch.model import base_model, place
 from tunix_torch.sampler import Sampler, SamplingParams, choose_tokens, draw_uniforms
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -23,15 +23,20 @@ PARAMS = SamplingParams(max_new_tokens=20)  # longer than two windows
 
 
 def make_policy(family="gemma3", **lora):
-    return add_nontrivial_lora(make_model(family), **lora)
+    return place(add_nontrivial_lora(make_model(family), **lora))
 
 
-def sample(model, eos=SOME, params=PARAMS, group=GROUP, uniforms=None, prompts=None, pad=PAD, interval=16):
-    """A rollout for prompts of length 19, 11 and 3, unless others are given."""
+def sample(
+    model, eos=SOME, params=PARAMS, group=GROUP, uniforms=None, prompts=None, pad=PAD, interval=16, static=False
+):
+    """A rollout for prompts of length 19, 11 and 3, unless others are given; `static`: with fixed shapes, as on XLA."""
     ids, mask = prompts or (make_batch().prompt_ids, make_batch().prompt_mask)
     if uniforms is None:
         uniforms = draw_uniforms((0, 1), range(len(ids) * group), params.max_new_tokens)
-    return Sampler(model, eos, pad, interval).sample(ids, mask, group, params, uniforms)
+    sampler = Sampler(model, eos, pad, interval)
+    if static:
+        sampler._decode = sampler._decode_static
+    return sampler.sample(ids, mask, group, params, uniforms)
 
 
 def assert_same(left, right):
@@ -70,6 +75,31 @@ def test_every_token_is_chosen_from_a_full_forward_without_a_cache(family, param
             if int(token) in SOME:
                 break
         assert ids[kept].tolist() == row[len(prompt) :].tolist()
+
+
+@every_family
+@pytest.mark.parametrize("eos", [SOME, NEVER])
+def test_fixed_shapes_and_growing_ones_give_the_same_completions(family, eos):
+    model = make_policy(family)
+    assert_same(sample(model, eos=eos, static=True), sample(model, eos=eos))
+
+
+def test_rows_that_have_ended_cost_nothing_more():
+    """Where shapes follow the data, a step decodes the rows that are left, and up to an eighth more."""
+    model, rows = make_policy(), []
+    hook = (
+        base_model(model)
+        .get_decoder()
+        .register_forward_hook(
+            lambda module, args, kwargs, output: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+    )
+    lengths = sample(model, group=16).completion_mask.sum(-1)
+    hook.remove()
+    assert rows[0] == 3 and min(rows[1:]) < 24
+    for t, decoded in enumerate(rows[1:], start=1):  # feeds token t of every row
+        left = int((lengths > t).sum())
+        assert left <= decoded <= left * 8 / 7 + 1
 
 
 def test_greedy_sampling_needs_no_randomness():
@@ -262,13 +292,16 @@ def count_decode_steps(model, **options):
 @pytest.mark.parametrize("eos", [tuple(range(97)), tuple(range(60)), tuple(range(20)), SOME, NEVER])
 @pytest.mark.parametrize("interval", [1, 4, 7, 100])
 def test_sampling_stops_at_the_first_look_after_all_rows_have_ended(eos, interval):
+    """With fixed shapes it looks every so often; where they follow the data, before every step."""
     model, room = make_policy(), PARAMS.max_new_tokens - 1
-    rollout, steps = count_decode_steps(model, eos=eos, interval=interval)
+    rollout, steps = count_decode_steps(model, eos=eos)
     last_token = int(rollout.completion_mask.sum(-1).max()) - 1
     never_ended = (rollout.completion_mask[:, -1] & ~torch.isin(rollout.completion_ids[:, -1], torch.tensor(eos))).any()
-    needed = room if never_ended else max(last_token, 1)
-    assert steps == min(-(-needed // interval) * interval, room)
-    assert_same(rollout, sample(model, eos=eos, interval=99))
+    needed = room if never_ended else last_token
+    assert steps == needed
+    same, steps = count_decode_steps(model, eos=eos, interval=interval, static=True)
+    assert steps == min(-(-max(needed, 1) // interval) * interval, room)
+    assert_same(rollout, same)
 
 
 @pytest.mark.parametrize("pad", [PAD, SOME[0], SOME[3]])

@@ -5,8 +5,14 @@ tokens in slots equals their distance in positions, and both causality and the s
 """
 
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+# The names by which models take these forms of attention.
+GROUPED = "tunix_grouped"
+DECODE_GROUPED = "tunix_decode_grouped"
 
 
 def prompt_positions(prompt_mask: Tensor) -> Tensor:
@@ -46,6 +52,55 @@ def attention_masks(
     return {"full_attention": finish(full), "sliding_attention": finish(sliding)}
 
 
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention in which the query heads of one KV head stay together: keys and values are not repeated for each.
+
+    On a mesh it is also the form that XLA can split over rows and heads at once. The usual one flattens rows and heads
+    into one dimension of a batched product, which has no such layout, so that whole KV caches were gathered.
+
+    Args:
+        query: (R, heads, Q, head dim); key, value: (R, KV heads, K, head dim).
+        attention_mask: (R, 1, Q, K) bool, True: may look.
+        softcap: scores s become tanh(s / softcap) * softcap (Gemma 2).
+
+    Returns:
+        (R, Q, heads, head dim) and None; the signature is that of Transformers' attention functions.
+    """
+    rows, heads, num_queries, head_dim = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, num_queries, head_dim)  # (R, KV heads, heads / KV heads, Q, D)
+    scores = torch.einsum("rhgqd,rhkd->rhgqk", grouped, key) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.float().masked_fill(~attention_mask[:, :, None], torch.finfo(torch.float32).min)
+    weights = nn.functional.dropout(scores.softmax(dim=-1).to(query.dtype), dropout, module.training)
+    mixed = torch.einsum("rhgqk,rhkd->rhgqd", weights, value)
+    return mixed.reshape(rows, heads, num_queries, head_dim).transpose(1, 2).contiguous(), None
+
+
+def decode_grouped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
+) -> tuple[Tensor, None]:
+    """Transformers' sdpa; for one query a row, as in decoding, `grouped_attention`, which is faster on the CPU."""
+    if query.shape[2] == 1 and attention_mask is not None:
+        return grouped_attention(module, query, key, value, attention_mask, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+for _name, _function in ((GROUPED, grouped_attention), (DECODE_GROUPED, decode_grouped_attention)):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, sdpa_mask)
+
+
 class PrefixCache:
     """Keys and values that follow a prefix: `update` returns prefix and new ones joined, differentiable throughout.
 
@@ -73,6 +128,38 @@ class PrefixCache:
             for i, (k, v) in self.layers.items()
         }
         return PrefixCache(layers)
+
+    def take(self, rows: Tensor) -> "PrefixCache":
+        """Some rows, or a row several times: (N, ...) -> (len(rows), ...), `rows` int64."""
+        return PrefixCache({i: (k.index_select(0, rows), v.index_select(0, rows)) for i, (k, v) in self.layers.items()})
+
+
+class GrowingCache:
+    """A KV cache for rows that leave: each step appends one token to every row that is still there.
+
+    `capacity` slots are set aside at once, and `update` returns the part that is in use.
+    """
+
+    def __init__(self, prefix: PrefixCache, capacity: int) -> None:
+        self.used = prefix.get_seq_length(next(iter(prefix.layers)))  # slots, before the step that is running
+        more = (0, 0, 0, capacity - self.used)
+        self.layers = {
+            i: (nn.functional.pad(key, more), nn.functional.pad(value, more))
+            for i, (key, value) in prefix.layers.items()
+        }  # each (rows, KV heads, capacity, head dim)
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        keys, values = self.layers[layer_idx]
+        keys[:, :, self.used] = key[:, :, 0]
+        values[:, :, self.used] = value[:, :, 0]
+        return keys[:, :, : self.used + 1], values[:, :, : self.used + 1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.used
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows, (fewer,) int64."""
+        self.layers = {i: (key[rows], value[rows]) for i, (key, value) in self.layers.items()}
 
 
 class SlotCache:

@@ -4,6 +4,7 @@ Each field is a flag of `train.py` and a key of its config files. Names that TRL
 same thing are accepted everywhere as aliases.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,8 @@ GEMMA3_SIZES = ("270m", "1b", "4b", "12b", "27b")
 DATA_SOURCES = ("huggingface", "tfds", "kaggle", "file")
 KNOWN_DATASETS = ("gsm8k", "math", "arc")
 OVERLONG_PROMPTS = ("drop", "raise")
+
+CPU_TOKENS_PER_PASS = 2048  # at most, by default: the activations of so many fit, and more is not faster
 
 SYSTEM_MESSAGE = (
     "Reason step by step between <reasoning> and </reasoning>, "
@@ -228,13 +231,16 @@ class GRPOConfig(TrainingArguments):
     micro_batch_size: int | None = setting(
         None,
         "completions in one learning pass: divides the group size or is a multiple of it; "
-        "none: one group (SFT: the whole batch); 0: the whole batch",
+        "none: one group, on the CPU as many as make 2,048 tokens (SFT: the whole batch); 0: the whole batch",
     )
     reward_weights: list[float] | None = setting(None, "weight of each reward function; none: 1 each, or the preset's")
     reward_timeout: float | None = setting(None, "stop with an error when a reward function takes longer, in seconds")
 
     save_batches: int = setting(
         0, "keep the first so many steps, inputs and results, in output_dir/batches for python -m crosscheck --from-run"
+    )
+    profile_step: int | None = setting(
+        None, "record this optimizer step, from 1, as a Chrome/Perfetto trace in output_dir/profile; the first warm up"
     )
 
     # evaluation
@@ -282,10 +288,16 @@ class GRPOConfig(TrainingArguments):
     @property
     def rows_per_pass(self) -> int | None:
         """Rows in one learning pass; None: the whole batch."""
-        if self.micro_batch_size is None:
-            groups = process_device.axis_size("fsdp")  # each device a group of its own
-            return self.num_completions_per_prompt * groups if self.use_grpo else None
-        return self.micro_batch_size or None
+        if self.micro_batch_size is not None or not self.use_grpo:
+            return self.micro_batch_size or None
+        groups = process_device.axis_size("fsdp")  # each device a group of its own
+        if not (
+            process_device.is_accelerator() or process_device.has_mesh()
+        ):  # one group alone is too little to keep the cores busy
+            tokens = self.max_prompt_length + self.num_completions_per_prompt * self.generation_max_length
+            passes = math.ceil(self.per_device_train_batch_size / max(1, CPU_TOKENS_PER_PASS // tokens))
+            groups = math.ceil(self.per_device_train_batch_size / passes)
+        return self.num_completions_per_prompt * groups
 
     def _check_device(self) -> None:
         chosen = process_device.KIND
@@ -337,9 +349,10 @@ class GRPOConfig(TrainingArguments):
             "max_grad_norm",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        timeout, patience = self.reward_timeout, self.early_stopping_patience
+        timeout = self.reward_timeout
         require(timeout is None or timeout > 0, "reward_timeout", timeout, "must be above 0")
-        require(patience is None or patience >= 1, "early_stopping_patience", patience, "must be at least 1")
+        for name in ("early_stopping_patience", "profile_step"):
+            require((getattr(self, name) or 1) >= 1, name, getattr(self, name), "must be at least 1")
         for name, choices in (
             ("algorithm", ALGORITHMS),
             ("overlong_prompts", OVERLONG_PROMPTS),

@@ -5,15 +5,18 @@ here, when `tunix_torch` is imported: `TUNIX_DEVICE` (the scripts set it from `-
 there, else CUDA, else the CPU. A process keeps its choice for life.
 """
 
+import contextlib
 import glob
 import importlib.metadata
 import importlib.util
 import math
 import os
 import pathlib
+import re
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -117,6 +120,7 @@ if KIND == "xla":
     import torch_xla
     import torch_xla.core.xla_model as xm
     import torch_xla.debug.metrics as xla_metrics
+    import torch_xla.debug.profiler as xla_profiler
     import torch_xla.distributed.spmd as spmd
     import torch_xla.runtime as xla_runtime
     import torch_xla.utils.buffer_donor_context as buffer_donor_context
@@ -140,6 +144,11 @@ def torch_device() -> torch.device:
 def is_tpu() -> bool:
     """True on a real TPU; False on XLA:CPU, which runs the same graphs on the host's processor."""
     return KIND == "xla" and os.environ["PJRT_DEVICE"] == "TPU"
+
+
+def is_accelerator() -> bool:
+    """True on a real TPU and on CUDA; False where the host's processor computes, through XLA or not."""
+    return KIND == "cuda" or is_tpu()
 
 
 if "TUNIX_COMPILE_CACHE" in os.environ:
@@ -200,6 +209,14 @@ def shard(tensor: "torch.Tensor", axes: Sequence[str | None]) -> None:
         spmd.mark_sharding(tensor, _mesh, tuple(axis if axis in _mesh.axis_names else None for axis in axes))
 
 
+def shard_activation(tensor: "torch.Tensor", axes: Sequence[str | None]) -> "torch.Tensor":
+    """Lay an intermediate result on the mesh, and in the backward pass its gradient alike. Returns it."""
+    if _mesh is None:
+        return tensor
+    spec = tuple(axis if axis in _mesh.axis_names else None for axis in axes)
+    return spmd.xla_sharding.mark_sharding_with_gradients(tensor, _mesh, spec)
+
+
 def describe() -> str:
     """One line for people: which device, and how many of it."""
     if KIND == "xla":
@@ -214,8 +231,30 @@ def describe() -> str:
 
 def sync() -> None:
     """Cut the lazily traced XLA graph here and start running it. Does nothing on CUDA and CPU."""
-    if KIND == "xla":
+    if _recorder is not None:
+        _recorder()
+    elif KIND == "xla":
         torch_xla.sync()
+
+
+def wait() -> None:
+    """Wait until the device has done all that was started."""
+    if KIND == "xla":
+        xm.wait_device_ops()
+    elif KIND == "cuda":
+        torch.cuda.synchronize()
+
+
+def start_trace(folder: "os.PathLike[str]") -> None:
+    """Record what an XLA device does, until `stop_trace`. Elsewhere PyTorch's own profiler sees it."""
+    if KIND == "xla":
+        xla_profiler.start_trace(folder)
+
+
+def stop_trace() -> None:
+    """Write what was recorded to `folder/plugins/profile`, for TensorBoard."""
+    if KIND == "xla":
+        xla_profiler.stop_trace()
 
 
 def compile_step(step: Callable[..., Any], model: "torch.nn.Module") -> Callable[..., Any]:
@@ -225,10 +264,12 @@ def compile_step(step: Callable[..., Any], model: "torch.nn.Module") -> Callable
         step: takes tensors and lists of tensors, and returns tensors. It may change arguments in place, and reads
             nothing else that changes but the weights of `model`; it draws no random numbers. Its first results have
             the shapes of its first arguments: they take their place in the next call.
-        model: whose parameters and buffers the step reads. Their values may change between calls; what is no tensor,
-            such as whether an adapter is on, is that of the first call.
+        model: whose tensors the step reads: parameters, buffers and other attributes of its modules. Their values may
+            change between calls; what is no tensor, such as whether an adapter is on, is that of the first call.
     """
-    return _CompiledStep(step, model) if KIND == "xla" else step
+    if KIND != "xla":
+        return step
+    return _CompiledStep(step, model) if _recorder is None else _recorded_once(step)
 
 
 class _CompiledStep:
@@ -244,9 +285,9 @@ class _CompiledStep:
         self.slots = [
             (tensors, name)
             for module in model.modules()
-            for tensors in (module._parameters, module._buffers)
+            for tensors in (module._parameters, module._buffers, vars(module))
             for name, tensor in tensors.items()
-            if tensor is not None
+            if isinstance(tensor, torch.Tensor)
         ]
         self.programs: dict[tuple[torch.Size, ...], _Program] = {}
 
@@ -337,3 +378,82 @@ def peak_memory_bytes() -> int:
 def memory_summary() -> str:
     """Peak memory of this process so far, for people."""
     return f"peak memory {peak_memory_bytes() / 2**30:.2f} GiB"
+
+
+# ---- graphs that are looked at, not run: `preflight` plans a job by them ----
+
+_recorder: Callable[[], None] | None = None
+
+
+@contextlib.contextmanager
+def recording(recorder: Callable[[], None]) -> Iterator[None]:
+    """Within this context `sync` calls `recorder` in place of running the graph, and compiled steps are traced once."""
+    global _recorder
+    assert KIND == "xla" and _recorder is None
+    _recorder = recorder
+    try:
+        yield
+    finally:
+        _recorder = None
+
+
+def _recorded_once(step: Callable[..., Any]) -> Callable[..., Any]:
+    results: list[Any] = []
+
+    def recorded_step(*args: Any) -> Any:
+        if not results:
+            sync()  # what is pending before it belongs to another graph
+            results.append(step(*args))
+            sync()
+        return results[0]
+
+    return recorded_step
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """What torch-xla knows of one tensor."""
+
+    number: int  # of the tensor's present value
+    overwrites: int  # the number of the value that it had before it was changed in place; else its own
+    pending: bool  # traced, not computed
+    bytes_per_device: int  # with its sharding, as if it had been computed
+
+
+def lazy_tensor(tensor: "torch.Tensor") -> LazyTensor:
+    """What torch-xla knows of a tensor on an XLA device."""
+    text = torch_xla._XLAC._get_xla_tensor_debug_info(tensor)
+    fields = dict(re.findall(r"^(TensorID|AliasID|IR): (.*)$", text, re.MULTILINE))
+    tiles = [1] * tensor.dim()
+    sharding = re.search(r"devices=\[([\d,]+)\]", torch_xla._XLAC._get_xla_sharding_spec(tensor))
+    if sharding is not None:
+        tiles = [int(size) for size in sharding[1].split(",")][: tensor.dim()]
+    shard = math.prod(-(-size // tile) for size, tile in zip(tensor.shape, tiles, strict=True))
+    pending = fields["IR"] != "None" and "xla::device_data" not in fields["IR"]
+    return LazyTensor(int(fields["TensorID"]), int(fields["AliasID"]), pending, shard * tensor.dtype.itemsize)
+
+
+def graph_of(tensors: "Sequence[torch.Tensor]") -> tuple[bytes, list[int]]:
+    """The graph that would compute these pending tensors, and the numbers of the values that it reads.
+
+    Returns:
+        a serialized HloModuleProto with the shardings, one result a tensor; `LazyTensor.number` of each parameter.
+    """
+    tensors = list(tensors)
+    return (
+        torch_xla._XLAC._get_xla_tensors_hlo_proto(tensors),
+        torch_xla._XLAC._get_tensors_xla_device_data_node(tensors)[0],
+    )
+
+
+def sharding_of(tensor: "torch.Tensor") -> Any:
+    """How a tensor is laid on the mesh, for `zeros_in_place_of`; None: nothing has been said."""
+    return torch_xla._XLAC._get_xla_op_sharding(tensor) if torch_xla._XLAC._get_xla_sharding_spec(tensor) else None
+
+
+def zeros_in_place_of(tensor: "torch.Tensor", sharding: Any) -> "torch.Tensor":
+    """Zeros on the device, of the tensor's shape and type, laid on the mesh as `sharding_of` another one."""
+    zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape).to(torch_device())
+    if sharding is not None:
+        torch_xla._XLAC._xla_mark_sharding(zeros, sharding)
+    return zeros

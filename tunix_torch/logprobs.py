@@ -1,5 +1,7 @@
 """Log-probabilities of completions, (B, C), without ever holding (B, C, vocabulary) logits."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +10,7 @@ from .attention import PrefixCache, attention_masks, prompt_positions
 from .batch import TrainBatch
 from .model import base_model, hidden_states, logits, prefill, text_config
 
+_SHORT = 16  # tokens: shorter completions are not told apart
 LOGITS_AT_ONCE = 2**25  # numbers of one chunk of logits: 128 MiB in float32
 
 
@@ -28,45 +31,87 @@ def token_logps(
         logps (B, C) float32, 0 where masked; entropy (B, C) float32 in nats, without gradient, 0 where masked.
     """
     completion_states = _shared_prefix_states if share_prefix else _plain_states
-    hidden = completion_states(model, batch)  # (B, C, D)
-    num_rows, width = batch.completion_ids.shape
-    flat_hidden, flat_ids = hidden.flatten(0, 1), batch.completion_ids.flatten()
-    chunk = max(1, LOGITS_AT_ONCE // base_model(model).get_output_embeddings().weight.shape[0])
+    hidden, places = completion_states(model, batch)
+    shape, ids = batch.completion_ids.shape, batch.completion_ids
+    ids = ids if places is None else ids.flatten()[places][None]  # as hidden, but for D
+    vocabulary = base_model(model).get_output_embeddings().weight.shape[0]
+    # Whole columns, so that on a mesh each device keeps its rows; a chunk is spread over all devices.
+    columns = max(1, LOGITS_AT_ONCE * device.axis_size("fsdp") * device.axis_size("tp") // (len(ids) * vocabulary))
 
     def score(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logps = torch.log_softmax(logits(model, hidden) / temperature, dim=-1)  # (chunk, V)
+        logps = torch.log_softmax(logits(model, hidden) / temperature, dim=-1)  # (B, columns, V)
         with torch.no_grad():
             entropy = -(logps.exp() * logps).sum(-1)
-        return logps.gather(-1, ids[:, None])[:, 0], entropy
+        return logps.gather(-1, ids[..., None])[..., 0], entropy
 
     chunks = [
-        device.checkpoint(score, h, i) if torch.is_grad_enabled() else score(h, i)
-        for h, i in zip(flat_hidden.split(chunk), flat_ids.split(chunk), strict=True)
+        device.checkpoint(score, h.contiguous(), i) if torch.is_grad_enabled() else score(h.contiguous(), i)
+        for h, i in zip(hidden.split(columns, 1), ids.split(columns, 1), strict=True)
     ]
-    logps, entropy = (torch.cat(parts).view(num_rows, width) for parts in zip(*chunks, strict=True))
-    mask = batch.completion_mask
-    return logps.masked_fill(~mask, 0.0), entropy.detach().masked_fill(~mask, 0.0)
+    values = [torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)]  # logps and entropy, as ids
+    if places is not None:
+        values = [value.new_zeros(shape.numel()).index_put((places,), value[0]).view(shape) for value in values]
+    logps, entropy = (value.masked_fill(~batch.completion_mask, 0.0) for value in values)
+    return logps, entropy.detach()
 
 
-def _shared_prefix_states(model: nn.Module, batch: TrainBatch) -> Tensor:
-    """Hidden states that predict each completion token, (B, C, D): one pass over N prompts, one over B completions."""
-    group_size = batch.completion_ids.shape[0] // batch.prompt_ids.shape[0]
+def _shared_prefix_states(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, Tensor | None]:
+    """Hidden states that predict completion tokens: one pass over N prompts, then passes over completions.
+
+    Returns:
+        on XLA: states (B, C, D) of all tokens, and None. Elsewhere: those that the mask keeps, (1, T, D), computed for
+        rows of similar length together, so that padding costs little, and (T,) int64, to which of the B * C tokens,
+        counted row by row, each belongs.
+    """
+    (num_rows, width), num_prompts = batch.completion_ids.shape, batch.prompt_ids.shape[0]
+    group_size = num_rows // num_prompts
     last_hidden, prefix = prefill(model, batch.prompt_ids, batch.prompt_mask)
-    first = last_hidden.repeat_interleave(group_size, dim=0)[:, None]  # predicts the first completion token
-    inputs = batch.completion_ids[:, :-1]  # the last token predicts nothing that is asked for
+    if device.KIND == "xla":
+        first = last_hidden.repeat_interleave(group_size, dim=0)
+        prompt_mask = batch.prompt_mask.repeat_interleave(group_size, dim=0)
+        states = _states_after(model, first, prefix.expand(group_size), prompt_mask, batch.completion_ids)
+        return states, None
+    states, places = [], []
+    for bucket, bucket_width in length_buckets(batch.completion_mask.sum(dim=1).tolist()):
+        rows = torch.tensor(bucket, device=last_hidden.device)
+        prompts = rows // group_size
+        ids, mask = batch.completion_ids[rows, :bucket_width], batch.completion_mask[rows, :bucket_width]
+        hidden = _states_after(model, last_hidden[prompts], prefix.take(prompts), batch.prompt_mask[prompts], ids)
+        states.append(hidden[mask])
+        places.append((rows[:, None] * width + torch.arange(bucket_width, device=rows.device))[mask])
+    return torch.cat(states)[None], torch.cat(places)
+
+
+def _states_after(model: nn.Module, first: Tensor, prefix: PrefixCache, prompt_mask: Tensor, ids: Tensor) -> Tensor:
+    """Hidden states that predict the completion tokens `ids` (R, C): (R, C, D).
+
+    `first` (R, D) are those of each prompt's last token, which predict the first; `prompt_mask` is (R, P).
+    """
+    inputs = ids[:, :-1]  # the last token predicts nothing that is asked for
     if inputs.shape[1] == 0:
-        return first
-    prompt_mask = batch.prompt_mask.repeat_interleave(group_size, dim=0)
-    prompt_width = prompt_mask.shape[1]
+        return first[:, None]
     key_mask = nn.functional.pad(prompt_mask, (0, inputs.shape[1]), value=True)
     offsets = torch.arange(inputs.shape[1], device=inputs.device)
-    masks = attention_masks(text_config(model), key_mask, prompt_width + offsets, base_model(model).dtype)
+    masks = attention_masks(text_config(model), key_mask, prompt_mask.shape[1] + offsets, base_model(model).dtype)
     positions = prompt_mask.sum(-1, keepdim=True) + offsets
-    hidden = hidden_states(model, inputs, masks, positions, prefix.expand(group_size))
-    return torch.cat((first, hidden), dim=1)
+    hidden = hidden_states(model, inputs, masks, positions, prefix)
+    return torch.cat((first[:, None], hidden), dim=1)
 
 
-def _plain_states(model: nn.Module, batch: TrainBatch) -> Tensor:
+def length_buckets(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
+    """Rows of similar length together: (rows, the longest of them) for each bucket, longest first.
+
+    A bucket's shortest row has more than 3/4 of its longest's tokens, or the whole bucket is short.
+    """
+    buckets: list[tuple[list[int], int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not buckets or max(lengths[row], _SHORT) * 4 <= 3 * buckets[-1][1]:
+            buckets.append(([], max(1, lengths[row])))
+        buckets[-1][0].append(row)
+    return buckets
+
+
+def _plain_states(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, None]:
     """The same in one pass over whole rows, prompt and completion; needed by gradient checkpointing of layers."""
     group_size = batch.completion_ids.shape[0] // batch.prompt_ids.shape[0]
     prompt_ids = batch.prompt_ids.repeat_interleave(group_size, dim=0)
@@ -76,4 +121,4 @@ def _plain_states(model: nn.Module, batch: TrainBatch) -> Tensor:
     slots = torch.arange(ids.shape[1], device=ids.device)
     masks = attention_masks(text_config(model), mask, slots, base_model(model).dtype)
     hidden = hidden_states(model, ids, masks, prompt_positions(mask), PrefixCache())
-    return hidden[:, prompt_ids.shape[1] - 1 : -1]
+    return hidden[:, prompt_ids.shape[1] - 1 : -1], None

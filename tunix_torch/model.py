@@ -27,8 +27,9 @@ from transformers import (
 )
 
 from . import device, tiny
-from .attention import PrefixCache, attention_masks, prompt_positions
+from .attention import DECODE_GROUPED, GROUPED, PrefixCache, attention_masks, prompt_positions
 from .config import ModelConfig
+from .merged_lora import merge_lora
 from .sharding import shard_model
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ LORA_EXCLUDED = r".*(vision_tower|audio_tower|multi_modal_projector).*"
 
 def default_dtype() -> torch.dtype:
     """bfloat16 on a TPU and on CUDA; float32 where a CPU computes (XLA on the CPU too)."""
-    return torch.bfloat16 if device.KIND == "cuda" or device.is_tpu() else torch.float32
+    return torch.bfloat16 if device.is_accelerator() else torch.float32
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -180,13 +181,21 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 
 def place(model: nn.Module) -> nn.Module:
-    """Move a model to this process's device. Tied embeddings come untied on XLA, so they are tied again."""
+    """Move a model to this process's device. Tied embeddings come untied on XLA, so they are tied again.
+
+    On the CPU its attention takes a faster form, and there and on XLA its LoRA layers do: equal up to rounding.
+    """
     model.to(device.torch_device())
     base = base_model(model)
+    if device.KIND != "cuda" and not device.has_mesh():
+        merge_lora(model)
+    if device.KIND == "cpu" and text_config(model)._attn_implementation == "sdpa":
+        base.set_attn_implementation(DECODE_GROUPED)
     base.tie_weights()
     if base.config.get_text_config().tie_word_embeddings:
         assert base.get_output_embeddings().weight is base.get_input_embeddings().weight, "embeddings came untied"
     if device.has_mesh():
+        base.set_attn_implementation(GROUPED)
         shard_model(model, base.config.get_text_config().num_key_value_heads)
     return model
 

@@ -73,6 +73,7 @@ MAY_CHANGE = (
     "save_steps",
     "save_total_limit",
     "save_batches",
+    "profile_step",
     "logging_steps",
     "logging_strategy",
     "report_to",

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from . import device
-from .attention import SlotCache, attention_masks
+from .attention import GrowingCache, PrefixCache, SlotCache, attention_masks
 from .batch import Rollout
+from .merged_lora import packed_for_decoding
 from .model import adapters_in_use, base_model, hidden_states, logits, prefill, text_config
 from .sharding import shard_rows
+
+_LEAVE_AT = 7 / 8  # rows that have ended leave when so few are left: each time the KV cache is copied
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Sampler:
         model: a causal language model, with or without a LoRA; whatever is active is sampled from.
         eos_token_ids: any of these ends a completion.
         pad_token_id: fills up after the end.
-        stop_check_interval: every so many tokens the host looks whether all rows have ended.
+        stop_check_interval: every so many tokens the host looks which rows have ended; on the CPU before every one.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Sampler:
         self.model = model
         self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
         self.stop_check_interval = stop_check_interval
+        self._decode = self._decode_static if device.KIND == "xla" else self._decode_growing
         self._steps: dict[tuple[SamplingParams, int, tuple[str, ...]], Callable] = {}
 
     @torch.no_grad()
@@ -119,33 +123,94 @@ class Sampler:
     ) -> Rollout:
         for tensor in (prompt_ids, prompt_mask, uniforms):
             shard_rows(tensor)
+        with packed_for_decoding(self.model):
+            device.sync()
+            ids, logps, key_mask, prefix = self._start(prompt_ids, prompt_mask, num_completions, params, uniforms)
+            ids, logps = self._decode(ids, logps, key_mask, prefix, uniforms, params)
+        mask = self._completion_mask(ids)
+        return Rollout(ids.masked_fill(~mask, self.pad_token_id), mask, logps.masked_fill(~mask, 0.0))
+
+    def _start(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, num_completions: int, params: SamplingParams, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, PrefixCache]:
+        """One pass over the prompts, and each row's first token.
+
+        Returns:
+            ids, logps (B, C), of which the first column is filled in; key_mask (B, P + C - 1); the prompts' KV cache.
+        """
         last_hidden, prefix = prefill(self.model, prompt_ids, prompt_mask)
         scores = logits(self.model, last_hidden).repeat_interleave(num_completions, dim=0)  # (B, V)
         tokens, logps = choose_tokens(scores, uniforms[:, 0], params)
         room = params.max_new_tokens - 1
-        ids = nn.functional.pad(tokens[:, None], (0, room), value=self.pad_token_id)  # (B, C)
-        logps = nn.functional.pad(logps[:, None], (0, room))  # (B, C)
-        ended = self._is_eos(tokens)  # (B,)
-        step = torch.zeros(1, dtype=torch.int64, device=ids.device)
-        layer_ids = list(prefix.layers)
-        prefix = prefix.expand(num_completions)
+        ids = nn.functional.pad(tokens[:, None], (0, room), value=self.pad_token_id)
+        logps = nn.functional.pad(logps[:, None], (0, room))
+        key_mask = nn.functional.pad(prompt_mask.repeat_interleave(num_completions, dim=0), (0, room), value=True)
+        return ids, logps, key_mask, prefix.expand(num_completions)
+
+    def _decode_growing(
+        self,
+        ids: Tensor,
+        logps: Tensor,
+        key_mask: Tensor,
+        prefix: PrefixCache,
+        uniforms: Tensor,
+        params: SamplingParams,
+    ) -> tuple[Tensor, Tensor]:
+        """Fill in the columns from 1 on, with shapes that follow the data: rows that have ended leave."""
+        model, config, dtype = self.model, text_config(self.model), base_model(self.model).dtype
+        width, room = prefix.get_seq_length(next(iter(prefix.layers))), params.max_new_tokens - 1
+        lengths = key_mask[:, :width].sum(-1, keepdim=True)  # (B, 1)
+        cache, rows = GrowingCache(prefix, width + room), torch.arange(len(ids), device=ids.device)  # those still there
+        interval = 1 if ids.device.type == "cpu" else self.stop_check_interval  # there the host need not wait
+        ended = self._is_eos(ids[:, 0])
+        for t in range(room):
+            if t % interval == 0:
+                num_left = len(rows) - int(ended.sum())
+                if num_left == 0:
+                    break
+                if num_left <= _LEAVE_AT * len(rows):
+                    left = (~ended).nonzero()[:, 0]
+                    cache.keep(left)
+                    rows, ended, key_mask, lengths = rows[left], ended[left], key_mask[left], lengths[left]
+            masks = attention_masks(
+                config, key_mask[:, : width + t + 1], torch.tensor([width + t], device=ids.device), dtype
+            )
+            hidden = hidden_states(model, ids[rows, t : t + 1], masks, lengths + t, cache)  # (rows, 1, D)
+            cache.used += 1
+            tokens, token_logps = choose_tokens(logits(model, hidden[:, 0]), uniforms[rows, t + 1], params)
+            ids[rows, t + 1] = tokens.masked_fill(ended, self.pad_token_id)
+            logps[rows, t + 1] = token_logps
+            ended |= self._is_eos(tokens)
+        return ids, logps
+
+    def _decode_static(
+        self,
+        ids: Tensor,
+        logps: Tensor,
+        key_mask: Tensor,
+        prefix: PrefixCache,
+        uniforms: Tensor,
+        params: SamplingParams,
+    ) -> tuple[Tensor, Tensor]:
+        """The same with fixed shapes, by one compiled step."""
+        room, layer_ids = params.max_new_tokens - 1, tuple(prefix.layers)
+        width = prefix.get_seq_length(layer_ids[0])
+        ended, step = self._is_eos(ids[:, 0]), torch.zeros(1, dtype=torch.int64, device=ids.device)  # (B,)
+        lengths = key_mask[:, :width].sum(-1, keepdim=True)  # (B, 1)
         keys = [nn.functional.pad(prefix.layers[i][0], (0, 0, 0, room)) for i in layer_ids]  # (B, heads, K, head dim)
         values = [nn.functional.pad(prefix.layers[i][1], (0, 0, 0, room)) for i in layer_ids]  # K = P + C - 1
-        key_mask = nn.functional.pad(prompt_mask.repeat_interleave(num_completions, dim=0), (0, room), value=True)
-        lengths = prompt_mask.sum(-1, keepdim=True).repeat_interleave(num_completions, dim=0)  # (B, 1)
         for tensor in (*keys, *values):
             shard_rows(tensor, heads_dim=1)
         for tensor in (ids, logps, ended, key_mask, lengths):
             shard_rows(tensor)
+        prefix.layers.clear()  # what is alive here, XLA computes and keeps
         device.sync()
-
-        decode = self._decode_step(params, tuple(layer_ids), prompt_ids.shape[1])
+        decode = self._decode_step(params, layer_ids, width)
         for t in range(room):
             ids, logps, ended, step = decode(ids, logps, ended, step, key_mask, lengths, uniforms, keys, values)
             if (t + 1) % self.stop_check_interval == 0 and bool(ended.cpu().all()):  # the host waits here
                 break
-        mask = self._completion_mask(ids)
-        return Rollout(ids.masked_fill(~mask, self.pad_token_id), mask, logps.masked_fill(~mask, 0.0))
+        return ids, logps
 
     def _is_eos(self, tokens: Tensor) -> Tensor:
         ended = tokens == self.eos_token_ids[0]

@@ -36,6 +36,7 @@ from .grpo import aggregation_weights, compute_group_advantages, grpo_loss
 from .logprobs import token_logps
 from .metrics import broken_invariant, learning_metrics, rollout_metrics, sum_up
 from .model import add_lora, base_model, eos_token_ids, load_model, load_tokenizer, lora_config, place, reference_policy
+from .profiling import ProfileStep, span
 from .record import FOLDER, record_step
 from .sampler import Sampler, SamplingParams, draw_uniforms
 from .scoring import RewardFunc, name_of, score_completions
@@ -133,6 +134,7 @@ class TunixTrainer(Trainer):
             require(workers == 0, "dataloader_num_workers", workers, "each would read the whole stream: set it to 0")
         patience = args.early_stopping_patience
         early_stopping = [] if patience is None else [EarlyStoppingCallback(patience)]
+        profiling = [] if args.profile_step is None else [ProfileStep(args.profile_step)]
         super().__init__(
             model=model,
             args=args,
@@ -140,7 +142,7 @@ class TunixTrainer(Trainer):
             train_dataset=None if train_dataset is None else self._prepare(train_dataset),
             eval_dataset=None if eval_dataset is None else self._prepare(list(eval_dataset)),
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), *early_stopping, _EndGraphWithOptimizer()],
+            callbacks=[*(callbacks or []), *early_stopping, *profiling, _EndGraphWithOptimizer()],
         )
         self.first_answers: Answers | None = None  # greedy answers of this process's first evaluation
         self.last_answers: Answers | None = None  # and of its newest
@@ -204,21 +206,26 @@ class TunixTrainer(Trainer):
         """One rollout batch, or with SFT one batch of rows: forward and backward. Returns the loss, detached."""
         if self.args.use_grpo:
             return self.grpo_training_step(PromptBatch(**inputs).to(self.args.device))
-        return self._sft_step(inputs)
+        with span("learning"):
+            return self._sft_step(inputs)
 
     def grpo_training_step(self, prompts: PromptBatch) -> Tensor:
         """Sample, score, learn. Returns the loss, detached."""
-        return self.update(self.collect(prompts))
+        batch = self.collect(prompts)
+        with span("learning"):
+            return self.update(batch)
 
     def collect(self, prompts: PromptBatch) -> TrainBatch:
         """Sample a group of completions for each of N prompts, score them, and compute all that the loss needs."""
         device.sync()  # what the Trainer left pending must not become part of the rollout's graph
         args, started = self.args, time.perf_counter()
-        rollout = self.sample_completions_for_prompts(prompts)
-        ids, mask = rollout.completion_ids.cpu(), rollout.completion_mask.cpu()  # first time the host waits
+        with span("rollout"):
+            rollout = self.sample_completions_for_prompts(prompts)
+            ids, mask = rollout.completion_ids.cpu(), rollout.completion_mask.cpu()  # first time the host waits
         seconds = time.perf_counter() - started
         texts = self.processing_class.batch_decode(ids.tolist(), skip_special_tokens=True)
-        self._rewards = self.compute_rewards_for_completions(prompts, texts)  # (B, R)
+        with span("scoring"):
+            self._rewards = self.compute_rewards_for_completions(prompts, texts)  # (B, R)
         totals = (self._rewards * self.reward_weights).nansum(dim=1)  # (B,)
         names, group = [name_of(function) for function in self.reward_funcs], args.num_completions_per_prompt
         ids, mask, rewards, everyones = map(processes.gather_rows, (ids, mask, self._rewards, totals))
@@ -250,7 +257,7 @@ class TunixTrainer(Trainer):
             rewards=rewards,
         )
         if args.beta > 0:
-            with reference_policy(self.model):
+            with span("reference"), reference_policy(self.model):
                 batch.ref_per_token_logps = self._logps_without_gradient(batch)
         if args.num_iterations > 1:
             batch.old_per_token_logps = self._logps_without_gradient(batch)
