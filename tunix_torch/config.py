@@ -256,9 +256,12 @@ class GRPOConfig(TrainingArguments):
         self._check_values()
         self._resolve()
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False  # rows hold texts, which a process can't send to others
         self._n_gpu = min(1, self.n_gpu)  # one process, one GPU: Trainer would split batches over all that it sees
         # TrainingArguments has a property of this name, which Trainer reads; a field of ours replaces it
-        self.device = self._setup_devices
+        # Accelerate numbers the CPU of several processes, and torch.load doesn't know a "cpu:0"
+        self.device = torch.device("cpu") if self._setup_devices.type == "cpu" else self._setup_devices
 
     def to_dict(self) -> dict[str, Any]:
         """As `TrainingArguments.to_dict`, with the device as the word that was asked for."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -202,6 +203,12 @@ def place(model: nn.Module) -> nn.Module:
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face model, adapter layers inside, without PEFT's wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def adapters_in_use(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that act now; none where the model has none, or they are off or merged."""
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    return () if layer is None or layer.disable_adapters or layer.merged else tuple(layer.active_adapters)
 
 
 def text_config(model: nn.Module) -> PretrainedConfig:
