@@ -13,8 +13,8 @@ class Chip:
 
     Compute, HBM bandwidth and interconnect are those of Google's pages cloud.google.com/tpu/docs/v5e, /v5p and /v6e
     (the interconnect there counts both directions; here it is what a chip sends). `hbm_bytes` is the limit that
-    libtpu 0.0.21 itself names when a program is too large ("... of 15.75G hbm"): the capacity less what the runtime
-    keeps; `python -m preflight.compile_tpu --limits` asks it again.
+    libtpu 0.0.21 names when a program is too large ("Used 36.00G of 15.75G hbm"): the capacity less what the runtime
+    keeps for itself.
     """
 
     name: str

@@ -77,6 +77,7 @@ def _compile(topology: Topology, num_partitions: int, graph: Graph) -> Program:
             **os.environ,
             "JAX_PLATFORMS": "cpu",  # jax itself looks for no TPU; libtpu is only asked to compile
             "TPU_SKIP_MDS_QUERY": "1",  # nor asks Google Cloud for one
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another plan may be compiling
             "TPU_WORKER_HOSTNAMES": "localhost",
             "TPU_ACCELERATOR_TYPE": "v5litepod-8",
             "LIBTPU_INIT_ARGS": " ".join(topology.libtpu_flags),

@@ -17,12 +17,13 @@ from transformers import PretrainedConfig
 
 import utils
 from tunix_torch import GRPOConfig, ModelConfig, device
+from tunix_torch.model import torch_dtype
 
 from .chips import Chip, Topology
 from .compiler import Program, compile_for
 from .models import model_config as config_of
 from .models import vision_parameters, with_depth
-from .trace import DECODE, Graph, dtype_on_tpu, make_trainer, trace_step
+from .trace import DECODE, Graph, make_trainer, trace_step
 
 CUT_DEPTHS = (2, 4)  # layers; each has a sliding and a full one
 NUMBERS = (
@@ -206,7 +207,7 @@ def plan_graph(
     for name in ("argument_bytes", "temporary_bytes", "code_bytes", "flops", "bytes_accessed"):
         setattr(result, name, number[name])
     result.output_bytes = max(0.0, number["output_bytes"] - number["alias_bytes"])
-    vision = vision_parameters(job.model.model_name) * dtype_on_tpu(job.model.model_dtype).itemsize
+    vision = vision_parameters(job.model.model_name) * torch_dtype(job.model.model_dtype).itemsize
     result.held_bytes = max(0.0, at_full_depth([graph.live_bytes for graph in graphs]) - result.argument_bytes) + vision
     for kind in sorted({collective.kind for program in programs for collective in program.collectives}):
         alike = [[c for c in program.collectives if c.kind == kind] for program in programs]
@@ -227,6 +228,7 @@ def job_of(argv: Sequence[str], topology: Topology) -> Job:
     import train
 
     _check_mesh(argv, topology)
+    device.plan_for_tpu()
     model, _, args = train.parse_args([*argv, "--device", "xla"])
     if not args.use_grpo:
         raise ValueError("use_grpo=False: only GRPO is planned; set use_grpo to true")

@@ -9,12 +9,12 @@ import math
 from accelerate import init_empty_weights
 
 from tunix_torch.logprobs import LOGITS_AT_ONCE
-from tunix_torch.model import add_lora, lora_config
+from tunix_torch.model import add_lora, lora_config, torch_dtype
 from tunix_torch.sharding import axes_of
 
 from .models import vision_parameters
 from .plan import GraphPlan, Job, Plan, Traffic
-from .trace import DECODE, LEARN, OLD, OPTIMIZER, PREFILL, REFERENCE, dtype_on_tpu, model_of_zeros
+from .trace import DECODE, LEARN, OLD, OPTIMIZER, PREFILL, REFERENCE, model_of_zeros
 
 FLOAT = 4  # bytes of LoRA matrices, their gradients, AdamW's averages, logits
 # What a learning pass keeps of each token in each layer, in numbers of the base weights' type: so many times the
@@ -31,7 +31,7 @@ def quick_plan(job: Job) -> Plan:
     config, args, chip = job.config, job.args, job.topology.chip
     sizes = mesh_sizes(job)
     fsdp, tp = sizes["fsdp"], sizes["tp"]
-    itemsize = dtype_on_tpu(job.model.model_dtype).itemsize
+    itemsize = torch_dtype(job.model.model_dtype).itemsize
     weights, head, lora = parameter_bytes(job, sizes)
     weights += vision_parameters(job.model.model_name) * itemsize
     decoder = (weights - head) / itemsize  # numbers of a chip's share of the layers
@@ -154,7 +154,7 @@ def parameter_bytes(job: Job, sizes: dict[str | None, int]) -> tuple[float, floa
     Raises:
         ValueError: an axis of the mesh does not divide a parameter.
     """
-    model = model_of_zeros(job.config, dtype_on_tpu(job.model.model_dtype))
+    model = model_of_zeros(job.config, torch_dtype(job.model.model_dtype))
     with init_empty_weights(include_buffers=False):
         model = add_lora(model, lora_config(job.model))
     split_kv_heads = job.config.num_key_value_heads % sizes["tp"] == 0

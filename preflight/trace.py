@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tunix_torch import GRPOConfig, ModelConfig, TunixTrainer, device, tiny
 from tunix_torch.batch import PromptBatch, TrainBatch
-from tunix_torch.model import lora_config
+from tunix_torch.model import lora_config, torch_dtype
 
 # A step's graphs, in the order in which they run.
 PREFILL, DECODE, REFERENCE, OLD, LEARN, OPTIMIZER = (
@@ -62,11 +62,6 @@ def model_of_zeros(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     return model
 
 
-def dtype_on_tpu(name: str) -> torch.dtype:
-    """The type of base weights that `ModelConfig.model_dtype` means on a TPU."""
-    return torch.bfloat16 if name == "auto" else getattr(torch, name)
-
-
 def make_trainer(config: PretrainedConfig, model_config: ModelConfig, args: GRPOConfig) -> TunixTrainer:
     """The job's trainer around a model of zeros, ready for its first step. Rows and rewards stand for the job's."""
 
@@ -78,7 +73,7 @@ def make_trainer(config: PretrainedConfig, model_config: ModelConfig, args: GRPO
     args.output_dir = tempfile.mkdtemp(prefix="plan-tpu-")
     args.report_to = []
     rows = [{"prompt": "?", "answer": "!"}] * args.per_device_train_batch_size
-    model = model_of_zeros(config, dtype_on_tpu(model_config.model_dtype))
+    model = model_of_zeros(config, torch_dtype(model_config.model_dtype))
     trainer = TunixTrainer(
         model,
         no_reward,
@@ -176,18 +171,18 @@ def trace_step(trainer: TunixTrainer) -> list[Graph]:
     learn_graphs = recorder.graphs_of(lambda: learn(batches[0]))
     optimizer_graphs = recorder.graphs_of(step)
 
-    size = len(rollout_graphs[0].hlo)  # the prefill's: what is much smaller has no decoder in it
-    large = [graph for graph in rollout_graphs if len(graph.hlo) > size / 2]
+    # What multiplies matrices: not the graphs that cut a batch into micro-batches.
+    large = [graph for graph in rollout_graphs if b"dot" in graph.hlo]
     names = [PREFILL, DECODE] + [REFERENCE] * (args.beta > 0) + [OLD] * (args.num_iterations > 1)
-    different = {graph.digest: graph for graph in large}
-    assert len(different) == len(names), f"{len(different)} graphs for {names}"
+    different = list({graph.digest: graph for graph in large}.values())
+    assert len(different) >= len(names), f"{len(different)} graphs for {names}"
+    different = different[-len(names) :]  # float32 weights are merged with the LoRA before, in a graph of their own
     counts = Counter(graph.digest for graph in large)
     graphs = [
-        replace(graph, name=name, runs=counts[digest])
-        for name, (digest, graph) in zip(names, different.items(), strict=True)
+        replace(graph, name=name, runs=counts[graph.digest]) for name, graph in zip(names, different, strict=True)
     ]
     graphs[1].runs = width - 1  # traced once, see `device.recording`
-    passes = [graph for graph in learn_graphs if len(graph.hlo) > size / 2]
+    passes = [graph for graph in learn_graphs if b"dot" in graph.hlo]
     # the last, which adds to gradients that are there, when there are several micro-batches
     graphs.append(replace(passes[-1], name=LEARN, runs=len(passes) * args.num_iterations))
     graphs.append(replace(optimizer_graphs[-1], name=OPTIMIZER, runs=args.num_iterations))

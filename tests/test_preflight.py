@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -209,7 +210,7 @@ def test_a_tiny_model_is_planned(small_model, tmp_path):
     flags = ["--model_name", small_model, *SMALL_JOB, "--mesh_shape", "2,2", "--topology", "v5e:2x2"]
     result = plan_tpu(*flags, "--json", tmp_path / "plan.json", cache=tmp_path, timeout=200)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.splitlines()[-1].startswith("Fits v5e:2x2 with 9")
+    assert result.stdout.splitlines()[-1].startswith("Fits v5e:2x2 with 100% of HBM to spare")
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["fits"] and plan["spare_fraction"] > 0.9
     graphs = {graph["name"]: graph for graph in plan["graphs"]}
@@ -252,16 +253,19 @@ for graph in trace_step(trainer):
 
 
 def operations(text):
-    """How often each operation occurs, with its shape and its place on the mesh, whatever it is called."""
-    import re
+    """How often each operation occurs, with its shape and its place on the mesh, whatever it is called.
 
+    Not counted: scalar parameters and the tuple of results. The Trainer's loop keeps the gradient's norm for its log, and
+    its scheduler has set the learning rate.
+    """
     found = Counter()
     for line in text.splitlines():
         match = re.match(r"\s+(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(", line)
         if match is not None:
             shape = re.sub(r"\{[\d,]*\}|/\*.*?\*/", "", match[1])
             sharding = re.search(r"sharding=\{.*?\}", line)
-            found[match[2], shape, sharding[0] if sharding else ""] += 1
+            if match[2] != "tuple" and (match[2], shape) != ("parameter", "f32[]"):
+                found[match[2], shape, sharding[0] if sharding else ""] += 1
     return found
 
 
@@ -278,8 +282,8 @@ def test_the_planned_graphs_are_those_that_a_run_compiles(tmp_path, model_folder
     planned = {path.stem: operations(path.read_text()) for path in (tmp_path / "planned").glob("*.txt")}
     assert len(planned) == 5
     for name, expected in planned.items():
-        differences = [sum(((expected - found) + (found - expected)).values()) for found in compiled]
-        assert min(differences) == 0, (name, sum(expected.values()), sorted(differences)[:3])
+        differences = [(expected - found) + (found - expected) for found in compiled]
+        assert not min(differences, key=Counter.total), (name, min(differences, key=Counter.total))
 
 
 # ---- whole plans, minutes each, kept in the user's cache ----

@@ -142,8 +142,18 @@ def torch_device() -> torch.device:
 
 
 def is_tpu() -> bool:
-    """True on a real TPU; False on XLA:CPU, which runs the same graphs on the host's processor."""
-    return KIND == "xla" and os.environ["PJRT_DEVICE"] == "TPU"
+    """True on a real TPU, and where a job is planned for one; False on XLA:CPU, which runs the same graphs."""
+    return KIND == "xla" and (_planned_for_tpu or os.environ["PJRT_DEVICE"] == "TPU")
+
+
+_planned_for_tpu = False
+
+
+def plan_for_tpu() -> None:
+    """From now on settings are chosen as on a TPU, for a process that traces graphs without running them."""
+    global _planned_for_tpu
+    assert KIND == "xla", KIND
+    _planned_for_tpu = True
 
 
 def is_accelerator() -> bool:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -223,8 +224,9 @@ class TunixTrainer(Trainer):
             rollout = self.sample_completions_for_prompts(prompts)
             ids, mask = rollout.completion_ids.cpu(), rollout.completion_mask.cpu()  # first time the host waits
         seconds = time.perf_counter() - started
-        texts = self.processing_class.batch_decode(ids.tolist(), skip_special_tokens=True)
+        batch = self._begin_train_batch(prompts, rollout)  # an accelerator works on this while rewards are computed
         with span("scoring"):
+            texts = self.processing_class.batch_decode(ids.tolist(), skip_special_tokens=True)
             self._rewards = self.compute_rewards_for_completions(prompts, texts)  # (B, R)
         totals = (self._rewards * self.reward_weights).nansum(dim=1)  # (B,)
         names, group = [name_of(function) for function in self.reward_funcs], args.num_completions_per_prompt
@@ -237,10 +239,14 @@ class TunixTrainer(Trainer):
                 "The questions are too easy or too hard, or the temperature is too low.",
                 self.state.global_step + 1,
             )
-        return self.make_train_batch(prompts, rollout, totals)
+        return self._with_rewards(batch, totals)
 
     def make_train_batch(self, prompts: PromptBatch, rollout: Rollout, rewards: Tensor) -> TrainBatch:
         """All that the loss needs, from a rollout of N prompts and the (B,) weighted total rewards, on the host."""
+        return self._with_rewards(self._begin_train_batch(prompts, rollout), rewards)
+
+    def _begin_train_batch(self, prompts: PromptBatch, rollout: Rollout) -> TrainBatch:
+        """All that the loss needs but the advantages, which are 0 as yet."""
         args, mask = self.args, rollout.completion_mask.cpu()
         # Where nothing is compiled, the columns in which all rows are padding are left out.
         width = mask.shape[1] if device.KIND == "xla" else max(1, int(mask.any(dim=0).sum()))
@@ -251,10 +257,9 @@ class TunixTrainer(Trainer):
             prompt_mask=prompts.prompt_mask,
             completion_ids=rollout.completion_ids[:, :width],
             completion_mask=rollout.completion_mask[:, :width],
-            advantages=self.compute_group_advantages(rewards).to(args.device),
+            advantages=torch.zeros(len(mask), device=args.device),
             token_weights=weights[:, :width].to(args.device),
             sampler_logps=rollout.sampler_logps[:, :width],
-            rewards=rewards,
         )
         if args.beta > 0:
             with span("reference"), reference_policy(self.model):
@@ -262,6 +267,10 @@ class TunixTrainer(Trainer):
         if args.num_iterations > 1:
             batch.old_per_token_logps = self._logps_without_gradient(batch)
         return batch
+
+    def _with_rewards(self, batch: TrainBatch, rewards: Tensor) -> TrainBatch:
+        advantages = self.compute_group_advantages(rewards).to(self.args.device)
+        return replace(batch, advantages=advantages, rewards=rewards)
 
     def update(self, batch: TrainBatch) -> Tensor:
         """Learn from a batch: `num_iterations` passes, each in micro-batches. Returns the last pass's loss, detached,
