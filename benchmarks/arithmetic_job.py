@@ -13,6 +13,7 @@ from typing import Any
 
 MODEL = "model"  # the folder of the model, beside those of the seeds
 JOB_FILE, ROWS_FILE = "job.json", "rows.json"  # in the folder of a seed
+PROMPT = "rendered"  # the column of that text: from "prompt" ours would take a question and render it again
 RESULT_FILE = "run.json"  # of a peer, in a folder of its own in that of the seed: see learner.py
 ACCURACIES_FILE = "accuracies.json"  # of all: see held_out.py
 
@@ -90,7 +91,7 @@ def read_job(folder: Path) -> Job:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The training rows of a seed, in order: question, answer, and the prompt as the model sees it."""
+    """The training rows of a seed, in order: question, answer, and the question as the text that the model sees."""
     return json.loads((folder / ROWS_FILE).read_text())
 
 
@@ -113,7 +114,7 @@ def make_inputs(jobs: Sequence[Job], folder: Path) -> None:
             {
                 "question": row["question"],
                 "answer": row["answer"],
-                "prompt": render_prompt(tokenizer, row["question"]),
+                PROMPT: render_prompt(tokenizer, row["question"]),
             }
             for row in load_data(DataConfig(), job.seed)[0]
         ]

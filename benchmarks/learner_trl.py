@@ -11,7 +11,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rewards import correctness_reward, format_reward
 
-from .arithmetic_job import MODEL, Job, read_rows
+from .arithmetic_job import MODEL, PROMPT, Job, read_rows
 from .learner import Run, remember_answers
 from .learning_clock import LearningClock
 from .peer_trl import LORA_TARGETS
@@ -60,7 +60,7 @@ def run(job: Job, folder: Path, started: float) -> Run:
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         [remember_answers(correctness_reward, answers), format_reward],
         settings(job, output),
-        Dataset.from_list(read_rows(folder)),
+        Dataset.from_list([{"prompt": row[PROMPT], "answer": row["answer"]} for row in read_rows(folder)]),
         processing_class=AutoTokenizer.from_pretrained(model),
         peft_config=LoraConfig(
             r=job.lora_rank, lora_alpha=job.lora_alpha, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
