@@ -32,9 +32,7 @@ OVERRIDES = {
     "threads": "threads, and cores, that each peer gets; by default all",
     "trl_rows": "completions in one learning pass of TRL; by default what was fastest for it",
 }
-
-
-PICTURES = (".png", ".svg", ".pdf")
+PICTURES = (".png", ".svg", ".pdf")  # as which the curves can be drawn
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -125,6 +123,16 @@ def run_all(jobs: Sequence[Job], folder: Path) -> dict[str, list[Curve]]:
     }
 
 
+def caption(summary: dict[str, Any]) -> str:
+    """What stands above the table in README.md."""
+    machine, job = summary["machine"], summary["job"]
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "peft", "trl"))
+    return (
+        f"`{summary['command']}`, {summary['date']}, {machine['processor']}, {job['threads']} thread(s); {versions}. "
+        f"Of {job['num_questions']} held-out questions {summary['start_accuracy']:.1%} were right before training."
+    )
+
+
 def main() -> None:
     args = parse_args(sys.argv[1:])
     jobs = make_jobs(args)
@@ -140,12 +148,13 @@ def main() -> None:
     summary = summarise(curves, args.goal) | {
         "job": asdict(job),
         "machine": describe_machine(),
+        "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["python -m benchmarks.time_to_accuracy", *sys.argv[1:]]),
     }
     if args.json:
         args.json.write_text(json.dumps(summary, indent=1) + "\n")
     draw(curves, args.goal, args.picture)
-    print(f"held-out accuracy at the start: {summary['start_accuracy']:.1%}\n\n{table(summary)}\n\n{args.picture}")
+    print(f"\n{caption(summary)}\n\n{table(summary)}\n\ncurves: {args.picture}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.arithmetic_job import PROMPT, ROWS_FILE, Job, make_inputs, read_job, read_rows, seed_folder, write_job
 from benchmarks.curves import Point, draw, first_crossing, make_curve, ratios, summarise, table
 from benchmarks.learner import Run, check_run, remember_answers
-from benchmarks.time_to_accuracy import make_jobs, parse_args
+from benchmarks.time_to_accuracy import caption, make_jobs, parse_args
 
 ROOT = Path(__file__).parent.parent
 
@@ -196,6 +196,16 @@ def test_table_is_markdown_and_shows_never():
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| ours | 2.0 (2.0, 2.0) | 2 (2, 2) | 1 of 1 |")
     assert lines[3].startswith("| trl | never (never, never) |") and lines[3].endswith("| never (never, never) |")
+
+
+def test_caption_has_command_machine_and_date():
+    versions = {"torch": "2.9.1", "transformers": "5.12.1", "peft": "0.21.2", "trl": "1.16.0", "jax": "0.10.2"}
+    summary = {"command": "python -m it", "date": "2026-01-31", "machine": {"processor": "8086, 2 cores"} | versions}
+    text = caption(summary | {"job": {"threads": 2, "num_questions": 256}, "start_accuracy": 0.65625})
+    assert text == (
+        "`python -m it`, 2026-01-31, 8086, 2 cores, 2 thread(s); torch 2.9.1, transformers 5.12.1, peft 0.21.2, "
+        "trl 1.16.0. Of 256 held-out questions 65.6% were right before training."
+    )
 
 
 @pytest.mark.parametrize("name", ["curves.png", "curves.svg"])
