@@ -1,4 +1,4 @@
-"""Google's Tunix on JAX: its models, log-probabilities, advantages, loss and gradients. The only importer of jax.
+"""Google's Tunix on JAX: its models, log-probabilities, advantages, loss and gradients. The only importer of Tunix.
 
 Nothing is computed anew here: every number comes from a function of google-tunix (and AdamW from optax, as Tunix's
 trainers take it). This file moves weights and batches across.

@@ -16,13 +16,13 @@ FLOORS = [
         "checkpoint",
         "estimators",
         "groups",
-        "merged_lora",
         "metrics",
+        "processes",
         "scoring",
         "readers",
         "settings",
     },
-    {"config", "record", "results", "sharding"},
+    {"config", "merged_lora", "profiling", "record", "results", "sharding"},
     {"grpo", "model", "nested", "sources"},
     {"logprobs", "sampler", "data", "run_folder"},
     {"evaluation", "export", "sft"},
@@ -64,6 +64,8 @@ def test_library_and_rewards_do_not_know_their_users():
         "rewards",
         "crosscheck",
         "benchmarks",
+        "preflight",
+        "plan_tpu",
         "example_usage",
         "jax",
         "tunix",
@@ -76,14 +78,21 @@ def test_library_and_rewards_do_not_know_their_users():
         assert not imports_of(path)[0] & {"tunix_torch", "torch", "numpy", "utils"}, path.name
 
 
-def test_only_the_cross_check_imports_jax_and_tunix():
-    files = [path for folder in (".", "tunix_torch", "rewards", "crosscheck") for path in (ROOT / folder).glob("*.py")]
-    importers = {path.name for path in files if imports_of(path)[0] & {"jax", "flax", "optax", "qwix", "tunix"}}
+def test_only_the_cross_check_imports_tunix_and_one_more_process_jax():
+    folders = (".", "tunix_torch", "rewards", "crosscheck", "preflight")
+    files = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
+    importers = {path.name for path in files if imports_of(path)[0] & {"flax", "optax", "qwix", "tunix"}}
     assert importers == {"tunix_side.py"}
+    importers = {path.name for path in files if imports_of(path)[0] & {"jax", "jaxlib"}}
+    assert importers == {"tunix_side.py", "compile_tpu.py"}
 
 
 def test_only_device_imports_torch_xla():
-    importers = {path.name for path in (ROOT / "tunix_torch").glob("*.py") if "torch_xla" in imports_of(path)[0]}
+    importers = {
+        path.name
+        for path in [*(ROOT / "tunix_torch").glob("*.py"), *(ROOT / "preflight").glob("*.py")]
+        if "torch_xla" in imports_of(path)[0]
+    }
     assert importers == {"device.py"}
 
 

@@ -239,6 +239,9 @@ class GRPOConfig(TrainingArguments):
     save_batches: int = setting(
         0, "keep the first so many steps, inputs and results, in output_dir/batches for python -m crosscheck --from-run"
     )
+    profile_step: int | None = setting(
+        None, "record this optimizer step, from 1, as a Chrome/Perfetto trace in output_dir/profile; the first warm up"
+    )
 
     # evaluation
     num_eval_completions: int = setting(0, "also sample so many completions a question at evaluation, for mean@k")
@@ -253,9 +256,12 @@ class GRPOConfig(TrainingArguments):
         self._check_values()
         self._resolve()
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False  # rows hold texts, which a process can't send to others
         self._n_gpu = min(1, self.n_gpu)  # one process, one GPU: Trainer would split batches over all that it sees
         # TrainingArguments has a property of this name, which Trainer reads; a field of ours replaces it
-        self.device = self._setup_devices
+        # Accelerate numbers the CPU of several processes, and torch.load doesn't know a "cpu:0"
+        self.device = torch.device("cpu") if self._setup_devices.type == "cpu" else self._setup_devices
 
     def to_dict(self) -> dict[str, Any]:
         """As `TrainingArguments.to_dict`, with the device as the word that was asked for."""
@@ -285,7 +291,9 @@ class GRPOConfig(TrainingArguments):
         if self.micro_batch_size is not None or not self.use_grpo:
             return self.micro_batch_size or None
         groups = process_device.axis_size("fsdp")  # each device a group of its own
-        if process_device.KIND == "cpu":  # one group alone is too little to keep the cores busy
+        if not (
+            process_device.is_accelerator() or process_device.has_mesh()
+        ):  # one group alone is too little to keep the cores busy
             tokens = self.max_prompt_length + self.num_completions_per_prompt * self.generation_max_length
             passes = math.ceil(self.per_device_train_batch_size / max(1, CPU_TOKENS_PER_PASS // tokens))
             groups = math.ceil(self.per_device_train_batch_size / passes)
@@ -341,9 +349,10 @@ class GRPOConfig(TrainingArguments):
             "max_grad_norm",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        timeout, patience = self.reward_timeout, self.early_stopping_patience
+        timeout = self.reward_timeout
         require(timeout is None or timeout > 0, "reward_timeout", timeout, "must be above 0")
-        require(patience is None or patience >= 1, "early_stopping_patience", patience, "must be at least 1")
+        for name in ("early_stopping_patience", "profile_step"):
+            require((getattr(self, name) or 1) >= 1, name, getattr(self, name), "must be at least 1")
         for name, choices in (
             ("algorithm", ALGORITHMS),
             ("overlong_prompts", OVERLONG_PROMPTS),

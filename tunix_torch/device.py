@@ -5,33 +5,72 @@ here, when `tunix_torch` is imported: `TUNIX_DEVICE` (the scripts set it from `-
 there, else CUDA, else the CPU. A process keeps its choice for life.
 """
 
+import contextlib
 import glob
+import importlib.metadata
 import importlib.util
 import math
 import os
 import pathlib
+import re
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 KINDS = ("auto", "xla", "cuda", "cpu")
 
-# Google's PCI vendor id, and the device ids of TPU v2 to v7 (torch_xla/_internal/tpu.py lists the same).
+# Google's PCI vendor id, and the device ids of TPUs (torch_xla/_internal/tpu.py and jax/_src/hardware_utils.py).
 _TPU_VENDOR = "0x1ae0"
-_TPU_DEVICES = {"0x0027", "0x005e", "0x0063", "0x006f", "0x0056", "0x0062", "0x0076"}
+_TPU_DEVICES = {
+    "0x0027": "v2 or v3",
+    "0x0056": "without a public name",
+    "0x005e": "v4",
+    "0x0062": "v5p",
+    "0x0063": "v5e",
+    "0x006f": "v6e",
+    "0x0076": "v7x",
+}
+PCI_DEVICES = "/sys/bus/pci/devices"
+
+
+def tpu_chips() -> list[str]:
+    """The version of each TPU chip on this host's PCI bus, such as "v5e". Looks at files only; initialises nothing."""
+    chips = []
+    for vendor in glob.glob(f"{PCI_DEVICES}/*/vendor"):
+        product = pathlib.Path(vendor).with_name("device").read_text().strip()
+        if pathlib.Path(vendor).read_text().strip() == _TPU_VENDOR and product in _TPU_DEVICES:
+            chips.append(_TPU_DEVICES[product])
+    return chips
 
 
 def tpu_is_present() -> bool:
-    """True when a TPU chip hangs on this host's PCI bus. Looks at files only; initialises nothing."""
-    for vendor in glob.glob("/sys/bus/pci/devices/*/vendor"):
-        folder = pathlib.Path(vendor).parent
-        if pathlib.Path(vendor).read_text().strip() == _TPU_VENDOR:
-            if (folder / "device").read_text().strip() in _TPU_DEVICES:
-                return True
-    return False
+    """True when there is a TPU chip on this host."""
+    return bool(tpu_chips())
+
+
+def check_libtpu() -> str:
+    """The version of the installed libtpu, which is the one that the installed torch_xla was built for.
+
+    Raises:
+        ValueError: torch_xla or libtpu is not installed, or they do not belong together.
+    """
+    right = "pip install 'torch-xla[tpu]==2.9.0'"
+    try:
+        needed = importlib.metadata.requires("torch_xla") or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(f"torch_xla is not installed: {right}") from None
+    wanted = next(word.partition("==")[2].split(";")[0].strip() for word in needed if word.startswith("libtpu=="))
+    try:
+        found = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        found = "none"
+    if found != wanted:
+        raise ValueError(f"libtpu {found}: torch_xla {importlib.metadata.version('torch_xla')} needs {wanted}: {right}")
+    return found
 
 
 def _keep_transformers_off_xla() -> None:
@@ -81,9 +120,20 @@ if KIND == "xla":
     import torch_xla
     import torch_xla.core.xla_model as xm
     import torch_xla.debug.metrics as xla_metrics
+    import torch_xla.debug.profiler as xla_profiler
     import torch_xla.distributed.spmd as spmd
     import torch_xla.runtime as xla_runtime
+    import torch_xla.utils.buffer_donor_context as buffer_donor_context
     import torch_xla.utils.checkpoint as xla_checkpoint
+
+
+def keep_compilations(folder: str) -> None:
+    """Keep compiled graphs in a folder, so that the next process need not compile them. On a TPU; before any graph.
+
+    XLA:CPU can write such files but not read them, so there nothing is kept.
+    """
+    if is_tpu():
+        xla_runtime.initialize_cache(folder)
 
 
 def torch_device() -> torch.device:
@@ -92,9 +142,27 @@ def torch_device() -> torch.device:
 
 
 def is_tpu() -> bool:
-    """True on a real TPU; False on XLA:CPU, which runs the same graphs on the host's processor."""
-    return KIND == "xla" and os.environ["PJRT_DEVICE"] == "TPU"
+    """True on a real TPU, and where a job is planned for one; False on XLA:CPU, which runs the same graphs."""
+    return KIND == "xla" and (_planned_for_tpu or os.environ["PJRT_DEVICE"] == "TPU")
 
+
+_planned_for_tpu = False
+
+
+def plan_for_tpu() -> None:
+    """From now on settings are chosen as on a TPU, for a process that traces graphs without running them."""
+    global _planned_for_tpu
+    assert KIND == "xla", KIND
+    _planned_for_tpu = True
+
+
+def is_accelerator() -> bool:
+    """True on a real TPU and on CUDA; False where the host's processor computes, through XLA or not."""
+    return KIND == "cuda" or is_tpu()
+
+
+if "TUNIX_COMPILE_CACHE" in os.environ:
+    keep_compilations(os.environ["TUNIX_COMPILE_CACHE"])
 
 _mesh: "spmd.Mesh | None" = None
 
@@ -124,6 +192,10 @@ def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
         if torch_xla._XLAC._xla_get_spmd_config_is_locked():
             raise ValueError(f"{asked}: too late, the device is in use; call device.use_mesh before GRPOConfig is made")
         xla_runtime.use_spmd()
+    if xla_runtime.process_count() > 1:
+        raise ValueError(
+            f"{asked}: {xla_runtime.process_count()} hosts; a mesh over several hosts is not supported yet"
+        )
     found = xla_runtime.global_runtime_device_count()
     if found != wanted:
         hint = "" if is_tpu() else f"; CPU_NUM_DEVICES={wanted} makes as many on the CPU"
@@ -147,6 +219,14 @@ def shard(tensor: "torch.Tensor", axes: Sequence[str | None]) -> None:
         spmd.mark_sharding(tensor, _mesh, tuple(axis if axis in _mesh.axis_names else None for axis in axes))
 
 
+def shard_activation(tensor: "torch.Tensor", axes: Sequence[str | None]) -> "torch.Tensor":
+    """Lay an intermediate result on the mesh, and in the backward pass its gradient alike. Returns it."""
+    if _mesh is None:
+        return tensor
+    spec = tuple(axis if axis in _mesh.axis_names else None for axis in axes)
+    return spmd.xla_sharding.mark_sharding_with_gradients(tensor, _mesh, spec)
+
+
 def describe() -> str:
     """One line for people: which device, and how many of it."""
     if KIND == "xla":
@@ -161,28 +241,127 @@ def describe() -> str:
 
 def sync() -> None:
     """Cut the lazily traced XLA graph here and start running it. Does nothing on CUDA and CPU."""
-    if KIND == "xla":
+    if _recorder is not None:
+        _recorder()
+    elif KIND == "xla":
         torch_xla.sync()
 
 
-def compile_step(step: Callable[..., Any]) -> Callable[..., Any]:
+def wait() -> None:
+    """Wait until the device has done all that was started."""
+    if KIND == "xla":
+        xm.wait_device_ops()
+    elif KIND == "cuda":
+        torch.cuda.synchronize()
+
+
+def start_trace(folder: "os.PathLike[str]") -> None:
+    """Record what an XLA device does, until `stop_trace`. Elsewhere PyTorch's own profiler sees it."""
+    if KIND == "xla":
+        xla_profiler.start_trace(folder)
+
+
+def stop_trace() -> None:
+    """Write what was recorded to `folder/plugins/profile`, for TensorBoard."""
+    if KIND == "xla":
+        xla_profiler.stop_trace()
+
+
+def compile_step(step: Callable[..., Any], model: "torch.nn.Module") -> Callable[..., Any]:
     """Compile a function of static shapes that runs once a token. On XLA this removes 20 to 30 ms of tracing a call.
 
-    On a mesh each call is traced: there, torch-xla 2.9 takes the weights for constants in every compiled step but the
-    process's first (its bridge matches a graph's inputs by tensor ids that copies have overwritten), so a step would
-    go on with the weights of the time when it was compiled.
+    Args:
+        step: takes tensors and lists of tensors, and returns tensors. It may change arguments in place, and reads
+            nothing else that changes but the weights of `model`; it draws no random numbers. Its first results have
+            the shapes of its first arguments: they take their place in the next call.
+        model: whose parameters and buffers the step reads. Their values may change between calls; what is no tensor,
+            such as whether an adapter is on, is that of the first call.
     """
     if KIND != "xla":
         return step
-    if _mesh is None:
-        return torch.compile(step, backend="openxla", fullgraph=True, dynamic=False)
+    return _CompiledStep(step, model) if _recorder is None else _recorded_once(step)
 
-    def traced_step(*args: Any) -> Any:
-        result = step(*args)
+
+class _CompiledStep:
+    """A step whose graph is traced once for each shape of its arguments, and then run by its hash.
+
+    This is what `torch.compile(backend="openxla")` does, without Dynamo, which traces slowly, and right on a mesh
+    too: there, torch-xla 2.9's bridge takes the weights for constants, because it tells a graph's inputs apart by
+    tensor ids that its own copies have overwritten. Here an input is known by the handle of its data.
+    """
+
+    def __init__(self, step: Callable[..., Any], model: "torch.nn.Module") -> None:
+        self.step = step
+        self.slots = [
+            (tensors, name)
+            for module in model.modules()
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        ]
+        self.programs: dict[tuple[torch.Size, ...], _Program] = {}
+
+    def __call__(self, *args: Any) -> tuple["torch.Tensor", ...]:
+        tensors = [tensor for arg in args for tensor in (arg if isinstance(arg, list) else [arg])]
+        weights = [tensors_of_module[name] for tensors_of_module, name in self.slots]
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if shapes not in self.programs:
+            self.programs[shapes] = _Program(self.step, args, tensors, weights)
+        return self.programs[shapes].run(tensors, weights)
+
+
+class _Program:
+    """One compiled graph of a step, and where each of its inputs comes from."""
+
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        args: tuple[Any, ...],
+        tensors: list["torch.Tensor"],
+        weights: list["torch.Tensor"],
+    ) -> None:
         torch_xla.sync()
-        return result
+        xm.wait_device_ops()
+        handles = torch_xla._XLAC._get_tensors_handle([*tensors, *weights])
+        places = dict(zip(handles, range(len(handles)), strict=True))
+        distinct = len(tensors) + len({id(weight) for weight in weights})
+        assert len(places) == distinct, "two inputs of a compiled step share their data, so they can't be told apart"
 
-    return traced_step
+        # Traced on copies, which have the same data: what the step changes in place stays untouched here.
+        copies = iter([tensor.clone() for tensor in tensors])
+        copied_args = [[next(copies) for _ in arg] if isinstance(arg, list) else next(copies) for arg in args]
+        results = list(step(*copied_args))
+        copied = [tensor for arg in copied_args for tensor in (arg if isinstance(arg, list) else [arg])]
+        changed = torch_xla._XLAC._check_tensor_need_materialization(copied)
+        self.num_results, self.changed = len(results), [i for i, new in enumerate(changed) if new]
+        outputs = results + [copied[i] for i in self.changed]
+        for output, i in zip(outputs, [*range(len(results)), *self.changed], strict=True):
+            assert output.shape == tensors[i].shape, (output.shape, tensors[i].shape)
+            if _mesh is not None:  # left alone, the partitioner may lay out a result otherwise than the graph takes it
+                sharding = torch_xla._XLAC._get_xla_op_sharding(tensors[i])
+                torch_xla._XLAC._xla_mark_sharding(output, sharding)
+
+        ids, inputs = torch_xla._XLAC._get_tensors_xla_device_data_node(outputs)
+        assert torch_xla._XLAC._get_seed_info_id() not in ids, "a compiled step draws random numbers"
+        handles = torch_xla._XLAC._get_tensors_handle(inputs)
+        self.inputs = [places.get(handle) for handle in handles]
+        self.constants = [tensor if place is None else None for tensor, place in zip(inputs, self.inputs, strict=True)]
+        assert all(c is None or c.dim() == 0 for c in self.constants), (
+            "a compiled step reads a tensor of unknown origin"
+        )
+        with buffer_donor_context.alias_with_buffer_donor_config():  # what is changed in place needs its memory once
+            for i in self.changed:
+                torch_xla._XLAC._set_buffer_donation(tensors[i], True)
+            self.hash = torch_xla._XLAC._get_graph_hash(outputs)
+            torch_xla._XLAC._xla_warm_up_cache(outputs, [])
+
+    def run(self, tensors: list["torch.Tensor"], weights: list["torch.Tensor"]) -> tuple["torch.Tensor", ...]:
+        given = tensors + weights
+        inputs = [c if i is None else given[i] for i, c in zip(self.inputs, self.constants, strict=True)]
+        outputs = torch_xla._XLAC._run_cached_graph(self.hash, inputs)
+        for i, output in zip(self.changed, outputs[self.num_results :], strict=True):
+            tensors[i].data = output
+        return tuple(outputs[: self.num_results])
 
 
 def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
@@ -209,3 +388,82 @@ def peak_memory_bytes() -> int:
 def memory_summary() -> str:
     """Peak memory of this process so far, for people."""
     return f"peak memory {peak_memory_bytes() / 2**30:.2f} GiB"
+
+
+# ---- graphs that are looked at, not run: `preflight` plans a job by them ----
+
+_recorder: Callable[[], None] | None = None
+
+
+@contextlib.contextmanager
+def recording(recorder: Callable[[], None]) -> Iterator[None]:
+    """Within this context `sync` calls `recorder` in place of running the graph, and compiled steps are traced once."""
+    global _recorder
+    assert KIND == "xla" and _recorder is None
+    _recorder = recorder
+    try:
+        yield
+    finally:
+        _recorder = None
+
+
+def _recorded_once(step: Callable[..., Any]) -> Callable[..., Any]:
+    results: list[Any] = []
+
+    def recorded_step(*args: Any) -> Any:
+        if not results:
+            sync()  # what is pending before it belongs to another graph
+            results.append(step(*args))
+            sync()
+        return results[0]
+
+    return recorded_step
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """What torch-xla knows of one tensor."""
+
+    number: int  # of the tensor's present value
+    overwrites: int  # the number of the value that it had before it was changed in place; else its own
+    pending: bool  # traced, not computed
+    bytes_per_device: int  # with its sharding, as if it had been computed
+
+
+def lazy_tensor(tensor: "torch.Tensor") -> LazyTensor:
+    """What torch-xla knows of a tensor on an XLA device."""
+    text = torch_xla._XLAC._get_xla_tensor_debug_info(tensor)
+    fields = dict(re.findall(r"^(TensorID|AliasID|IR): (.*)$", text, re.MULTILINE))
+    tiles = [1] * tensor.dim()
+    sharding = re.search(r"devices=\[([\d,]+)\]", torch_xla._XLAC._get_xla_sharding_spec(tensor))
+    if sharding is not None:
+        tiles = [int(size) for size in sharding[1].split(",")][: tensor.dim()]
+    shard = math.prod(-(-size // tile) for size, tile in zip(tensor.shape, tiles, strict=True))
+    pending = fields["IR"] != "None" and "xla::device_data" not in fields["IR"]
+    return LazyTensor(int(fields["TensorID"]), int(fields["AliasID"]), pending, shard * tensor.dtype.itemsize)
+
+
+def graph_of(tensors: "Sequence[torch.Tensor]") -> tuple[bytes, list[int]]:
+    """The graph that would compute these pending tensors, and the numbers of the values that it reads.
+
+    Returns:
+        a serialized HloModuleProto with the shardings, one result a tensor; `LazyTensor.number` of each parameter.
+    """
+    tensors = list(tensors)
+    return (
+        torch_xla._XLAC._get_xla_tensors_hlo_proto(tensors),
+        torch_xla._XLAC._get_tensors_xla_device_data_node(tensors)[0],
+    )
+
+
+def sharding_of(tensor: "torch.Tensor") -> Any:
+    """How a tensor is laid on the mesh, for `zeros_in_place_of`; None: nothing has been said."""
+    return torch_xla._XLAC._get_xla_op_sharding(tensor) if torch_xla._XLAC._get_xla_sharding_spec(tensor) else None
+
+
+def zeros_in_place_of(tensor: "torch.Tensor", sharding: Any) -> "torch.Tensor":
+    """Zeros on the device, of the tensor's shape and type, laid on the mesh as `sharding_of` another one."""
+    zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape).to(torch_device())
+    if sharding is not None:
+        torch_xla._XLAC._xla_mark_sharding(zeros, sharding)
+    return zeros

@@ -31,25 +31,27 @@ def token_logps(
         logps (B, C) float32, 0 where masked; entropy (B, C) float32 in nats, without gradient, 0 where masked.
     """
     completion_states = _shared_prefix_states if share_prefix else _plain_states
-    hidden, places = completion_states(model, batch)  # (T, D), (T,)
-    shape, ids = batch.completion_ids.shape, batch.completion_ids.flatten()
-    ids = ids if places is None else ids[places]
-    chunk = max(1, LOGITS_AT_ONCE // base_model(model).get_output_embeddings().weight.shape[0])
+    hidden, places = completion_states(model, batch)
+    shape, ids = batch.completion_ids.shape, batch.completion_ids
+    ids = ids if places is None else ids.flatten()[places][None]  # as hidden, but for D
+    vocabulary = base_model(model).get_output_embeddings().weight.shape[0]
+    # Whole columns, so that on a mesh each device keeps its rows; a chunk is spread over all devices.
+    columns = max(1, LOGITS_AT_ONCE * device.axis_size("fsdp") * device.axis_size("tp") // (len(ids) * vocabulary))
 
     def score(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logps = torch.log_softmax(logits(model, hidden) / temperature, dim=-1)  # (chunk, V)
+        logps = torch.log_softmax(logits(model, hidden) / temperature, dim=-1)  # (B, columns, V)
         with torch.no_grad():
             entropy = -(logps.exp() * logps).sum(-1)
-        return logps.gather(-1, ids[:, None])[:, 0], entropy
+        return logps.gather(-1, ids[..., None])[..., 0], entropy
 
     chunks = [
-        device.checkpoint(score, h, i) if torch.is_grad_enabled() else score(h, i)
-        for h, i in zip(hidden.split(chunk), ids.split(chunk), strict=True)
+        device.checkpoint(score, h.contiguous(), i) if torch.is_grad_enabled() else score(h.contiguous(), i)
+        for h, i in zip(hidden.split(columns, 1), ids.split(columns, 1), strict=True)
     ]
-    columns = [torch.cat(parts) for parts in zip(*chunks, strict=True)]  # logps and entropy, (T,)
+    values = [torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)]  # logps and entropy, as ids
     if places is not None:
-        columns = [column.new_zeros(shape.numel()).index_put((places,), column) for column in columns]
-    logps, entropy = (column.view(shape).masked_fill(~batch.completion_mask, 0.0) for column in columns)
+        values = [value.new_zeros(shape.numel()).index_put((places,), value[0]).view(shape) for value in values]
+    logps, entropy = (value.masked_fill(~batch.completion_mask, 0.0) for value in values)
     return logps, entropy.detach()
 
 
@@ -57,9 +59,9 @@ def _shared_prefix_states(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, 
     """Hidden states that predict completion tokens: one pass over N prompts, then passes over completions.
 
     Returns:
-        states (T, D), and (T,) int64: to which of the B * C tokens, counted row by row, each belongs. On XLA these are
-        all tokens in order, and None. Elsewhere they are those that the mask keeps, computed for rows of similar length
-        together, so that padding costs little.
+        on XLA: states (B, C, D) of all tokens, and None. Elsewhere: those that the mask keeps, (1, T, D), computed for
+        rows of similar length together, so that padding costs little, and (T,) int64, to which of the B * C tokens,
+        counted row by row, each belongs.
     """
     (num_rows, width), num_prompts = batch.completion_ids.shape, batch.prompt_ids.shape[0]
     group_size = num_rows // num_prompts
@@ -68,7 +70,7 @@ def _shared_prefix_states(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, 
         first = last_hidden.repeat_interleave(group_size, dim=0)
         prompt_mask = batch.prompt_mask.repeat_interleave(group_size, dim=0)
         states = _states_after(model, first, prefix.expand(group_size), prompt_mask, batch.completion_ids)
-        return states.flatten(0, 1), None
+        return states, None
     states, places = [], []
     for bucket, bucket_width in length_buckets(batch.completion_mask.sum(dim=1).tolist()):
         rows = torch.tensor(bucket, device=last_hidden.device)
@@ -77,7 +79,7 @@ def _shared_prefix_states(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, 
         hidden = _states_after(model, last_hidden[prompts], prefix.take(prompts), batch.prompt_mask[prompts], ids)
         states.append(hidden[mask])
         places.append((rows[:, None] * width + torch.arange(bucket_width, device=rows.device))[mask])
-    return torch.cat(states), torch.cat(places)
+    return torch.cat(states)[None], torch.cat(places)
 
 
 def _states_after(model: nn.Module, first: Tensor, prefix: PrefixCache, prompt_mask: Tensor, ids: Tensor) -> Tensor:
@@ -119,4 +121,4 @@ def _plain_states(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, None]:
     slots = torch.arange(ids.shape[1], device=ids.device)
     masks = attention_masks(text_config(model), mask, slots, base_model(model).dtype)
     hidden = hidden_states(model, ids, masks, prompt_positions(mask), PrefixCache())
-    return hidden[:, prompt_ids.shape[1] - 1 : -1].flatten(0, 1), None
+    return hidden[:, prompt_ids.shape[1] - 1 : -1], None

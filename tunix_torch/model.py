@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from . import device, tiny
-from .attention import SDPA, PrefixCache, attention_masks, prompt_positions
+from .attention import DECODE_GROUPED, GROUPED, PrefixCache, attention_masks, prompt_positions
 from .config import ModelConfig
 from .merged_lora import merge_lora
 from .sharding import shard_model
@@ -41,7 +42,7 @@ LORA_EXCLUDED = r".*(vision_tower|audio_tower|multi_modal_projector).*"
 
 def default_dtype() -> torch.dtype:
     """bfloat16 on a TPU and on CUDA; float32 where a CPU computes (XLA on the CPU too)."""
-    return torch.bfloat16 if device.KIND == "cuda" or device.is_tpu() else torch.float32
+    return torch.bfloat16 if device.is_accelerator() else torch.float32
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -182,18 +183,19 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 def place(model: nn.Module) -> nn.Module:
     """Move a model to this process's device. Tied embeddings come untied on XLA, so they are tied again.
 
-    On the CPU its LoRA layers and its attention take faster forms, equal up to rounding.
+    On the CPU its attention takes a faster form, and there and on XLA its LoRA layers do: equal up to rounding.
     """
     model.to(device.torch_device())
     base = base_model(model)
-    if device.KIND == "cpu":
+    if device.KIND != "cuda" and not device.has_mesh():
         merge_lora(model)
-        if text_config(model)._attn_implementation == "sdpa":
-            base.set_attn_implementation(SDPA)
+    if device.KIND == "cpu" and text_config(model)._attn_implementation == "sdpa":
+        base.set_attn_implementation(DECODE_GROUPED)
     base.tie_weights()
     if base.config.get_text_config().tie_word_embeddings:
         assert base.get_output_embeddings().weight is base.get_input_embeddings().weight, "embeddings came untied"
     if device.has_mesh():
+        base.set_attn_implementation(GROUPED)
         shard_model(model, base.config.get_text_config().num_key_value_heads)
     return model
 
@@ -201,6 +203,12 @@ def place(model: nn.Module) -> nn.Module:
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face model, adapter layers inside, without PEFT's wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def adapters_in_use(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that act now; none where the model has none, or they are off or merged."""
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    return () if layer is None or layer.disable_adapters or layer.merged else tuple(layer.active_adapters)
 
 
 def text_config(model: nn.Module) -> PretrainedConfig:

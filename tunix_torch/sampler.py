@@ -16,7 +16,7 @@ from . import device
 from .attention import GrowingCache, PrefixCache, SlotCache, attention_masks
 from .batch import Rollout
 from .merged_lora import packed_for_decoding
-from .model import base_model, hidden_states, logits, prefill, text_config
+from .model import adapters_in_use, base_model, hidden_states, logits, prefill, text_config
 from .sharding import shard_rows
 
 _LEAVE_AT = 7 / 8  # rows that have ended leave when so few are left: each time the KV cache is copied
@@ -93,7 +93,7 @@ class Sampler:
         self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
         self.stop_check_interval = stop_check_interval
         self._decode = self._decode_static if device.KIND == "xla" else self._decode_growing
-        self._steps: dict[tuple[SamplingParams, int], Callable] = {}
+        self._steps: dict[tuple[SamplingParams, int, tuple[str, ...]], Callable] = {}
 
     @torch.no_grad()
     def sample(
@@ -124,16 +124,28 @@ class Sampler:
         for tensor in (prompt_ids, prompt_mask, uniforms):
             shard_rows(tensor)
         with packed_for_decoding(self.model):
-            last_hidden, prefix = prefill(self.model, prompt_ids, prompt_mask)
-            scores = logits(self.model, last_hidden).repeat_interleave(num_completions, dim=0)  # (B, V)
-            tokens, logps = choose_tokens(scores, uniforms[:, 0], params)
-            room = params.max_new_tokens - 1
-            ids = nn.functional.pad(tokens[:, None], (0, room), value=self.pad_token_id)  # (B, C)
-            logps = nn.functional.pad(logps[:, None], (0, room))  # (B, C)
-            key_mask = nn.functional.pad(prompt_mask.repeat_interleave(num_completions, dim=0), (0, room), value=True)
-            ids, logps = self._decode(ids, logps, key_mask, prefix.expand(num_completions), uniforms, params)
+            device.sync()
+            ids, logps, key_mask, prefix = self._start(prompt_ids, prompt_mask, num_completions, params, uniforms)
+            ids, logps = self._decode(ids, logps, key_mask, prefix, uniforms, params)
         mask = self._completion_mask(ids)
         return Rollout(ids.masked_fill(~mask, self.pad_token_id), mask, logps.masked_fill(~mask, 0.0))
+
+    def _start(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, num_completions: int, params: SamplingParams, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, PrefixCache]:
+        """One pass over the prompts, and each row's first token.
+
+        Returns:
+            ids, logps (B, C), of which the first column is filled in; key_mask (B, P + C - 1); the prompts' KV cache.
+        """
+        last_hidden, prefix = prefill(self.model, prompt_ids, prompt_mask)
+        scores = logits(self.model, last_hidden).repeat_interleave(num_completions, dim=0)  # (B, V)
+        tokens, logps = choose_tokens(scores, uniforms[:, 0], params)
+        room = params.max_new_tokens - 1
+        ids = nn.functional.pad(tokens[:, None], (0, room), value=self.pad_token_id)
+        logps = nn.functional.pad(logps[:, None], (0, room))
+        key_mask = nn.functional.pad(prompt_mask.repeat_interleave(num_completions, dim=0), (0, room), value=True)
+        return ids, logps, key_mask, prefix.expand(num_completions)
 
     def _decode_growing(
         self,
@@ -191,6 +203,7 @@ class Sampler:
             shard_rows(tensor, heads_dim=1)
         for tensor in (ids, logps, ended, key_mask, lengths):
             shard_rows(tensor)
+        prefix.layers.clear()  # what is alive here, XLA computes and keeps
         device.sync()
         decode = self._decode_step(params, layer_ids, width)
         for t in range(room):
@@ -212,8 +225,9 @@ class Sampler:
 
     def _decode_step(self, params: SamplingParams, layer_ids: tuple[int, ...], prompt_width: int) -> Callable:
         """The function that feeds token t of every row and appends token t + 1; made once for each static shape."""
-        if (params, prompt_width) in self._steps:
-            return self._steps[params, prompt_width]
+        key = (params, prompt_width, adapters_in_use(self.model))
+        if key in self._steps:
+            return self._steps[key]
         model, config, dtype = self.model, text_config(self.model), base_model(self.model).dtype
 
         def decode_step(ids, logps, ended, step, key_mask, lengths, uniforms, keys, values):
@@ -228,5 +242,5 @@ class Sampler:
             logps = logps.index_copy(1, step + 1, token_logps[:, None])
             return ids, logps, ended | self._is_eos(tokens), step + 1
 
-        self._steps[params, prompt_width] = device.compile_step(decode_step)
-        return self._steps[params, prompt_width]
+        self._steps[key] = device.compile_step(decode_step, model)
+        return self._steps[key]

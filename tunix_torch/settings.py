@@ -26,6 +26,7 @@ ALIASES = {
     "num_train_samples": "num_train_rows",
     "num_test_samples": "num_eval_rows",
     "dtype": "model_dtype",
+    "profile": "profile_step",
 }
 
 

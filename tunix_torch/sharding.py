@@ -12,7 +12,7 @@ from . import device
 
 logger = logging.getLogger(__name__)
 
-BY_OUTPUT, BY_INPUT = ("tp", "fsdp"), ("fsdp", "tp")
+BY_OUTPUT, BY_INPUT = ("tp", None), (None, "tp")
 # The last part of a module's name -> axes of its (out, in) weight; of an embedding, (vocabulary, hidden).
 WEIGHTS = {
     "embed_tokens": BY_OUTPUT,
@@ -25,6 +25,7 @@ WEIGHTS = {
     "o_proj": BY_INPUT,
     "down_proj": BY_INPUT,
 }
+SPLIT_OUTPUT = ("lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # on tp, by the last dimension
 
 
 def axes_of(name: str, dims: int, split_kv_heads: bool = True) -> tuple[str | None, ...]:
@@ -71,6 +72,29 @@ def shard_model(model: nn.Module, num_kv_heads: int) -> None:
                 )
     for _, parameter, axes in layout:
         device.shard(parameter.data, axes)
+    constrain_activations(model, num_kv_heads)
+
+
+def constrain_activations(model: nn.Module, num_kv_heads: int) -> None:
+    """Say where activations lie, since XLA's partitioner guesses badly: rows on fsdp, and heads, the MLP's inner
+    dimension and the vocabulary on tp; hidden states whole along tp. Gradients lie as what they are gradients of.
+
+    Without this the decode step of Gemma 2 2B gathered whole KV caches, see `README.md`, TPU.
+    """
+    split_kv_heads = num_kv_heads % device.axis_size("tp") == 0
+    for name, module in model.named_modules():
+        layer = name.rpartition(".")[2]
+        if layer not in WEIGHTS:
+            continue
+        axis = WEIGHTS[layer][0] if layer in SPLIT_OUTPUT else None
+        if layer in ("k_proj", "v_proj") and not split_kv_heads:
+            axis = None
+
+        def lay(module: nn.Module, inputs: tuple[object, ...], output: Tensor, axis: str | None = axis) -> Tensor:
+            rows = "fsdp" if output.shape[0] % device.axis_size("fsdp") == 0 else None
+            return device.shard_activation(output, (rows, *[None] * (output.dim() - 2), axis))
+
+        module.register_forward_hook(lay)
 
 
 def _meshes_that_fit(shapes: list[tuple[tuple[int, ...], tuple[str | None, ...]]]) -> Iterator[tuple[int, int]]:

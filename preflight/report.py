@@ -1,0 +1,122 @@
+"""Say a plan: a table of its graphs, the bounds, and one line that decides."""
+
+from dataclasses import asdict
+from typing import Any
+
+from .chips import GiB
+from .plan import GraphPlan, Plan
+from .trace import DECODE, LEARN, OLD, PREFILL, REFERENCE
+
+
+def lines_of(plan: Plan) -> list[str]:
+    """The report, line by line."""
+    job, chip = plan.job, plan.chip
+    mesh = job.model.mesh
+    over = f"mesh {job.model.mesh_shape} ({job.model.mesh_axes})" if mesh else "one chip (mesh_shape is not set)"
+    args = job.args
+    lines = [
+        f"{job.model.model_name}, LoRA {job.model.lora_rank}, on {job.topology.name}, {over}",
+        f"{args.per_device_train_batch_size} prompts of {args.max_prompt_length} tokens, "
+        f"{args.num_completions_per_prompt} completions each of {args.generation_max_length} tokens, "
+        f"micro-batches of {args.rows_per_pass or job.rows}, {args.num_iterations} iteration(s)",
+        "",
+        f"HBM a chip, GiB of {chip.hbm_bytes / GiB:.2f}",
+        f"{'graph':<29}{'arguments':>10}{'outputs':>9}{'temporary':>10}{'code':>7}{'held':>7}{'total':>8}",
+    ]
+    for graph in plan.graphs:
+        if graph.error:
+            lines.append(f"{graph.name:<29}does not compile: {first_line(graph.error)}")
+            continue
+        parts = (graph.argument_bytes, graph.output_bytes, graph.temporary_bytes, graph.code_bytes, graph.held_bytes)
+        widths = (10, 9, 10, 7, 7)
+        numbers = "".join(f"{part / GiB:>{width}.2f}" for part, width in zip(parts, widths, strict=True))
+        lines.append(f"{graph.name:<29}{numbers}{graph.total_bytes / GiB:>8.2f}")
+    lines += ["", "Of one run of each graph, a chip"]
+    lines.append(f"{'graph':<29}{'runs':>5}{'TFLOP':>9}{'HBM GB':>9}{'sent MB':>9}  at least, of which what binds")
+    compiled = [graph for graph in plan.graphs if not graph.error]
+    for graph in compiled:
+        sent = sum(traffic.bytes for traffic in graph.collectives.values())
+        lines.append(
+            f"{graph.name:<29}{graph.runs:>5}{graph.flops / 1e12:>9.3f}{graph.bytes_accessed / 1e9:>9.2f}"
+            f"{sent / 1e6:>9.1f}  {graph.bound_seconds * 1e3:.2f} ms, {graph.binds} "
+            f"(compute {graph.compute_seconds * 1e3:.2f}, HBM {graph.hbm_seconds * 1e3:.2f}, "
+            f"interconnect {graph.ici_seconds * 1e3:.2f})"
+        )
+    lines += ["", "Collectives in one run of each graph: number, MB that a chip sends"]
+    for graph in compiled:
+        parts = [f"{kind} {t.count:.0f}, {t.bytes / 1e6:.1f} MB" for kind, t in graph.collectives.items()]
+        lines.append(f"{graph.name:<29}{'; '.join(parts) or 'none'}")
+    if any(not graph.compiled_depths for graph in compiled):
+        lines += ["", "By arithmetic: nothing was compiled, and what XLA keeps besides is estimated."]
+    depths = next((graph.compiled_depths for graph in compiled if len(graph.compiled_depths) > 1), None)
+    lines.append("")
+    if depths:
+        lines.append(
+            f"Compiled with {depths[0]} and {depths[1]} of the model's {job.config.num_hidden_layers} layers; every "
+            "figure is extrapolated linearly."
+        )
+    lines.append(
+        f"Peaks of {chip.name}: {chip.flops / 1e12:.0f} bfloat16 TFLOP/s, {chip.hbm_bytes_per_second / 1e9:.0f} GB/s "
+        f"of HBM, {chip.ici_bytes_per_second / 1e9:.0f} GB/s sent (source: preflight/chips.py)."
+    )
+    if not plan.worst.error:
+        lines.append(
+            f"Bounds, not predictions: a step takes at least {plan.step_seconds:.1f} s; at most "
+            f"{plan.decode_tokens_per_second:,.0f} tokens/s while decoding, {plan.step_tokens_per_second:,.0f} "
+            "completion tokens/s over the whole step."
+        )
+    return [*lines, verdict(plan)]
+
+
+def verdict(plan: Plan) -> str:
+    """The last line: fits with so much to spare, or doesn't, and what to change first."""
+    where = f"{plan.job.topology.name}"
+    worst = plan.worst
+    if worst.error:
+        return f"Does not fit {where}: {worst.name} does not compile. First: {first_change(plan)}"
+    if not plan.fits:
+        return (
+            f"Does not fit {where}: {worst.name} needs {-plan.spare_fraction:.0%} more HBM than there is. "
+            f"First: {first_change(plan)}"
+        )
+    return f"Fits {where} with {plan.spare_fraction:.0%} of HBM to spare (least in {worst.name})"
+
+
+def first_change(plan: Plan) -> str:
+    """The setting that takes most from the graph that needs most."""
+    args, worst, job = plan.job.args, plan.worst, plan.job
+    rows = args.rows_per_pass or job.rows
+    weights = not worst.error and worst.argument_bytes + worst.held_bytes > 0.7 * plan.chip.hbm_bytes
+    if not weights and worst.name in (LEARN, REFERENCE, OLD):
+        smaller = next((n for n in range(rows // 2, 0, -1) if args.num_completions_per_prompt % n == 0), None)
+        if smaller is not None:
+            return f"micro_batch_size={smaller} in place of {rows}"
+        if worst.name == LEARN and not args.gradient_checkpointing:
+            return "gradient_checkpointing=true"
+    if not weights and worst.name in (PREFILL, DECODE) and args.per_device_train_batch_size > 1:
+        return f"per_device_train_batch_size={args.per_device_train_batch_size // 2}"
+    return "a mesh_shape with a larger tp, or a larger slice"
+
+
+def first_line(error: str) -> str:
+    """The compiler's words, as far as they fit a line."""
+    return " ".join(error.split())[:300]
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """For JSON: `fits`, `spare_fraction`, `graphs` and what else the report says. Bytes, seconds and counts."""
+    return {
+        "fits": plan.fits,
+        "spare_fraction": plan.spare_fraction,
+        "verdict": verdict(plan),
+        "topology": plan.job.topology.name,
+        "mesh_shape": plan.job.model.mesh_shape,
+        "step_seconds_at_least": None if plan.worst.error else plan.step_seconds,
+        "decode_tokens_per_second_at_most": None if plan.worst.error else plan.decode_tokens_per_second,
+        "graphs": [_graph_as_dict(graph) for graph in plan.graphs],
+    }
+
+
+def _graph_as_dict(graph: GraphPlan) -> dict[str, Any]:
+    derived = {"total_bytes": graph.total_bytes, "bound_seconds": graph.bound_seconds, "binds": graph.binds}
+    return asdict(graph) | derived

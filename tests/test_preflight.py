@@ -1,0 +1,343 @@
+"""The pre-flight: what it reads out of compiled programs, how it extrapolates, and that it plans the trainer's graphs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from preflight import hlo
+from preflight.chips import CHIPS, parse_topology
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
+
+
+def plan_tpu(*arguments, cache=None, timeout=60):
+    environment = {k: v for k, v in os.environ.items() if k not in ("USE_TORCH_XLA", "TORCH_DEVICE_BACKEND_AUTOLOAD")}
+    if cache is not None:
+        environment["TUNIX_CACHE"] = str(cache)
+    command = [sys.executable, "plan_tpu.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+# ---- what is read out of a compiled program ----
+
+PROGRAM = """\
+HloModule SyncTensorsGraph.9, is_scheduled=true, num_partitions=8
+
+%fused_part.1 (p0: bf16[512,1152]) -> bf16[512,2304] {
+  %all-gather.1 = bf16[512,2304]{1,0:T(8,128)(2,1)} all-gather(%p0), channel_id=22, replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={1}
+}
+
+%fused_part.2 (p0: bf16[512,1152]) -> bf16[512,2304] {
+  %all-gather.2 = bf16[512,2304]{1,0:T(8,128)(2,1)S(1)} all-gather(%p0), channel_id=22, replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={1}
+}
+
+ENTRY %main (p0: bf16[16,2304]) -> bf16[16,2304] {
+  %all-reduce.3 = (bf16[16,64]{1,0}, f32[16]{0}) all-reduce(%a, %b), channel_id=3, replica_groups=[2,4]<=[8], use_global_device_ids=true, to_apply=%add
+  %collective-permute-start.4 = (bf16[8,64]{1,0}, bf16[8,64]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%c), channel_id=4, source_target_pairs={{0,1},{1,0}}
+  %collective-permute-done.4 = bf16[8,64]{1,0} collective-permute-done(%collective-permute-start.4)
+  %all-gather-start.5 = (f32[4,2]{1,0}, f32[32,2]{1,0}) all-gather-start(%d), channel_id=5, replica_groups={}, dimensions={0}
+  %all-gather-done.5 = f32[32,2]{1,0} all-gather-done(%all-gather-start.5)
+  %all-reduce.6 = f32[16]{0} all-reduce(%e), channel_id=6, replica_groups={{0},{1}}, to_apply=%add
+}
+"""
+
+
+def test_a_collective_spread_over_fusions_counts_once_and_bytes_are_what_a_chip_sends():
+    found = {collective.kind + collective.shape: collective for collective in hlo.collectives_of(PROGRAM)}
+    gather = found["all-gatherbf16[512,2304]"]
+    assert (gather.group_size, gather.bytes) == (2, 512 * 2304 * 2 / 2)
+    reduce = found["all-reducebf16[16,64], f32[16]"]
+    assert (reduce.group_size, reduce.bytes) == (4, 2 * (16 * 64 * 2 + 16 * 4) * 3 / 4)
+    assert found["collective-permutebf16[8,64]"].bytes == 8 * 64 * 2
+    started = found["all-gatherf32[32,2]"]
+    assert (started.group_size, started.bytes) == (8, 32 * 2 * 4 * 7 / 8)
+    assert len(found) == 4, "a done is not another collective, and a group of one chip communicates nothing"
+
+
+def test_a_collective_in_a_loop_is_not_miscounted():
+    looped = PROGRAM.replace("is_scheduled", "scheduled") + (
+        "\n%body.1 (p0: f32[4]) -> f32[4] {\n  %all-reduce.9 = f32[4]{0} all-reduce(%p0), channel_id=9, "
+        "replica_groups={}, to_apply=%add\n}\n\nENTRY %other (p: f32[4]) -> f32[4] {\n"
+        "  %while.1 = f32[4]{0} while(%p), condition=%cond.1, body=%body.1\n}\n"
+    )
+    with pytest.raises(ValueError, match="all-reduce.9 stands in a loop"):
+        hlo.collectives_of(looped)
+
+
+@pytest.mark.parametrize("kind", hlo.KINDS)
+def test_two_chips_send_each_other_half(kind):
+    """Of 100 bytes that both hold together; an all-reduce does it twice, a reduce-scatter's result is 50 of them."""
+    result = {"reduce-scatter": 50, "collective-permute": 50}.get(kind, 100)
+    assert hlo.sent_bytes(kind, result, 2) == (100 if kind == "all-reduce" else 50)
+
+
+# ---- slices and shapes ----
+
+
+def test_slices_have_names():
+    assert parse_topology("v5e:2x4").num_chips == 8 and parse_topology("v5p:2x2x2").num_chips == 8
+    assert parse_topology("v6e:16x16").chip is CHIPS["v6e"]
+    for wrong in ("v5e", "v5e:8", "v5e:3x4", "v9:2x2", "v5p:2x2", "v5e:32x32", "v5e:2x4x1"):
+        with pytest.raises(ValueError, match="topology="):
+            parse_topology(wrong)
+
+
+@pytest.mark.parametrize(
+    "name, published",
+    [
+        ("gemma-2-2b", 2_614_341_888),
+        ("gemma-2-9b", 9_241_705_984),
+        ("gemma-2-27b", 27_227_128_320),
+        ("gemma-3-270m", 268_098_176),
+        ("gemma-3-1b", 999_885_952),
+        ("gemma-3-4b", 4_300_079_472),
+        ("gemma-3-12b", 12_187_325_040),
+        ("gemma-3-27b", 27_432_406_640),
+    ],
+)
+def test_models_have_the_published_number_of_parameters(name, published):
+    import torch
+
+    from preflight.models import model_config, vision_parameters
+    from preflight.trace import model_of_zeros
+
+    model = model_of_zeros(model_config(f"google/{name}-it"), torch.bfloat16)
+    assert model.num_parameters() + vision_parameters(f"google/{name}-it") == published
+
+
+def test_a_cut_model_has_every_kind_of_layer():
+    from preflight.models import model_config, with_depth
+
+    config = with_depth(model_config("google/gemma-3-270m"), 4)
+    assert config.layer_types == ["sliding_attention", "full_attention"] * 2 and config.num_hidden_layers == 4
+    assert with_depth(config, 4) is config
+
+
+# ---- extrapolation and report ----
+
+
+def example_plan(**changes):
+    """A plan from two made-up cuts, of 2 and 4 layers, of the tiny model with 10 layers."""
+    from preflight.compiler import Program
+    from preflight.hlo import Collective
+    from preflight.plan import Job, Plan, plan_graph
+    from preflight.trace import DECODE, LEARN, Graph
+    from tunix_torch import GRPOConfig, ModelConfig
+
+    job = Job(ModelConfig(lora_rank=4), GRPOConfig(output_dir="/nowhere"), parse_topology("v5e:1x1"))
+    reduce = Collective("all-reduce", "f32[1]", 100.0, 2, "all")
+
+    def program(layers):
+        values = {"argument_bytes": 1000 + 10 * layers, "temporary_bytes": 500, "flops": 7.0 * layers, "seconds": 1.0}
+        values |= {"output_bytes": 300, "alias_bytes": 100, "bytes_accessed": 20.0 * layers}
+        return Program(**values | changes, collectives=[reduce] * (1 + 2 * layers))
+
+    graphs = [Graph(name, b"", [], 3, 1500 + 10 * layers) for name in (DECODE, LEARN) for layers in (2, 4)]
+    programs = [program(2), program(4)]
+    return Plan(job, [plan_graph(job, [2, 4], graphs[i : i + 2], programs, 10) for i in (0, 2)])
+
+
+def test_figures_grow_linearly_with_depth():
+    graph = example_plan().graphs[0]
+    assert graph.argument_bytes == 1100 and graph.temporary_bytes == 500 and graph.output_bytes == 200
+    assert graph.held_bytes == 1600 - 1100, "what is alive and no argument"
+    assert graph.flops == 70 and graph.bytes_accessed == 200
+    assert (graph.collectives["all-reduce"].count, graph.collectives["all-reduce"].bytes) == (21, 2100)
+    assert graph.total_bytes == 1100 + 200 + 500 + 500
+    chip = CHIPS["v5e"]
+    assert graph.bound_seconds == pytest.approx(2100 / chip.ici_bytes_per_second) and graph.binds == "interconnect"
+
+
+def test_the_last_line_decides():
+    from preflight.report import as_dict, lines_of, verdict
+
+    plan = example_plan()
+    assert verdict(plan).startswith("Fits v5e:1x1 with 100% of HBM to spare")
+    assert lines_of(plan)[-1] == verdict(plan)
+    document = as_dict(plan)
+    assert document["fits"] and document["spare_fraction"] > 0.99 and len(document["graphs"]) == 2
+    json.dumps(document)
+    large = example_plan(temporary_bytes=20 * 2**30)
+    assert not large.fits and large.spare_fraction < 0
+    assert verdict(large).endswith("First: per_device_train_batch_size=4")
+    large.graphs = large.graphs[1:]  # learn
+    assert verdict(large).endswith("First: micro_batch_size=2 in place of 4")
+    broken = example_plan(error="Ran out of memory in memory space hbm. Used 17.5G of 15.75G hbm.")
+    assert not broken.fits and as_dict(broken)["spare_fraction"] is None
+    assert any("Ran out of memory" in line for line in lines_of(broken)), "the compiler's own words"
+
+
+# ---- the command ----
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--topology", "v5e:3x4"], "topology='v5e:3x4'"),
+        (["--topology", "v5e:2x4", "--json", "/no/such/folder/plan.json"], "json='/no/such/folder/plan.json'"),
+        (["--topology", "v5e:2x4", "--use_grpo", "--mesh_shape", "2,2"], "meshes of as many: 8,1 4,2 2,4 1,8"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message):
+    result = plan_tpu(*arguments)
+    assert result.returncode == 2 and message in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """A folder with nothing but the config of a model of two layers."""
+    from preflight.models import model_config, with_depth
+
+    folder = tmp_path_factory.mktemp("small")
+    with_depth(model_config("tiny"), 2).save_pretrained(folder)
+    return folder
+
+
+SMALL_JOB = ["--use_grpo", "--per_device_train_batch_size", 2, "--max_prompt_length", 16, "--generation_max_length", 8]
+
+
+def test_a_tiny_model_is_planned(small_model, tmp_path):
+    pytest.importorskip("torch_xla")
+    pytest.importorskip("libtpu")
+    flags = ["--model_name", small_model, *SMALL_JOB, "--mesh_shape", "2,2", "--topology", "v5e:2x2"]
+    result = plan_tpu(*flags, "--json", tmp_path / "plan.json", cache=tmp_path, timeout=200)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1].startswith("Fits v5e:2x2 with 100% of HBM to spare")
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["fits"] and plan["spare_fraction"] > 0.9
+    graphs = {graph["name"]: graph for graph in plan["graphs"]}
+    assert list(graphs) == ["prefill", "decode", "reference log-probabilities", "learn", "optimizer"]
+    assert graphs["decode"]["runs"] == 7 and graphs["decode"]["collectives"]["all-reduce"]["count"] >= 2 * 2
+    assert all(graph["compiled_depths"] == [2] and graph["flops"] > 0 for graph in plan["graphs"])
+
+    again = plan_tpu(*flags, cache=tmp_path)
+    assert again.stdout == result.stdout, "from what is kept"
+
+    quick = plan_tpu(*flags, "--quick", "--json", tmp_path / "quick.json", cache=tmp_path)
+    assert quick.returncode == 0 and "nothing was compiled" in quick.stdout
+    assert json.loads((tmp_path / "quick.json").read_text())["fits"]
+
+
+# A real run writes the graphs that it compiles; those that are planned are the same, operation by operation.
+TRAINED = """
+import sys
+from tunix_torch import GRPOConfig, TunixTrainer, device, tiny
+device.use_mesh(((2, 2), ("fsdp", "tp")))
+args = GRPOConfig(output_dir=sys.argv[2], report_to="none", disable_tqdm=True, per_device_train_batch_size=2,
+    max_prompt_length=16, generation_max_length=8, system_message="", max_steps=3, save_strategy="no", micro_batch_size=4)
+rows = [{"prompt": "2+3", "answer": "5"}] * 16
+TunixTrainer(sys.argv[1], lambda prompts, completions, **columns: [float(len(c)) for c in completions], args, rows).train()
+"""
+PLANNED = """
+import sys
+from pathlib import Path
+from tunix_torch import GRPOConfig, ModelConfig, device
+device.use_mesh(((2, 2), ("fsdp", "tp")))
+from preflight.models import model_config
+from preflight.trace import make_trainer, trace_step
+from jax._src.lib import xla_client
+args = GRPOConfig(output_dir=sys.argv[2], report_to="none", per_device_train_batch_size=2,
+    max_prompt_length=16, generation_max_length=8, system_message="", micro_batch_size=4)
+trainer = make_trainer(model_config(sys.argv[1]), ModelConfig(model_dtype="float32", lora_rank=16), args)
+for graph in trace_step(trainer):
+    Path(sys.argv[2], graph.name + ".txt").write_text(xla_client.XlaComputation(graph.hlo).as_hlo_text())
+"""
+
+
+def operations(text):
+    """How often each operation occurs, with its shape and its place on the mesh, whatever it is called.
+
+    Not counted: scalar parameters and the tuple of results. The Trainer's loop keeps the gradient's norm for its log, and
+    its scheduler has set the learning rate.
+    """
+    found = Counter()
+    for line in text.splitlines():
+        match = re.match(r"\s+(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(", line)
+        if match is not None:
+            shape = re.sub(r"\{[\d,]*\}|/\*.*?\*/", "", match[1])
+            sharding = re.search(r"sharding=\{.*?\}", line)
+            if match[2] != "tuple" and (match[2], shape) != ("parameter", "f32[]"):
+                found[match[2], shape, sharding[0] if sharding else ""] += 1
+    return found
+
+
+@pytest.mark.xla
+def test_the_planned_graphs_are_those_that_a_run_compiles(tmp_path, model_folder):
+    environment = {**os.environ, "CPU_NUM_DEVICES": "4", "TUNIX_DEVICE": "xla", "PYTHONPATH": str(ROOT)}
+    dump = f"--xla_dump_to={tmp_path / 'dump'} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=SyncTensorsGraph"
+    for name, code, flags in (("trained", TRAINED, dump), ("planned", PLANNED, "")):
+        (tmp_path / name).mkdir()
+        command = [sys.executable, "-c", code, model_folder, str(tmp_path / name)]
+        result = subprocess.run(command, env=environment | {"XLA_FLAGS": flags}, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-3000:]
+    compiled = [operations(path.read_text()) for path in (tmp_path / "dump").glob("*before_optimizations.txt")]
+    planned = {path.stem: operations(path.read_text()) for path in (tmp_path / "planned").glob("*.txt")}
+    assert len(planned) == 5
+    for name, expected in planned.items():
+        differences = [(expected - found) + (found - expected) for found in compiled]
+        assert not min(differences, key=Counter.total), (name, min(differences, key=Counter.total))
+
+
+# ---- whole plans, minutes each, kept in the user's cache ----
+
+SLICES = {"quick_test": "v5e:1x1"}  # the others: v5e:2x4
+SPARE = {"gemma2_2b_v5e8": 0.25, "gemma2_2b_reasoning": 0.25}  # at least
+
+
+def plan_of(config, path, *flags):
+    topology = SLICES.get(config, "v5e:2x4")
+    result = plan_tpu(
+        "--config", f"configs/{config}.json", "--topology", topology, "--json", path, *flags, timeout=3600
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    print(f"\n{config}: {result.stdout.splitlines()[-1]}")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_recipe_fits_its_slice(config, tmp_path):
+    plan = plan_of(config, tmp_path / "plan.json")
+    assert plan["fits"] and plan["spare_fraction"] >= SPARE.get(config, 0), plan["verdict"]
+    quick = plan_of(config, tmp_path / "quick.json", "--quick")
+    assert quick["fits"]
+    if config != "quick_test":  # which leaves 99% either way
+        assert quick["spare_fraction"] == pytest.approx(plan["spare_fraction"], abs=0.15)
+
+
+@pytest.mark.slow
+def test_decoding_and_learning_on_a_mesh_communicate_no_more_than_tensor_parallelism_needs(tmp_path):
+    graphs = {graph["name"]: graph for graph in plan_of("gemma2_2b_v5e8", tmp_path / "plan.json")["graphs"]}
+    layers, rows, hidden = 26, 16, 2304  # rows of a chip
+    decode = graphs["decode"]["collectives"]
+    # a layer: one after attention, one after the MLP, and one of rank 64 for the LoRA of each; then the embedding's,
+    # two for the softmax over the split vocabulary, one for the chosen token's log-probability
+    assert decode["all-reduce"]["count"] <= 4 * layers + 4
+    assert decode["all-gather"]["count"] <= 2, "the candidates of top-k, their values and their ids"
+    assert set(decode) == {"all-reduce", "all-gather"}
+    needed = (2 * layers + 1) * 2 * rows * hidden * 2 * 3 / 4
+    assert sum(traffic["bytes"] for traffic in decode.values()) < 1.1 * needed
+    # no weight of the base model is moved at all: the largest thing gathered is smaller than the smallest of them
+    learn = graphs["learn"]["collectives"]
+    assert learn["all-gather"]["bytes"] < 2**20
+
+
+@pytest.mark.slow
+def test_extrapolated_figures_are_those_of_the_whole_model(tmp_path):
+    """Gemma 3 270m, all 18 layers compiled at once."""
+    cut = plan_of("gemma3_270m", tmp_path / "cut.json")
+    whole = plan_of("gemma3_270m", tmp_path / "whole.json", "--whole")
+    for ours, right in zip(cut["graphs"], whole["graphs"], strict=True):
+        assert (ours["compiled_depths"], right["compiled_depths"]) == ([2, 4], [18])
+        for name in ("total_bytes", "flops", "bytes_accessed", "bound_seconds"):
+            error = ours[name] / right[name] - 1
+            print(f"{ours['name']:<29}{name:<16}{ours[name]:>12.4g}{right[name]:>12.4g}{error:>8.1%}")
+            assert abs(error) < 0.1, (ours["name"], name)
