@@ -291,9 +291,7 @@ class GRPOConfig(TrainingArguments):
         if self.micro_batch_size is not None or not self.use_grpo:
             return self.micro_batch_size or None
         groups = process_device.axis_size("fsdp")  # each device a group of its own
-        if not (
-            process_device.is_accelerator() or process_device.has_mesh()
-        ):  # one group alone is too little to keep the cores busy
+        if not (process_device.is_accelerator() or process_device.has_mesh()):  # a CPU is kept busy by more
             tokens = self.max_prompt_length + self.num_completions_per_prompt * self.generation_max_length
             passes = math.ceil(self.per_device_train_batch_size / max(1, CPU_TOKENS_PER_PASS // tokens))
             groups = math.ceil(self.per_device_train_batch_size / passes)
