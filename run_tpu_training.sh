@@ -1,18 +1,37 @@
 #!/usr/bin/env bash
 # Train on a TPU VM. Settings come from the environment, further arguments go to train.py as they are:
 #   MODEL_NAME=google/gemma-3-270m-it USE_GRPO=true ./run_tpu_training.sh --data_path openai/gsm8k --dataset_config main
-# Without a TPU it says so and runs the same graphs through XLA on the CPU.
+# Checks the host first. Without a TPU it says so and runs the same graphs through XLA on the CPU.
+# A run that was cut short goes on from its newest checkpoint; SIGTERM saves one before the run ends.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
-    sed -n '2,4s/^# //p' "$0"
-    echo "Environment: MODEL_NAME OUTPUT_DIR NUM_EPOCHS BATCH_SIZE LEARNING_RATE MAX_LENGTH NUM_TPU_CORES"
-    echo "             USE_GRPO NUM_COMPLETIONS_PER_PROMPT GENERATION_MAX_LENGTH GENERATION_TEMPERATURE KL_PENALTY_COEF"
-    echo "All flags: python train.py --help"
+    sed -n '2,5s/^# //p' "$0"
+    cat <<'EOF'
+
+--dry-run as the first argument: check, print the command, and stop.
+
+Environment: MODEL_NAME OUTPUT_DIR NUM_EPOCHS BATCH_SIZE LEARNING_RATE MAX_LENGTH NUM_TPU_CORES
+             USE_GRPO NUM_COMPLETIONS_PER_PROMPT GENERATION_MAX_LENGTH GENERATION_TEMPERATURE KL_PENALTY_COEF
+             TOPOLOGY             the slice, such as v5e:2x4; found by itself on one host
+             SKIP_PREFLIGHT=1     don't estimate first whether the job fits (plan_tpu.py --quick)
+             TUNIX_COMPILE_CACHE  folder of compiled graphs; default ~/.cache/tunix_torch/xla
+All flags: python train.py --help
+
+On a slice of several hosts, one command starts the script on all of them:
+  gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all \
+      --command="cd tunix-torch && ./run_tpu_training.sh --config FILE"
+but train.py refuses a mesh over several hosts so far: that has never been run.
+EOF
     exit 0
 fi
 
+dry_run=false
+if [[ "${1:-}" == "--dry-run" ]]; then
+    dry_run=true
+    shift
+fi
 if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; else PYTHON=${PYTHON:-python3}; fi
 
 args=(--device xla)
@@ -32,9 +51,21 @@ add --num_completions_per_prompt "${NUM_COMPLETIONS_PER_PROMPT:-}"
 add --generation_max_length "${GENERATION_MAX_LENGTH:-}"
 add --generation_temperature "${GENERATION_TEMPERATURE:-}"
 add --kl_penalty_coef "${KL_PENALTY_COEF:-}"
+args+=("$@")
 
-tpu=$(TUNIX_DEVICE=cpu "$PYTHON" -c 'from tunix_torch import device; print(device.tpu_is_present())')
-if [[ "$tpu" == False ]]; then
-    echo "No TPU was found on this machine: running the same graphs through XLA on the CPU."
+topology=$(TUNIX_DEVICE=cpu "$PYTHON" -c \
+    'import sys, utils; utils.run_script(lambda: print(utils.check_tpu_host(sys.argv[1:]) or ""))' "${args[@]}")
+topology=${TOPOLOGY:-$topology}
+if [[ -n "$topology" && -f plan_tpu.py && "${SKIP_PREFLIGHT:-0}" != 1 ]]; then
+    "$PYTHON" plan_tpu.py --quick --topology "$topology" "${args[@]}"
 fi
-exec "$PYTHON" train.py "${args[@]}" "$@"
+
+if [[ " $* " != *" --resume_from_checkpoint"* ]]; then args+=(--resume_from_checkpoint auto); fi
+export TUNIX_COMPILE_CACHE=${TUNIX_COMPILE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/tunix_torch/xla}
+if $dry_run; then
+    printf 'TUNIX_COMPILE_CACHE=%q' "$TUNIX_COMPILE_CACHE"
+    printf ' %q' "$PYTHON" train.py "${args[@]}"
+    echo
+    exit 0
+fi
+exec "$PYTHON" train.py "${args[@]}"

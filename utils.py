@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,12 +48,7 @@ def choose_device(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: a device that does not exist, or is not here.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    given = {}
-    for i, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        if name in ("--device", "--config"):
-            given[name] = value if equals else next(iter(argv[i + 1 : i + 2]), "")
+    given = _values_of(("--device", "--config"), sys.argv[1:] if argv is None else argv)
     if "--device" in given:
         os.environ["TUNIX_DEVICE"] = given["--device"]
     elif "--config" in given and Path(given["--config"]).is_file():
@@ -60,6 +56,16 @@ def choose_device(argv: Sequence[str] | None = None) -> None:
         if device is not None:
             os.environ["TUNIX_DEVICE"] = str(device)
     import tunix_torch  # noqa: F401
+
+
+def _values_of(names: Sequence[str], argv: Sequence[str]) -> dict[str, str]:
+    """The values of some flags, before a parser can be had."""
+    given = {}
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name in names:
+            given[name] = value if equals else next(iter(argv[i + 1 : i + 2]), "")
+    return given
 
 
 def fail(message: str) -> NoReturn:
@@ -138,3 +144,61 @@ def verify_tpu_setup() -> dict[str, Any]:
     total = float((ones @ ones).sum().cpu())
     assert total == 512.0, f"the device multiplied wrongly: {total}"
     return {"kind": device.KIND, "tpu": device.is_tpu(), "description": device.describe(), "torch": torch.__version__}
+
+
+# ---- before a job on a TPU ----
+
+# Chips of one host -> the slice that they are.
+TOPOLOGIES = {1: "1x1", 4: "2x2", 8: "2x4"}
+LEAST_FREE = 2**30  # bytes that a run's folder needs: checkpoints of a LoRA, metrics
+
+
+def check_tpu_host(argv: Sequence[str]) -> str | None:
+    """What a job with these flags needs of this host: a TPU, the libtpu that fits, the model, room on the disk.
+
+    Says on standard error what it finds. Computes nothing, and leaves the TPU to the job.
+
+    Returns:
+        the slice that this host is, such as "v5e:2x4"; None without a TPU, or where its shape is not known.
+
+    Raises:
+        ValueError: something is missing, and the job would fail over it.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    from tunix_torch import device, tiny
+
+    given = _values_of(("--model_name", "--model_size", "--output_dir", "--config"), argv)
+    settings = load_config(given["--config"]) if given.get("--config") else {}
+    settings |= {name.removeprefix("--"): value for name, value in given.items()}
+
+    def say(what: str, found: str) -> None:
+        print(f"{what:<8} {found}", file=sys.stderr)
+
+    chips, topology = device.tpu_chips(), None
+    if chips:
+        topology = f"{chips[0]}:{TOPOLOGIES[len(chips)]}" if len(chips) in TOPOLOGIES else None
+        say("TPU", f"{len(chips)} chip(s), {chips[0]}")
+        say("libtpu", f"{device.check_libtpu()}, as torch_xla needs it")
+    else:
+        say("TPU", "No TPU was found on this machine: running the same graphs through XLA on the CPU.")
+
+    size, output_dir = settings.get("model_size"), Path(settings.get("output_dir") or "./outputs")
+    name = f"google/gemma-3-{size}-it" if size else settings.get("model_name") or tiny.NAME
+    needed = {output_dir: LEAST_FREE}
+    if name == tiny.NAME or Path(name).exists():
+        say("model", f"{name} is here")
+    elif isinstance(try_to_load_from_cache(name, "config.json"), str):
+        say("model", f"{name} is in the cache, {constants.HF_HUB_CACHE}")
+    else:
+        say("model", f"{name} is not in the cache and will be downloaded to {constants.HF_HUB_CACHE}")
+        billions = re.search(r"(\d+(?:\.\d+)?)([mb])\b", name.lower())
+        if billions:  # two bytes a parameter
+            needed[Path(constants.HF_HUB_CACHE)] = int(float(billions[1]) * {"m": 2e6, "b": 2e9}[billions[2]])
+    for folder, least in needed.items():
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        if free < least:
+            raise ValueError(f"{folder}: {free / 2**30:.1f} GiB free, and {least / 2**30:.1f} GiB are needed")
+        say("disk", f"{free / 2**30:.0f} GiB free for {folder}")
+    return topology

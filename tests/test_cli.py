@@ -449,7 +449,7 @@ def test_run_tpu_training_reads_its_variables_and_says_that_there_is_no_tpu(mode
         **environment,
     )
     assert result.returncode == 0, result.stderr
-    assert "No TPU was found" in result.stdout and "XLA on the CPU" in result.stdout
+    assert "No TPU was found" in result.stderr and "XLA on the CPU" in result.stdout
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["device"], config["max_prompt_length"], config["num_completions_per_prompt"]) == ("xla", 48, 2)
     assert config["learning_rate"] == 0.003

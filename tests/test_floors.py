@@ -17,6 +17,7 @@ FLOORS = [
         "estimators",
         "groups",
         "metrics",
+        "processes",
         "scoring",
         "readers",
         "settings",

@@ -1,7 +1,9 @@
-"""What a run shows and keeps besides checkpoints: one line of progress now and then, and metrics.jsonl."""
+"""What a run does at the side: a line of progress now and then, metrics.jsonl, a checkpoint before it is taken away."""
 
 import json
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,34 @@ PROGRESS_COLUMNS = (
     ("kl", "kl {:.4f}"),
     ("completions/mean_length", "length {:.0f}"),
 )
+
+
+class SaveOnSigterm(TrainerCallback):
+    """On SIGTERM, which a machine gets before it is taken away: finish the step, save a checkpoint, stop training.
+
+    Args:
+        anyone: whether any process of the run has been told, from whether this one has: all must stop at one step.
+    """
+
+    def __init__(self, anyone: Callable[[bool], bool]) -> None:
+        self.anyone, self.told, self.stopped = anyone, False, False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.before = signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.told = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.anyone(self.told) and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        signal.signal(signal.SIGTERM, self.before)
 
 
 class MetricsFile(TrainerCallback):

@@ -7,6 +7,7 @@ there, else CUDA, else the CPU. A process keeps its choice for life.
 
 import contextlib
 import glob
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -22,19 +23,54 @@ import numpy as np
 
 KINDS = ("auto", "xla", "cuda", "cpu")
 
-# Google's PCI vendor id, and the device ids of TPU v2 to v7 (torch_xla/_internal/tpu.py lists the same).
+# Google's PCI vendor id, and the device ids of TPUs (torch_xla/_internal/tpu.py and jax/_src/hardware_utils.py).
 _TPU_VENDOR = "0x1ae0"
-_TPU_DEVICES = {"0x0027", "0x005e", "0x0063", "0x006f", "0x0056", "0x0062", "0x0076"}
+_TPU_DEVICES = {
+    "0x0027": "v2 or v3",
+    "0x0056": "without a public name",
+    "0x005e": "v4",
+    "0x0062": "v5p",
+    "0x0063": "v5e",
+    "0x006f": "v6e",
+    "0x0076": "v7x",
+}
+PCI_DEVICES = "/sys/bus/pci/devices"
+
+
+def tpu_chips() -> list[str]:
+    """The version of each TPU chip on this host's PCI bus, such as "v5e". Looks at files only; initialises nothing."""
+    chips = []
+    for vendor in glob.glob(f"{PCI_DEVICES}/*/vendor"):
+        product = pathlib.Path(vendor).with_name("device").read_text().strip()
+        if pathlib.Path(vendor).read_text().strip() == _TPU_VENDOR and product in _TPU_DEVICES:
+            chips.append(_TPU_DEVICES[product])
+    return chips
 
 
 def tpu_is_present() -> bool:
-    """True when a TPU chip hangs on this host's PCI bus. Looks at files only; initialises nothing."""
-    for vendor in glob.glob("/sys/bus/pci/devices/*/vendor"):
-        folder = pathlib.Path(vendor).parent
-        if pathlib.Path(vendor).read_text().strip() == _TPU_VENDOR:
-            if (folder / "device").read_text().strip() in _TPU_DEVICES:
-                return True
-    return False
+    """True when there is a TPU chip on this host."""
+    return bool(tpu_chips())
+
+
+def check_libtpu() -> str:
+    """The version of the installed libtpu, which is the one that the installed torch_xla was built for.
+
+    Raises:
+        ValueError: torch_xla or libtpu is not installed, or they do not belong together.
+    """
+    right = "pip install 'torch-xla[tpu]==2.9.0'"
+    try:
+        needed = importlib.metadata.requires("torch_xla") or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(f"torch_xla is not installed: {right}") from None
+    wanted = next(word.partition("==")[2].split(";")[0].strip() for word in needed if word.startswith("libtpu=="))
+    try:
+        found = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        found = "none"
+    if found != wanted:
+        raise ValueError(f"libtpu {found}: torch_xla {importlib.metadata.version('torch_xla')} needs {wanted}: {right}")
+    return found
 
 
 def _keep_transformers_off_xla() -> None:
@@ -87,7 +123,17 @@ if KIND == "xla":
     import torch_xla.debug.profiler as xla_profiler
     import torch_xla.distributed.spmd as spmd
     import torch_xla.runtime as xla_runtime
+    import torch_xla.utils.buffer_donor_context as buffer_donor_context
     import torch_xla.utils.checkpoint as xla_checkpoint
+
+
+def keep_compilations(folder: str) -> None:
+    """Keep compiled graphs in a folder, so that the next process need not compile them. On a TPU; before any graph.
+
+    XLA:CPU can write such files but not read them, so there nothing is kept.
+    """
+    if is_tpu():
+        xla_runtime.initialize_cache(folder)
 
 
 def torch_device() -> torch.device:
@@ -114,6 +160,9 @@ def is_accelerator() -> bool:
     """True on a real TPU and on CUDA; False where the host's processor computes, through XLA or not."""
     return KIND == "cuda" or is_tpu()
 
+
+if "TUNIX_COMPILE_CACHE" in os.environ:
+    keep_compilations(os.environ["TUNIX_COMPILE_CACHE"])
 
 _mesh: "spmd.Mesh | None" = None
 
@@ -143,6 +192,10 @@ def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
         if torch_xla._XLAC._xla_get_spmd_config_is_locked():
             raise ValueError(f"{asked}: too late, the device is in use; call device.use_mesh before GRPOConfig is made")
         xla_runtime.use_spmd()
+    if xla_runtime.process_count() > 1:
+        raise ValueError(
+            f"{asked}: {xla_runtime.process_count()} hosts; a mesh over several hosts is not supported yet"
+        )
     found = xla_runtime.global_runtime_device_count()
     if found != wanted:
         hint = "" if is_tpu() else f"; CPU_NUM_DEVICES={wanted} makes as many on the CPU"
@@ -214,26 +267,101 @@ def stop_trace() -> None:
         xla_profiler.stop_trace()
 
 
-def compile_step(step: Callable[..., Any]) -> Callable[..., Any]:
+def compile_step(step: Callable[..., Any], model: "torch.nn.Module") -> Callable[..., Any]:
     """Compile a function of static shapes that runs once a token. On XLA this removes 20 to 30 ms of tracing a call.
 
-    On a mesh each call is traced: there, torch-xla 2.9 takes the weights for constants in every compiled step but the
-    process's first (its bridge matches a graph's inputs by tensor ids that copies have overwritten), so a step would
-    go on with the weights of the time when it was compiled.
+    Args:
+        step: takes tensors and lists of tensors, and returns tensors. It may change arguments in place, and reads
+            nothing else that changes but the weights of `model`; it draws no random numbers. Its first results have
+            the shapes of its first arguments: they take their place in the next call.
+        model: whose tensors the step reads: parameters, buffers and other attributes of its modules. Their values may
+            change between calls; what is no tensor, such as whether an adapter is on, is that of the first call.
     """
     if KIND != "xla":
         return step
-    if _recorder is not None:
-        return _recorded_once(step)
-    if _mesh is None:
-        return torch.compile(step, backend="openxla", fullgraph=True, dynamic=False)
+    return _CompiledStep(step, model) if _recorder is None else _recorded_once(step)
 
-    def traced_step(*args: Any) -> Any:
-        result = step(*args)
+
+class _CompiledStep:
+    """A step whose graph is traced once for each shape of its arguments, and then run by its hash.
+
+    This is what `torch.compile(backend="openxla")` does, without Dynamo, which traces slowly, and right on a mesh
+    too: there, torch-xla 2.9's bridge takes the weights for constants, because it tells a graph's inputs apart by
+    tensor ids that its own copies have overwritten. Here an input is known by the handle of its data.
+    """
+
+    def __init__(self, step: Callable[..., Any], model: "torch.nn.Module") -> None:
+        self.step = step
+        self.slots = [
+            (tensors, name)
+            for module in model.modules()
+            for tensors in (module._parameters, module._buffers, vars(module))
+            for name, tensor in tensors.items()
+            if isinstance(tensor, torch.Tensor)
+        ]
+        self.programs: dict[tuple[torch.Size, ...], _Program] = {}
+
+    def __call__(self, *args: Any) -> tuple["torch.Tensor", ...]:
+        tensors = [tensor for arg in args for tensor in (arg if isinstance(arg, list) else [arg])]
+        weights = [tensors_of_module[name] for tensors_of_module, name in self.slots]
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if shapes not in self.programs:
+            self.programs[shapes] = _Program(self.step, args, tensors, weights)
+        return self.programs[shapes].run(tensors, weights)
+
+
+class _Program:
+    """One compiled graph of a step, and where each of its inputs comes from."""
+
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        args: tuple[Any, ...],
+        tensors: list["torch.Tensor"],
+        weights: list["torch.Tensor"],
+    ) -> None:
         torch_xla.sync()
-        return result
+        xm.wait_device_ops()
+        handles = torch_xla._XLAC._get_tensors_handle([*tensors, *weights])
+        places = dict(zip(handles, range(len(handles)), strict=True))
+        distinct = len(tensors) + len({id(weight) for weight in weights})
+        assert len(places) == distinct, "two inputs of a compiled step share their data, so they can't be told apart"
 
-    return traced_step
+        # Traced on copies, which have the same data: what the step changes in place stays untouched here.
+        copies = iter([tensor.clone() for tensor in tensors])
+        copied_args = [[next(copies) for _ in arg] if isinstance(arg, list) else next(copies) for arg in args]
+        results = list(step(*copied_args))
+        copied = [tensor for arg in copied_args for tensor in (arg if isinstance(arg, list) else [arg])]
+        changed = torch_xla._XLAC._check_tensor_need_materialization(copied)
+        self.num_results, self.changed = len(results), [i for i, new in enumerate(changed) if new]
+        outputs = results + [copied[i] for i in self.changed]
+        for output, i in zip(outputs, [*range(len(results)), *self.changed], strict=True):
+            assert output.shape == tensors[i].shape, (output.shape, tensors[i].shape)
+            if _mesh is not None:  # left alone, the partitioner may lay out a result otherwise than the graph takes it
+                sharding = torch_xla._XLAC._get_xla_op_sharding(tensors[i])
+                torch_xla._XLAC._xla_mark_sharding(output, sharding)
+
+        ids, inputs = torch_xla._XLAC._get_tensors_xla_device_data_node(outputs)
+        assert torch_xla._XLAC._get_seed_info_id() not in ids, "a compiled step draws random numbers"
+        handles = torch_xla._XLAC._get_tensors_handle(inputs)
+        self.inputs = [places.get(handle) for handle in handles]
+        self.constants = [tensor if place is None else None for tensor, place in zip(inputs, self.inputs, strict=True)]
+        assert all(c is None or c.dim() == 0 for c in self.constants), (
+            "a compiled step reads a tensor of unknown origin"
+        )
+        with buffer_donor_context.alias_with_buffer_donor_config():  # what is changed in place needs its memory once
+            for i in self.changed:
+                torch_xla._XLAC._set_buffer_donation(tensors[i], True)
+            self.hash = torch_xla._XLAC._get_graph_hash(outputs)
+            torch_xla._XLAC._xla_warm_up_cache(outputs, [])
+
+    def run(self, tensors: list["torch.Tensor"], weights: list["torch.Tensor"]) -> tuple["torch.Tensor", ...]:
+        given = tensors + weights
+        inputs = [c if i is None else given[i] for i, c in zip(self.inputs, self.constants, strict=True)]
+        outputs = torch_xla._XLAC._run_cached_graph(self.hash, inputs)
+        for i, output in zip(self.changed, outputs[self.num_results :], strict=True):
+            tensors[i].data = output
+        return tuple(outputs[: self.num_results])
 
 
 def checkpoint(function: Callable[..., Any], *args: Any) -> Any:

@@ -49,6 +49,7 @@ def sample_batches(
     num_completions: int = 1,
     seed: int = 0,
     start: int = 0,
+    number: int = 0,
 ) -> Iterator[tuple[list[list[str]], list[list[int]]]]:
     """Sample `num_completions` completions for each of N rows, a batch at a time.
 
@@ -57,6 +58,7 @@ def sample_batches(
         batch_size: completions at a time; all batches have the same shape (the last is filled up by repeating a row).
             The completions of a question are drawn in several goes when there are more.
         start: leave out so many rows; a multiple of `rows_at_once`, so that the other batches are the same as without.
+        number: of the first row, where `rows` are a part of more: a row's random numbers depend on its number.
 
     Yields:
         for each row of a batch its completions as texts, without special tokens, and their lengths in tokens.
@@ -71,7 +73,7 @@ def sample_batches(
         prompt_ids, prompt_mask = batch["prompt_ids"].to(target), batch["prompt_mask"].to(target)
         texts, lengths = [[] for _ in part], [[] for _ in part]
         for done in range(0, num_completions, copies):
-            starts = [(first + i) * num_completions + done for i in range(at_once)]
+            starts = [(number + first + i) * num_completions + done for i in range(at_once)]
             numbers = [start + j for start in starts for j in range(copies)]
             uniforms = draw_uniforms((seed, 0), numbers, params.max_new_tokens)
             rollout = sampler.sample(prompt_ids, prompt_mask, copies, params, uniforms)
@@ -93,9 +95,12 @@ def sample_texts(
     batch_size: int,
     num_completions: int = 1,
     seed: int = 0,
+    number: int = 0,
 ) -> tuple[list[list[str]], list[list[int]]]:
     """All of `sample_batches` at once; shows a progress bar when it takes many batches."""
-    batches = sample_batches(sampler, tokenizer, rows, params, collator, batch_size, num_completions, seed)
+    batches = sample_batches(
+        sampler, tokenizer, rows, params, collator, batch_size, num_completions, seed, number=number
+    )
     count = -(-len(rows) // rows_at_once(len(rows), batch_size, num_completions))
     texts, lengths = [], []
     for some_texts, some_lengths in tqdm(

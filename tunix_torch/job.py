@@ -1,20 +1,21 @@
 """A whole job: model, data and rewards by their names; evaluate, train, evaluate, save."""
 
 import logging
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 import rewards
 
-from . import device
-from .callbacks import ConsoleProgress, MetricsFile
+from . import device, processes
+from .callbacks import ConsoleProgress, MetricsFile, SaveOnSigterm
 from .config import DataConfig, GRPOConfig, ModelConfig
 from .model import base_model_name, load_model, load_tokenizer, lora_config, torch_dtype
 from .nested import GRPOTrainingConfig
@@ -62,7 +63,9 @@ def _correctness(config: DataConfig) -> str:
     return "math_equal" if config.dataset == "math" else "correctness"
 
 
-def build_trainer(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig) -> TunixTrainer:
+def build_trainer(
+    model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig, callbacks: Sequence[TrainerCallback] = ()
+) -> TunixTrainer:
     """Load model, tokenizer, data and rewards, and put them together.
 
     Raises:
@@ -80,7 +83,7 @@ def build_trainer(model_config: ModelConfig, data_config: DataConfig, args: GRPO
         args.eval_strategy = "no"
     model = load_model(model_config.model_name, torch_dtype(model_config.model_dtype))
     has_adapter = isinstance(model, PeftModel)
-    if has_adapter:
+    if has_adapter and processes.index() == 0:
         print(f"{model_config.model_name} is an adapter, rank {model_config.lora_rank}, which is trained further")
     trainer = TunixTrainer(
         model,
@@ -90,7 +93,7 @@ def build_trainer(model_config: ModelConfig, data_config: DataConfig, args: GRPO
         eval_rows or None,
         processing_class=tokenizer,
         peft_config=None if has_adapter else lora_config(model_config),
-        callbacks=[MetricsFile(), ConsoleProgress()],
+        callbacks=[MetricsFile(), ConsoleProgress(), *callbacks],
         judge=judge,
     )
     trainer.remove_callback(ProgressCallback)
@@ -123,6 +126,7 @@ def train(
 
     Raises:
         ValueError: a setting, file, model or data set that can't work; nothing has been written then.
+        SystemExit: with code 143, after SIGTERM: the step was finished and a checkpoint saved.
     """
     device.use_mesh((config.model if isinstance(config, GRPOTrainingConfig) else config).mesh)  # before args are made
     if isinstance(config, GRPOTrainingConfig):
@@ -138,16 +142,20 @@ def train(
     settings = settings_in_force(model_config, data_config, args)
     if checkpoint is not None:
         check_same_run(settings, checkpoint)
-    trainer = build_trainer(model_config, data_config, args)
+    sigterm = SaveOnSigterm(lambda told: any(processes.gather(told)))
+    trainer = build_trainer(model_config, data_config, args, [sigterm])
     if checkpoint is not None:
         args.eval_on_start = False  # the run that is resumed has done it
-    if checkpoint is None or Path(checkpoint).resolve().parent != output_dir.resolve():
-        set_aside_previous_run(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    save_config(settings, output_dir / "config.json")
-    print(f"{'GRPO' if args.use_grpo else 'SFT'} of {model_config.model_name} on {device.describe()}")
-    num_rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
-    print(f"{num_rows} training rows, {len(trainer.eval_dataset or [])} evaluation rows", flush=True)
+    trainer.accelerator.wait_for_everyone()  # all have read what is in the folder
+    if processes.index() == 0:
+        if checkpoint is None or Path(checkpoint).resolve().parent != output_dir.resolve():
+            set_aside_previous_run(output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        save_config(settings, output_dir / "config.json")
+        together = f", {processes.count()} processes" if processes.count() > 1 else ""
+        print(f"{'GRPO' if args.use_grpo else 'SFT'} of {model_config.model_name} on {device.describe()}{together}")
+        num_rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
+        print(f"{num_rows} training rows, {len(trainer.eval_dataset or [])} evaluation rows", flush=True)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
@@ -156,8 +164,12 @@ def train(
         hint = f"{how} continues from {newest}" if newest else "there is no checkpoint yet"
         print(f"\nStopped at step {trainer.state.global_step}; {hint}", file=sys.stderr)
         raise
+    if sigterm.stopped:
+        where = f"--resume_from_checkpoint latest continues from {get_latest_checkpoint(output_dir)}"
+        print(f"\nStopped by SIGTERM after step {trainer.state.global_step}; {where}", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     best = trainer.state.best_global_step if args.load_best_model_at_end else None
-    if best is not None:
+    if best is not None and processes.index() == 0:
         name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
         print(f"The best model, with {name} {trainer.state.best_metric:.4g}, is that of step {best}")
     last = evaluations(trainer)[-1]["step"]
@@ -165,6 +177,8 @@ def train(
         trainer.evaluate()  # the last step was not one of eval_steps, or the best model is an earlier one
     trainer.save_model()
     trainer.save_state()
+    if processes.index() > 0:
+        return trainer
     plot_training_curves(output_dir)
     if trainer.eval_dataset is not None:
         print_comparison(trainer)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -182,19 +183,20 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 def place(model: nn.Module) -> nn.Module:
     """Move a model to this process's device. Tied embeddings come untied on XLA, so they are tied again.
 
-    On the CPU its attention takes a faster form, and there and on XLA its LoRA layers do: equal up to rounding.
+    On the CPU and on XLA its attention and its LoRA layers take faster forms, equal up to rounding.
     """
     model.to(device.torch_device())
     base = base_model(model)
     if device.KIND != "cuda" and not device.has_mesh():
         merge_lora(model)
-    if device.KIND == "cpu" and text_config(model)._attn_implementation == "sdpa":
+    if device.KIND == "xla":
+        base.set_attn_implementation(GROUPED)
+    elif device.KIND == "cpu" and text_config(model)._attn_implementation == "sdpa":
         base.set_attn_implementation(DECODE_GROUPED)
     base.tie_weights()
     if base.config.get_text_config().tie_word_embeddings:
         assert base.get_output_embeddings().weight is base.get_input_embeddings().weight, "embeddings came untied"
     if device.has_mesh():
-        base.set_attn_implementation(GROUPED)
         shard_model(model, base.config.get_text_config().num_key_value_heads)
     return model
 
@@ -202,6 +204,12 @@ def place(model: nn.Module) -> nn.Module:
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face model, adapter layers inside, without PEFT's wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def adapters_in_use(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that act now; none where the model has none, or they are off or merged."""
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    return () if layer is None or layer.disable_adapters or layer.merged else tuple(layer.active_adapters)
 
 
 def text_config(model: nn.Module) -> PretrainedConfig:

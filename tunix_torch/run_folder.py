@@ -149,13 +149,19 @@ def get_latest_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) -> str | None:
-    """The checkpoint folder that `--resume_from_checkpoint` means: a folder, or "latest" / "true".
+    """The checkpoint folder that `--resume_from_checkpoint` means: a folder, "latest" / "true", or "auto".
+
+    "auto" goes on with a run that was cut short: its newest whole checkpoint, or None where there is none, or the run
+    came to its end.
 
     Raises:
         ValueError: there is none, or it is not whole.
     """
     if resume_from_checkpoint is None or str(resume_from_checkpoint).lower() == "false":
         return None
+    if str(resume_from_checkpoint).lower() == "auto":
+        finished = (Path(output_dir) / "adapter_model.safetensors").is_file()
+        return None if finished else get_latest_checkpoint(output_dir)
     if str(resume_from_checkpoint).lower() in ("latest", "true"):
         checkpoint = get_latest_checkpoint(output_dir)
         if checkpoint is None:

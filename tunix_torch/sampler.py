@@ -16,7 +16,7 @@ from . import device
 from .attention import GrowingCache, PrefixCache, SlotCache, attention_masks
 from .batch import Rollout
 from .merged_lora import packed_for_decoding
-from .model import base_model, hidden_states, logits, prefill, text_config
+from .model import adapters_in_use, base_model, hidden_states, logits, prefill, text_config
 from .sharding import shard_rows
 
 _LEAVE_AT = 7 / 8  # rows that have ended leave when so few are left: each time the KV cache is copied
@@ -93,7 +93,7 @@ class Sampler:
         self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
         self.stop_check_interval = stop_check_interval
         self._decode = self._decode_static if device.KIND == "xla" else self._decode_growing
-        self._steps: dict[tuple[SamplingParams, int], Callable] = {}
+        self._steps: dict[tuple[SamplingParams, int, tuple[str, ...]], Callable] = {}
 
     @torch.no_grad()
     def sample(
@@ -225,8 +225,9 @@ class Sampler:
 
     def _decode_step(self, params: SamplingParams, layer_ids: tuple[int, ...], prompt_width: int) -> Callable:
         """The function that feeds token t of every row and appends token t + 1; made once for each static shape."""
-        if (params, prompt_width) in self._steps:
-            return self._steps[params, prompt_width]
+        key = (params, prompt_width, adapters_in_use(self.model))
+        if key in self._steps:
+            return self._steps[key]
         model, config, dtype = self.model, text_config(self.model), base_model(self.model).dtype
 
         def decode_step(ids, logps, ended, step, key_mask, lengths, uniforms, keys, values):
@@ -241,5 +242,5 @@ class Sampler:
             logps = logps.index_copy(1, step + 1, token_logps[:, None])
             return ids, logps, ended | self._is_eos(tokens), step + 1
 
-        self._steps[params, prompt_width] = device.compile_step(decode_step)
-        return self._steps[params, prompt_width]
+        self._steps[key] = device.compile_step(decode_step, model)
+        return self._steps[key]

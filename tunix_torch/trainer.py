@@ -9,6 +9,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from . import device
+from . import device, processes
 from .batch import PromptBatch, Rollout, TrainBatch
 from .config import GRPOConfig, ModelConfig
 from .data import Collator, PromptStream, Row, prepare_rows
@@ -105,6 +106,7 @@ class TunixTrainer(Trainer):
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
         place(model)
+        processes.keep_frozen_out_of_ddp(model)
 
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or [])
         self.judge = judge or next(iter(self.reward_funcs), None)
@@ -170,10 +172,14 @@ class TunixTrainer(Trainer):
                 f"reward_weights={args.reward_weights}: {len(self.reward_funcs)} reward functions need as many weights"
             )
         rows = None if isinstance(self.train_dataset, PromptStream) else self.train_dataset
-        if rows is not None and len(rows) < args.per_device_train_batch_size:
+        if rows is not None and len(rows) < args.per_device_train_batch_size * processes.count():
             raise ValueError(
                 f"per_device_train_batch_size={args.per_device_train_batch_size}: "
-                f"there are only {len(rows)} training rows"
+                f"there are only {len(rows)} training rows for {processes.count()} process(es)"
+            )
+        if args.save_batches and processes.count() > 1:
+            raise ValueError(
+                f"save_batches={args.save_batches}: a record is of one process; leave it at 0 with several"
             )
         prompts, fsdp = args.per_device_train_batch_size, device.axis_size("fsdp")
         if prompts % fsdp:
@@ -218,36 +224,42 @@ class TunixTrainer(Trainer):
             rollout = self.sample_completions_for_prompts(prompts)
             ids, mask = rollout.completion_ids.cpu(), rollout.completion_mask.cpu()  # first time the host waits
         seconds = time.perf_counter() - started
-        texts = self.processing_class.batch_decode(ids.tolist(), skip_special_tokens=True)
+        batch = self._begin_train_batch(prompts, rollout)  # an accelerator works on this while rewards are computed
         with span("scoring"):
+            texts = self.processing_class.batch_decode(ids.tolist(), skip_special_tokens=True)
             self._rewards = self.compute_rewards_for_completions(prompts, texts)  # (B, R)
         totals = (self._rewards * self.reward_weights).nansum(dim=1)  # (B,)
         names, group = [name_of(function) for function in self.reward_funcs], args.num_completions_per_prompt
-        metrics = rollout_metrics(ids, mask, self._rewards, totals, names, group, self.sampler.eos_token_ids)
+        ids, mask, rewards, everyones = map(processes.gather_rows, (ids, mask, self._rewards, totals))
+        metrics = rollout_metrics(ids, mask, rewards, everyones, names, group, self.sampler.eos_token_ids)
         self._record(metrics | {"rollout_tokens_per_second": int(mask.sum()) / seconds})
-        if metrics["frac_reward_zero_std"] == 1.0:
+        if metrics["frac_reward_zero_std"] == 1.0 and processes.index() == 0:
             logger.warning(
                 "Step %d: within every group all rewards are equal, so there is nothing to learn from this batch. "
                 "The questions are too easy or too hard, or the temperature is too low.",
                 self.state.global_step + 1,
             )
-        return self.make_train_batch(prompts, rollout, totals)
+        return self._with_rewards(batch, totals)
 
     def make_train_batch(self, prompts: PromptBatch, rollout: Rollout, rewards: Tensor) -> TrainBatch:
         """All that the loss needs, from a rollout of N prompts and the (B,) weighted total rewards, on the host."""
+        return self._with_rewards(self._begin_train_batch(prompts, rollout), rewards)
+
+    def _begin_train_batch(self, prompts: PromptBatch, rollout: Rollout) -> TrainBatch:
+        """All that the loss needs but the advantages, which are 0 as yet."""
         args, mask = self.args, rollout.completion_mask.cpu()
         # Where nothing is compiled, the columns in which all rows are padding are left out.
         width = mask.shape[1] if device.KIND == "xla" else max(1, int(mask.any(dim=0).sum()))
-        weights = aggregation_weights(mask, args.aggregation, args.generation_max_length)
+        everyones = processes.gather_rows(mask)
+        weights = processes.own_rows(aggregation_weights(everyones, args.aggregation, args.generation_max_length))
         batch = TrainBatch(
             prompt_ids=prompts.prompt_ids,
             prompt_mask=prompts.prompt_mask,
             completion_ids=rollout.completion_ids[:, :width],
             completion_mask=rollout.completion_mask[:, :width],
-            advantages=self.compute_group_advantages(rewards).to(args.device),
+            advantages=torch.zeros(len(mask), device=args.device),
             token_weights=weights[:, :width].to(args.device),
             sampler_logps=rollout.sampler_logps[:, :width],
-            rewards=rewards,
         )
         if args.beta > 0:
             with span("reference"), reference_policy(self.model):
@@ -256,8 +268,13 @@ class TunixTrainer(Trainer):
             batch.old_per_token_logps = self._logps_without_gradient(batch)
         return batch
 
+    def _with_rewards(self, batch: TrainBatch, rewards: Tensor) -> TrainBatch:
+        advantages = self.compute_group_advantages(rewards).to(self.args.device)
+        return replace(batch, advantages=advantages, rewards=rewards)
+
     def update(self, batch: TrainBatch) -> Tensor:
-        """Learn from a batch: `num_iterations` passes, each in micro-batches. Returns the last pass's loss, detached.
+        """Learn from a batch: `num_iterations` passes, each in micro-batches. Returns the last pass's loss, detached,
+        over the rows of all processes.
 
         The gradient of the last pass is left for `transformers.Trainer`, which clips it and steps the optimizer;
         between passes that is done here.
@@ -270,7 +287,7 @@ class TunixTrainer(Trainer):
             if iteration == 0:
                 first_pass = parts
                 self._save_record(batch, parts)
-        first, last = sum_up(first_pass), sum_up(parts)  # second time the host waits
+        first, last = (processes.sum_numbers(sum_up(p)) for p in (first_pass, parts))  # second time the host waits
         self._check_first_pass(first_pass, first)
         seconds = time.perf_counter() - started
         speed = {"learning_tokens_per_second": last["tokens"] * args.num_iterations / seconds}
@@ -280,7 +297,14 @@ class TunixTrainer(Trainer):
     def learning_pass(self, batch: TrainBatch) -> list[dict[str, Tensor]]:
         """Forward and backward of every micro-batch; the gradients add up in the parameters. See `_learn`."""
         self.model.train()
-        return [self._learn(part) for part in self._split(batch)]
+        parts = [self._learn(part) for part in self._split(batch)]
+        self._sum_gradients()
+        return parts
+
+    def _sum_gradients(self) -> None:
+        """Over processes, once an optimizer step. DDP's own hooks sleep: no forward pass goes through its wrapper."""
+        if self.accelerator.sync_gradients:
+            processes.sum_gradients(self.model.parameters())
 
     def optimizer_step(self) -> None:
         """Clip the gradient, step, and forget the gradient: as `transformers.Trainer` does after a batch."""
@@ -374,8 +398,8 @@ class TunixTrainer(Trainer):
         num_rows = prompts.prompt_ids.shape[0] * group
         step, drawn = self._rows_drawn
         first = drawn if step == self.state.global_step else 0
-        self._rows_drawn = (self.state.global_step, first + num_rows * self.args.world_size)
-        first += num_rows * self.args.process_index
+        self._rows_drawn = (self.state.global_step, first + num_rows * processes.count())
+        first += num_rows * processes.index()
         seed = (self.args.seed, 1 + self.state.global_step)  # 0 belongs to evaluation
         uniforms = draw_uniforms(seed, range(first, first + num_rows), self.sampling.max_new_tokens)
         rollout = self.sampler.sample(prompts.prompt_ids, prompts.prompt_mask, group, self.sampling, uniforms)
@@ -408,7 +432,8 @@ class TunixTrainer(Trainer):
     def _sft_step(self, inputs: dict[str, Any]) -> Tensor:
         self.model.train()
         started = time.perf_counter()
-        batch, total = sft_batch(inputs), torch.zeros((), device=self.args.device)
+        tokens = sum(processes.gather(int(inputs["completion_mask"].sum())))
+        batch, total = sft_batch(inputs, tokens), torch.zeros((), device=self.args.device)
         for part in self._split(batch):
             logps, _ = token_logps(self.model, part, share_prefix=not self.args.gradient_checkpointing)
             loss = -(logps * part.token_weights).sum()
@@ -416,9 +441,9 @@ class TunixTrainer(Trainer):
             self.accelerator.backward(loss)
             total += loss.detach()
             device.sync()
-        tokens = int(inputs["completion_mask"].sum())
+        self._sum_gradients()
         self._record({"learning_tokens_per_second": tokens / (time.perf_counter() - started)})
-        return total
+        return total * processes.count()  # its share of the loss, of which Trainer logs the mean over processes
 
     # ---- evaluation ----
 
@@ -451,7 +476,9 @@ class TunixTrainer(Trainer):
                 samples = self._answer(rows, sampled, args.num_eval_completions)
                 metrics[f"mean@{args.num_eval_completions}"] = samples.accuracy
         if not args.use_grpo:
-            metrics["loss"] = completion_loss(self.model, rows, self.data_collator, args.per_device_eval_batch_size)
+            mine = rows[self._own_part(rows)]
+            total, tokens = completion_loss(self.model, mine, self.data_collator, args.per_device_eval_batch_size)
+            metrics["loss"] = sum(processes.gather(total)) / sum(processes.gather(tokens))
         metrics["runtime"] = time.perf_counter() - started
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
@@ -459,12 +486,35 @@ class TunixTrainer(Trainer):
         return metrics
 
     def _answer(self, rows: Sequence[Row], params: SamplingParams, num_completions: int) -> Answers:
+        """Each process answers and judges a part of the rows; the answers to all of them are the same on each."""
         size = max(self.args.per_device_eval_batch_size, num_completions)
         collator = Collator(self.data_collator.pad_token_id, self.args.max_prompt_length)
-        texts, lengths = sample_texts(
-            self.sampler, self.processing_class, rows, params, collator, size, num_completions, self.args.seed
+        part = self._own_part(rows)
+        mine, answers = rows[part], Answers([], [], [])
+        if mine:
+            texts, lengths = sample_texts(
+                self.sampler,
+                self.processing_class,
+                mine,
+                params,
+                collator,
+                size,
+                num_completions,
+                self.args.seed,
+                number=part.start,
+            )
+            answers = judge_answers(mine, texts, lengths, self.judge, self.args.reward_timeout)
+        everyones = processes.gather(answers)
+        return Answers(
+            completions=[texts for theirs in everyones for texts in theirs.completions],
+            right=[right for theirs in everyones for right in theirs.right],
+            lengths=[lengths for theirs in everyones for lengths in theirs.lengths],
         )
-        return judge_answers(rows, texts, lengths, self.judge, self.args.reward_timeout)
+
+    def _own_part(self, rows: Sequence[Row]) -> slice:
+        """The evaluation rows of this process: as many for each as can be."""
+        each = -(-len(rows) // processes.count())
+        return slice(processes.index() * each, (processes.index() + 1) * each)
 
     # ---- assertions and metrics ----
 

@@ -1,0 +1,87 @@
+"""Peak extra memory of a learning pass over a large vocabulary, beside that of holding all logits once, in float32.
+
+`python -m benchmarks.head_memory`: a Gemma 3 of one narrow layer with 262,144 words learns from 8 completions of 512
+tokens on the CPU. The logits of these would be 4.3 GB. What is measured is how far the resident set's peak rises in the
+pass; the layer is narrow so that what it keeps is small beside the head.
+"""
+
+import argparse
+import json
+import resource
+import time
+
+import tunix_torch  # noqa: F401  (first: it chooses the device)
+
+# isort: split
+
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from tunix_torch.batch import TrainBatch
+from tunix_torch.config import ModelConfig
+from tunix_torch.logprobs import token_logps
+from tunix_torch.model import add_lora, lora_config, place
+
+
+def resident_peak() -> int:
+    """Bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(vocabulary: int, rows: int, length: int, hidden: int = 64) -> dict[str, float]:
+    """`extra_bytes` of the pass, `logits_bytes` of all logits in float32, their ratio, and the pass's seconds."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=hidden,
+    )
+    model = place(add_lora(Gemma3ForCausalLM(config), lora_config(ModelConfig(lora_rank=4))))
+
+    def learn(width: int) -> None:
+        batch = TrainBatch(
+            prompt_ids=torch.randint(vocabulary, (1, 8)),
+            prompt_mask=torch.ones(1, 8, dtype=torch.bool),
+            completion_ids=torch.randint(vocabulary, (rows, width)),
+            completion_mask=torch.ones(rows, width, dtype=torch.bool),
+            advantages=torch.ones(rows),
+            token_weights=torch.ones(rows, width),
+        )
+        logps, _ = token_logps(model, batch)
+        (-logps.sum()).backward()
+
+    learn(1)  # what libraries set aside at first use
+    before, started = resident_peak(), time.perf_counter()
+    learn(length)
+    extra, logits = resident_peak() - before, rows * length * vocabulary * 4
+    return {
+        "extra_bytes": extra,
+        "logits_bytes": logits,
+        "ratio": extra / logits,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vocabulary", type=int, default=262_144)
+    parser.add_argument("--rows", type=int, default=8, help="completions")
+    parser.add_argument("--length", type=int, default=512, help="tokens of each")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    result = measure(args.vocabulary, args.rows, args.length)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"{result['extra_bytes'] / 1e6:.0f} MB more at the peak, {result['ratio']:.1%} of the "
+            f"{result['logits_bytes'] / 1e6:.0f} MB that the logits take ({result['seconds']:.1f} s)"
+        )
+
+
+if __name__ == "__main__":
+    main()

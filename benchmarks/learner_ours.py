@@ -1,0 +1,66 @@
+"""This library's `TunixTrainer` on the arithmetic job."""
+
+import time
+from pathlib import Path
+
+import tunix_torch  # first: it chooses the device
+
+# isort: split
+
+import torch
+
+from rewards import correctness_reward, format_reward
+from tunix_torch import GRPOConfig, ModelConfig, TunixTrainer, load_tokenizer, tiny
+from tunix_torch.model import load_base_model, lora_config
+
+from .arithmetic_job import MODEL, Job, read_rows
+from .learner import Run, remember_answers
+from .learning_clock import LearningClock
+
+
+def settings(job: Job, output_dir: Path) -> GRPOConfig:
+    return GRPOConfig(
+        output_dir=str(output_dir),
+        seed=job.seed,
+        max_steps=job.steps,
+        per_device_train_batch_size=job.num_prompts,
+        num_completions_per_prompt=job.num_completions,
+        max_prompt_length=job.prompt_length,
+        generation_max_length=job.completion_length,
+        generation_temperature=job.temperature,
+        generation_top_p=job.top_p,
+        generation_top_k=job.top_k,
+        stop_check_interval=tiny.RECIPE["stop_check_interval"],
+        micro_batch_size=tiny.RECIPE["micro_batch_size"],
+        system_message="",
+        kl_penalty_coef=job.beta,
+        epsilon=job.epsilon,
+        learning_rate=job.learning_rate,
+        lr_scheduler_type=job.schedule,
+        max_grad_norm=job.max_grad_norm,
+        train_sampling_strategy="sequential",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def run(job: Job, folder: Path, started: float) -> Run:
+    """Train on the job and rows of a seed's folder. `started`: what `time.perf_counter` showed when all began."""
+    assert tunix_torch.device.KIND == "cpu", f"{tunix_torch.device.KIND}, not cpu"
+    output, model, answers = folder / "ours", folder.parent / MODEL, []
+    clock = LearningClock(job, output)
+    trainer = TunixTrainer(
+        load_base_model(str(model), torch.float32),
+        [remember_answers(correctness_reward, answers), format_reward],
+        settings(job, output),
+        read_rows(folder),
+        processing_class=load_tokenizer(str(model)),
+        peft_config=lora_config(ModelConfig(lora_rank=job.lora_rank, lora_alpha=job.lora_alpha)),
+        callbacks=[clock],
+    )
+    startup_seconds = time.perf_counter() - started
+    clock.start()
+    trainer.train()
+    return Run(clock.seconds, startup_seconds, answers)

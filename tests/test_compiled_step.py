@@ -1,0 +1,135 @@
+"""`device.compile_step` on XLA: a step that is traced once gives what the plain function does, whatever has changed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.xla
+
+
+class Steps:
+    """A layer whose output depends on its weights, on a buffer, on the state, and on a cache changed in place."""
+
+    def __init__(self, device):
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(4, 4)
+        self.layer.register_buffer("scale", torch.full((4,), 0.5))
+        self.layer.to(device)
+
+    def __call__(self, state, step, offsets, caches):
+        new = torch.tanh(self.layer(state) * self.layer.scale) + 0.25 * offsets
+        caches[0].index_copy_(1, step, new[:, None])
+        return new + caches[0].sum(1) + caches[1].sum(1), step + 1
+
+    def run(self, function, device, place=lambda tensor: tensor, rows=8):
+        """Five calls from the same start: the state and the caches at their end, on the host."""
+        start = [torch.ones(rows, 4), torch.zeros(1, dtype=torch.int64), torch.arange(4.0).repeat(rows, 1)]
+        state, step, offsets = [tensor.to(device) for tensor in start]
+        caches = [tensor.to(device) for tensor in (torch.zeros(rows, 6, 4), torch.ones(rows, 6, 4))]
+        for tensor in (state, offsets, *caches):
+            place(tensor)
+        for _ in range(5):
+            state, step = function(state, step, offsets, caches)
+        return [tensor.detach().cpu() for tensor in (state, step, *caches)]
+
+
+def check_steps(place=lambda tensor: tensor):
+    """The compiled step, on XLA, beside the plain one on the CPU, while weights change in every way they can."""
+    import torch_xla.debug.metrics as metrics
+
+    from tunix_torch import device
+
+    xla, cpu = Steps(device.torch_device()), Steps("cpu")
+    for parameter in xla.layer.parameters():
+        place(parameter.data)
+    with torch.no_grad():
+        compiled = device.compile_step(xla, xla.layer)
+
+        def compare(what, rows=8):
+            for got, expected in zip(
+                xla.run(compiled, device.torch_device(), place, rows), cpu.run(cpu, "cpu", rows=rows), strict=True
+            ):
+                assert torch.allclose(got, expected, atol=1e-5), (what, got, expected)
+
+        compare("first call")
+        compare("again")
+        for steps in (xla, cpu):
+            optimizer = torch.optim.AdamW(steps.layer.parameters(), lr=0.1, foreach=False)
+            for parameter in steps.layer.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        device.sync()
+        compare("after an optimizer step")
+        for steps in (xla, cpu):
+            steps.layer.weight.data = steps.layer.weight.data * 2
+        device.sync()
+        compare("other data in a parameter")
+        for steps, where in ((xla, device.torch_device()), (cpu, "cpu")):
+            steps.layer.weight = torch.nn.Parameter(torch.full((4, 4), 0.3).to(where))
+        place(xla.layer.weight.data)
+        compare("another parameter")
+        for steps in (xla, cpu):
+            steps.layer.scale.mul_(3)
+        device.sync()
+        compare("a buffer")
+        traced = metrics.counter_value("xla::tanh")
+        compare("nothing is traced any more")
+        assert metrics.counter_value("xla::tanh") == traced
+        compare("another shape", rows=16)
+        compare("the first shape again")
+
+
+def test_a_compiled_step_sees_weights_that_change():
+    check_steps()
+
+
+def test_a_compiled_step_sees_weights_that_change_on_a_mesh():
+    code = (
+        "from tunix_torch import device; device.use_mesh(((2, 2), ('fsdp', 'tp')))\n"
+        "from tunix_torch.sharding import shard_rows; from tests.test_compiled_step import check_steps\n"
+        "check_steps(shard_rows)"
+    )
+    environment = {**os.environ, "TUNIX_DEVICE": "xla", "PYTHONPATH": str(ROOT), "CPU_NUM_DEVICES": "4"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_a_compiled_step_refuses_what_it_would_take_for_a_constant():
+    from tunix_torch import device
+
+    hidden = torch.ones(4).to(device.torch_device())
+    layer = torch.nn.Linear(4, 4).to(device.torch_device())
+    state = torch.ones(2, 4).to(device.torch_device())
+    with torch.no_grad(), pytest.raises(AssertionError, match="unknown origin"):
+        device.compile_step(lambda state: (layer(state) + hidden,), layer)(state)
+    with torch.no_grad(), pytest.raises(AssertionError, match="random"):
+        device.compile_step(lambda state: (layer(state) + torch.rand_like(state),), layer)(state)
+
+
+def test_a_step_is_made_anew_when_the_adapter_is_switched_off(model_folder):
+    from tunix_torch import ModelConfig, device
+    from tunix_torch.model import add_lora, load_model, lora_config, place
+    from tunix_torch.sampler import Sampler, SamplingParams
+
+    model = add_lora(load_model(model_folder), lora_config(ModelConfig()))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    place(model)
+    ids = torch.tensor([[2, 40, 41, 42]]).to(device.torch_device())
+
+    def greedy(sampler):
+        params = SamplingParams(6, temperature=0.0)
+        return sampler.sample(ids, ids > 0, 1, params, torch.zeros(1, 6)).completion_ids.tolist()
+
+    sampler = Sampler(model, [1], 0)
+    on = greedy(sampler)
+    with model.disable_adapter():
+        off = greedy(sampler)
+        assert off == greedy(Sampler(model, [1], 0)) != on
+    assert greedy(sampler) == on

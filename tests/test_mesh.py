@@ -1,0 +1,200 @@
+"""Meshes of eight virtual devices give what one device gives: rollouts, losses, gradients, checkpoints, resumed runs.
+
+Each run is a process of its own, since a process keeps its mesh. `TUNIX_DEVICE=xla pytest -m xla tests/test_mesh.py`.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+STEPS, SAVED = 5, 3  # steps of a run, and the one after which it has a checkpoint
+ONE, FAST, ALL = (1, 1), (2, 4), ((8, 1), (1, 8), (2, 4), (4, 2))
+
+JOB = """
+import sys, torch, torch_xla
+from transformers import TrainerCallback
+from tunix_torch import GRPOConfig, TunixTrainer, device, tiny
+from tunix_torch.model import load_model, place
+
+folder, output_dir, mesh, checkpoint = sys.argv[1:]
+device.use_mesh((tuple(map(int, mesh.split(","))), ("fsdp", "tp")))
+
+def digits_reward(prompts, completions, **columns):
+    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+
+def trained():
+    return {name: p.detach().cpu().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+class Recorder(TrainerCallback):
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        gradients.append({n: p.grad.cpu().clone() for n, p in trainer.model.named_parameters() if p.requires_grad})
+
+args = GRPOConfig(
+    output_dir=output_dir, report_to="none", disable_tqdm=True, max_steps=STEPS, save_steps=SAVED, learning_rate=3e-3,
+    per_device_train_batch_size=8, num_completions_per_prompt=2, max_prompt_length=32, generation_max_length=8,
+    system_message="", stop_check_interval=4, max_grad_norm=0.0, eval_on_start=True, eval_strategy="steps",
+    eval_steps=2, per_device_eval_batch_size=8,
+)
+rows, eval_rows = tiny.arithmetic_rows("train", 64), tiny.arithmetic_rows("test", 10)
+trainer = TunixTrainer(folder, digits_reward, args, rows, eval_rows, callbacks=[Recorder()])
+initial, gradients, completions = trained(), [], []
+collect = trainer.collect
+def recording_collect(prompts):
+    batch = collect(prompts)
+    completions.append(batch.completion_ids.cpu().masked_fill(~batch.completion_mask.cpu(), -1))
+    return batch
+trainer.collect = recording_collect
+trainer.train(resume_from_checkpoint=checkpoint or None)
+trainer.save_model()
+final = trained()
+shards = {}
+for name, p in trainer.model.named_parameters():
+    if device.has_mesh() and ("embed_tokens" in name or "layers.0.self_attn" in name):
+        on_devices = torch_xla._XLAC._get_local_shards([p.data])[0]
+        shards[".".join(name.split(".")[-3:])] = [list(shard.shape) for shard, _ in on_devices]
+again = place(load_model(output_dir))
+reloaded = {name: p.detach().cpu() for name, p in again.named_parameters() if "lora_" in name}
+torch.save({"initial": initial, "gradients": gradients, "completions": completions, "final": final,
+            "reloaded": reloaded, "shards": shards, "log": trainer.state.log_history}, output_dir + "/result.pt")
+""".replace("STEPS", str(STEPS)).replace("SAVED", str(SAVED))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Vocabulary and heads divide by 8; the two KV heads only by 2, so that both ways to lay them out occur."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    from tunix_torch import tiny
+
+    tokenizer = tiny.make_tokenizer()
+    config = Gemma3TextConfig(
+        vocab_size=-(-len(tokenizer) // 8) * 8,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.1,
+    )
+    folder = tmp_path_factory.mktemp("mesh-model")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Gemma3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    """`run(mesh, resumed_from=None)`: what that job recorded, and its folder; each runs once."""
+    root, done = tmp_path_factory.mktemp("meshes"), {}
+
+    def run(mesh, resumed_from=None):
+        if (mesh, resumed_from) not in done:
+            checkpoint = "" if resumed_from is None else str(run(resumed_from)["folder"] / f"checkpoint-{SAVED}")
+            folder = root / f"{mesh}-{resumed_from}"
+            folder.mkdir()
+            environment = {**os.environ, "TUNIX_DEVICE": "xla", "PYTHONPATH": str(ROOT)}
+            environment["CPU_NUM_DEVICES"] = str(math.prod(mesh))
+            command = [sys.executable, "-c", JOB, model, str(folder), ",".join(map(str, mesh)), checkpoint]
+            result = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr[-3000:]
+            done[mesh, resumed_from] = torch.load(folder / "result.pt") | {"folder": folder}
+        return done[mesh, resumed_from]
+
+    return run
+
+
+pytestmark = pytest.mark.xla
+meshes = pytest.mark.parametrize(
+    "mesh", [mesh if mesh == FAST else pytest.param(mesh, marks=pytest.mark.slow) for mesh in ALL]
+)
+changes = pytest.mark.parametrize(
+    "before, after",
+    [
+        (FAST, ONE),
+        *(
+            pytest.param(*change, marks=pytest.mark.slow)
+            for change in (((8, 1), (1, 8)), ((1, 8), (4, 2)), ((4, 2), FAST), (ONE, (8, 1)))
+        ),
+    ],
+)
+
+
+def logged(result, name):
+    return [row[name] for row in result["log"] if name in row]
+
+
+@meshes
+def test_completions_are_those_of_one_device(run, mesh):
+    for step, (ids, expected) in enumerate(zip(run(mesh)["completions"], run(ONE)["completions"], strict=True)):
+        assert torch.equal(ids, expected), step
+
+
+@meshes
+def test_losses_rewards_and_evaluations_are_those_of_one_device(run, mesh):
+    assert len(logged(run(mesh), "kl")) == STEPS and len(logged(run(mesh), "eval_accuracy")) == 4
+    for name in ("loss", "reward", "kl", "entropy", "eval_accuracy", "eval_mean_length"):
+        assert logged(run(mesh), name) == pytest.approx(logged(run(ONE), name), abs=1e-5), name
+
+
+@meshes
+def test_gradients_are_those_of_one_device(run, mesh):
+    for step, (gradients, expected) in enumerate(zip(run(mesh)["gradients"], run(ONE)["gradients"], strict=True)):
+        largest = max(float(gradient.abs().max()) for gradient in expected.values())
+        off = {name: float((gradients[name] - expected[name]).abs().max()) / largest for name in expected}
+        assert largest > 0 and max(off.values()) < 1e-5, (step, largest, max(off, key=off.get), max(off.values()))
+
+
+@meshes
+def test_the_saved_adapter_is_that_in_memory_bit_for_bit_and_not_the_initial_one(run, mesh):
+    result = run(mesh)
+    saved = load_file(result["folder"] / "adapter_model.safetensors")
+    assert len(saved) == len(result["final"]) == len(result["reloaded"]) == 28
+    for name, weight in result["final"].items():
+        assert torch.equal(saved[name.replace(".default", "")], weight), name
+        assert torch.equal(result["reloaded"][name], weight), name
+        assert not torch.equal(result["initial"][name], weight), name
+
+
+def test_weights_really_are_split_over_the_mesh(run):
+    """Over tp only: a weight that fsdp splits too would be gathered for each token that is decoded."""
+    shapes = {
+        "model.embed_tokens.weight": [28, 64],  # of (112, 64)
+        "q_proj.base_layer.weight": [32, 64],  # of (128, 64)
+        "o_proj.base_layer.weight": [64, 32],  # of (64, 128)
+        "k_proj.base_layer.weight": [32, 64],  # whole: its two heads do not divide by tp=4
+    }
+    shards = run(FAST)["shards"]
+    assert {name: shards[name] for name in shapes} == {name: [shape] * 8 for name, shape in shapes.items()}
+
+
+@meshes
+def test_no_compilation_after_the_second_step(run, mesh):
+    counts = {row["step"]: row["compilations"] for row in run(mesh)["log"] if "compilations" in row}
+    assert counts[0] > 0, "nothing was counted"
+    assert counts[2] == counts[STEPS], counts  # an evaluation and a checkpoint lie between
+
+
+@changes
+def test_a_checkpoint_is_resumed_on_another_mesh(run, before, after):
+    resumed, whole = run(after, resumed_from=before), run(before)
+    for ids, expected in zip(resumed["completions"], whole["completions"][SAVED:], strict=True):
+        assert torch.equal(ids, expected)
+    assert logged(resumed, "loss") == pytest.approx(logged(whole, "loss"), abs=1e-5)
+    for name, weight in whole["final"].items():
+        assert (resumed["final"][name] - weight).abs().max() < 1e-4, name

@@ -1,0 +1,159 @@
+"""Two processes with half of the prompts each give what one process gives: completions, losses, gradients, LoRA.
+
+They talk through gloo, on the CPU, as `accelerate launch` lets those of several GPUs talk through NCCL.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+STEPS, PROMPTS = 4, 4  # optimizer steps of a case; prompts a step, over all processes
+
+JOB = """
+import sys, datasets, torch
+from transformers import TrainerCallback
+from tunix_torch import GRPOConfig, TunixTrainer, processes, tiny
+
+folder, root, steps, prompts = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+
+def digits_reward(prompts, completions, **columns):
+    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+
+def capitals_reward(prompts, completions, **columns):
+    return [None if "e" in text else sum(c.isupper() for c in text) / 4 for text in completions]
+
+def trained(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+class Recorder(TrainerCallback):
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        gradients.append({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad})
+
+CASES = {
+    "grpo": {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
+             "num_eval_completions": 2, "eval_on_start": True},
+    "resumed": {},
+    "token_mean": {"loss_aggregation": "token-mean", "micro_batch_size": 1, "num_iterations": 2},
+    "accumulated": {"gradient_accumulation_steps": 2, "micro_batch_size": 4},
+    "streamed": {},
+    "sft": {"use_grpo": False, "eval_strategy": "steps", "eval_steps": 2, "generation_max_length": 64},
+}
+GRPOConfig(output_dir=root)  # joins the processes
+for case, settings in CASES.items():
+    args = GRPOConfig(**{
+        "output_dir": f"{root}/{case}" if processes.index() == 0 else f"{root}/not-the-first/{case}",
+        "per_device_train_batch_size": prompts // processes.count(), "max_steps": steps, "learning_rate": 1e-2,
+        "adam_epsilon": 1e-3,  # else where a gradient is nearly 0, its rounding decides where the weight goes
+        "num_completions_per_prompt": 2, "generation_max_length": 12, "max_prompt_length": 40, "system_message": "",
+        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "per_device_eval_batch_size": 4,
+    } | settings)
+    rows = tiny.arithmetic_rows("train", 64)
+    if case == "streamed":
+        rows = datasets.Dataset.from_list(rows).to_iterable_dataset().shuffle(seed=3, buffer_size=8)
+    functions, eval_rows = [digits_reward, capitals_reward], tiny.arithmetic_rows("test", 7)
+    trainer = TunixTrainer(folder, functions, args, rows, eval_rows, callbacks=[Recorder()])
+    gradients, completions = [], []
+    sample = trainer.sample_completions_for_prompts
+    def recording_sample(prompts):
+        rollout = sample(prompts)
+        completions.append(processes.gather_rows(rollout.completion_ids))
+        return rollout
+    trainer.sample_completions_for_prompts = recording_sample
+    trainer.train(resume_from_checkpoint=f"{root}/grpo/checkpoint-2" if case == "resumed" else None)
+    trainer.save_model()
+    answers = trainer.last_answers and trainer.last_answers.completions
+    result = {"gradients": gradients, "completions": completions, "weights": trained(trainer), "answers": answers,
+              "log": trainer.state.log_history, "processes": processes.count()}
+    everyones = processes.gather(result["weights"])
+    assert all(torch.equal(everyones[0][name], other[name]) for other in everyones for name in other)
+    if processes.index() == 0:
+        torch.save(result, f"{root}/{case}.pt")
+"""
+CASES = ("grpo", "resumed", "token_mean", "accumulated", "streamed", "sft")
+
+
+@pytest.fixture(scope="module")
+def results(model_folder, tmp_path_factory):
+    """What one process recorded and what two did, by number and case; "folder": of the two."""
+    results = {}
+    for number in (1, 2):
+        root = tmp_path_factory.mktemp(f"processes-{number}")
+        (root / "job.py").write_text(JOB)
+        job = [str(root / "job.py"), model_folder, str(root), str(STEPS), str(PROMPTS)]
+        launch = [] if number == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        environment = {**os.environ, "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+        result = subprocess.run([sys.executable, *launch, *job], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-9000:]
+        results[number] = {case: torch.load(root / f"{case}.pt") for case in CASES} | {"folder": root}
+    return results
+
+
+cases = pytest.mark.parametrize("case", CASES)
+
+
+def logged(result, name):
+    return [row[name] for row in result["log"] if name in row]
+
+
+@cases
+def test_completions_are_those_of_one_process(results, case):
+    one, two = results[1][case], results[2][case]
+    assert (one["processes"], two["processes"]) == (1, 2)
+    each = {"resumed": STEPS - 2, "accumulated": 2 * STEPS, "sft": 0}.get(case, STEPS)
+    assert len(two["completions"]) == len(one["completions"]) == each
+    for ids, expected in zip(two["completions"], one["completions"], strict=True):
+        assert torch.equal(ids, expected)
+
+
+@cases
+def test_gradients_and_updated_lora_are_those_of_one_process(results, case):
+    one, two = results[1][case], results[2][case]
+    for gradients, expected in zip(two["gradients"], one["gradients"], strict=True):
+        largest = max(float(gradient.abs().max()) for gradient in expected.values())
+        for name, gradient in expected.items():
+            assert (gradients[name] - gradient).abs().max() <= 1e-5 * largest, name
+    for name, weight in one["weights"].items():
+        assert (two["weights"][name] - weight).abs().max() <= 1e-5, name
+
+
+@cases
+def test_metrics_are_those_of_one_process(results, case):
+    one, two = results[1][case], results[2][case]
+    names = {name for row in one["log"] for name in row}
+    assert names == {name for row in two["log"] for name in row} and "loss" in names
+    for name in names:
+        if "second" not in name and "runtime" not in name:
+            assert logged(two, name) == pytest.approx(logged(one, name), abs=1e-5), name
+
+
+def test_evaluation_answers_every_question_once(results):
+    assert results[2]["grpo"]["answers"] == results[1]["grpo"]["answers"]
+    assert len(results[2]["grpo"]["answers"]) == 7
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(results):
+    for name, weight in results[2]["grpo"]["weights"].items():
+        assert torch.equal(results[2]["resumed"]["weights"][name], weight), name
+
+
+def test_only_the_first_process_writes(results):
+    root = results[2]["folder"]
+    assert (root / "grpo" / "checkpoint-2" / "adapter_model.safetensors").is_file()
+    others = {path.name for path in (root / "not-the-first").rglob("*") if path.is_file()}
+    assert others == {"rng_state_1.pth"}  # each process keeps the state of its own generators
+
+
+def test_a_step_needs_prompts_for_every_process_and_records_need_a_single_one(model_folder, tmp_path, monkeypatch):
+    from tests.test_trainer import make_trainer
+    from tunix_torch import processes
+
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(ValueError, match="per_device_train_batch_size=40: .* 64 training rows for 2 process"):
+        make_trainer(model_folder, tmp_path, per_device_train_batch_size=40)
+    with pytest.raises(ValueError, match="save_batches=1"):
+        make_trainer(model_folder, tmp_path, save_batches=1)

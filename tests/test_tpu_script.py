@@ -1,0 +1,173 @@
+"""`run_tpu_training.sh`: what it checks before a job, what it starts, and that a job cut short goes on."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+import utils
+from tunix_torch import device
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "run_tpu_training.sh"
+
+
+def plug_in(monkeypatch, folder, product, count):
+    """Make this host have TPU chips, as far as its PCI bus says."""
+    for i in range(count):
+        card = folder / f"0000:00:0{i}.0"
+        card.mkdir(parents=True)
+        (card / "vendor").write_text("0x1ae0\n")
+        (card / "device").write_text(product + "\n")
+    monkeypatch.setattr(device, "PCI_DEVICES", str(folder))
+
+
+@pytest.mark.parametrize(
+    "product, count, topology", [("0x0063", 8, "v5e:2x4"), ("0x006f", 1, "v6e:1x1"), ("0x0062", 3, None)]
+)
+def test_the_slice_is_read_off_the_chips(monkeypatch, tmp_path, capsys, product, count, topology):
+    plug_in(monkeypatch, tmp_path / "pci", product, count)
+    monkeypatch.setattr(device, "check_libtpu", lambda: "0.0.21")
+    assert utils.check_tpu_host(["--output_dir", str(tmp_path)]) == topology
+    assert f"{count} chip(s), v" in capsys.readouterr().err
+
+
+def test_without_a_tpu_it_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(device, "PCI_DEVICES", str(tmp_path))
+    assert utils.check_tpu_host(["--output_dir", str(tmp_path)]) is None
+    assert "No TPU was found" in capsys.readouterr().err
+
+
+def test_a_libtpu_that_does_not_fit_is_an_error(monkeypatch):
+    import importlib.metadata as metadata
+
+    monkeypatch.setattr(metadata, "requires", lambda name: ["absl-py", 'libtpu==0.0.21; extra == "tpu"'])
+    versions = {"torch_xla": "2.9.0", "libtpu": "0.0.21"}
+    monkeypatch.setattr(metadata, "version", lambda name: versions[name])
+    assert device.check_libtpu() == "0.0.21"
+    versions["libtpu"] = "0.0.17"
+    with pytest.raises(ValueError, match="libtpu 0.0.17: torch_xla 2.9.0 needs 0.0.21"):
+        device.check_libtpu()
+
+
+def test_a_model_is_looked_for_in_the_cache_and_needs_room_on_the_disk(monkeypatch, tmp_path, capsys):
+    config = tmp_path / "job.json"
+    config.write_text(json.dumps({"model_size": "1b", "output_dir": str(tmp_path)}))
+    utils.check_tpu_host(["--config", str(config)])
+    assert "google/gemma-3-1b-it is not in the cache" in capsys.readouterr().err
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(3 * 2**30))
+    utils.check_tpu_host(["--config", str(config)])
+    with pytest.raises(ValueError, match="3.0 GiB free, and 50.3 GiB are needed"):
+        utils.check_tpu_host(["--config", str(config), "--model_name", "google/gemma-3-27b-it", "--model_size="])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**29))
+    with pytest.raises(ValueError, match="0.5 GiB free"):
+        utils.check_tpu_host(["--output_dir", str(tmp_path)])
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Runs a copy of the script with a Python that notes how it is called; returns the result and these calls."""
+
+    def start(*flags, plan=True, **environment):
+        folder = tmp_path / "copy"
+        (folder / ".venv" / "bin").mkdir(parents=True)
+        shutil.copy(SCRIPT, folder)
+        if plan:
+            (folder / "plan_tpu.py").touch()
+        python = folder / ".venv" / "bin" / "python"
+        python.write_text(f'#!/bin/bash\necho "$TUNIX_COMPILE_CACHE $*" >> {tmp_path}/calls\nexit ${{FAIL:-0}}\n')
+        python.chmod(0o755)
+        clean = {name: os.environ[name] for name in ("PATH", "HOME")}
+        result = subprocess.run(
+            [str(folder / SCRIPT.name), *flags], env=clean | environment, capture_output=True, text=True
+        )
+        return result, (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+
+    return start
+
+
+def test_the_quick_plan_comes_before_the_job_when_the_slice_is_known(start):
+    result, calls = start("--max_steps", "3", TOPOLOGY="v5e:2x4", BATCH_SIZE="2", TUNIX_COMPILE_CACHE="/there")
+    assert result.returncode == 0, result.stderr
+    _, plan, job = calls
+    flags = "--device xla --per_device_train_batch_size 2 --use_grpo true --max_steps 3"
+    assert plan.endswith(f"plan_tpu.py --quick --topology v5e:2x4 {flags}")
+    assert job == f"/there train.py {flags} --resume_from_checkpoint auto"
+
+
+def test_the_quick_plan_can_be_left_out_and_the_checkpoint_be_named(start):
+    result, calls = start("--resume_from_checkpoint", "latest", TOPOLOGY="v5e:2x4", SKIP_PREFLIGHT="1")
+    assert result.returncode == 0 and len(calls) == 2
+    assert calls[1].endswith("train.py --device xla --use_grpo true --resume_from_checkpoint latest")
+
+
+def test_a_check_that_fails_ends_the_script(start):
+    result, calls = start(FAIL="2")
+    assert result.returncode == 2 and len(calls) == 1
+
+
+def test_dry_run_prints_the_command_and_help_the_environment(tmp_path):
+    result = subprocess.run(
+        [str(SCRIPT), "--dry-run", "--output_dir", str(tmp_path / "a b")],
+        env=os.environ | {"PYTHON": sys.executable, "LEARNING_RATE": "1e-4"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "train.py --device xla --learning_rate 1e-4 --use_grpo true --output_dir" in result.stdout
+    assert f"{tmp_path}/a\\ b --resume_from_checkpoint auto" in result.stdout and not (tmp_path / "a b").exists()
+    result = subprocess.run([str(SCRIPT), "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and "--worker=all" in result.stdout and "TOPOLOGY" in result.stdout
+
+
+def test_shellcheck_has_no_complaint():
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed here")
+    result = subprocess.run(["shellcheck", str(SCRIPT)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_sigterm_saves_and_the_next_start_ends_where_an_uninterrupted_run_does(model_folder, tmp_path):
+    flags = "--use_grpo --max_steps 40 --save_strategy no --eval_strategy no --batch_size 2 --num_eval_rows 2 "
+    flags += "--max_completion_length 8 --max_prompt_length 40 --report_to none --resume_from_checkpoint auto"
+    environment = {**os.environ, "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+
+    def command(output):
+        words = [*flags.split(), "--model_name", model_folder, "--system_message=", "--eval_on_start", "false"]
+        return [sys.executable, str(ROOT / "train.py"), *words, "--output_dir", str(output)]
+
+    process = subprocess.Popen(command(tmp_path / "a"), env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        metrics = tmp_path / "a" / "metrics.jsonl"
+        for _ in range(1200):
+            if metrics.exists() and len(metrics.read_text().splitlines()) >= 2:
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143 and "Stopped by SIGTERM after step" in stderr, stderr
+    (checkpoint,) = (tmp_path / "a").glob("checkpoint-*")
+    assert not (tmp_path / "a" / "adapter_model.safetensors").exists()
+
+    for output in (tmp_path / "a", tmp_path / "b"):
+        result = subprocess.run(command(output), env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
+    assert adapters[0] == adapters[1]
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows if "reward" in row] == list(range(1, 41))
+    assert checkpoint.is_dir()  # the run went on; it did not begin anew
+
+    from tunix_torch.run_folder import resolve_checkpoint
+
+    assert resolve_checkpoint("auto", tmp_path / "a") is None  # it is finished: the next start is a new run
