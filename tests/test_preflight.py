@@ -180,7 +180,9 @@ def example_plan(**changes):
     from preflight.trace import DECODE, LEARN, Graph
     from tunix_torch import GRPOConfig, ModelConfig
 
-    job = Job(ModelConfig(lora_rank=4), GRPOConfig(output_dir="/nowhere"), parse_topology("v5e:1x1"))
+    job = Job(
+        ModelConfig(lora_rank=4), GRPOConfig(output_dir="/nowhere", micro_batch_size=4), parse_topology("v5e:1x1")
+    )
     reduce = Collective("all-reduce", "f32[1]", 100.0, 2, "all")
 
     def program(layers):
