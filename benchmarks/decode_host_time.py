@@ -20,6 +20,7 @@ import tunix_torch  # noqa: F401  (first: it chooses the device)
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+import utils
 from tunix_torch import device
 from tunix_torch.config import ModelConfig
 from tunix_torch.model import add_lora, lora_config, place
@@ -69,11 +70,14 @@ def measure(num_layers: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 26])
-    for layers in parser.parse_args().layers:
+    layer_counts = parser.parse_args().layers
+    if device.KIND != "xla":
+        raise ValueError(f"TUNIX_DEVICE={device.KIND!r}: only on XLA is a step compiled; set TUNIX_DEVICE=xla")
+    for layers in layer_counts:
         found = measure(layers)
         spread = f"min {min(found):.2f}, median {statistics.median(found):.2f}, max {max(found):.2f}"
         print(f"{layers} layers: {spread} ms of the host a step, on {device.describe()}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main)

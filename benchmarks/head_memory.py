@@ -1,7 +1,7 @@
 """Peak extra memory of a learning pass over a large vocabulary, beside that of holding all logits once, in float32.
 
 `python -m benchmarks.head_memory`: a Gemma 3 of one narrow layer with 262,144 words learns from 8 completions of 512
-tokens on the CPU. The logits of these would be 4.3 GB. What is measured is how far the resident set's peak rises in the
+tokens on the CPU. The logits of these would be 4.3 GB. What is measured is how far the resident set rises in the
 pass; the layer is narrow so that what it keeps is small beside the head.
 """
 
@@ -9,6 +9,7 @@ import argparse
 import json
 import resource
 import time
+from pathlib import Path
 
 import tunix_torch  # noqa: F401  (first: it chooses the device)
 
@@ -23,9 +24,9 @@ from tunix_torch.logprobs import token_logps
 from tunix_torch.model import add_lora, lora_config, place
 
 
-def resident_peak() -> int:
-    """Bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident() -> int:
+    """Bytes that are resident now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def measure(vocabulary: int, rows: int, length: int, hidden: int = 64) -> dict[str, float]:
@@ -55,9 +56,10 @@ def measure(vocabulary: int, rows: int, length: int, hidden: int = 64) -> dict[s
         (-logps.sum()).backward()
 
     learn(1)  # what libraries set aside at first use
-    before, started = resident_peak(), time.perf_counter()
+    before, started = resident(), time.perf_counter()
     learn(length)
-    extra, logits = resident_peak() - before, rows * length * vocabulary * 4
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    extra, logits = peak - before, rows * length * vocabulary * 4
     return {
         "extra_bytes": extra,
         "logits_bytes": logits,

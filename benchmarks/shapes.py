@@ -15,7 +15,7 @@ from typing import Any
 
 import utils
 
-from .grpo_step import choose_peers, compare, make_spec
+from .grpo_step import choose_peers, compare, describe_machine, make_spec
 from .worker import PEERS
 from .workload import PRESETS, Spec
 
@@ -103,15 +103,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     }.items():
         parser.add_argument(f"--{name}", type=int, help=text)
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
-    args = parser.parse_args(argv)
-    for name in (*VARIED, "tokens_per_pass"):
-        setattr(args, name, None)
-    return args
+    parser.set_defaults(tokens_per_pass=None, **dict.fromkeys(VARIED))  # what `make_spec` may change
+    return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse_args(sys.argv[1:])
-    peers = choose_peers(args.peers)
+    peers = choose_peers("ours" if args.growth else args.peers)
     if len(peers) < 2 and not args.growth:
         raise ValueError(f"peers={args.peers!r}: a comparison needs two")
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
@@ -119,6 +117,7 @@ def main() -> None:
     spec = make_spec(args, peers)
     result = growth(spec, args.rounds) if args.growth else compare_shapes(peers, spec, args.rounds)
     if args.json:
+        result |= {"command": " ".join(["python -m benchmarks.shapes", *sys.argv[1:]]), "machine": describe_machine()}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

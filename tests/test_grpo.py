@@ -447,6 +447,8 @@ def test_the_same_setting_twice_is_refused_unless_it_agrees():
         ("per_device_train_batch_size", 0),
         ("learning_rate", -1.0),
         ("save_batches", -1),
+        ("profile_step", 0),
+        ("early_stopping_patience", 0),
         ("epsilon", "0.2"),
         ("max_steps", None),
         ("micro_batch_size", 3),

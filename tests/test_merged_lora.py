@@ -10,7 +10,7 @@ from torch import nn
 
 from tunix_torch.logprobs import token_logps
 from tunix_torch.merged_lora import MergedLinear, _MergedProduct, merge_lora, packed_for_decoding
-from tunix_torch.model import add_lora, reference_policy
+from tunix_torch.model import LORA_TARGETS, add_lora, reference_policy
 
 
 def make_pair(family="gemma3", **lora):
@@ -108,6 +108,7 @@ def test_packed_weights_give_the_same(rows):
             x = torch.randn(rows, 1, layer.in_features)
             expected = layer(x)
             with packed_for_decoding(ours):
+                assert layer._packed is not None
                 torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
             assert layer._packed is None
 
@@ -149,3 +150,65 @@ def test_a_model_can_still_be_copied_saved_and_merged_for_good(tmp_path):
         assert not torch.allclose(twin(ids).logits, expected)
         torch.testing.assert_close(ours(ids).logits, expected)  # the twin is another model
         torch.testing.assert_close(ours.merge_and_unload()(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "lora", [{}, {"lora_bias": True}, {"use_dora": True}, {"target_modules": ["q_proj"]}, {"lora_dropout": 0.3}]
+)
+def test_an_adapter_that_comes_later_gives_what_peft_gives(lora):
+    """Also one of another kind, or one that leaves out layers."""
+    theirs, ours = make_pair()
+    ids = make_batch().prompt_ids
+    for model in (theirs, ours):
+        model.add_adapter("second", LoraConfig(**{"target_modules": LORA_TARGETS, "r": 3} | lora))
+        model.set_adapter("second")
+        random = torch.Generator().manual_seed(5)
+        for name, parameter in model.named_parameters():
+            if "second" in name:
+                parameter.data = 0.3 * torch.randn(parameter.shape, generator=random)
+        model.eval()
+    with torch.no_grad(), packed_for_decoding(ours):
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_learning_works_after_inference_mode():
+    """A sum that was made there could not be kept for the backward pass."""
+    theirs, ours = make_pair()
+    with torch.inference_mode():
+        ours(make_batch().prompt_ids)
+    (_, expected), (_, grads) = gradients(theirs), gradients(ours)
+    largest = max(float(grad.abs().max()) for grad in expected.values())
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name], rtol=0, atol=2e-5 * largest, msg=name)
+
+
+def test_another_base_weight_is_seen():
+    _, ours = make_pair()
+    layer, x = merged_layers(ours)[0], torch.randn(7, 32)
+    for _ in range(5):  # the allocator likes to give the same address again
+        layer(x)
+        layer.base_layer.weight = nn.Parameter(torch.randn(layer.base_layer.weight.shape), requires_grad=False)
+        torch.testing.assert_close(layer(x), super(MergedLinear, layer).forward(x), rtol=1e-4, atol=1e-4)
+    layer.base_layer.weight.mul_(2)
+    torch.testing.assert_close(layer(x), super(MergedLinear, layer).forward(x), rtol=1e-4, atol=1e-4)
+
+
+def test_other_types_and_autocast_take_peft_s_way():
+    theirs, ours = make_pair()
+    with torch.autocast("cpu", torch.bfloat16):
+        logps, _ = token_logps(ours, make_batch())
+        torch.testing.assert_close(logps, token_logps(theirs, make_batch())[0])
+    logps.sum().backward()
+    theirs, ours = theirs.double(), ours.double()
+    with torch.no_grad(), packed_for_decoding(ours):
+        ids = make_batch().prompt_ids
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+
+
+def test_a_failure_while_packing_leaves_nothing_packed(monkeypatch):
+    _, ours = make_pair()
+    layers = merged_layers(ours)
+    monkeypatch.setattr(layers[3], "pack", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError), packed_for_decoding(ours):
+        pass
+    assert all(layer._packed is None and not layer._decoding for layer in layers)

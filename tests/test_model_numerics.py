@@ -245,6 +245,15 @@ def test_attention_that_keeps_groups_of_heads_together_is_the_models_own(family)
     assert_close(lora_gradients(model, weighted(grouped_logps, batch)), gradients, 1e-5)
 
 
+@every_family
+def test_tokens_after_a_hole_in_the_mask_count(family):
+    model, batch = make_policy(family), make_batch()
+    mask = batch.completion_mask.clone()
+    mask[:, 1] = False
+    batch = replace(batch, completion_mask=mask)
+    assert_close(token_logps(model, batch)[0], token_logps(model, batch, share_prefix=False)[0], 1e-5)
+
+
 class LargestOutput(TorchDispatchMode):
     """Records the size of the largest tensor that any operation makes."""
 

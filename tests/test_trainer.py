@@ -262,7 +262,7 @@ def test_no_clipping_of_gradients_still_learns_in_every_pass(model_folder, tmp_p
 
 
 def test_one_step_is_recorded_as_a_trace(model_folder, tmp_path, caplog):
-    trainer = make_trainer(model_folder, tmp_path, profile_step=2, kl_penalty_coef=0.1)
+    trainer = make_trainer(model_folder, tmp_path, profile_step=2, kl_penalty_coef=0.1, num_iterations=2)
     trainer.train()
     assert [file.name for file in (tmp_path / "profile").iterdir()] == ["step-2.json"]
     events = json.loads((tmp_path / "profile" / "step-2.json").read_text())["traceEvents"]

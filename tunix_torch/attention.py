@@ -1,4 +1,5 @@
-"""Attention masks and position ids for left-padded prompts, and the two KV caches that Hugging Face models accept.
+"""What a Hugging Face model's attention gets from us: masks and position ids for left-padded prompts, KV caches, and
+functions that compute it.
 
 A *slot* is a column of the key axis. Prompts are left-padded and completions start at slot P, so the distance of two
 tokens in slots equals their distance in positions, and both causality and the sliding window can be read off slots.
@@ -61,7 +62,7 @@ def grouped_attention(
     scaling: float,
     dropout: float = 0.0,
     softcap: float | None = None,
-    **_: object,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """Attention in which the query heads of one KV head stay together: keys and values are not repeated for each.
 
@@ -76,6 +77,7 @@ def grouped_attention(
     Returns:
         (R, Q, heads, head dim) and None; the signature is that of Transformers' attention functions.
     """
+    assert others.get("s_aux") is None, "attention sinks are not computed here"
     rows, heads, num_queries, head_dim = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, num_queries, head_dim)  # (R, KV heads, heads / KV heads, Q, D)
     scores = torch.einsum("rhgqd,rhkd->rhgqk", grouped, key) * scaling
@@ -137,7 +139,7 @@ class PrefixCache:
 class GrowingCache:
     """A KV cache for rows that leave: each step appends one token to every row that is still there.
 
-    `capacity` slots are set aside at once, and `update` returns the part that is in use.
+    `capacity` slots are set aside at once, and `update` returns the part that is in use. The prefix is emptied.
     """
 
     def __init__(self, prefix: PrefixCache, capacity: int) -> None:
@@ -147,8 +149,10 @@ class GrowingCache:
             i: (nn.functional.pad(key, more), nn.functional.pad(value, more))
             for i, (key, value) in prefix.layers.items()
         }  # each (rows, KV heads, capacity, head dim)
+        prefix.layers.clear()
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        assert key.shape[2] == 1, key.shape
         keys, values = self.layers[layer_idx]
         keys[:, :, self.used] = key[:, :, 0]
         values[:, :, self.used] = value[:, :, 0]
@@ -159,7 +163,8 @@ class GrowingCache:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the rows, (fewer,) int64."""
-        self.layers = {i: (key[rows], value[rows]) for i, (key, value) in self.layers.items()}
+        for i, (key, value) in self.layers.items():  # one after the other: only one is there twice at a time
+            self.layers[i] = (key[rows], value[rows])
 
 
 class SlotCache:

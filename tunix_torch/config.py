@@ -350,7 +350,8 @@ class GRPOConfig(TrainingArguments):
         timeout = self.reward_timeout
         require(timeout is None or timeout > 0, "reward_timeout", timeout, "must be above 0")
         for name in ("early_stopping_patience", "profile_step"):
-            require((getattr(self, name) or 1) >= 1, name, getattr(self, name), "must be at least 1")
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "must be at least 1")
         for name, choices in (
             ("algorithm", ALGORITHMS),
             ("overlong_prompts", OVERLONG_PROMPTS),

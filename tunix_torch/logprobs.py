@@ -72,7 +72,8 @@ def _shared_prefix_states(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, 
         states = _states_after(model, first, prefix.expand(group_size), prompt_mask, batch.completion_ids)
         return states, None
     states, places = [], []
-    for bucket, bucket_width in length_buckets(batch.completion_mask.sum(dim=1).tolist()):
+    ends = batch.completion_mask * torch.arange(1, width + 1, device=last_hidden.device)  # (B, C)
+    for bucket, bucket_width in length_buckets(ends.amax(dim=1).tolist()):
         rows = torch.tensor(bucket, device=last_hidden.device)
         prompts = rows // group_size
         ids, mask = batch.completion_ids[rows, :bucket_width], batch.completion_mask[rows, :bucket_width]

@@ -6,7 +6,8 @@ The gradients of A and B come from skinny products that are laid out as the CPU'
 For decoding the sum is kept in another layout: for the few rows of a step, oneDNN on packed weights is twice as fast as
 MKL on two threads, and XLA on the CPU is twice as fast where it need not transpose the weights for every token.
 
-Only where weights are float32: in bfloat16 the sum would round small updates away.
+Only where weights are float32: in bfloat16 the sum would round small updates away. It costs memory: on the CPU the sums
+are a second copy of the projections, and while decoding, the packed ones a third.
 """
 
 import contextlib
@@ -52,43 +53,62 @@ class MergedLinear(peft.tuners.lora.Linear):
     """PEFT's LoRA layer with another `forward`. An instance is made by `merge_lora`, out of PEFT's own."""
 
     _sum: Tensor | None = None  # W + s B A, (out, in)
-    _made_from: tuple[object, ...] = ()
-    _matrices: tuple[Tensor, ...] = ()  # A and B of that time; fused optimizers leave no other sign of a change
+    _made_from: tuple[Any, ...] = ()  # W, s, and A and B as they were: fused optimizers leave no other sign of a change
     _packed: Tensor | None = None  # the sum, packed by oneDNN; on XLA transposed, and always the same tensor
     _decoding = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = self.active_adapters
-        plain = not (args or kwargs or self.disable_adapters or self.merged) and len(names) == 1
-        if not plain or (self.training and not isinstance(self.lora_dropout[names[0]], nn.Identity)):
+        name = None if args or kwargs else self._plain_adapter(x.device)
+        if name is None:
             return super().forward(x, *args, **kwargs)
         if torch.is_grad_enabled():
-            a, b = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
-            return _MergedProduct.apply(x, a, b, self.merged_weight(names[0]), self.scaling[names[0]])
+            a, b = self.lora_A[name].weight, self.lora_B[name].weight
+            return _MergedProduct.apply(x, a, b, self.merged_weight(name), self.scaling[name])
         if self._decoding and _ON_XLA:
             return x @ self._packed
         if self._decoding and x.shape[:-1].numel() <= _PACKED_ROWS:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
-        return nn.functional.linear(x, self.merged_weight(names[0]))
+        return nn.functional.linear(x, self.merged_weight(name))
+
+    def _plain_adapter(self, place: torch.device) -> str | None:
+        """The adapter that acts alone here, if adding it to the weights says it all; else PEFT's way is taken."""
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return None
+        name = self.active_adapters[0]
+        if name not in self.lora_A or name in self.lora_variant or self.lora_bias[name]:
+            return None
+        if self.training and not isinstance(self.lora_dropout[name], nn.Identity):
+            return None
+        weights = (self.base_layer.weight, self.lora_A[name].weight, self.lora_B[name].weight)
+        exact = all(weight.dtype == torch.float32 for weight in weights)
+        return name if exact and not torch.is_autocast_enabled(place.type) else None
 
     @torch.no_grad()
     def merged_weight(self, name: str) -> Tensor:
-        """W + s B A of an adapter, (out, in). On XLA it is computed in each graph, as to compare A and B would wait."""
+        """W + s B A of an adapter, (out, in). On XLA it is computed in each graph, as to compare A and B would wait.
+
+        W is told by its identity and version: a change through `W.data`, which leaves neither, is not seen.
+        """
         a, b, base = self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer.weight
         if _ON_XLA:
             return torch.addmm(base, b, a, alpha=self.scaling[name])
-        key = (name, self.scaling[name], base.data_ptr(), base._version)
-        if key != self._made_from or not (torch.equal(a, self._matrices[0]) and torch.equal(b, self._matrices[1])):
+        key = (name, self.scaling[name], base._version)
+        if self._sum is not None:
+            old_key, old_base, old_a, old_b = self._made_from
+            if old_key == key and old_base is base and torch.equal(a, old_a) and torch.equal(b, old_b):
+                return self._sum
+        with torch.inference_mode(False), torch.no_grad():  # a learning pass may take it
             self._sum = torch.addmm(base, b, a, alpha=self.scaling[name])
-            self._made_from, self._matrices = key, (a.detach().clone(), b.detach().clone())
+            self._made_from = (key, base, a.detach().clone(), b.detach().clone())
         return self._sum
 
     @torch.no_grad()
     def pack(self) -> None:
         """Make the copy for decoding. A and B must not change until `unpack`."""
-        if len(self.active_adapters) != 1:
+        name = self._plain_adapter(self.base_layer.weight.device)
+        if name is None:
             return
-        weight = self.merged_weight(self.active_adapters[0])
+        weight = self.merged_weight(name)
         if not _ON_XLA:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
         elif self._packed is None:
@@ -118,9 +138,9 @@ def merge_lora(model: nn.Module) -> None:
 def packed_for_decoding(model: nn.Module) -> Iterator[None]:
     """Within this context decode steps are fast, and A and B must not change."""
     layers = [layer for layer in model.modules() if isinstance(layer, MergedLinear)] if _CAN_PACK else []
-    for layer in layers:
-        layer.pack()
     try:
+        for layer in layers:
+            layer.pack()
         yield
     finally:
         for layer in layers:

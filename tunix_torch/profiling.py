@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -12,7 +13,7 @@ from . import device
 logger = logging.getLogger(__name__)
 
 FOLDER = "profile"
-PARTS = ("rollout", "scoring", "reference", "learning")
+PARTS = ("rollout", "reference", "old policy", "scoring", "learning")
 
 
 def span(name: str) -> record_function:
@@ -25,12 +26,14 @@ class ProfileStep(TrainerCallback):
     """Records optimizer step number `step` (from 1) to `output_dir/profile/step-N.json`.
 
     Open it in https://ui.perfetto.dev or chrome://tracing. On XLA it shows what the host does; what the device does is
-    written beside it as TensorBoard's profile plugin reads it.
+    written beside it as TensorBoard's profile plugin reads it. The table has the host's time: an accelerator may still
+    be at work on one part when the next begins.
     """
 
     def __init__(self, step: int) -> None:
         self.step = step
         self.profile: profile | None = None
+        self.done = False
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -54,7 +57,14 @@ class ProfileStep(TrainerCallback):
         total = (max(event.time_range.end for event in events) - min(event.time_range.start for event in events)) / 1e6
         lines = []
         for name in PARTS:
-            seconds = sum(e.time_range.elapsed_us() for e in events if e.name == f"tunix_torch.{name}") / 1e6
-            lines.append(f"  {name:<10} {seconds:8.3f} s  {seconds / total:4.0%}")
+            spans = [e for e in events if e.name == f"tunix_torch.{name}" and e.device_type == DeviceType.CPU]
+            seconds = sum(span.time_range.elapsed_us() for span in spans) / 1e6
+            lines.append(f"  {name:<12} {seconds:8.3f} s  {seconds / total:4.0%}")
         logger.warning("Step %d took %.3f s under the profiler:\n%s\n%s", self.step, total, "\n".join(lines), file)
-        self.profile = None
+        self.profile, self.done = None, True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self.done and state.is_world_process_zero:
+            logger.warning("profile_step=%d was not recorded: this run ended at step %d", self.step, state.global_step)

@@ -1,4 +1,5 @@
-"""Sample completions with static shapes: prefill once a prompt, then decode one token at a time for the whole group.
+"""Sample completions: prefill once a prompt, then decode one token at a time for all rows. On XLA shapes are static;
+elsewhere rows that have ended leave.
 
 Randomness belongs to the row: the host draws one uniform number per row and token, and a token is found by inverting
 the cumulative distribution of the top-k / top-p candidates. So a rollout is the same on cpu, cuda and xla up to float
@@ -177,7 +178,7 @@ class Sampler:
                 config, key_mask[:, : width + t + 1], torch.tensor([width + t], device=ids.device), dtype
             )
             hidden = hidden_states(model, ids[rows, t : t + 1], masks, lengths + t, cache)  # (rows, 1, D)
-            cache.used += 1
+            cache.used += 1  # every layer has its token
             tokens, token_logps = choose_tokens(logits(model, hidden[:, 0]), uniforms[rows, t + 1], params)
             ids[rows, t + 1] = tokens.masked_fill(ended, self.pad_token_id)
             logps[rows, t + 1] = token_logps

@@ -265,7 +265,8 @@ class TunixTrainer(Trainer):
             with span("reference"), reference_policy(self.model):
                 batch.ref_per_token_logps = self._logps_without_gradient(batch)
         if args.num_iterations > 1:
-            batch.old_per_token_logps = self._logps_without_gradient(batch)
+            with span("old policy"):
+                batch.old_per_token_logps = self._logps_without_gradient(batch)
         return batch
 
     def _with_rewards(self, batch: TrainBatch, rewards: Tensor) -> TrainBatch:
