@@ -54,7 +54,7 @@ def main() -> None:
     plan.check_traceable()
     if not ours.quick:
         compiler.check_installed()
-    logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    logging.basicConfig(format="%(message)s")
     transformers_logging.set_verbosity_error()
     job = plan.job_of(rest, topology)
 

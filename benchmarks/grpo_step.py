@@ -153,6 +153,19 @@ def describe_machine() -> dict[str, str]:
     return {"processor": f"{model}, {len(os.sched_getaffinity(0))} cores"} | versions
 
 
+def compare(peers: Sequence[str], spec: Spec, rounds: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """All figures of one shape (see `summary.summarise`), and the errors of the peers that failed."""
+    with tempfile.TemporaryDirectory(prefix="tunix-torch-bench-") as name:
+        folder = Path(name)
+        spec_file = folder / "spec.json"
+        write_spec(spec, spec_file)
+        make = [sys.executable, "-m", "benchmarks.workload", str(spec_file), str(folder)]
+        subprocess.run(make, cwd=ROOT, env=environment("trl", spec), check=True)
+        results, errors = run_rounds(peers, spec, spec_file, rounds)
+    about = {"errors": errors, "spec": asdict(spec), "machine": describe_machine()}
+    return summarise(spec, results) | about, errors
+
+
 def main() -> None:
     args = parse_args(sys.argv[1:])
     peers = choose_peers(args.peers)
@@ -165,22 +178,11 @@ def main() -> None:
         f"{spec.threads} thread(s); {args.rounds} rounds of {spec.warmup} + {spec.steps} steps",
         flush=True,
     )
-    with tempfile.TemporaryDirectory(prefix="tunix-torch-bench-") as name:
-        folder = Path(name)
-        spec_file = folder / "spec.json"
-        write_spec(spec, spec_file)
-        make = [sys.executable, "-m", "benchmarks.workload", str(spec_file), str(folder)]
-        subprocess.run(make, cwd=ROOT, env=environment("trl", spec), check=True)
-        results, errors = run_rounds(peers, spec, spec_file, args.rounds)
-    summary: dict[str, Any] = summarise(spec, results) | {
-        "errors": errors,
-        "spec": asdict(spec),
-        "machine": describe_machine(),
-        "command": " ".join(["python -m benchmarks.grpo_step", *sys.argv[1:]]),
-    }
+    summary, errors = compare(peers, spec, args.rounds)
+    summary["command"] = " ".join(["python -m benchmarks.grpo_step", *sys.argv[1:]])
     if args.json:
         args.json.write_text(json.dumps(summary, indent=1) + "\n")
-    if results:
+    if summary["peers"]:
         print(f"\n{table(summary)}")
     if errors:
         sys.exit(1)

@@ -37,7 +37,6 @@ class Compiled:
     temporary_bytes: int = 0
     code_bytes: int = 0
     flops: float = 0.0
-    bytes_accessed: float = 0.0
     output_shardings: list[str] = field(default_factory=list)
 
 
@@ -100,7 +99,6 @@ def compile_graph(request: Request) -> Compiled:
         temporary_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
         flops=cost["flops"],
-        bytes_accessed=cost["bytes accessed"],
         output_shardings=[str(sharding) for sharding in executable.get_output_shardings() or []],
     )
 

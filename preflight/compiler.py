@@ -17,9 +17,10 @@ from .chips import Topology
 from .compile_tpu import Compiled, Request
 from .hlo import Collective, collectives_of
 from .trace import Graph
+from .traffic import hbm_bytes
 
 ROOT = Path(__file__).parent.parent
-VERSION = 1  # of what is kept
+VERSION = 2  # of what is kept
 
 
 @dataclass
@@ -27,12 +28,7 @@ class Program(Compiled):
     """A compiled graph, with what its text says."""
 
     collectives: list[Collective] = field(default_factory=list)
-
-    @property
-    def total_bytes(self) -> int:
-        """HBM of a chip while it runs."""
-        own = self.output_bytes - self.alias_bytes + self.temporary_bytes
-        return self.argument_bytes + own + self.code_bytes
+    hbm_traffic: float = 0.0  # read from and written to HBM
 
 
 def check_installed() -> None:
@@ -89,11 +85,11 @@ def _compile(topology: Topology, num_partitions: int, graph: Graph) -> Program:
                 raise ValueError(f"the compiler was killed at {graph.name}: this machine has too little memory for it")
             raise RuntimeError(f"the compiler ended with {ended.returncode} at {graph.name}:\n{ended.stderr[-4000:]}")
         compiled = json.loads(Path(files["result"]).read_text())
-        collectives = [] if compiled["error"] else collectives_of(Path(files["program"]).read_text())
+        text = "" if compiled["error"] else Path(files["program"]).read_text()
         if os.environ.get("TUNIX_KEEP_PROGRAMS"):  # for people who want to read them
             target = Path(os.environ["TUNIX_KEEP_PROGRAMS"])
             target.mkdir(parents=True, exist_ok=True)
-            if not compiled["error"]:
-                name = f"{graph.name.replace(' ', '-')}-{graph.digest[:8]}.txt"
-                (target / name).write_text(Path(files["program"]).read_text())
-        return Program(**compiled, collectives=collectives)
+            (target / f"{graph.name.replace(' ', '-')}-{graph.digest[:8]}.txt").write_text(text)
+        if compiled["error"]:
+            return Program(**compiled)
+        return Program(**compiled, collectives=collectives_of(text), hbm_traffic=hbm_bytes(text))

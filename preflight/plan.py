@@ -9,6 +9,7 @@ gradient is computed. `tests/test_preflight.py` compares with the whole Gemma 3 
 
 import argparse
 import dataclasses
+import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ NUMBERS = (
     "temporary_bytes",
     "code_bytes",
     "flops",
-    "bytes_accessed",
+    "hbm_traffic",
     "seconds",
 )
 
@@ -83,7 +84,7 @@ class GraphPlan:
     code_bytes: float = 0.0
     held_bytes: float = 0.0  # lies in HBM meanwhile, and the graph does not read it
     flops: float = 0.0
-    bytes_accessed: float = 0.0
+    hbm_traffic: float = 0.0  # bytes read from and written to HBM
     collectives: dict[str, Traffic] = field(default_factory=dict)
     compile_seconds: float = 0.0  # of all compilations of it
     compute_seconds: float = 0.0
@@ -103,7 +104,7 @@ class GraphPlan:
     def bound_by(self, chip: Chip) -> None:
         """Set how long one run takes at least, from each of the three."""
         self.compute_seconds = self.flops / chip.flops
-        self.hbm_seconds = self.bytes_accessed / chip.hbm_bytes_per_second
+        self.hbm_seconds = self.hbm_traffic / chip.hbm_bytes_per_second
         self.ici_seconds = sum(traffic.bytes for traffic in self.collectives.values()) / chip.ici_bytes_per_second
 
     @property
@@ -184,7 +185,10 @@ def plan_job(job: Job, say: Callable[[str], None] = lambda text: None, whole: bo
 def trace_at_depth(job: Job, depth: int) -> list[Graph]:
     """The graphs of a step of the job, of its model with so many layers."""
     trainer = make_trainer(with_depth(job.config, depth), job.model, dataclasses.replace(job.args))
-    return trace_step(trainer)
+    graphs = trace_step(trainer)
+    del trainer
+    gc.collect()  # the zeros that stood for weights: the compiler needs the memory
+    return graphs
 
 
 def plan_graph(
@@ -204,7 +208,7 @@ def plan_graph(
         return max(0.0, values[0] + slope * (full - depths[0]))
 
     number = {name: at_full_depth([getattr(program, name) for program in programs]) for name in NUMBERS}
-    for name in ("argument_bytes", "temporary_bytes", "code_bytes", "flops", "bytes_accessed"):
+    for name in ("argument_bytes", "temporary_bytes", "code_bytes", "flops", "hbm_traffic"):
         setattr(result, name, number[name])
     result.output_bytes = max(0.0, number["output_bytes"] - number["alias_bytes"])
     vision = vision_parameters(job.model.model_name) * torch_dtype(job.model.model_dtype).itemsize

@@ -19,7 +19,7 @@ from .trace import DECODE, LEARN, OLD, OPTIMIZER, PREFILL, REFERENCE, model_of_z
 FLOAT = 4  # bytes of LoRA matrices, their gradients, AdamW's averages, logits
 # What a learning pass keeps of each token in each layer, in numbers of the base weights' type: so many times the
 # hidden size, the MLP's share, the query heads' share, and the scores of every query with every key of a head.
-SAVED = {"hidden": 16, "mlp": 6, "heads": 6, "scores": 5}
+SAVED = {"hidden": 6, "mlp": 4, "heads": 4, "scores": 2.5}
 
 
 def quick_plan(job: Job) -> Plan:
@@ -73,7 +73,7 @@ def quick_plan(job: Job) -> Plan:
         temporary_bytes=prefix + chunk + one_layer,
         held_bytes=3 * lora,
         flops=forward,
-        bytes_accessed=weights + 2 * prefix + layers * one_layer,
+        hbm_traffic=weights + 2 * prefix + layers * one_layer,
         collectives={"all-reduce": reduced(tokens, 1)},
     )
     graphs = [
@@ -86,7 +86,7 @@ def quick_plan(job: Job) -> Plan:
             temporary_bytes=2 * rows * row_logits,
             held_bytes=2 * lora,
             flops=2 * prompts * prompt * decoder + 2 * prompts * head / itemsize,
-            bytes_accessed=weights + lora + cache,
+            hbm_traffic=weights + lora + cache,
             collectives={"all-reduce": reduced(prompts * prompt, 1)},
         ),
         GraphPlan(
@@ -97,7 +97,7 @@ def quick_plan(job: Job) -> Plan:
             temporary_bytes=3 * rows * row_logits,
             held_bytes=2 * lora,
             flops=2 * rows * (decoder + head / itemsize) + 4 * rows * cache_width * heads * layers,
-            bytes_accessed=weights + lora + cache,
+            hbm_traffic=weights + lora + cache,
             collectives={"all-reduce": reduced(rows, 1)},
         ),
     ]
@@ -114,7 +114,7 @@ def quick_plan(job: Job) -> Plan:
             temporary_bytes=prefix + chunk + saved + 2 * one_layer,
             held_bytes=2 * lora,
             flops=forward * (3 if args.gradient_checkpointing else 2),  # the base weights are given no gradient
-            bytes_accessed=2 * weights + 4 * lora + 2 * (prefix + layers * one_layer),
+            hbm_traffic=2 * weights + 4 * lora + 2 * (prefix + layers * one_layer),
             collectives={"all-reduce": reduced(tokens, 2)},
         )
     )
@@ -126,7 +126,7 @@ def quick_plan(job: Job) -> Plan:
             argument_bytes=4 * lora,
             output_bytes=lora,
             held_bytes=weights,
-            bytes_accessed=7 * lora,
+            hbm_traffic=7 * lora,
         )
     )
     for graph in graphs:

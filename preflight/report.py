@@ -37,7 +37,7 @@ def lines_of(plan: Plan) -> list[str]:
     for graph in compiled:
         sent = sum(traffic.bytes for traffic in graph.collectives.values())
         lines.append(
-            f"{graph.name:<29}{graph.runs:>5}{graph.flops / 1e12:>9.3f}{graph.bytes_accessed / 1e9:>9.2f}"
+            f"{graph.name:<29}{graph.runs:>5}{graph.flops / 1e12:>9.3f}{graph.hbm_traffic / 1e9:>9.2f}"
             f"{sent / 1e6:>9.1f}  {graph.bound_seconds * 1e3:.2f} ms, {graph.binds} "
             f"(compute {graph.compute_seconds * 1e3:.2f}, HBM {graph.hbm_seconds * 1e3:.2f}, "
             f"interconnect {graph.ici_seconds * 1e3:.2f})"

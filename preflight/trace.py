@@ -8,6 +8,8 @@ the graphs against those that a real run compiles.
 
 import gc
 import hashlib
+import logging
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -68,9 +70,10 @@ def make_trainer(config: PretrainedConfig, model_config: ModelConfig, args: GRPO
     def no_reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
         return [0.0] * len(completions)
 
+    logging.getLogger("tunix_torch.trainer").setLevel(logging.ERROR)  # that equal rewards teach nothing is no news here
     args.system_message = ""
     args.reward_weights = None
-    args.output_dir = tempfile.mkdtemp(prefix="plan-tpu-")
+    args.output_dir = os.path.join(tempfile.gettempdir(), "plan-tpu")  # nothing is written there
     args.report_to = []
     rows = [{"prompt": "?", "answer": "!"}] * args.per_device_train_batch_size
     model = model_of_zeros(config, torch_dtype(model_config.model_dtype))

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import grpo_step
+from benchmarks.shapes import slopes, variations
 from benchmarks.stopwatch import PARTS, Stopwatch
 from benchmarks.summary import ratios, spread_of, summarise, summarise_peer, table
 from benchmarks.worker import PEERS, environment
 from benchmarks.workload import (
     PRESETS,
     Spec,
+    check,
     check_measured,
     ends_itself,
     lengths,
@@ -274,3 +276,46 @@ def test_all_three_do_the_same_work(preset, tmp_path):
         assert len(figures["losses"][0]) == 3 and all(map(math.isfinite, figures["losses"][0]))
         assert any(figures["losses"][0][1:])  # the KL penalty: the LoRA has moved
     assert "trl takes" in done.stdout
+
+
+# ---- many shapes ----
+
+
+def test_each_size_is_halved_and_doubled():
+    spec = PRESETS["small"]
+    shapes = variations(spec)
+    assert shapes.pop("as it is") == spec and len(shapes) == 8
+    for name, shape in shapes.items():
+        field, size = name.split("=")
+        assert getattr(shape, field) == int(size) and replace(shape, **{field: getattr(spec, field)}) == spec
+        assert int(size) * 2 == getattr(spec, field) or int(size) == 2 * getattr(spec, field)
+        check(shape)
+
+
+@pytest.mark.parametrize("fixed", [0.0, 7.0])
+def test_slopes_are_one_where_growth_is_linear_whatever_the_fixed_cost(fixed):
+    sizes = (4, 8, 16, 64)
+    assert slopes(sizes, [fixed + 0.3 * n for n in sizes]) == pytest.approx([1.0] * 3)
+    assert slopes(sizes, [fixed + 0.01 * n * n for n in sizes])[-1] > 1.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--peers ours", "peers='ours': a comparison needs two"),
+        ("--preset tiny", "preset='tiny': choose among"),
+        ("--json /nowhere/figures.json", "expected a file in a folder that exists"),
+    ],
+)
+def test_mistakes_with_shapes_are_one_line(arguments, message):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.shapes", *arguments.split()], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_head_of_a_learning_pass_needs_under_a_tenth_of_its_logits():
+    command = [sys.executable, "-m", "benchmarks.head_memory", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1])["ratio"] < 0.1, done.stdout

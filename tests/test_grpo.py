@@ -476,6 +476,30 @@ def test_settings_that_cannot_work_together_are_refused(options, names):
         GRPOConfig(**options)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "group", "prompt_length", "completion_length", "rows"),
+    [
+        (8, 4, 64, 64, 32),  # 8 groups of 320 tokens
+        (16, 4, 256, 256, 12),  # of 1,280: three groups at once, in six passes
+        (8, 16, 256, 256, 16),  # a group has more than enough
+        (3, 2, 8, 8, 6),
+    ],
+)
+def test_by_default_a_cpu_learns_from_as_many_groups_as_keep_it_busy(
+    tmp_path, prompts, group, prompt_length, completion_length, rows
+):
+    config = GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=prompts,
+        num_completions_per_prompt=group,
+        max_prompt_length=prompt_length,
+        generation_max_length=completion_length,
+    )
+    assert config.rows_per_pass == rows
+    config.micro_batch_size = group
+    assert config.rows_per_pass == group
+
+
 @pytest.mark.parametrize("size", [None, 1, 2, 4, 8, 12])
 def test_micro_batches_may_divide_the_group_or_hold_several(size):
     assert GRPOConfig(micro_batch_size=size, num_generations=4).micro_batch_size == size

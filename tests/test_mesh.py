@@ -172,11 +172,12 @@ def test_the_saved_adapter_is_that_in_memory_bit_for_bit_and_not_the_initial_one
 
 
 def test_weights_really_are_split_over_the_mesh(run):
+    """Over tp only: a weight that fsdp splits too would be gathered for each token that is decoded."""
     shapes = {
-        "model.embed_tokens.weight": [28, 32],  # of (112, 64)
-        "q_proj.base_layer.weight": [32, 32],  # of (128, 64)
-        "o_proj.base_layer.weight": [32, 32],  # of (64, 128)
-        "k_proj.base_layer.weight": [32, 32],  # of (32, 64): its two heads do not divide by tp=4
+        "model.embed_tokens.weight": [28, 64],  # of (112, 64)
+        "q_proj.base_layer.weight": [32, 64],  # of (128, 64)
+        "o_proj.base_layer.weight": [64, 32],  # of (64, 128)
+        "k_proj.base_layer.weight": [32, 64],  # whole: its two heads do not divide by tp=4
     }
     shards = run(FAST)["shards"]
     assert {name: shards[name] for name in shapes} == {name: [shape] * 8 for name, shape in shapes.items()}

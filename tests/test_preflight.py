@@ -78,6 +78,55 @@ def test_two_chips_send_each_other_half(kind):
     assert hlo.sent_bytes(kind, result, 2) == (100 if kind == "all-reduce" else 50)
 
 
+FETCHED_AHEAD = """\
+HloModule SyncTensorsGraph.9, is_scheduled=true
+
+%view (p.1: bf16[64,8]) -> bf16[64,8] {
+  %p.1 = bf16[64,8]{1,0} parameter(0)
+  ROOT %bitcast.1 = bf16[64,8]{1,0} bitcast(%p.1)
+}
+
+%head (p.2: bf16[64,8], p.3: bf16[4,8]) -> f32[4,64] {
+  %p.2 = bf16[64,8]{1,0} parameter(0)
+  %p.3 = bf16[4,8]{1,0} parameter(1)
+  %viewed = bf16[64,8]{1,0} fusion(%p.2), kind=kLoop, calls=%view
+  ROOT %dot.1 = f32[4,64]{1,0} convolution(%p.3, %viewed)
+}
+
+%lookup (p.4: bf16[64,8], p.5: s32[4]) -> bf16[4,8] {
+  %p.4 = bf16[64,8]{1,0} parameter(0)
+  %p.5 = s32[4]{0} parameter(1)
+  ROOT %gather.1 = bf16[4,8]{1,0} gather(%p.4, %p.5)
+}
+
+%update (p.6: bf16[4,100,8], p.7: bf16[4,1,8]) -> bf16[4,100,8] {
+  %p.6 = bf16[4,100,8]{2,1,0} parameter(0)
+  %p.7 = bf16[4,1,8]{2,1,0} parameter(1)
+  ROOT %dynamic-update-slice.1 = bf16[4,100,8]{2,1,0} dynamic-update-slice(%p.6, %p.7)
+}
+
+ENTRY %main (embedding: bf16[64,8], ids: s32[4], cache: bf16[4,100,8], weight: bf16[8,8]) -> f32[4,64] {
+  %embedding = bf16[64,8]{1,0} parameter(0)
+  %ids = s32[4]{0:T(128)S(1)} parameter(1)
+  %cache = bf16[4,100,8]{2,1,0} parameter(2)
+  %weight = bf16[8,8]{1,0} parameter(3)
+  %rows = bf16[4,8]{1,0:S(1)} fusion(%embedding, %ids), kind=kCustom, calls=%lookup
+  %copy-start = (bf16[8,8]{1,0:S(1)}, bf16[8,8]{1,0}, u32[]{:S(2)}) copy-start(%weight)
+  %copy-done = bf16[8,8]{1,0:S(1)} copy-done(%copy-start)
+  %new = bf16[4,1,8]{2,1,0:S(1)} convolution(%rows, %copy-done)
+  %cached = bf16[4,100,8]{2,1,0} fusion(%cache, %new), kind=kLoop, calls=%update
+  ROOT %scores = f32[4,64]{1,0} fusion(%embedding, %rows), kind=kOutput, calls=%head
+}
+"""
+
+
+def test_only_what_moves_from_and_to_hbm_counts():
+    from preflight.traffic import hbm_bytes
+
+    looked_up, weight, update, head, scores = 4 * 8 * 2, 8 * 8 * 2, 4 * 8 * 2, 64 * 8 * 2, 4 * 64 * 4
+    assert hbm_bytes(FETCHED_AHEAD) == looked_up + weight + update + head + scores
+
+
 # ---- slices and shapes ----
 
 
@@ -131,12 +180,14 @@ def example_plan(**changes):
     from preflight.trace import DECODE, LEARN, Graph
     from tunix_torch import GRPOConfig, ModelConfig
 
-    job = Job(ModelConfig(lora_rank=4), GRPOConfig(output_dir="/nowhere"), parse_topology("v5e:1x1"))
+    job = Job(
+        ModelConfig(lora_rank=4), GRPOConfig(output_dir="/nowhere", micro_batch_size=4), parse_topology("v5e:1x1")
+    )
     reduce = Collective("all-reduce", "f32[1]", 100.0, 2, "all")
 
     def program(layers):
         values = {"argument_bytes": 1000 + 10 * layers, "temporary_bytes": 500, "flops": 7.0 * layers, "seconds": 1.0}
-        values |= {"output_bytes": 300, "alias_bytes": 100, "bytes_accessed": 20.0 * layers}
+        values |= {"output_bytes": 300, "alias_bytes": 100, "hbm_traffic": 20.0 * layers}
         return Program(**values | changes, collectives=[reduce] * (1 + 2 * layers))
 
     graphs = [Graph(name, b"", [], 3, 1500 + 10 * layers) for name in (DECODE, LEARN) for layers in (2, 4)]
@@ -148,7 +199,7 @@ def test_figures_grow_linearly_with_depth():
     graph = example_plan().graphs[0]
     assert graph.argument_bytes == 1100 and graph.temporary_bytes == 500 and graph.output_bytes == 200
     assert graph.held_bytes == 1600 - 1100, "what is alive and no argument"
-    assert graph.flops == 70 and graph.bytes_accessed == 200
+    assert graph.flops == 70 and graph.hbm_traffic == 200
     assert (graph.collectives["all-reduce"].count, graph.collectives["all-reduce"].bytes) == (21, 2100)
     assert graph.total_bytes == 1100 + 200 + 500 + 500
     chip = CHIPS["v5e"]
@@ -337,7 +388,7 @@ def test_extrapolated_figures_are_those_of_the_whole_model(tmp_path):
     whole = plan_of("gemma3_270m", tmp_path / "whole.json", "--whole")
     for ours, right in zip(cut["graphs"], whole["graphs"], strict=True):
         assert (ours["compiled_depths"], right["compiled_depths"]) == ([2, 4], [18])
-        for name in ("total_bytes", "flops", "bytes_accessed", "bound_seconds"):
+        for name in ("total_bytes", "flops", "hbm_traffic", "bound_seconds"):
             error = ours[name] / right[name] - 1
             print(f"{ours['name']:<29}{name:<16}{ours[name]:>12.4g}{right[name]:>12.4g}{error:>8.1%}")
             assert abs(error) < 0.1, (ours["name"], name)

@@ -16,6 +16,7 @@ from tunix_torch.batch import PromptBatch
 from tunix_torch.callbacks import MetricsFile
 from tunix_torch.checkpoint import is_whole, newest_checkpoint
 from tunix_torch.model import lora_config
+from tunix_torch.profiling import PARTS
 from tunix_torch.record import StepRecord
 
 
@@ -258,6 +259,30 @@ def test_no_clipping_of_gradients_still_learns_in_every_pass(model_folder, tmp_p
     trainer.learning_pass(batch)
     trainer.optimizer_step()
     assert any(not torch.equal(weights, before[name]) for name, weights in lora_weights(trainer).items())
+
+
+def test_one_step_is_recorded_as_a_trace(model_folder, tmp_path, caplog):
+    trainer = make_trainer(model_folder, tmp_path, profile_step=2, kl_penalty_coef=0.1)
+    trainer.train()
+    assert [file.name for file in (tmp_path / "profile").iterdir()] == ["step-2.json"]
+    events = json.loads((tmp_path / "profile" / "step-2.json").read_text())["traceEvents"]
+    spans = {event["name"]: event for event in events if event["name"].startswith("tunix_torch.")}
+    assert set(spans) == {f"tunix_torch.{part}" for part in PARTS}
+    assert any(event["name"] == "aten::mm" for event in events)
+    order = sorted(spans, key=lambda name: spans[name]["ts"])
+    assert order[0] == "tunix_torch.rollout" and order[-1] == "tunix_torch.learning"
+    assert "Step 2 took" in caplog.text and "rollout" in caplog.text
+
+
+def test_an_accelerator_is_given_the_reference_before_rewards_are_computed(model_folder, tmp_path):
+    """So that it works while the host computes them."""
+    order = []
+    trainer = make_trainer(model_folder, tmp_path, kl_penalty_coef=0.1)
+    trainer.reward_funcs = [lambda prompts, completions, **_: order.append("rewards") or [0.0] * len(completions)]
+    logps = trainer._logps_without_gradient
+    trainer._logps_without_gradient = lambda batch: order.append("reference") or logps(batch)
+    first_batch(trainer)
+    assert order == ["reference", "rewards"]
 
 
 def test_recorded_steps_hold_what_went_in_and_what_came_out(model_folder, tmp_path):

@@ -31,7 +31,7 @@ DATA_SOURCES = ("huggingface", "tfds", "kaggle", "file")
 KNOWN_DATASETS = ("gsm8k", "math", "arc")
 OVERLONG_PROMPTS = ("drop", "raise")
 
-CPU_TOKENS_PER_PASS = 2048  # at most, by default: the activations of so many fit, and more is not faster
+CPU_TOKENS_PER_PASS = 4096  # at most, by default: less is slower, and more is not faster
 
 SYSTEM_MESSAGE = (
     "Reason step by step between <reasoning> and </reasoning>, "
@@ -231,7 +231,7 @@ class GRPOConfig(TrainingArguments):
     micro_batch_size: int | None = setting(
         None,
         "completions in one learning pass: divides the group size or is a multiple of it; "
-        "none: one group, on the CPU as many as make 2,048 tokens (SFT: the whole batch); 0: the whole batch",
+        "none: one group, on the CPU as many as make 4,096 tokens (SFT: the whole batch); 0: the whole batch",
     )
     reward_weights: list[float] | None = setting(None, "weight of each reward function; none: 1 each, or the preset's")
     reward_timeout: float | None = setting(None, "stop with an error when a reward function takes longer, in seconds")
@@ -291,9 +291,7 @@ class GRPOConfig(TrainingArguments):
         if self.micro_batch_size is not None or not self.use_grpo:
             return self.micro_batch_size or None
         groups = process_device.axis_size("fsdp")  # each device a group of its own
-        if not (
-            process_device.is_accelerator() or process_device.has_mesh()
-        ):  # one group alone is too little to keep the cores busy
+        if not (process_device.is_accelerator() or process_device.has_mesh()):  # a CPU is kept busy by more
             tokens = self.max_prompt_length + self.num_completions_per_prompt * self.generation_max_length
             passes = math.ceil(self.per_device_train_batch_size / max(1, CPU_TOKENS_PER_PASS // tokens))
             groups = math.ceil(self.per_device_train_batch_size / passes)

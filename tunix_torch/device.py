@@ -274,8 +274,8 @@ def compile_step(step: Callable[..., Any], model: "torch.nn.Module") -> Callable
         step: takes tensors and lists of tensors, and returns tensors. It may change arguments in place, and reads
             nothing else that changes but the weights of `model`; it draws no random numbers. Its first results have
             the shapes of its first arguments: they take their place in the next call.
-        model: whose parameters and buffers the step reads. Their values may change between calls; what is no tensor,
-            such as whether an adapter is on, is that of the first call.
+        model: whose tensors the step reads: parameters, buffers and other attributes of its modules. Their values may
+            change between calls; what is no tensor, such as whether an adapter is on, is that of the first call.
     """
     if KIND != "xla":
         return step
@@ -295,9 +295,9 @@ class _CompiledStep:
         self.slots = [
             (tensors, name)
             for module in model.modules()
-            for tensors in (module._parameters, module._buffers)
+            for tensors in (module._parameters, module._buffers, vars(module))
             for name, tensor in tensors.items()
-            if tensor is not None
+            if isinstance(tensor, torch.Tensor)
         ]
         self.programs: dict[tuple[torch.Size, ...], _Program] = {}
 

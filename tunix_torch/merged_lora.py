@@ -54,7 +54,7 @@ class MergedLinear(peft.tuners.lora.Linear):
     _sum: Tensor | None = None  # W + s B A, (out, in)
     _made_from: tuple[object, ...] = ()
     _matrices: tuple[Tensor, ...] = ()  # A and B of that time; fused optimizers leave no other sign of a change
-    _packed: Tensor | None  # a buffer: the sum, packed by oneDNN; on XLA transposed, and always the same tensor
+    _packed: Tensor | None = None  # the sum, packed by oneDNN; on XLA transposed, and always the same tensor
     _decoding = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -112,7 +112,6 @@ def merge_lora(model: nn.Module) -> None:
             plain = all(part.bias is None and part.weight.dtype == torch.float32 for part in parts)
             if plain and not layer.lora_variant and not layer.fan_in_fan_out:
                 layer.__class__ = MergedLinear
-                layer.register_buffer("_packed", None, persistent=False)
 
 
 @contextlib.contextmanager

@@ -183,19 +183,20 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 def place(model: nn.Module) -> nn.Module:
     """Move a model to this process's device. Tied embeddings come untied on XLA, so they are tied again.
 
-    On the CPU its attention takes a faster form, and there and on XLA its LoRA layers do: equal up to rounding.
+    On the CPU and on XLA its attention and its LoRA layers take faster forms, equal up to rounding.
     """
     model.to(device.torch_device())
     base = base_model(model)
     if device.KIND != "cuda" and not device.has_mesh():
         merge_lora(model)
-    if device.KIND == "cpu" and text_config(model)._attn_implementation == "sdpa":
+    if device.KIND == "xla":
+        base.set_attn_implementation(GROUPED)
+    elif device.KIND == "cpu" and text_config(model)._attn_implementation == "sdpa":
         base.set_attn_implementation(DECODE_GROUPED)
     base.tie_weights()
     if base.config.get_text_config().tie_word_embeddings:
         assert base.get_output_embeddings().weight is base.get_input_embeddings().weight, "embeddings came untied"
     if device.has_mesh():
-        base.set_attn_implementation(GROUPED)
         shard_model(model, base.config.get_text_config().num_key_value_heads)
     return model
 

@@ -1,0 +1,79 @@
+"""Host time of one decode step on XLA: what the host does between two tokens, which a device must not wait for.
+
+`TUNIX_DEVICE=xla python -m benchmarks.decode_host_time`: models of 6 and of 26 layers, so narrow that computing takes
+next to nothing, decode 64 tokens; printed is the time until the call of a step returns, its result not waited for.
+"""
+
+import os
+
+os.environ.setdefault("TUNIX_DEVICE", "xla")
+
+import argparse
+import statistics
+import time
+from unittest import mock
+
+import tunix_torch  # noqa: F401  (first: it chooses the device)
+
+# isort: split
+
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from tunix_torch import device
+from tunix_torch.config import ModelConfig
+from tunix_torch.model import add_lora, lora_config, place
+from tunix_torch.sampler import Sampler, SamplingParams, draw_uniforms
+
+ROWS, TOKENS = 4, 64
+
+
+def measure(num_layers: int) -> list[float]:
+    """Milliseconds of each call of the decode step, in the second of two rollouts."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    model = place(add_lora(Gemma3ForCausalLM(config), lora_config(ModelConfig(lora_rank=4))))
+    milliseconds: list[float] = []
+    compile_step = device.compile_step
+
+    def timed(*args: object) -> object:
+        step = compile_step(*args)
+
+        def call(*args: object) -> object:
+            started = time.perf_counter()
+            result = step(*args)
+            milliseconds.append(1e3 * (time.perf_counter() - started))
+            return result
+
+        return call
+
+    with mock.patch.object(device, "compile_step", timed):
+        sampler = Sampler(model, [64], 0, stop_check_interval=TOKENS)  # no token ends a completion
+        prompt = torch.ones(ROWS, 8, dtype=torch.int64, device=device.torch_device())
+        for number in range(2):
+            milliseconds.clear()
+            uniforms = draw_uniforms((0, number), range(ROWS), TOKENS)
+            rollout = sampler.sample(prompt, prompt.bool(), 1, SamplingParams(TOKENS), uniforms)
+            rollout.completion_ids.cpu()
+    return milliseconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, nargs="+", default=[6, 26])
+    for layers in parser.parse_args().layers:
+        found = measure(layers)
+        spread = f"min {min(found):.2f}, median {statistics.median(found):.2f}, max {max(found):.2f}"
+        print(f"{layers} layers: {spread} ms of the host a step, on {device.describe()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

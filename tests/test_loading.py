@@ -1,0 +1,81 @@
+"""How much memory of the host it takes to load a model of several files."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+ROOT = Path(__file__).parent.parent
+MIB = 2**20
+
+# Memory of its own (RssAnon): pages of the files themselves are the kernel's cache, which gives them back when needed.
+LOAD = """
+import sys, threading, time, torch
+from tunix_torch.model import load_base_model
+
+def own_memory():
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+torch.ones(8) @ torch.ones(8)
+before, peak, done = own_memory(), [0], threading.Event()
+
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], own_memory())
+        time.sleep(0.001)
+
+thread = threading.Thread(target=watch)
+thread.start()
+model = load_base_model(sys.argv[1], getattr(torch, sys.argv[2]))
+done.set()
+thread.join()
+print(max(peak[0], own_memory()) - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model of 200 MiB, in bfloat16 as Gemma's are, in files of at most 50 MB."""
+    folder = tmp_path_factory.mktemp("several-files")
+    config = Gemma3TextConfig(
+        vocab_size=16384,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=128,
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = Gemma3ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="50MB")
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) >= 4
+    return files
+
+
+def growth(files, dtype):
+    command = [sys.executable, "-c", LOAD, str(files[0].parent), dtype]
+    environment = {**os.environ, "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return int(result.stdout.split()[-1])
+
+
+def test_weights_stay_in_their_files_until_they_are_moved_to_the_device(files):
+    sizes = [file.stat().st_size for file in files]
+    taken = growth(files, "bfloat16")
+    print(f"{sum(sizes) / MIB:.0f} MiB in {len(sizes)} files, own memory +{taken / MIB:.1f} MiB")
+    assert taken < 1.3 * max(sizes) < sum(sizes) / 2
+
+
+def test_another_type_takes_its_own_size_and_no_more_than_a_file_besides(files):
+    sizes = [file.stat().st_size for file in files]
+    taken = growth(files, "float32")
+    print(f"own memory +{taken / MIB:.1f} MiB")
+    assert taken < 2 * sum(sizes) + 1.3 * max(sizes)
