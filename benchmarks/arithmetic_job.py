@@ -42,7 +42,9 @@ class Job:
     max_grad_norm: float = 1.0
     # the measurement
     trl_rows: int = 32  # completions in one learning pass of TRL: see README.md
-    eval_every: int = 2  # steps
+    stop_after: int | None = None  # steps; the learning rate falls as if there were all of them
+    eval_first: int = 10  # steps from the first on, each of which is evaluated: the most is learned there
+    eval_every: int = 5  # steps, after that
     num_questions: int = 256  # held out
     threads: int = 2
 
@@ -52,23 +54,26 @@ class Job:
         return self.num_prompts * self.num_completions
 
     @property
+    def num_steps(self) -> int:
+        """Steps that are really taken."""
+        return self.steps if self.stop_after is None else self.stop_after
+
+    @property
     def saved_steps(self) -> list[int]:
-        """After which steps the adapter is saved, to be evaluated afterwards: every k-th, and the last."""
-        return sorted({*range(self.eval_every, self.steps + 1, self.eval_every), self.steps})
+        """After which steps the adapter is saved, to be evaluated afterwards; the last is one of them."""
+        last = self.num_steps
+        first = range(1, min(self.eval_first, last) + 1)
+        return sorted({*first, *range(self.eval_every, last + 1, self.eval_every), last})
 
 
 def check(job: Job) -> None:
     """Raises ValueError when a number that the user can give is out of range."""
-    for name, least in {
-        "seed": 0,
-        "steps": 1,
-        "eval_every": 1,
-        "num_questions": 1,
-        "threads": 1,
-        "trl_rows": 1,
-    }.items():
-        if getattr(job, name) < least:
-            raise ValueError(f"{name}={getattr(job, name)}: must be at least {least}")
+    least = {"steps": 1, "eval_first": 0, "eval_every": 1, "num_questions": 1, "threads": 1, "trl_rows": 1}
+    for name, smallest in least.items():
+        if getattr(job, name) < smallest:
+            raise ValueError(f"{name}={getattr(job, name)}: must be at least {smallest}")
+    if job.stop_after is not None and not 1 <= job.stop_after <= job.steps:
+        raise ValueError(f"stop_after={job.stop_after}: must be from 1 to steps={job.steps}")
     if job.num_rows % job.trl_rows:
         raise ValueError(f"trl_rows={job.trl_rows}: must divide the {job.num_rows} completions of a step")
 

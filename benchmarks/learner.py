@@ -46,8 +46,8 @@ def remember_answers(reward: Reward, seen: list[list[str]]) -> Reward:
 
 def check_run(job: Job, rows: Sequence[dict[str, Any]], run: Run) -> None:
     """Raises AssertionError when a peer has not taken the rows that it was given, in order, in every step."""
-    assert len(run.seconds) == job.steps, f"{len(run.seconds)} steps, not {job.steps}"
-    assert len(run.answers) == job.steps, f"{len(run.answers)} rollouts in {job.steps} steps"
+    assert len(run.seconds) == job.num_steps, f"{len(run.seconds)} steps, not {job.num_steps}"
+    assert len(run.answers) == job.num_steps, f"{len(run.answers)} rollouts in {job.num_steps} steps"
     for step, answers in enumerate(run.answers):
         turn = [rows[(step * job.num_prompts + i) % len(rows)] for i in range(job.num_prompts)]
         expected = [row["answer"] for row in turn for _ in range(job.num_completions)]

@@ -1,4 +1,4 @@
-"""Counts the seconds that a `transformers.Trainer` trains, and saves its adapter now and then, off the clock."""
+"""Counts the seconds that a `transformers.Trainer` trains; saves its adapter now and then, off the clock; says stop."""
 
 import time
 from pathlib import Path
@@ -29,4 +29,5 @@ class LearningClock(TrainerCallback):
         if step in self.job.saved_steps:
             adapter = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
             model.save_pretrained(adapter_folder(self.folder, step), state_dict=adapter)
+        control.should_training_stop = step == self.job.num_steps
         self._since = time.perf_counter()

@@ -1,7 +1,7 @@
 """Seconds of training until 90% of held-out questions are answered: this library and TRL on the embedded default job.
 
 python -m benchmarks.time_to_accuracy                                        # three seeds
-python -m benchmarks.time_to_accuracy --seeds 42 --json FILE --picture FILE
+python -m benchmarks.time_to_accuracy --seeds 1,2,3,4,5,6,7,8 --stop_after 15 --json FILE --picture FILE
 """
 
 import argparse
@@ -26,8 +26,10 @@ from .worker import environment
 from .workload import Spec
 
 OVERRIDES = {
-    "steps": "optimizer steps of each run",
-    "eval_every": "how many steps lie between two points of a curve",
+    "steps": "optimizer steps of a whole run: the learning rate falls to 0 at the last",
+    "stop_after": "stop each run after so many steps of it",
+    "eval_first": "each of so many steps at the beginning is a point of the curve",
+    "eval_every": "after that, how many steps lie between two points",
     "num_questions": "held-out questions",
     "threads": "threads, and cores, that each peer gets; by default all",
     "trl_rows": "completions in one learning pass of TRL; by default what was fastest for it",
@@ -93,7 +95,7 @@ def learn(peer: str, job: Job, folder: Path) -> dict[str, Any]:
         sys.exit(1)
     result = json.loads((folder / peer / RESULT_FILE).read_text())
     print(
-        f"seed {job.seed}, {peer}: {job.steps} steps in {result['seconds'][-1]:.1f} s "
+        f"seed {job.seed}, {peer}: {job.num_steps} steps in {result['seconds'][-1]:.1f} s "
         f"({time.perf_counter() - started:.0f} s in all)",
         flush=True,
     )
@@ -139,8 +141,9 @@ def main() -> None:
     choose_peers(",".join(LEARNERS))
     job = jobs[0]
     print(
-        f"{job.num_prompts} prompts x {job.num_completions} completions, {job.steps} steps, {job.threads} thread(s), "
-        f"seeds {', '.join(str(job.seed) for job in jobs)}; every {job.eval_every} steps {job.num_questions} questions",
+        f"{job.num_prompts} prompts x {job.num_completions} completions, {job.num_steps} of {job.steps} steps, "
+        f"{job.num_questions} questions after {len(job.saved_steps)} of them, {job.threads} thread(s), "
+        f"seeds {', '.join(str(job.seed) for job in jobs)}",
         flush=True,
     )
     with tempfile.TemporaryDirectory(prefix="tunix-torch-bench-") as name:

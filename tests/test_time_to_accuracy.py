@@ -96,10 +96,12 @@ def test_inputs_are_those_of_train_py_and_trl_tokenises_prompts_as_ours_does(cac
     assert (tmp_path / "model" / "model.safetensors").is_file() and (folder / ROWS_FILE).is_file()
 
 
-def test_adapters_are_saved_every_so_often_and_at_the_end():
-    assert replace(Job(), steps=7, eval_every=3).saved_steps == [3, 6, 7]
-    assert replace(Job(), steps=6, eval_every=3).saved_steps == [3, 6]
-    assert replace(Job(), steps=2, eval_every=3).saved_steps == [2]
+def test_adapters_are_saved_at_first_often_then_every_so_often_and_at_the_end():
+    assert replace(Job(), steps=7, eval_first=0, eval_every=3).saved_steps == [3, 6, 7]
+    assert replace(Job(), steps=6, eval_first=0, eval_every=3).saved_steps == [3, 6]
+    assert replace(Job(), steps=2, eval_first=0, eval_every=3).saved_steps == [2]
+    assert replace(Job(), steps=9, eval_first=4, eval_every=3).saved_steps == [1, 2, 3, 4, 6, 9]
+    assert replace(Job(), steps=9, stop_after=3, eval_first=4, eval_every=3).saved_steps == [1, 2, 3]
 
 
 def test_a_peer_that_takes_other_rows_is_noticed():
@@ -129,6 +131,7 @@ def test_a_reward_that_is_listened_to_says_the_same_under_the_same_name():
 
 def test_the_clock_stands_still_while_the_adapter_is_saved(monkeypatch, tmp_path):
     import torch
+    from transformers import TrainerControl
 
     from benchmarks import learning_clock
 
@@ -142,14 +145,17 @@ def test_the_clock_stands_still_while_the_adapter_is_saved(monkeypatch, tmp_path
 
     model = Model(1, 1)
     model.bias.requires_grad_(False)
-    clock = learning_clock.LearningClock(replace(Job(), steps=3, eval_every=2), tmp_path)
+    clock = learning_clock.LearningClock(replace(Job(), stop_after=3, eval_first=0, eval_every=2), tmp_path)
+    control, stops = TrainerControl(), []
     now[0] = 7.0
     clock.start()
     for seconds in (2.0, 1.0, 1.5):
         now[0] += seconds
-        clock.on_step_end(None, None, None, model=model)
+        clock.on_step_end(None, None, control, model=model)
+        stops.append(control.should_training_stop)
     assert clock.seconds == [2.0, 3.0, 4.5]  # the first step with all that comes before it
     assert saved == [("step-2", ["weight"]), ("step-3", ["weight"])]
+    assert stops == [False, False, True]
 
 
 # ---- the figures ----
@@ -230,6 +236,7 @@ def test_every_seed_is_a_job_and_flags_are_in_all_of_them():
         (["--seeds", "1,2,1"], "each once"),
         (["--goal", "90"], "goal=90.0: must be in (0, 1]"),
         (["--steps", "0"], "steps=0: must be at least 1"),
+        (["--stop_after", "81"], "stop_after=81: must be from 1 to steps=80"),
         (["--threads", "4096"], "threads=4096: this process may use"),
         (["--trl_rows", "48"], "trl_rows=48: must divide the 128 completions of a step"),
         (["--json", "/no/such/folder/x.json"], "expected a file in a folder that exists"),
@@ -247,7 +254,7 @@ def test_mistakes_are_one_line(args, message):
 @pytest.mark.slow
 def test_both_train_and_are_evaluated(cache, tmp_path):
     pytest.importorskip("trl")
-    flags = {"seeds": "3,4", "steps": 2, "eval_every": 1, "num_questions": 4, "threads": 1}
+    flags = {"seeds": "3,4", "stop_after": 2, "eval_first": 1, "eval_every": 2, "num_questions": 4, "threads": 1}
     flags |= {"json": tmp_path / "bench.json", "picture": tmp_path / "curves.png"}
     done = run_bench(*(word for name, value in flags.items() for word in (f"--{name}", str(value))), TUNIX_CACHE=cache)
     assert done.returncode == 0, done.stdout + done.stderr
