@@ -306,8 +306,8 @@ for graph in trace_step(trainer):
 def operations(text):
     """How often each operation occurs, with its shape and its place on the mesh, whatever it is called.
 
-    Not counted: scalar parameters and the tuple of results. The Trainer's loop keeps the gradient's norm for its log, and
-    its scheduler has set the learning rate.
+    Not counted: scalars and the tuple of results. The Trainer's loop keeps the gradient's norm and adds up the loss for
+    its log, and its scheduler has set the learning rate.
     """
     found = Counter()
     for line in text.splitlines():
@@ -315,7 +315,7 @@ def operations(text):
         if match is not None:
             shape = re.sub(r"\{[\d,]*\}|/\*.*?\*/", "", match[1])
             sharding = re.search(r"sharding=\{.*?\}", line)
-            if match[2] != "tuple" and (match[2], shape) != ("parameter", "f32[]"):
+            if match[2] != "tuple" and shape != "f32[]":
                 found[match[2], shape, sharding[0] if sharding else ""] += 1
     return found
 
