@@ -83,7 +83,10 @@ def start(tmp_path):
         if plan:
             (folder / "plan_tpu.py").touch()
         python = folder / ".venv" / "bin" / "python"
-        python.write_text(f'#!/bin/bash\necho "$TUNIX_COMPILE_CACHE $*" >> {tmp_path}/calls\nexit ${{FAIL:-0}}\n')
+        python.write_text(
+            f'#!/bin/bash\necho "$TUNIX_COMPILE_CACHE $*" >> {tmp_path}/calls\n'
+            "if [[ $1 == plan_tpu.py ]]; then exit ${PLAN_FAIL:-0}; fi\nexit ${FAIL:-0}\n"
+        )
         python.chmod(0o755)
         clean = {name: os.environ[name] for name in ("PATH", "HOME")}
         result = subprocess.run(
@@ -107,6 +110,18 @@ def test_the_quick_plan_can_be_left_out_and_the_checkpoint_be_named(start):
     result, calls = start("--resume_from_checkpoint", "latest", TOPOLOGY="v5e:2x4", SKIP_PREFLIGHT="1")
     assert result.returncode == 0 and len(calls) == 2
     assert calls[1].endswith("train.py --device xla --use_grpo true --resume_from_checkpoint latest")
+
+
+@pytest.mark.parametrize("code, said", [("2", "going on without a plan"), ("1", "may not fit: going on all the same")])
+def test_a_job_that_cannot_be_planned_or_may_not_fit_is_started_all_the_same(start, code, said):
+    result, calls = start(TOPOLOGY="v5e:2x4", PLAN_FAIL=code)
+    assert result.returncode == 0 and said in result.stderr
+    assert "plan_tpu.py" in calls[1] and " train.py " in calls[2]
+
+
+def test_an_interrupted_plan_ends_the_script(start):
+    result, calls = start(TOPOLOGY="v5e:2x4", PLAN_FAIL="130")
+    assert result.returncode == 130 and len(calls) == 2
 
 
 def test_a_check_that_fails_ends_the_script(start):
