@@ -149,7 +149,12 @@ def verify_tpu_setup() -> dict[str, Any]:
 # ---- before a job on a TPU ----
 
 # Chips of one host -> the slice that they are.
-TOPOLOGIES = {1: "1x1", 4: "2x2", 8: "2x4"}
+# The slices that one host can be, as `preflight.chips.parse_topology` takes them: by chip and number of chips.
+TOPOLOGIES = {
+    "v5e": {1: "1x1", 4: "2x2", 8: "2x4"},
+    "v6e": {1: "1x1", 4: "2x2", 8: "2x4"},
+    "v5p": {1: "1x1x1", 4: "2x2x1"},
+}
 LEAST_FREE = 2**30  # bytes that a run's folder needs: checkpoints of a LoRA, metrics
 
 
@@ -159,7 +164,7 @@ def check_tpu_host(argv: Sequence[str]) -> str | None:
     Says on standard error what it finds. Computes nothing, and leaves the TPU to the job.
 
     Returns:
-        the slice that this host is, such as "v5e:2x4"; None without a TPU, or where its shape is not known.
+        the slice that this host is, such as "v5e:2x4"; None without a TPU, or where it can't be planned.
 
     Raises:
         ValueError: something is missing, and the job would fail over it.
@@ -177,7 +182,8 @@ def check_tpu_host(argv: Sequence[str]) -> str | None:
 
     chips, topology = device.tpu_chips(), None
     if chips:
-        topology = f"{chips[0]}:{TOPOLOGIES[len(chips)]}" if len(chips) in TOPOLOGIES else None
+        shape = TOPOLOGIES.get(chips[0], {}).get(len(chips))
+        topology = f"{chips[0]}:{shape}" if shape else None
         say("TPU", f"{len(chips)} chip(s), {chips[0]}")
         say("libtpu", f"{device.check_libtpu()}, as torch_xla needs it")
     else:

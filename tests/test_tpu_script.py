@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import utils
+from preflight.chips import parse_topology
 from tunix_torch import device
 
 ROOT = Path(__file__).parent.parent
@@ -30,13 +31,26 @@ def plug_in(monkeypatch, folder, product, count):
 
 
 @pytest.mark.parametrize(
-    "product, count, topology", [("0x0063", 8, "v5e:2x4"), ("0x006f", 1, "v6e:1x1"), ("0x0062", 3, None)]
+    "product, count, topology",
+    [
+        ("0x0063", 8, "v5e:2x4"),
+        ("0x006f", 1, "v6e:1x1"),
+        ("0x0062", 3, None),
+        ("0x0027", 4, None),
+        ("0x0056", 4, None),
+        ("0x005e", 4, None),
+        ("0x0062", 4, "v5p:2x2x1"),
+        ("0x0063", 4, "v5e:2x2"),
+        ("0x006f", 4, "v6e:2x2"),
+        ("0x0076", 4, None),
+    ],
 )
 def test_the_slice_is_read_off_the_chips(monkeypatch, tmp_path, capsys, product, count, topology):
     plug_in(monkeypatch, tmp_path / "pci", product, count)
     monkeypatch.setattr(device, "check_libtpu", lambda: "0.0.21")
     assert utils.check_tpu_host(["--output_dir", str(tmp_path)]) == topology
-    assert f"{count} chip(s), v" in capsys.readouterr().err
+    assert f"{count} chip(s), " in capsys.readouterr().err
+    assert topology is None or parse_topology(topology).num_chips == count, "the script gives it to plan_tpu.py"
 
 
 def test_without_a_tpu_it_says_so(monkeypatch, tmp_path, capsys):
