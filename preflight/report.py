@@ -5,6 +5,7 @@ from typing import Any
 
 from .chips import GiB
 from .plan import GraphPlan, Plan
+from .quick import mesh_sizes
 from .trace import DECODE, LEARN, OLD, PREFILL, REFERENCE
 
 
@@ -85,16 +86,24 @@ def verdict(plan: Plan) -> str:
 def first_change(plan: Plan) -> str:
     """The setting that takes most from the graph that needs most."""
     args, worst, job = plan.job.args, plan.worst, plan.job
-    rows = args.rows_per_pass or job.rows
+    group, prompts, rows = (
+        args.num_completions_per_prompt,
+        args.per_device_train_batch_size,
+        args.rows_per_pass or job.rows,
+    )
+    fsdp = mesh_sizes(job)["fsdp"]
     weights = not worst.error and worst.argument_bytes + worst.held_bytes > 0.7 * plan.chip.hbm_bytes
     if not weights and worst.name in (LEARN, REFERENCE, OLD):
-        smaller = next((n for n in range(rows // 2, 0, -1) if args.num_completions_per_prompt % n == 0), None)
-        if smaller is not None:
-            return f"micro_batch_size={smaller} in place of {rows}"
+        smaller = [
+            n for n in range(fsdp, rows // 2 + 1, fsdp) if group % n == 0 or (n % group == 0 and job.rows % n == 0)
+        ]
+        if smaller:  # rows that fsdp does not divide would lie whole on every chip
+            return f"micro_batch_size={smaller[-1]} in place of {rows}"
         if worst.name == LEARN and not args.gradient_checkpointing:
             return "gradient_checkpointing=true"
-    if not weights and worst.name in (PREFILL, DECODE) and args.per_device_train_batch_size > 1:
-        return f"per_device_train_batch_size={args.per_device_train_batch_size // 2}"
+    fewer = prompts // 2 // fsdp * fsdp
+    if not weights and worst.name in (PREFILL, DECODE) and fewer:
+        return f"per_device_train_batch_size={fewer}"
     return "a mesh_shape with a larger tp, or a larger slice"
 
 

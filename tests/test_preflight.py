@@ -225,6 +225,33 @@ def test_the_last_line_decides():
     assert any("Ran out of memory" in line for line in lines_of(broken)), "the compiler's own words"
 
 
+@pytest.mark.parametrize(
+    "mesh, group, prompts, micro, learn, decode",
+    [
+        ("1,4", 12, 4, 12, "micro_batch_size=6 in place of 12", "per_device_train_batch_size=2"),
+        ("4,1", 12, 4, 12, "micro_batch_size=4 in place of 12", "a mesh_shape with a larger tp, or a larger slice"),
+        ("4,1", 12, 12, 48, "micro_batch_size=24 in place of 48", "per_device_train_batch_size=4"),
+        ("4,1", 6, 4, 12, "gradient_checkpointing=true", "a mesh_shape with a larger tp, or a larger slice"),
+    ],
+)
+def test_a_smaller_batch_is_advised_only_where_fsdp_divides_it(mesh, group, prompts, micro, learn, decode):
+    """Rows that do not divide lie whole on every chip, which takes more of it, not less."""
+    import dataclasses
+
+    from preflight.report import first_change
+
+    plan = example_plan(temporary_bytes=20 * 2**30)
+    counts = {"num_completions_per_prompt": group, "per_device_train_batch_size": prompts, "micro_batch_size": micro}
+    plan.job = dataclasses.replace(
+        plan.job,
+        model=dataclasses.replace(plan.job.model, mesh_shape=mesh, mesh_axes="fsdp,tp"),
+        args=dataclasses.replace(plan.job.args, **counts),
+    )
+    assert first_change(plan) == decode
+    plan.graphs = plan.graphs[1:]
+    assert first_change(plan) == learn
+
+
 # ---- the command ----
 
 
