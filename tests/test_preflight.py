@@ -252,6 +252,24 @@ def test_a_smaller_batch_is_advised_only_where_fsdp_divides_it(mesh, group, prom
     assert first_change(plan) == learn
 
 
+def test_the_vision_tower_is_held_and_neither_computed_nor_read(monkeypatch):
+    from preflight import quick
+    from preflight.plan import Job
+    from tunix_torch import GRPOConfig, ModelConfig
+
+    job = Job(ModelConfig(lora_rank=4), GRPOConfig(output_dir="/nowhere"), parse_topology("v5e:1x1"))
+    without = quick.quick_plan(job).graphs
+    monkeypatch.setattr(quick, "vision_parameters", lambda name: 10**6)
+    for graph, plain in zip(quick.quick_plan(job).graphs, without, strict=True):
+        more = 10**6 * 4  # float32 on the CPU
+        assert graph.held_bytes == plain.held_bytes + more and graph.total_bytes == plain.total_bytes + more
+        assert (graph.flops, graph.hbm_traffic, graph.argument_bytes) == (
+            plain.flops,
+            plain.hbm_traffic,
+            plain.argument_bytes,
+        )
+
+
 # ---- the command ----
 
 
