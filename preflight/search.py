@@ -97,6 +97,7 @@ def lines_of(candidates: Sequence[Candidate]) -> list[str]:
     lines = [f"{'mesh (fsdp,tp)':<16}{'micro-batch':>12}{'HBM to spare':>14}{'a step at least':>17}"]
     for candidate in candidates:
         spare = "-" if candidate.spare_fraction is None else f"{candidate.spare_fraction:.0%}"
-        seconds = f"{candidate.step_seconds:.1f} s" if candidate.fits else "does not fit"
+        missing = candidate.spare_fraction is None or candidate.spare_fraction < 0
+        seconds = "does not fit" if missing else f"{candidate.step_seconds:.1f} s" if candidate.fits else "may not fit"
         lines.append(f"{candidate.mesh_shape:<16}{candidate.micro_batch_size:>12}{spare:>14}{seconds:>17}")
     return lines

@@ -226,6 +226,27 @@ def test_the_last_line_decides():
 
 
 @pytest.mark.parametrize(
+    "needed, fits, words",
+    [
+        (0.84, True, "Probably fits v5e:1x1 with 16% of HBM to spare"),
+        (0.86, False, "May not fit v5e:1x1: run without --quick"),
+        (1.2, False, "Does not fit v5e:1x1: decode needs 20% more"),
+    ],
+)
+def test_a_quick_plan_is_sure_of_nothing(needed, fits, words):
+    from preflight.report import as_dict, lines_of
+
+    plan = example_plan(temporary_bytes=int(needed * CHIPS["v5e"].hbm_bytes))
+    compiled = lines_of(plan)[-1]
+    assert plan.fits == (needed < 1) and "arithmetic" not in compiled
+    for graph in plan.graphs:
+        graph.compiled_depths = []
+    last = lines_of(plan)[-1]
+    assert last.startswith(words) and "the compiler needed up to a quarter more for the one job" in last
+    assert plan.fits == as_dict(plan)["fits"] == fits
+
+
+@pytest.mark.parametrize(
     "mesh, group, prompts, micro, learn, decode",
     [
         ("1,4", 12, 4, 12, "micro_batch_size=6 in place of 12", "per_device_train_batch_size=2"),
