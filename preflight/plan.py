@@ -229,8 +229,11 @@ def plan_graph(
     return result
 
 
-def job_of(argv: Sequence[str], topology: Topology) -> Job:
+def job_of(argv: Sequence[str], topology: Topology, any_mesh: bool = False) -> Job:
     """The job that flags of `train.py` describe, `--config` among them.
+
+    Args:
+        any_mesh: whatever mesh the flags name is for another slice, perhaps; the job gets one of this slice.
 
     Raises:
         ValueError: an unknown setting, a value that can't be, a mesh of another size than the slice, or supervised
@@ -238,6 +241,8 @@ def job_of(argv: Sequence[str], topology: Topology) -> Job:
     """
     import train
 
+    if any_mesh:
+        argv = [*argv, "--mesh_shape", f"1,{topology.num_chips}", "--mesh_axes", "fsdp,tp"]
     _check_mesh(argv, topology)
     device.plan_for_tpu()
     model, _, args = train.parse_args([*argv, "--device", "xla"])

@@ -321,6 +321,44 @@ def small_model(tmp_path_factory):
 SMALL_JOB = ["--use_grpo", "--per_device_train_batch_size", 2, "--max_prompt_length", 16, "--generation_max_length", 8]
 
 
+def test_a_search_by_arithmetic_names_what_it_leaves_out(small_model, tmp_path):
+    """Four chips, two prompts; the mesh of the flags is one of eight."""
+    pytest.importorskip("torch_xla")
+    flags = ["--model_name", small_model, *SMALL_JOB, "--mesh_shape", "2,4", "--topology", "v5e:2x2"]
+    result = plan_tpu(*flags, "--search", "--quick", "--json", tmp_path / "found.json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "mesh 4,1 left out: per_device_train_batch_size=2 is no multiple of fsdp=4" in result.stderr
+    assert "mesh 2,2, micro-batches of 1 left out: no multiples of fsdp=2" in result.stderr
+    found = json.loads((tmp_path / "found.json").read_text())["candidates"]
+    assert {candidate["mesh_shape"] for candidate in found} <= {"2,2", "1,4"} and found[0]["fits"]
+    assert len(result.stdout.splitlines()) == 1 + len(found)
+
+
+def test_a_candidate_whose_compiler_fails_is_recorded_and_the_search_goes_on(monkeypatch):
+    from preflight import search
+
+    plans = iter([None, {"fits": True, "spare_fraction": 0.5, "step_seconds_at_least": 1.0}])
+
+    def run(command, **options):
+        plan = next(plans)
+        if plan is not None:
+            Path(command[command.index("--json") + 1]).write_text(json.dumps(plan))
+        return subprocess.CompletedProcess(command, 2 if plan is None else 0)
+
+    monkeypatch.setattr(search.subprocess, "run", run)
+    monkeypatch.setattr(search, "_settings", lambda job, say: [("1,1", 1), ("1,1", 2)])
+    found = search.search(example_plan().job, [], False, lambda text: None)
+    assert [(candidate.micro_batch_size, candidate.fits) for candidate in found] == [(2, True), (1, False)]
+    assert search.lines_of(found)[-1].endswith("failed: plan_tpu.py ended with 2")
+
+
+def test_a_job_that_does_not_fit_ends_with_1():
+    pytest.importorskip("torch_xla")
+    flags = ["--model_name", "google/gemma-2-27b", *SMALL_JOB, "--topology", "v5e:1x1", "--quick"]
+    result = plan_tpu(*flags)
+    assert result.returncode == 1 and "Does not fit" in result.stdout, result.stderr
+
+
 def test_a_tiny_model_is_planned(small_model, tmp_path):
     pytest.importorskip("torch_xla")
     pytest.importorskip("libtpu")
