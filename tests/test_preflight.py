@@ -183,7 +183,7 @@ def example_plan(**changes):
     job = Job(
         ModelConfig(lora_rank=4), GRPOConfig(output_dir="/nowhere", micro_batch_size=4), parse_topology("v5e:1x1")
     )
-    reduce = Collective("all-reduce", "f32[1]", 100.0, 2, "all")
+    reduce = Collective("all-reduce", "f32[1]", 100.0, 2)
 
     def program(layers):
         values = {"argument_bytes": 1000 + 10 * layers, "temporary_bytes": 500, "flops": 7.0 * layers, "seconds": 1.0}
@@ -289,6 +289,25 @@ def test_the_vision_tower_is_held_and_neither_computed_nor_read(monkeypatch):
             plain.hbm_traffic,
             plain.argument_bytes,
         )
+
+
+@pytest.mark.parametrize(
+    "error, compilations",
+    [(None, 1), ("RESOURCE_EXHAUSTED: Used 17.5G of 15.75G hbm.", 1), ("UNAVAILABLE: libtpu is in use", 2)],
+)
+def test_only_what_will_not_change_is_kept(monkeypatch, tmp_path, error, compilations):
+    from preflight import compiler
+    from preflight.trace import Graph
+
+    asked = []
+    monkeypatch.setattr(compiler.importlib.metadata, "version", lambda name: "1")
+    monkeypatch.setattr(compiler, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(compiler, "_compile", lambda *of: asked.append(of) or compiler.Program(error=error, flops=3.0))
+    for _ in range(2):
+        program = compiler.compile_for(parse_topology("v5e:1x1"), 1, Graph("decode", b"", [], 1, 0))
+        assert (program.error, program.flops) == (error, 3.0)
+    assert len(asked) == compilations
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"] * (2 - compilations), "nothing half written"
 
 
 # ---- the command ----
