@@ -155,6 +155,7 @@ TOPOLOGIES = {
     "v6e": {1: "1x1", 4: "2x2", 8: "2x4"},
     "v5p": {1: "1x1x1", 4: "2x2x1"},
 }
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # one is in the cache when a model is
 LEAST_FREE = 2**30  # bytes that a run's folder needs: checkpoints of a LoRA, metrics
 
 
@@ -194,7 +195,7 @@ def check_tpu_host(argv: Sequence[str]) -> str | None:
     needed = {output_dir: LEAST_FREE}
     if name == tiny.NAME or Path(name).exists():
         say("model", f"{name} is here")
-    elif isinstance(try_to_load_from_cache(name, "config.json"), str):
+    elif any(isinstance(try_to_load_from_cache(name, file), str) for file in WEIGHTS):
         say("model", f"{name} is in the cache, {constants.HF_HUB_CACHE}")
     else:
         say("model", f"{name} is not in the cache and will be downloaded to {constants.HF_HUB_CACHE}")

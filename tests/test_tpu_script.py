@@ -86,6 +86,21 @@ def test_a_model_is_looked_for_in_the_cache_and_needs_room_on_the_disk(monkeypat
         utils.check_tpu_host(["--output_dir", str(tmp_path)])
 
 
+@pytest.mark.parametrize("weights", [None, "model.safetensors", "model.safetensors.index.json"])
+def test_a_model_is_in_the_cache_when_its_weights_are(monkeypatch, tmp_path, capsys, weights):
+    import huggingface_hub
+
+    there = {"config.json", weights}  # tokenizers and configs are fetched without the weights
+    monkeypatch.setattr(
+        huggingface_hub, "try_to_load_from_cache", lambda name, file: f"/{file}" if file in there else None
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(2**40))
+    utils.check_tpu_host(["--model_name", "google/gemma-3-1b-it", "--output_dir", str(tmp_path)])
+    found = capsys.readouterr().err
+    assert ("is in the cache" in found) == (weights is not None)
+    assert ("will be downloaded" in found) == (weights is None)
+
+
 @pytest.fixture
 def start(tmp_path):
     """Runs a copy of the script with a Python that notes how it is called; returns the result and these calls."""
