@@ -5,6 +5,7 @@ python plan_tpu.py --config configs/gemma3_1b.json --topology v5e:2x4 --quick   
 python plan_tpu.py --config configs/gemma3_1b.json --topology v5e:2x4 --search   # which mesh, which micro-batch?
 
 Every setting of train.py is a flag here too. The job's own graphs are traced with torch-xla and compiled by libtpu.
+Exit codes: 0 when the job fits (--quick: probably; --search: on some mesh), 1 when it does not, 2 for a mistake.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def main() -> None:
         compiler.check_installed()
     logging.basicConfig(format="%(message)s")
     transformers_logging.set_verbosity_error()
-    job = plan.job_of(rest, topology)
+    job = plan.job_of(rest, topology, any_mesh=ours.search)
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -65,12 +66,15 @@ def main() -> None:
         candidates = search.search(job, rest, ours.quick, say)
         print("\n".join(search.lines_of(candidates)))
         document = {"candidates": [vars(candidate) for candidate in candidates]}
+        fits = any(candidate.fits for candidate in candidates)
     else:
         result = quick.quick_plan(job) if ours.quick else plan.plan_job(job, say, ours.whole)
         print("\n".join(report.lines_of(result)))
-        document = report.as_dict(result)
+        document, fits = report.as_dict(result), result.fits
     if ours.json:
         ours.json.write_text(json.dumps(document, indent=1) + "\n")
+    if not fits:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,14 @@ topology=$(TUNIX_DEVICE=cpu "$PYTHON" -c \
     'import sys, utils; utils.run_script(lambda: print(utils.check_tpu_host(sys.argv[1:]) or ""))' "${args[@]}")
 topology=${TOPOLOGY:-$topology}
 if [[ -n "$topology" && -f plan_tpu.py && "${SKIP_PREFLIGHT:-0}" != 1 ]]; then
-    "$PYTHON" plan_tpu.py --quick --topology "$topology" "${args[@]}"
+    planned=0 # what it says is advice: a job that can't be planned, or that may not fit, is started all the same
+    "$PYTHON" plan_tpu.py --quick --topology "$topology" "${args[@]}" || planned=$?
+    case $planned in
+    0) ;;
+    1) echo "plan_tpu.py ended with 1, as for a job that may not fit: going on all the same" >&2 ;;
+    130 | 143) exit "$planned" ;; # Ctrl-C, SIGTERM
+    *) echo "The job could not be planned, see above: going on without a plan" >&2 ;;
+    esac
 fi
 
 if [[ " $* " != *" --resume_from_checkpoint"* ]]; then args+=(--resume_from_checkpoint auto); fi

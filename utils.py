@@ -149,7 +149,13 @@ def verify_tpu_setup() -> dict[str, Any]:
 # ---- before a job on a TPU ----
 
 # Chips of one host -> the slice that they are.
-TOPOLOGIES = {1: "1x1", 4: "2x2", 8: "2x4"}
+# The slices that one host can be, as `preflight.chips.parse_topology` takes them: by chip and number of chips.
+TOPOLOGIES = {
+    "v5e": {1: "1x1", 4: "2x2", 8: "2x4"},
+    "v6e": {1: "1x1", 4: "2x2", 8: "2x4"},
+    "v5p": {1: "1x1x1", 4: "2x2x1"},
+}
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # one is in the cache when a model is
 LEAST_FREE = 2**30  # bytes that a run's folder needs: checkpoints of a LoRA, metrics
 
 
@@ -159,7 +165,7 @@ def check_tpu_host(argv: Sequence[str]) -> str | None:
     Says on standard error what it finds. Computes nothing, and leaves the TPU to the job.
 
     Returns:
-        the slice that this host is, such as "v5e:2x4"; None without a TPU, or where its shape is not known.
+        the slice that this host is, such as "v5e:2x4"; None without a TPU, or where it can't be planned.
 
     Raises:
         ValueError: something is missing, and the job would fail over it.
@@ -177,7 +183,8 @@ def check_tpu_host(argv: Sequence[str]) -> str | None:
 
     chips, topology = device.tpu_chips(), None
     if chips:
-        topology = f"{chips[0]}:{TOPOLOGIES[len(chips)]}" if len(chips) in TOPOLOGIES else None
+        shape = TOPOLOGIES.get(chips[0], {}).get(len(chips))
+        topology = f"{chips[0]}:{shape}" if shape else None
         say("TPU", f"{len(chips)} chip(s), {chips[0]}")
         say("libtpu", f"{device.check_libtpu()}, as torch_xla needs it")
     else:
@@ -188,7 +195,7 @@ def check_tpu_host(argv: Sequence[str]) -> str | None:
     needed = {output_dir: LEAST_FREE}
     if name == tiny.NAME or Path(name).exists():
         say("model", f"{name} is here")
-    elif isinstance(try_to_load_from_cache(name, "config.json"), str):
+    elif any(isinstance(try_to_load_from_cache(name, file), str) for file in WEIGHTS):
         say("model", f"{name} is in the cache, {constants.HF_HUB_CACHE}")
     else:
         say("model", f"{name} is not in the cache and will be downloaded to {constants.HF_HUB_CACHE}")

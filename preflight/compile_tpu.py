@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 
@@ -37,7 +37,6 @@ class Compiled:
     temporary_bytes: int = 0
     code_bytes: int = 0
     flops: float = 0.0
-    output_shardings: list[str] = field(default_factory=list)
 
 
 def mark_donated(module: "ir.Module", donated: list[int]) -> None:  # noqa: F821
@@ -99,7 +98,6 @@ def compile_graph(request: Request) -> Compiled:
         temporary_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
         flops=cost["flops"],
-        output_shardings=[str(sharding) for sharding in executable.get_output_shardings() or []],
     )
 
 

@@ -20,7 +20,8 @@ from .trace import Graph
 from .traffic import hbm_bytes
 
 ROOT = Path(__file__).parent.parent
-VERSION = 2  # of what is kept
+VERSION = 3  # of what is kept
+REFUSALS = ("RESOURCE_EXHAUSTED", "Ran out of memory in memory space")  # the program is too large, and always will be
 
 
 @dataclass
@@ -56,8 +57,12 @@ def compile_for(topology: Topology, num_partitions: int, graph: Graph) -> Progra
     kept = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     if not kept.is_file():
         program = _compile(topology, num_partitions, graph)
+        if program.error and not any(words in program.error for words in REFUSALS):
+            return program  # another time it may compile
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(asdict(program)))
+        written = kept.with_suffix(f".{os.getpid()}")  # another plan may be reading
+        written.write_text(json.dumps(asdict(program)))
+        os.replace(written, kept)
     values = json.loads(kept.read_text())
     values["collectives"] = [Collective(**value) for value in values["collectives"]]
     return Program(**values)

@@ -20,7 +20,6 @@ class Collective:
     shape: str  # of what a chip has in the end, such as "bf16[2304,9216]"
     bytes: float  # that each chip sends
     group_size: int  # chips that take part together
-    groups: str  # as the program has them
 
 
 def shape_bytes(shape: str) -> int:
@@ -75,27 +74,26 @@ def collectives_of(text: str) -> list[Collective]:
         elif match["start"]:  # (operands, results)
             parts = _SHAPE.findall(shape)
             shape = ", ".join(f"{dtype}[{sizes}]" for dtype, sizes in parts[len(parts) // 2 :])
-        groups, size = _groups(line, num_partitions)
+        size = _group_size(line, num_partitions)
         plain = ", ".join(f"{dtype}[{sizes}]" for dtype, sizes in _SHAPE.findall(shape))
         kind = match["kind"]
-        collective = Collective(kind, plain, sent_bytes(kind, shape_bytes(plain), size), size, groups)
+        collective = Collective(kind, plain, sent_bytes(kind, shape_bytes(plain), size), size)
         if size > 1:
             by_channel.setdefault(channel[1] if channel else match["name"], collective)
     return list(by_channel.values())
 
 
-def _groups(line: str, num_partitions: int) -> tuple[str, int]:
-    """(the chips that communicate with each other as the program says it, how many are in each group)."""
-    pairs = re.search(r"source_target_pairs=(\{\{.*?\}\})", line)
-    if pairs is not None:
-        return pairs[1], 2
-    iota = re.search(r"replica_groups=(\[(\d+),(\d+)\]<=\S+?),? ", line)
+def _group_size(line: str, num_partitions: int) -> int:
+    """How many chips communicate with each other."""
+    if "source_target_pairs=" in line:
+        return 2
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=", line)
     if iota is not None:
-        return iota[1], int(iota[3])
-    listed = re.search(r"replica_groups=(\{\{[\d,{}]*\}\})", line)
+        return int(iota[1])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
     if listed is not None:
-        return listed[1], listed[1].split("}")[0].count(",") + 1
-    return "all", num_partitions
+        return listed[1].count(",") + 1
+    return num_partitions
 
 
 def _computations_of_loops(text: str) -> set[str]:

@@ -27,6 +27,7 @@ from .models import vision_parameters, with_depth
 from .trace import DECODE, Graph, make_trainer, trace_step
 
 CUT_DEPTHS = (2, 4)  # layers; each has a sliding and a full one
+QUICK_MARGIN = 0.15  # of HBM, to be left by arithmetic: the compiler needs more than it says, see `report.CAVEAT`
 NUMBERS = (
     "argument_bytes",
     "output_bytes",
@@ -136,8 +137,14 @@ class Plan:
         return None if self.worst.error else 1 - self.worst.total_bytes / self.chip.hbm_bytes
 
     @property
+    def by_arithmetic(self) -> bool:
+        """Nothing was compiled: `quick.quick_plan`."""
+        return not any(graph.compiled_depths for graph in self.graphs)
+
+    @property
     def fits(self) -> bool:
-        return self.spare_fraction is not None and self.spare_fraction >= 0
+        """By arithmetic: probably."""
+        return self.spare_fraction is not None and self.spare_fraction >= (QUICK_MARGIN if self.by_arithmetic else 0)
 
     @property
     def step_seconds(self) -> float:
@@ -222,8 +229,11 @@ def plan_graph(
     return result
 
 
-def job_of(argv: Sequence[str], topology: Topology) -> Job:
+def job_of(argv: Sequence[str], topology: Topology, any_mesh: bool = False) -> Job:
     """The job that flags of `train.py` describe, `--config` among them.
+
+    Args:
+        any_mesh: whatever mesh the flags name is for another slice, perhaps; the job gets one of this slice.
 
     Raises:
         ValueError: an unknown setting, a value that can't be, a mesh of another size than the slice, or supervised
@@ -231,6 +241,8 @@ def job_of(argv: Sequence[str], topology: Topology) -> Job:
     """
     import train
 
+    if any_mesh:
+        argv = [*argv, "--mesh_shape", f"1,{topology.num_chips}", "--mesh_axes", "fsdp,tp"]
     _check_mesh(argv, topology)
     device.plan_for_tpu()
     model, _, args = train.parse_args([*argv, "--device", "xla"])

@@ -33,7 +33,7 @@ def quick_plan(job: Job) -> Plan:
     fsdp, tp = sizes["fsdp"], sizes["tp"]
     itemsize = torch_dtype(job.model.model_dtype).itemsize
     weights, head, lora = parameter_bytes(job, sizes)
-    weights += vision_parameters(job.model.model_name) * itemsize
+    vision = vision_parameters(job.model.model_name) * itemsize  # every chip holds them, and no graph reads them
     decoder = (weights - head) / itemsize  # numbers of a chip's share of the layers
 
     layers, hidden, vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
@@ -71,7 +71,7 @@ def quick_plan(job: Job) -> Plan:
         [],
         argument_bytes=weights,
         temporary_bytes=prefix + chunk + one_layer,
-        held_bytes=3 * lora,
+        held_bytes=3 * lora + vision,
         flops=forward,
         hbm_traffic=weights + 2 * prefix + layers * one_layer,
         collectives={"all-reduce": reduced(tokens, 1)},
@@ -84,7 +84,7 @@ def quick_plan(job: Job) -> Plan:
             argument_bytes=weights + lora,
             output_bytes=cache,
             temporary_bytes=2 * rows * row_logits,
-            held_bytes=2 * lora,
+            held_bytes=2 * lora + vision,
             flops=2 * prompts * prompt * decoder + 2 * prompts * head / itemsize,
             hbm_traffic=weights + lora + cache,
             collectives={"all-reduce": reduced(prompts * prompt, 1)},
@@ -95,7 +95,7 @@ def quick_plan(job: Job) -> Plan:
             [],
             argument_bytes=weights + lora + cache,
             temporary_bytes=3 * rows * row_logits,
-            held_bytes=2 * lora,
+            held_bytes=2 * lora + vision,
             flops=2 * rows * (decoder + head / itemsize) + 4 * rows * cache_width * heads * layers,
             hbm_traffic=weights + lora + cache,
             collectives={"all-reduce": reduced(rows, 1)},
@@ -112,7 +112,7 @@ def quick_plan(job: Job) -> Plan:
             [],
             argument_bytes=weights + 2 * lora,
             temporary_bytes=prefix + chunk + saved + 2 * one_layer,
-            held_bytes=2 * lora,
+            held_bytes=2 * lora + vision,
             flops=forward * (3 if args.gradient_checkpointing else 2),  # the base weights are given no gradient
             hbm_traffic=2 * weights + 4 * lora + 2 * (prefix + layers * one_layer),
             collectives={"all-reduce": reduced(tokens, 2)},
@@ -125,7 +125,7 @@ def quick_plan(job: Job) -> Plan:
             [],
             argument_bytes=4 * lora,
             output_bytes=lora,
-            held_bytes=weights,
+            held_bytes=weights + vision,
             hbm_traffic=7 * lora,
         )
     )

@@ -26,10 +26,13 @@ class Candidate:
     fits: bool
     spare_fraction: float | None  # None: a graph does not compile
     step_seconds: float | None
+    error: str | None = None  # why nothing could be found out
 
     @property
     def order(self) -> tuple:
-        """Those that fit first, then by the bound of a step; the others by what is missing."""
+        """Those that fit first, then by the bound of a step; the others by what is missing; those that failed last."""
+        if self.error is not None:
+            return (3, 0)
         if self.fits:
             return (0, self.step_seconds)
         return (1, -self.spare_fraction) if self.spare_fraction is not None else (2, 0)
@@ -38,19 +41,21 @@ class Candidate:
 def search(job: Job, argv: Sequence[str], quick: bool, say: Callable[[str], None]) -> list[Candidate]:
     """Plan the job on every mesh of the slice with every micro-batch that the group size allows, best first.
 
+    A mesh or micro-batch that can't be is left out, and `say` is told why.
+
     Args:
         argv: the job's flags; each plan that compiles runs in a process of its own, which has one mesh for life.
         quick: by arithmetic only.
         say: is told what is going on.
     """
     found = []
-    for mesh_shape, micro in _settings(job):
+    for mesh_shape, micro in _settings(job, say):
         model = dataclasses.replace(job.model, mesh_shape=mesh_shape, mesh_axes="fsdp,tp")
         args = dataclasses.replace(job.args, micro_batch_size=micro)
         try:
             plan = quick_plan(Job(model, args, job.topology))
         except ValueError as error:
-            say(f"mesh {mesh_shape}, micro-batches of {micro}: {error}")
+            say(f"mesh {mesh_shape}, micro-batches of {micro} left out: {error}")
             continue
         candidate = Candidate(mesh_shape, micro, plan.fits, plan.spare_fraction, plan.step_seconds)
         if not quick and plan.spare_fraction < HOPELESS:
@@ -62,15 +67,20 @@ def search(job: Job, argv: Sequence[str], quick: bool, say: Callable[[str], None
     return sorted(found, key=lambda candidate: candidate.order)
 
 
-def _settings(job: Job) -> Iterator[tuple[str, int]]:
+def _settings(job: Job, say: Callable[[str], None]) -> Iterator[tuple[str, int]]:
     chips, group = job.topology.num_chips, job.args.num_completions_per_prompt
-    for tp in (2**i for i in range(9)):
+    prompts = job.args.per_device_train_batch_size
+    for tp in (2**i for i in range(9) if 2**i <= chips):
         fsdp = chips // tp
-        if tp > chips or job.args.per_device_train_batch_size % fsdp:
+        if prompts % fsdp:
+            say(f"mesh {fsdp},{tp} left out: per_device_train_batch_size={prompts} is no multiple of fsdp={fsdp}")
             continue
-        for micro in range(1, job.rows + 1):
-            whole = group % micro == 0 or (micro % group == 0 and job.rows % micro == 0)
-            if whole and micro % fsdp == 0:
+        whole = [n for n in range(1, job.rows + 1) if group % n == 0 or (n % group == 0 and job.rows % n == 0)]
+        uneven = [str(micro) for micro in whole if micro % fsdp]
+        if uneven:
+            say(f"mesh {fsdp},{tp}, micro-batches of {', '.join(uneven)} left out: no multiples of fsdp={fsdp}")
+        for micro in whole:
+            if micro % fsdp == 0:
                 yield f"{fsdp},{tp}", micro
 
 
@@ -81,8 +91,9 @@ def _compiled(candidate: Candidate, argv: Sequence[str], topology: str) -> Candi
         command += ["--mesh_shape", candidate.mesh_shape, "--mesh_axes", "fsdp,tp"]
         command += ["--micro_batch_size", str(candidate.micro_batch_size)]
         ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=None)
-        if ended.returncode:
-            raise ValueError(f"mesh_shape={candidate.mesh_shape!r} could not be planned, see above")
+        if not os.path.isfile(result):  # written whether the job fits or not
+            error = f"plan_tpu.py ended with {ended.returncode}"
+            return dataclasses.replace(candidate, fits=False, spare_fraction=None, step_seconds=None, error=error)
         plan = json.loads(Path(result).read_text())
     return dataclasses.replace(
         candidate,
@@ -96,7 +107,11 @@ def lines_of(candidates: Sequence[Candidate]) -> list[str]:
     """The table."""
     lines = [f"{'mesh (fsdp,tp)':<16}{'micro-batch':>12}{'HBM to spare':>14}{'a step at least':>17}"]
     for candidate in candidates:
+        if candidate.error is not None:
+            lines.append(f"{candidate.mesh_shape:<16}{candidate.micro_batch_size:>12}  failed: {candidate.error}")
+            continue
         spare = "-" if candidate.spare_fraction is None else f"{candidate.spare_fraction:.0%}"
-        seconds = f"{candidate.step_seconds:.1f} s" if candidate.fits else "does not fit"
+        missing = candidate.spare_fraction is None or candidate.spare_fraction < 0
+        seconds = "does not fit" if missing else f"{candidate.step_seconds:.1f} s" if candidate.fits else "may not fit"
         lines.append(f"{candidate.mesh_shape:<16}{candidate.micro_batch_size:>12}{spare:>14}{seconds:>17}")
     return lines

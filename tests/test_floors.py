@@ -1,6 +1,7 @@
 """The library imports downwards only, and only device.py knows torch_xla."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,11 @@ def test_library_stays_off_xla_even_when_transformers_was_imported_first():
     environment = {"PATH": "/usr/bin:/bin", "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd="/tmp")
     assert result.stdout.strip() == "cpu", result.stderr
+
+
+def test_the_notes_on_a_port_name_every_place_that_asks_for_xla():
+    notes = (ROOT / "docs" / "torch_tpu.md").read_text().split("## The three other places")[1]
+    asking = [p for p in (ROOT / "tunix_torch").glob("*.py") if re.search('KIND [!=]= "xla"', p.read_text())]
+    names = {"sampler.py": "the sampler"}
+    missing = [p.name for p in asking if p.name != "device.py" and names.get(p.name, p.name) not in notes]
+    assert not missing

@@ -183,7 +183,7 @@ def example_plan(**changes):
     job = Job(
         ModelConfig(lora_rank=4), GRPOConfig(output_dir="/nowhere", micro_batch_size=4), parse_topology("v5e:1x1")
     )
-    reduce = Collective("all-reduce", "f32[1]", 100.0, 2, "all")
+    reduce = Collective("all-reduce", "f32[1]", 100.0, 2)
 
     def program(layers):
         values = {"argument_bytes": 1000 + 10 * layers, "temporary_bytes": 500, "flops": 7.0 * layers, "seconds": 1.0}
@@ -225,6 +225,91 @@ def test_the_last_line_decides():
     assert any("Ran out of memory" in line for line in lines_of(broken)), "the compiler's own words"
 
 
+@pytest.mark.parametrize(
+    "needed, fits, words",
+    [
+        (0.84, True, "Probably fits v5e:1x1 with 16% of HBM to spare"),
+        (0.86, False, "May not fit v5e:1x1: run without --quick"),
+        (1.2, False, "Does not fit v5e:1x1: decode needs 20% more"),
+    ],
+)
+def test_a_quick_plan_is_sure_of_nothing(needed, fits, words):
+    from preflight.report import as_dict, lines_of
+
+    plan = example_plan(temporary_bytes=int(needed * CHIPS["v5e"].hbm_bytes))
+    compiled = lines_of(plan)[-1]
+    assert plan.fits == (needed < 1) and "arithmetic" not in compiled
+    for graph in plan.graphs:
+        graph.compiled_depths = []
+    last = lines_of(plan)[-1]
+    assert last.startswith(words) and "the compiler needed up to a quarter more for the one job" in last
+    assert plan.fits == as_dict(plan)["fits"] == fits
+
+
+@pytest.mark.parametrize(
+    "mesh, group, prompts, micro, learn, decode",
+    [
+        ("1,4", 12, 4, 12, "micro_batch_size=6 in place of 12", "per_device_train_batch_size=2"),
+        ("4,1", 12, 4, 12, "micro_batch_size=4 in place of 12", "a mesh_shape with a larger tp, or a larger slice"),
+        ("4,1", 12, 12, 48, "micro_batch_size=24 in place of 48", "per_device_train_batch_size=4"),
+        ("4,1", 6, 4, 12, "gradient_checkpointing=true", "a mesh_shape with a larger tp, or a larger slice"),
+    ],
+)
+def test_a_smaller_batch_is_advised_only_where_fsdp_divides_it(mesh, group, prompts, micro, learn, decode):
+    """Rows that do not divide lie whole on every chip, which takes more of it, not less."""
+    import dataclasses
+
+    from preflight.report import first_change
+
+    plan = example_plan(temporary_bytes=20 * 2**30)
+    counts = {"num_completions_per_prompt": group, "per_device_train_batch_size": prompts, "micro_batch_size": micro}
+    plan.job = dataclasses.replace(
+        plan.job,
+        model=dataclasses.replace(plan.job.model, mesh_shape=mesh, mesh_axes="fsdp,tp"),
+        args=dataclasses.replace(plan.job.args, **counts),
+    )
+    assert first_change(plan) == decode
+    plan.graphs = plan.graphs[1:]
+    assert first_change(plan) == learn
+
+
+def test_the_vision_tower_is_held_and_neither_computed_nor_read(monkeypatch):
+    from preflight import quick
+    from preflight.plan import Job
+    from tunix_torch import GRPOConfig, ModelConfig
+
+    job = Job(ModelConfig(lora_rank=4), GRPOConfig(output_dir="/nowhere"), parse_topology("v5e:1x1"))
+    without = quick.quick_plan(job).graphs
+    monkeypatch.setattr(quick, "vision_parameters", lambda name: 10**6)
+    for graph, plain in zip(quick.quick_plan(job).graphs, without, strict=True):
+        more = 10**6 * 4  # float32 on the CPU
+        assert graph.held_bytes == plain.held_bytes + more and graph.total_bytes == plain.total_bytes + more
+        assert (graph.flops, graph.hbm_traffic, graph.argument_bytes) == (
+            plain.flops,
+            plain.hbm_traffic,
+            plain.argument_bytes,
+        )
+
+
+@pytest.mark.parametrize(
+    "error, compilations",
+    [(None, 1), ("RESOURCE_EXHAUSTED: Used 17.5G of 15.75G hbm.", 1), ("UNAVAILABLE: libtpu is in use", 2)],
+)
+def test_only_what_will_not_change_is_kept(monkeypatch, tmp_path, error, compilations):
+    from preflight import compiler
+    from preflight.trace import Graph
+
+    asked = []
+    monkeypatch.setattr(compiler.importlib.metadata, "version", lambda name: "1")
+    monkeypatch.setattr(compiler, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(compiler, "_compile", lambda *of: asked.append(of) or compiler.Program(error=error, flops=3.0))
+    for _ in range(2):
+        program = compiler.compile_for(parse_topology("v5e:1x1"), 1, Graph("decode", b"", [], 1, 0))
+        assert (program.error, program.flops) == (error, 3.0)
+    assert len(asked) == compilations
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"] * (2 - compilations), "nothing half written"
+
+
 # ---- the command ----
 
 
@@ -253,6 +338,44 @@ def small_model(tmp_path_factory):
 
 
 SMALL_JOB = ["--use_grpo", "--per_device_train_batch_size", 2, "--max_prompt_length", 16, "--generation_max_length", 8]
+
+
+def test_a_search_by_arithmetic_names_what_it_leaves_out(small_model, tmp_path):
+    """Four chips, two prompts; the mesh of the flags is one of eight."""
+    pytest.importorskip("torch_xla")
+    flags = ["--model_name", small_model, *SMALL_JOB, "--mesh_shape", "2,4", "--topology", "v5e:2x2"]
+    result = plan_tpu(*flags, "--search", "--quick", "--json", tmp_path / "found.json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "mesh 4,1 left out: per_device_train_batch_size=2 is no multiple of fsdp=4" in result.stderr
+    assert "mesh 2,2, micro-batches of 1 left out: no multiples of fsdp=2" in result.stderr
+    found = json.loads((tmp_path / "found.json").read_text())["candidates"]
+    assert {candidate["mesh_shape"] for candidate in found} <= {"2,2", "1,4"} and found[0]["fits"]
+    assert len(result.stdout.splitlines()) == 1 + len(found)
+
+
+def test_a_candidate_whose_compiler_fails_is_recorded_and_the_search_goes_on(monkeypatch):
+    from preflight import search
+
+    plans = iter([None, {"fits": True, "spare_fraction": 0.5, "step_seconds_at_least": 1.0}])
+
+    def run(command, **options):
+        plan = next(plans)
+        if plan is not None:
+            Path(command[command.index("--json") + 1]).write_text(json.dumps(plan))
+        return subprocess.CompletedProcess(command, 2 if plan is None else 0)
+
+    monkeypatch.setattr(search.subprocess, "run", run)
+    monkeypatch.setattr(search, "_settings", lambda job, say: [("1,1", 1), ("1,1", 2)])
+    found = search.search(example_plan().job, [], False, lambda text: None)
+    assert [(candidate.micro_batch_size, candidate.fits) for candidate in found] == [(2, True), (1, False)]
+    assert search.lines_of(found)[-1].endswith("failed: plan_tpu.py ended with 2")
+
+
+def test_a_job_that_does_not_fit_ends_with_1():
+    pytest.importorskip("torch_xla")
+    flags = ["--model_name", "google/gemma-2-27b", *SMALL_JOB, "--topology", "v5e:1x1", "--quick"]
+    result = plan_tpu(*flags)
+    assert result.returncode == 1 and "Does not fit" in result.stdout, result.stderr
 
 
 def test_a_tiny_model_is_planned(small_model, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import utils
+from preflight.chips import parse_topology
 from tunix_torch import device
 
 ROOT = Path(__file__).parent.parent
@@ -30,13 +31,26 @@ def plug_in(monkeypatch, folder, product, count):
 
 
 @pytest.mark.parametrize(
-    "product, count, topology", [("0x0063", 8, "v5e:2x4"), ("0x006f", 1, "v6e:1x1"), ("0x0062", 3, None)]
+    "product, count, topology",
+    [
+        ("0x0063", 8, "v5e:2x4"),
+        ("0x006f", 1, "v6e:1x1"),
+        ("0x0062", 3, None),
+        ("0x0027", 4, None),
+        ("0x0056", 4, None),
+        ("0x005e", 4, None),
+        ("0x0062", 4, "v5p:2x2x1"),
+        ("0x0063", 4, "v5e:2x2"),
+        ("0x006f", 4, "v6e:2x2"),
+        ("0x0076", 4, None),
+    ],
 )
 def test_the_slice_is_read_off_the_chips(monkeypatch, tmp_path, capsys, product, count, topology):
     plug_in(monkeypatch, tmp_path / "pci", product, count)
     monkeypatch.setattr(device, "check_libtpu", lambda: "0.0.21")
     assert utils.check_tpu_host(["--output_dir", str(tmp_path)]) == topology
-    assert f"{count} chip(s), v" in capsys.readouterr().err
+    assert f"{count} chip(s), " in capsys.readouterr().err
+    assert topology is None or parse_topology(topology).num_chips == count, "the script gives it to plan_tpu.py"
 
 
 def test_without_a_tpu_it_says_so(monkeypatch, tmp_path, capsys):
@@ -72,6 +86,21 @@ def test_a_model_is_looked_for_in_the_cache_and_needs_room_on_the_disk(monkeypat
         utils.check_tpu_host(["--output_dir", str(tmp_path)])
 
 
+@pytest.mark.parametrize("weights", [None, "model.safetensors", "model.safetensors.index.json"])
+def test_a_model_is_in_the_cache_when_its_weights_are(monkeypatch, tmp_path, capsys, weights):
+    import huggingface_hub
+
+    there = {"config.json", weights}  # tokenizers and configs are fetched without the weights
+    monkeypatch.setattr(
+        huggingface_hub, "try_to_load_from_cache", lambda name, file: f"/{file}" if file in there else None
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(2**40))
+    utils.check_tpu_host(["--model_name", "google/gemma-3-1b-it", "--output_dir", str(tmp_path)])
+    found = capsys.readouterr().err
+    assert ("is in the cache" in found) == (weights is not None)
+    assert ("will be downloaded" in found) == (weights is None)
+
+
 @pytest.fixture
 def start(tmp_path):
     """Runs a copy of the script with a Python that notes how it is called; returns the result and these calls."""
@@ -83,7 +112,10 @@ def start(tmp_path):
         if plan:
             (folder / "plan_tpu.py").touch()
         python = folder / ".venv" / "bin" / "python"
-        python.write_text(f'#!/bin/bash\necho "$TUNIX_COMPILE_CACHE $*" >> {tmp_path}/calls\nexit ${{FAIL:-0}}\n')
+        python.write_text(
+            f'#!/bin/bash\necho "$TUNIX_COMPILE_CACHE $*" >> {tmp_path}/calls\n'
+            "if [[ $1 == plan_tpu.py ]]; then exit ${PLAN_FAIL:-0}; fi\nexit ${FAIL:-0}\n"
+        )
         python.chmod(0o755)
         clean = {name: os.environ[name] for name in ("PATH", "HOME")}
         result = subprocess.run(
@@ -107,6 +139,18 @@ def test_the_quick_plan_can_be_left_out_and_the_checkpoint_be_named(start):
     result, calls = start("--resume_from_checkpoint", "latest", TOPOLOGY="v5e:2x4", SKIP_PREFLIGHT="1")
     assert result.returncode == 0 and len(calls) == 2
     assert calls[1].endswith("train.py --device xla --use_grpo true --resume_from_checkpoint latest")
+
+
+@pytest.mark.parametrize("code, said", [("2", "going on without a plan"), ("1", "may not fit: going on all the same")])
+def test_a_job_that_cannot_be_planned_or_may_not_fit_is_started_all_the_same(start, code, said):
+    result, calls = start(TOPOLOGY="v5e:2x4", PLAN_FAIL=code)
+    assert result.returncode == 0 and said in result.stderr
+    assert "plan_tpu.py" in calls[1] and " train.py " in calls[2]
+
+
+def test_an_interrupted_plan_ends_the_script(start):
+    result, calls = start(TOPOLOGY="v5e:2x4", PLAN_FAIL="130")
+    assert result.returncode == 130 and len(calls) == 2
 
 
 def test_a_check_that_fails_ends_the_script(start):
