@@ -58,16 +58,17 @@ class MergedLinear(peft.tuners.lora.Linear):
     _decoding = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._decoding and not (self._disable_adapters or torch.is_grad_enabled()):  # `pack` has looked at the rest
+            if _ON_XLA:
+                return x @ self._packed
+            if x.shape[:-1].numel() <= _PACKED_ROWS:
+                return torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
         name = None if args or kwargs else self._plain_adapter(x.device)
         if name is None:
             return super().forward(x, *args, **kwargs)
         if torch.is_grad_enabled():
             a, b = self.lora_A[name].weight, self.lora_B[name].weight
             return _MergedProduct.apply(x, a, b, self.merged_weight(name), self.scaling[name])
-        if self._decoding and _ON_XLA:
-            return x @ self._packed
-        if self._decoding and x.shape[:-1].numel() <= _PACKED_ROWS:
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
         return nn.functional.linear(x, self.merged_weight(name))
 
     def _plain_adapter(self, place: torch.device) -> str | None:
