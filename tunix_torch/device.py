@@ -413,7 +413,19 @@ def _recorded_once(step: Callable[..., Any]) -> Callable[..., Any]:
     def recorded_step(*args: Any) -> Any:
         if not results:
             sync()  # what is pending before it belongs to another graph
-            results.append(step(*args))
+            tensors = [tensor for arg in args for tensor in (arg if isinstance(arg, list) else [arg])]
+            shardings = [sharding_of(tensor) for tensor in tensors]
+            outputs = list(step(*args))
+            changed = torch_xla._XLAC._check_tensor_need_materialization(tensors)
+            if _mesh is not None:  # results lie as what they replace, as in `_Program`
+                replaced = list(zip(outputs, shardings, strict=False))
+                replaced += [(t, old) for t, old, new in zip(tensors, shardings, changed, strict=True) if new]
+                for tensor, sharding in replaced:
+                    if sharding is None:
+                        spmd.mark_sharding(tensor, _mesh, (None,) * tensor.dim())
+                    else:
+                        torch_xla._XLAC._xla_mark_sharding(tensor, sharding)
+            results.append(tuple(outputs))
             sync()
         return results[0]
 
