@@ -32,8 +32,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--whole", action="store_true", help="compile all layers, however long it takes")
     parser.add_argument("--search", action="store_true", help="try meshes and micro-batches, and print the best first")
     ours, rest = parser.parse_known_args(argv)
-    if ours.json and (ours.json.is_dir() or not ours.json.absolute().parent.is_dir()):
-        raise ValueError(f"json={str(ours.json)!r}: expected a file in a folder that exists")
+    utils.check_output_file("json", ours.json)
     if ours.config:
         rest = ["--config", ours.config, *rest]
     return ours, rest

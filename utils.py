@@ -74,6 +74,12 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def check_output_file(name: str, file: Path | None) -> None:
+    """Raises ValueError when the file that a flag names can't be written, before hours of work; None: not asked for."""
+    if file and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise ValueError(f"{name}={str(file)!r}: expected a file in a folder that exists")
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`: a user's mistake becomes one line and exit code 2, Ctrl-C exit code 130.
 

@@ -170,8 +170,7 @@ def main() -> None:
     args = parse_args(sys.argv[1:])
     peers = choose_peers(args.peers)
     spec = make_spec(args, peers)
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise ValueError(f"json={str(args.json)!r}: expected a file in a folder that exists")
+    utils.check_output_file("json", args.json)
     print(
         f"{spec.preset}: {spec.num_prompts} prompts x {spec.num_completions} completions, {spec.prompt_length} + "
         f"{spec.completion_length} tokens{' at most' if spec.spread else ''}, {spec.dtype} on {spec.device}, "

@@ -76,19 +76,9 @@ def force_lengths(draw: Callable[..., torch.Tensor], spec: Spec) -> Callable[...
     return drawn
 
 
-def wait_for_device(result: object) -> None:
-    """Wait until the device has done all that was started; on XLA no graph is cut for it."""
-    if device.KIND == "xla":
-        import torch_xla.core.xla_model as xm
-
-        xm.wait_device_ops()
-    elif device.KIND == "cuda":
-        torch.cuda.synchronize()
-
-
 def run(spec: Spec, folder: Path) -> Measurement:
     assert tunix_torch.device.KIND in ("xla", spec.device), f"{device.KIND}, not {spec.device}"
-    watch, rollouts, losses = Stopwatch(wait_for_device), [], []
+    watch, rollouts, losses = Stopwatch(lambda result: device.wait()), [], []
     trainer = make_trainer(spec, folder, [StepEnds(watch)])
     watch.wrap(trainer, "training_step", "learning", rest="learning", seen=losses.append)  # clipping and the optimizer
     watch.wrap(trainer, "collect", "other")

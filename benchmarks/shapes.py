@@ -112,8 +112,7 @@ def main() -> None:
     peers = choose_peers("ours" if args.growth else args.peers)
     if len(peers) < 2 and not args.growth:
         raise ValueError(f"peers={args.peers!r}: a comparison needs two")
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise ValueError(f"json={str(args.json)!r}: expected a file in a folder that exists")
+    utils.check_output_file("json", args.json)
     spec = make_spec(args, peers)
     result = growth(spec, args.rounds) if args.growth else compare_shapes(peers, spec, args.rounds)
     if args.json:

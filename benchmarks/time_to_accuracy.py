@@ -66,8 +66,7 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
         raise ValueError(f"goal={args.goal}: must be in (0, 1]")
     for name in ("json", "picture"):
         file = getattr(args, name)
-        if file and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise ValueError(f"{name}={str(file)!r}: expected a file in a folder that exists")
+        utils.check_output_file(name, file)
     if args.picture.suffix not in PICTURES:
         raise ValueError(f"picture={str(args.picture)!r}: expected a name that ends in {', '.join(PICTURES)}")
     cores = len(os.sched_getaffinity(0))

@@ -119,8 +119,7 @@ def summarise(rows: Sequence["Row"]) -> None:
 def main() -> None:
     args = parse_args(sys.argv[1:])
     check_installed()
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise ValueError(f"json={str(args.json)!r}: expected a file in a folder that exists")
+    utils.check_output_file("json", args.json)
     if args.from_run and (args.families or args.cases):
         raise ValueError("from_run: a run has its own model and settings; leave out --families and --cases")
     quiet()

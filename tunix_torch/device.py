@@ -213,18 +213,21 @@ def axis_size(axis: str | None) -> int:
     return 1 if _mesh is None or axis is None else _mesh.shape().get(axis, 1)
 
 
+def _on_mesh(axes: Sequence[str | None]) -> tuple[str | None, ...]:
+    return tuple(axis if axis in _mesh.axis_names else None for axis in axes)
+
+
 def shard(tensor: "torch.Tensor", axes: Sequence[str | None]) -> None:
     """Lay each dimension of a tensor on an axis of the mesh; None, or an axis that the mesh lacks: not split."""
     if _mesh is not None:
-        spmd.mark_sharding(tensor, _mesh, tuple(axis if axis in _mesh.axis_names else None for axis in axes))
+        spmd.mark_sharding(tensor, _mesh, _on_mesh(axes))
 
 
 def shard_activation(tensor: "torch.Tensor", axes: Sequence[str | None]) -> "torch.Tensor":
     """Lay an intermediate result on the mesh, and in the backward pass its gradient alike. Returns it."""
     if _mesh is None:
         return tensor
-    spec = tuple(axis if axis in _mesh.axis_names else None for axis in axes)
-    return spmd.xla_sharding.mark_sharding_with_gradients(tensor, _mesh, spec)
+    return spmd.xla_sharding.mark_sharding_with_gradients(tensor, _mesh, _on_mesh(axes))
 
 
 def describe() -> str:
@@ -282,6 +285,11 @@ def compile_step(step: Callable[..., Any], model: "torch.nn.Module") -> Callable
     return _CompiledStep(step, model) if _recorder is None else _recorded_once(step)
 
 
+def _tensors_in(args: Sequence[Any]) -> list["torch.Tensor"]:
+    """Those of a step's arguments, which are tensors and lists of tensors, in order."""
+    return [tensor for arg in args for tensor in (arg if isinstance(arg, list) else [arg])]
+
+
 class _CompiledStep:
     """A step whose graph is traced once for each shape of its arguments, and then run by its hash.
 
@@ -302,7 +310,7 @@ class _CompiledStep:
         self.programs: dict[tuple[torch.Size, ...], _Program] = {}
 
     def __call__(self, *args: Any) -> tuple["torch.Tensor", ...]:
-        tensors = [tensor for arg in args for tensor in (arg if isinstance(arg, list) else [arg])]
+        tensors = _tensors_in(args)
         weights = [tensors_of_module[name] for tensors_of_module, name in self.slots]
         shapes = tuple(tensor.shape for tensor in tensors)
         if shapes not in self.programs:
@@ -331,7 +339,7 @@ class _Program:
         copies = iter([tensor.clone() for tensor in tensors])
         copied_args = [[next(copies) for _ in arg] if isinstance(arg, list) else next(copies) for arg in args]
         results = list(step(*copied_args))
-        copied = [tensor for arg in copied_args for tensor in (arg if isinstance(arg, list) else [arg])]
+        copied = _tensors_in(copied_args)
         changed = torch_xla._XLAC._check_tensor_need_materialization(copied)
         self.num_results, self.changed = len(results), [i for i, new in enumerate(changed) if new]
         outputs = results + [copied[i] for i in self.changed]
@@ -413,7 +421,7 @@ def _recorded_once(step: Callable[..., Any]) -> Callable[..., Any]:
     def recorded_step(*args: Any) -> Any:
         if not results:
             sync()  # what is pending before it belongs to another graph
-            tensors = [tensor for arg in args for tensor in (arg if isinstance(arg, list) else [arg])]
+            tensors = _tensors_in(args)
             shardings = [sharding_of(tensor) for tensor in tensors]
             outputs = list(step(*args))
             changed = torch_xla._XLAC._check_tensor_need_materialization(tensors)
