@@ -21,6 +21,7 @@ FLOORS = [
         "processes",
         "scoring",
         "readers",
+        "rms_norm",
         "settings",
     },
     {"config", "merged_lora", "profiling", "record", "results", "sharding"},

@@ -5,6 +5,8 @@ A *slot* is a column of the key axis. Prompts are left-padded and completions st
 tokens in slots equals their distance in positions, and both causality and the sliding window can be read off slots.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
@@ -13,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 # The names by which models take these forms of attention.
 GROUPED = "tunix_grouped"
-DECODE_GROUPED = "tunix_decode_grouped"
+GROWING = "tunix_growing"
 
 
 def prompt_positions(prompt_mask: Tensor) -> Tensor:
@@ -89,16 +91,42 @@ def grouped_attention(
     return mixed.reshape(rows, heads, num_queries, head_dim).transpose(1, 2).contiguous(), None
 
 
-def decode_grouped_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
+def growing_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: "Tensor | SharedPrefixKV",
+    value: "Tensor | SharedPrefixKV",
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Transformers' sdpa; for one query a row, as in decoding, `grouped_attention`, which is faster on the CPU."""
-    if query.shape[2] == 1 and attention_mask is not None:
-        return grouped_attention(module, query, key, value, attention_mask, **kwargs)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    """Transformers' sdpa (`grouped_attention` with a soft-cap, which sdpa has not); with a `SharedPrefixCache` one
+    query a row, (R, heads, 1, D), looks at its prompt's keys, which its group shares, and at the row's own.
+
+    `attention_mask`: (R, 1, 1, P + K), as if each row had its prompt's keys before its own.
+    """
+    if not isinstance(key, SharedPrefixKV):
+        if softcap is not None:
+            return grouped_attention(module, query, key, value, attention_mask, scaling, dropout, softcap)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    rows, heads, _, head_dim = query.shape
+    grouped = query.reshape(rows, key.own_keys.shape[1], -1, head_dim)  # (R, KV heads, heads / KV heads, D)
+    of_prompt = key.by_row(key.by_prompt(grouped) @ key.prompt_keys.mT)  # (R, KV heads, heads / KV heads, P)
+    scores = torch.cat((of_prompt, grouped @ key.own_keys.mT), dim=-1) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.float().masked_fill_(~attention_mask, torch.finfo(torch.float32).min)
+    weights = scores.softmax(dim=-1).to(query.dtype)
+    of_prompt, of_row = weights.tensor_split([key.prompt_keys.shape[2]], dim=-1)
+    mixed = key.by_row(key.by_prompt(of_prompt) @ key.prompt_values) + of_row @ key.own_values
+    return mixed.reshape(rows, 1, heads, head_dim), None
 
 
-for _name, _function in ((GROUPED, grouped_attention), (DECODE_GROUPED, decode_grouped_attention)):
+for _name, _function in ((GROUPED, grouped_attention), (GROWING, growing_attention)):
     AttentionInterface.register(_name, _function)
     AttentionMaskInterface.register(_name, sdpa_mask)
 
@@ -136,35 +164,88 @@ class PrefixCache:
         return PrefixCache({i: (k.index_select(0, rows), v.index_select(0, rows)) for i, (k, v) in self.layers.items()})
 
 
-class GrowingCache:
-    """A KV cache for rows that leave: each step appends one token to every row that is still there.
+@dataclass
+class SharedPrefixKV:
+    """One layer's keys and values, while rows are decoded: those of N prompts, once each, and those of R rows.
 
-    `capacity` slots are set aside at once, and `update` returns the part that is in use. The prefix is emptied.
+    prompt_keys, prompt_values: (N, KV heads, P, D); own_keys, own_values: (R, KV heads, K, D).
+    `places`: (R,) int64, the place of each row where every prompt has `group_size` rows; None: rows fill all of them.
     """
 
-    def __init__(self, prefix: PrefixCache, capacity: int) -> None:
-        self.used = prefix.get_seq_length(next(iter(prefix.layers)))  # slots, before the step that is running
-        more = (0, 0, 0, capacity - self.used)
-        self.layers = {
-            i: (nn.functional.pad(key, more), nn.functional.pad(value, more))
-            for i, (key, value) in prefix.layers.items()
-        }  # each (rows, KV heads, capacity, head dim)
-        prefix.layers.clear()
+    prompt_keys: Tensor
+    prompt_values: Tensor
+    own_keys: Tensor
+    own_values: Tensor
+    places: Tensor | None
+    group_size: int
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    def by_prompt(self, x: Tensor) -> Tensor:
+        """Rows of a prompt side by side, zeros where one is missing: (R, KV heads, M, E) -> (N, KV heads, G * M, E)."""
+        _, heads, m, e = x.shape
+        num_prompts = len(self.prompt_keys)
+        if self.places is not None:
+            x = x.new_zeros(num_prompts * self.group_size, heads, m, e).index_copy_(0, self.places, x)
+        return x.view(num_prompts, self.group_size, heads, m, e).transpose(1, 2).reshape(num_prompts, heads, -1, e)
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """Back again: (N, KV heads, G * M, E) -> (R, KV heads, M, E)."""
+        num_prompts, heads, _, e = x.shape
+        x = x.view(num_prompts, heads, self.group_size, -1, e).transpose(1, 2)
+        x = x.reshape(num_prompts * self.group_size, heads, -1, e)
+        return x if self.places is None else x.index_select(0, self.places)
+
+
+class SharedPrefixCache:
+    """A KV cache for groups of rows that leave: each step appends one token to every row that is still there.
+
+    The keys and values of a prompt are kept and read once for its group. Room for `capacity` tokens a row is set aside.
+
+    Args:
+        prefix: of N prompts; emptied.
+        group_size: rows a prompt, side by side.
+    """
+
+    def __init__(self, prefix: PrefixCache, group_size: int, capacity: int) -> None:
+        self.prompts = dict(prefix.layers)
+        prefix.layers.clear()
+        key = next(iter(self.prompts.values()))[0]
+        self.width, self.used = key.shape[2], 0  # slots of a prompt, and of a row before the step that is running
+        self.own = {}
+        for i, (key, value) in self.prompts.items():
+            num_prompts, heads, _, head_dim = key.shape
+            shape = (num_prompts * group_size, heads, capacity, head_dim)
+            self.own[i] = (key.new_empty(shape), value.new_empty(shape))
+        self.prompt_of = torch.arange(num_prompts, device=key.device).repeat_interleave(group_size)  # (R,)
+        self.places, self.group_size = None, group_size
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[SharedPrefixKV, SharedPrefixKV]:
         assert key.shape[2] == 1, key.shape
-        keys, values = self.layers[layer_idx]
+        keys, values = self.own[layer_idx]
         keys[:, :, self.used] = key[:, :, 0]
         values[:, :, self.used] = value[:, :, 0]
-        return keys[:, :, : self.used + 1], values[:, :, : self.used + 1]
+        end = self.used + 1
+        own = (keys[:, :, :end], values[:, :, :end])
+        both = SharedPrefixKV(*self.prompts[layer_idx], *own, self.places, self.group_size)
+        return both, both
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.used
+        return self.width + self.used
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with some of the rows, (fewer,) int64."""
-        for i, (key, value) in self.layers.items():  # one after the other: only one is there twice at a time
-            self.layers[i] = (key[rows], value[rows])
+        """Go on with some of the rows, (fewer,) int64, in their order. Prompts without rows leave too."""
+        for i, (key, value) in self.own.items():  # one after the other: only one is there twice at a time
+            self.own[i] = (key[rows], value[rows])
+        prompts, self.prompt_of, counts = self.prompt_of[rows].unique_consecutive(
+            return_inverse=True, return_counts=True
+        )
+        if len(prompts) < len(next(iter(self.prompts.values()))[0]):
+            self.prompts = {i: (key[prompts], value[prompts]) for i, (key, value) in self.prompts.items()}
+        self.group_size = int(counts.max())
+        first = counts.cumsum(0) - counts  # row of each prompt
+        place_in_group = torch.arange(len(rows), device=rows.device) - first[self.prompt_of]
+        self.places = self.prompt_of * self.group_size + place_in_group
 
 
 class SlotCache:

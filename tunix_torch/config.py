@@ -287,12 +287,16 @@ class GRPOConfig(TrainingArguments):
 
     @property
     def rows_per_pass(self) -> int | None:
-        """Rows in one learning pass; None: the whole batch."""
+        """Rows in one learning pass where all completions may be as long as they can; None: the whole batch."""
+        return self.rows_in_pass_of(self.num_completions_per_prompt * self.generation_max_length)
+
+    def rows_in_pass_of(self, completion_tokens: float) -> int | None:
+        """Rows in one learning pass where a group has so many completion tokens; None: the whole batch."""
         if self.micro_batch_size is not None or not self.use_grpo:
             return self.micro_batch_size or None
         groups = process_device.axis_size("fsdp")  # each device a group of its own
         if not (process_device.is_accelerator() or process_device.has_mesh()):  # a CPU is kept busy by more
-            tokens = self.max_prompt_length + self.num_completions_per_prompt * self.generation_max_length
+            tokens = self.max_prompt_length + completion_tokens
             passes = math.ceil(self.per_device_train_batch_size / max(1, CPU_TOKENS_PER_PASS // tokens))
             groups = math.ceil(self.per_device_train_batch_size / passes)
         return self.num_completions_per_prompt * groups

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import device
-from .attention import GrowingCache, PrefixCache, SlotCache, attention_masks
+from .attention import PrefixCache, SharedPrefixCache, SlotCache, attention_masks
 from .batch import Rollout
 from .merged_lora import packed_for_decoding
 from .model import adapters_in_use, base_model, hidden_states, logits, prefill, text_config
@@ -137,7 +137,8 @@ class Sampler:
         """One pass over the prompts, and each row's first token.
 
         Returns:
-            ids, logps (B, C), of which the first column is filled in; key_mask (B, P + C - 1); the prompts' KV cache.
+            ids, logps (B, C), of which the first column is filled in; key_mask (B, P + C - 1); the KV cache of the N
+            prompts.
         """
         last_hidden, prefix = prefill(self.model, prompt_ids, prompt_mask)
         scores = logits(self.model, last_hidden).repeat_interleave(num_completions, dim=0)  # (B, V)
@@ -146,7 +147,7 @@ class Sampler:
         ids = nn.functional.pad(tokens[:, None], (0, room), value=self.pad_token_id)
         logps = nn.functional.pad(logps[:, None], (0, room))
         key_mask = nn.functional.pad(prompt_mask.repeat_interleave(num_completions, dim=0), (0, room), value=True)
-        return ids, logps, key_mask, prefix.expand(num_completions)
+        return ids, logps, key_mask, prefix
 
     @torch.inference_mode()  # a tenth faster than no_grad
     def _decode_growing(
@@ -160,9 +161,10 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """Fill in the columns from 1 on, with shapes that follow the data: rows that have ended leave."""
         model, config, dtype = self.model, text_config(self.model), base_model(self.model).dtype
-        width, room = prefix.get_seq_length(next(iter(prefix.layers))), params.max_new_tokens - 1
+        (num_prompts, _, width, _), room = next(iter(prefix.layers.values()))[0].shape, params.max_new_tokens - 1
         lengths = key_mask[:, :width].sum(-1, keepdim=True)  # (B, 1)
-        cache, rows = GrowingCache(prefix, width + room), torch.arange(len(ids), device=ids.device)  # those still there
+        cache = SharedPrefixCache(prefix, len(ids) // num_prompts, room)
+        rows = torch.arange(len(ids), device=ids.device)  # those still there
         interval = 1 if ids.device.type == "cpu" else self.stop_check_interval  # there the host need not wait
         ended = self._is_eos(ids[:, 0])
         for t in range(room):
@@ -196,16 +198,18 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """The same with fixed shapes, by one compiled step."""
         room, layer_ids = params.max_new_tokens - 1, tuple(prefix.layers)
-        width = prefix.get_seq_length(layer_ids[0])
+        num_prompts, _, width, _ = prefix.layers[layer_ids[0]][0].shape
+        expanded = prefix.expand(len(ids) // num_prompts)
         ended, step = self._is_eos(ids[:, 0]), torch.zeros(1, dtype=torch.int64, device=ids.device)  # (B,)
         lengths = key_mask[:, :width].sum(-1, keepdim=True)  # (B, 1)
-        keys = [nn.functional.pad(prefix.layers[i][0], (0, 0, 0, room)) for i in layer_ids]  # (B, heads, K, head dim)
-        values = [nn.functional.pad(prefix.layers[i][1], (0, 0, 0, room)) for i in layer_ids]  # K = P + C - 1
+        keys = [nn.functional.pad(expanded.layers[i][0], (0, 0, 0, room)) for i in layer_ids]  # (B, heads, K, head dim)
+        values = [nn.functional.pad(expanded.layers[i][1], (0, 0, 0, room)) for i in layer_ids]  # K = P + C - 1
         for tensor in (*keys, *values):
             shard_rows(tensor, heads_dim=1)
         for tensor in (ids, logps, ended, key_mask, lengths):
             shard_rows(tensor)
-        prefix.layers.clear()  # what is alive here, XLA computes and keeps
+        for cache in (prefix, expanded):
+            cache.layers.clear()  # what is alive here, XLA computes and keeps
         device.sync()
         decode = self._decode_step(params, layer_ids, width)
         for t in range(room):

@@ -324,7 +324,11 @@ class TunixTrainer(Trainer):
 
     def _split(self, batch: TrainBatch) -> list[TrainBatch]:
         """Micro-batches, cut before their graphs begin: so that on XLA all of them run the same compiled graph."""
-        parts = batch.split(self.args.rows_per_pass)
+        if device.KIND == "cpu":  # nothing is compiled there: as many rows as their real lengths allow
+            tokens = int(batch.completion_mask.sum()) / len(batch.prompt_ids)
+            parts = batch.split(self.args.rows_in_pass_of(tokens))
+        else:
+            parts = batch.split(self.args.rows_per_pass)
         for part in parts:
             for tensor in part.tensors():
                 shard_rows(tensor)
