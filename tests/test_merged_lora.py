@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import nn
 
 from tunix_torch.logprobs import token_logps
-from tunix_torch.merged_lora import MergedLinear, _MergedProduct, merge_lora, packed_for_decoding
+from tunix_torch.merged_lora import MergedLinear, _MergedProduct, merge_lora
 from tunix_torch.model import LORA_TARGETS, add_lora, reference_policy
 
 
@@ -91,26 +91,12 @@ def test_the_reference_policy_is_the_base_model_to_the_bit():
     expected, _ = token_logps(base, batch)
     model = add_nontrivial_lora(base)
     merge_lora(model)
-    with packed_for_decoding(model):
-        token_logps(model, batch)
-        with reference_policy(model):
-            assert torch.equal(token_logps(model, batch)[0], expected)
+    token_logps(model, batch)
+    with reference_policy(model):
+        assert torch.equal(token_logps(model, batch)[0], expected)
     for name, parameter in model.get_base_model().named_parameters():
         if "lora_" not in name:
             assert torch.equal(parameter, before[name.replace(".base_layer", "")]), name
-
-
-@pytest.mark.parametrize("rows", [1, 3, 256, 257])
-def test_packed_weights_give_the_same(rows):
-    _, ours = make_pair()
-    with torch.no_grad():
-        for layer in merged_layers(ours):
-            x = torch.randn(rows, 1, layer.in_features)
-            expected = layer(x)
-            with packed_for_decoding(ours):
-                assert layer._packed is not None
-                torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-            assert layer._packed is None
 
 
 def test_dropout_goes_peft_s_way_while_learning():
@@ -167,7 +153,7 @@ def test_an_adapter_that_comes_later_gives_what_peft_gives(lora):
             if "second" in name:
                 parameter.data = 0.3 * torch.randn(parameter.shape, generator=random)
         model.eval()
-    with torch.no_grad(), packed_for_decoding(ours):
+    with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-3, atol=1e-3)
 
 
@@ -200,15 +186,6 @@ def test_other_types_and_autocast_take_peft_s_way():
         torch.testing.assert_close(logps, token_logps(theirs, make_batch())[0])
     logps.sum().backward()
     theirs, ours = theirs.double(), ours.double()
-    with torch.no_grad(), packed_for_decoding(ours):
+    with torch.no_grad():
         ids = make_batch().prompt_ids
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
-
-
-def test_a_failure_while_packing_leaves_nothing_packed(monkeypatch):
-    _, ours = make_pair()
-    layers = merged_layers(ours)
-    monkeypatch.setattr(layers[3], "pack", lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError), packed_for_decoding(ours):
-        pass
-    assert all(layer._packed is None and not layer._decoding for layer in layers)

@@ -126,9 +126,14 @@ def growing_attention(
     return mixed.reshape(rows, 1, heads, head_dim), None
 
 
+def _whole_mask(*args: object, **kwargs: object) -> Tensor:
+    """Transformers' mask for calls that bring none of their own, written out even where it is plainly causal."""
+    return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
+
+
 for _name, _function in ((GROUPED, grouped_attention), (GROWING, growing_attention)):
     AttentionInterface.register(_name, _function)
-    AttentionMaskInterface.register(_name, sdpa_mask)
+    AttentionMaskInterface.register(_name, _whole_mask)
 
 
 class PrefixCache:
@@ -178,6 +183,11 @@ class SharedPrefixKV:
     own_values: Tensor
     places: Tensor | None
     group_size: int
+
+    def to(self, place: torch.device) -> "SharedPrefixKV":
+        """Itself, as all is on one device: Gemma 4 asks for it, where layers share keys and values."""
+        assert self.own_keys.device == place, place
+        return self
 
     def by_prompt(self, x: Tensor) -> Tensor:
         """Rows of a prompt side by side, zeros where one is missing: (R, KV heads, M, E) -> (N, KV heads, G * M, E)."""

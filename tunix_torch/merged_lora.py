@@ -3,15 +3,12 @@
 PEFT's layer computes x W^T + s (x A^T) B^T, which takes three products and three passes over y. Here the sum of the
 weights is kept, and made anew when A or B has changed. W itself stays as it is, to the bit: it is the reference policy.
 The gradients of A and B come from skinny products that are laid out as the CPU's library (MKL) is fast at.
-For decoding the sum is kept in another layout: for the few rows of a step, oneDNN on packed weights is twice as fast as
-MKL on two threads, and XLA on the CPU is twice as fast where it need not transpose the weights for every token.
+For decoding on XLA the sum is kept transposed: on the CPU that is twice as fast, as no step has to do it.
 
 Only where weights are float32: in bfloat16 the sum would round small updates away. It costs memory: on the CPU the sums
-are a second copy of the projections, and while decoding, the packed ones a third.
+are a second copy of the projections, and while decoding, packed ones are a third.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import peft.tuners.lora
@@ -21,8 +18,6 @@ from torch import Tensor, nn
 from . import device
 
 _ON_XLA = device.KIND == "xla"
-_CAN_PACK = _ON_XLA or torch.backends.mkldnn.is_available()
-_PACKED_ROWS = 256  # at most: above that MKL is as fast
 
 
 class _MergedProduct(torch.autograd.Function):
@@ -54,15 +49,12 @@ class MergedLinear(peft.tuners.lora.Linear):
 
     _sum: Tensor | None = None  # W + s B A, (out, in)
     _made_from: tuple[Any, ...] = ()  # W, s, and A and B as they were: fused optimizers leave no other sign of a change
-    _packed: Tensor | None = None  # the sum, packed by oneDNN; on XLA transposed, and always the same tensor
+    _packed: Tensor | None = None  # on XLA: the sum, transposed; always the same tensor
     _decoding = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._decoding and not (self._disable_adapters or torch.is_grad_enabled()):  # `pack` has looked at the rest
-            if _ON_XLA:
-                return x @ self._packed
-            if x.shape[:-1].numel() <= _PACKED_ROWS:
-                return torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
+            return x @ self._packed
         name = None if args or kwargs else self._plain_adapter(x.device)
         if name is None:
             return super().forward(x, *args, **kwargs)
@@ -105,24 +97,20 @@ class MergedLinear(peft.tuners.lora.Linear):
 
     @torch.no_grad()
     def pack(self) -> None:
-        """Make the copy for decoding. A and B must not change until `unpack`."""
+        """On XLA, make the copy for decoding. A and B must not change until `unpack`."""
         name = self._plain_adapter(self.base_layer.weight.device)
         if name is None:
             return
         weight = self.merged_weight(name)
-        if not _ON_XLA:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
-        elif self._packed is None:
+        if self._packed is None:
             self._packed = weight.t().contiguous()
         else:
             self._packed.copy_(weight.t())
         self._decoding = True
 
     def unpack(self) -> None:
-        """Free the copy for decoding, but on XLA, where the compiled step knows it."""
+        """The copy stays: the compiled step knows it."""
         self._decoding = False
-        if not _ON_XLA:
-            self._packed = None
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -135,14 +123,17 @@ def merge_lora(model: nn.Module) -> None:
                 layer.__class__ = MergedLinear
 
 
-@contextlib.contextmanager
-def packed_for_decoding(model: nn.Module) -> Iterator[None]:
-    """Within this context decode steps are fast, and A and B must not change."""
-    layers = [layer for layer in model.modules() if isinstance(layer, MergedLinear)] if _CAN_PACK else []
-    try:
-        for layer in layers:
-            layer.pack()
-        yield
-    finally:
-        for layer in layers:
-            layer.unpack()
+def plain_weight(layer: nn.Module) -> Tensor | None:
+    """The one float32 matrix, (out, in), by which a layer multiplies now; None: there is more to it."""
+    name = None
+    if isinstance(layer, peft.tuners.lora.Linear):
+        if isinstance(layer, MergedLinear):
+            name = layer._plain_adapter(layer.base_layer.weight.device)
+        if name is not None:
+            return layer.merged_weight(name)
+        if not layer.disable_adapters:
+            return None
+        layer = layer.base_layer
+    if type(layer) is not nn.Linear or layer.bias is not None or layer.weight.dtype != torch.float32:
+        return None
+    return None if torch.is_autocast_enabled(layer.weight.device.type) else layer.weight

@@ -27,10 +27,10 @@ from transformers import (
 )
 
 from . import device, tiny
-from .attention import GROUPED, GROWING, PrefixCache, attention_masks, prompt_positions
+from .attention import GROUPED, PrefixCache, attention_masks, prompt_positions
 from .config import ModelConfig
+from .fast_layers import speed_up_layers
 from .merged_lora import merge_lora
-from .rms_norm import speed_up_norms
 from .sharding import shard_model
 
 logger = logging.getLogger(__name__)
@@ -192,11 +192,9 @@ def place(model: nn.Module) -> nn.Module:
     if device.KIND != "cuda" and not device.has_mesh():
         merge_lora(model)
     if device.KIND == "cpu":
-        speed_up_norms(model)
+        speed_up_layers(model)
     if device.KIND == "xla":
         base.set_attn_implementation(GROUPED)
-    else:
-        base.set_attn_implementation(GROWING)
     base.tie_weights()
     if base.config.get_text_config().tie_word_embeddings:
         assert base.get_output_embeddings().weight is base.get_input_embeddings().weight, "embeddings came untied"

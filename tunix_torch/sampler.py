@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from . import device
-from .attention import PrefixCache, SharedPrefixCache, SlotCache, attention_masks
+from .attention import GROWING, PrefixCache, SharedPrefixCache, SlotCache, attention_masks
 from .batch import Rollout
-from .merged_lora import packed_for_decoding
+from .fast_layers import packed_for_decoding
 from .model import adapters_in_use, base_model, hidden_states, logits, prefill, text_config
 from .sharding import shard_rows
 
@@ -81,7 +81,8 @@ class Sampler:
     """Samples from a model; holds the decode step, which is compiled once on XLA and then reused.
 
     Args:
-        model: a causal language model, with or without a LoRA; whatever is active is sampled from.
+        model: a causal language model, with or without a LoRA; whatever is active is sampled from. Its attention takes
+            the form that the KV cache needs.
         eos_token_ids: any of these ends a completion.
         pad_token_id: fills up after the end.
         stop_check_interval: every so many tokens the host looks which rows have ended; on the CPU before every one.
@@ -94,6 +95,8 @@ class Sampler:
         self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
         self.stop_check_interval = stop_check_interval
         self._decode = self._decode_static if device.KIND == "xla" else self._decode_growing
+        if device.KIND != "xla":
+            base_model(model).set_attn_implementation(GROWING)
         self._steps: dict[tuple[SamplingParams, int, tuple[str, ...]], Callable] = {}
 
     @torch.no_grad()
