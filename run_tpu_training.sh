@@ -19,10 +19,13 @@ Environment: MODEL_NAME OUTPUT_DIR NUM_EPOCHS BATCH_SIZE LEARNING_RATE MAX_LENGT
              TUNIX_COMPILE_CACHE  folder of compiled graphs; default ~/.cache/tunix_torch/xla
 All flags: python train.py --help
 
-On a slice of several hosts, one command starts the script on all of them:
+On a slice of several hosts, one command starts the script on all of them, here of a v5e-16:
   gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all \
-      --command="cd tunix-torch && ./run_tpu_training.sh --config FILE"
-but train.py refuses a mesh over several hosts so far: that has never been run.
+      --command="cd tunix-torch && TOPOLOGY=v5e:4x4 ./run_tpu_training.sh --config FILE --mesh_shape 4,4"
+The mesh has all chips of the slice; code, settings and model must be the same on all hosts. Worker 0 alone writes, to its
+output_dir. To resume, all must read the same checkpoint: put output_dir on a disk that they share (NFS, gcsfuse), or copy
+worker 0's checkpoint folder to the others. They talk through port 12355 of worker 0 (MASTER_PORT is another one).
+This has never run on real hosts: see README.md, TPU.
 EOF
     exit 0
 fi
@@ -69,8 +72,9 @@ fi
 
 if [[ " $* " != *" --resume_from_checkpoint"* ]]; then args+=(--resume_from_checkpoint auto); fi
 export TUNIX_COMPILE_CACHE=${TUNIX_COMPILE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/tunix_torch/xla}
+export PYTHONHASHSEED=${PYTHONHASHSEED:-0} # hosts must order sets alike
 if $dry_run; then
-    printf 'TUNIX_COMPILE_CACHE=%q' "$TUNIX_COMPILE_CACHE"
+    printf 'TUNIX_COMPILE_CACHE=%q PYTHONHASHSEED=%q' "$TUNIX_COMPILE_CACHE" "$PYTHONHASHSEED"
     printf ' %q' "$PYTHON" train.py "${args[@]}"
     echo
     exit 0

@@ -1,5 +1,6 @@
 """Which checkpoint of a run is whole, and which is the newest."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -24,3 +25,12 @@ def newest_checkpoint(output_dir: str | Path) -> Path | None:
         if folder.name.removeprefix("checkpoint-").isdigit() and is_whole(folder)
     ]
     return max(numbered)[1] if numbered else None
+
+
+def fingerprint(folder: str | Path) -> str:
+    """A word that changes with the files of a checkpoint; "none" where there are none."""
+    files = [path for path in sorted(Path(folder).glob("*")) if path.is_file()]
+    total = hashlib.sha256()
+    for path in files:
+        total.update(path.name.encode() + path.read_bytes())
+    return total.hexdigest()[:12] if files else "none"

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from . import device as process_device
+from . import processes
 from .device import KINDS
 from .groups import AlgorithmConfig, EvaluationConfig, GenerationConfig, OptimizerConfig, TrainingConfig  # noqa: F401
 from .settings import accept_aliases, check_types, require, setting
@@ -255,6 +256,7 @@ class GRPOConfig(TrainingArguments):
         check_types(self)
         self._check_values()
         self._resolve()
+        processes.join_hosts(*process_device.hosts())
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False  # rows hold texts, which a process can't send to others
@@ -266,6 +268,11 @@ class GRPOConfig(TrainingArguments):
     def to_dict(self) -> dict[str, Any]:
         """As `TrainingArguments.to_dict`, with the device as the word that was asked for."""
         return super().to_dict() | {"device": self._requested_device}
+
+    @property
+    def process_index(self) -> int:
+        """Which process this is, for Transformers, where 0 writes; of several hosts torch-xla calls each one 0."""
+        return super().process_index if processes.num_hosts() == 1 else int(not processes.is_first())
 
     @property
     def beta(self) -> float:

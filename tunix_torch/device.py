@@ -118,6 +118,7 @@ import torch  # noqa: E402  (after the choice: importing torch loads torch_xla's
 
 if KIND == "xla":
     import torch_xla
+    import torch_xla._internal.tpu as xla_tpu
     import torch_xla.core.xla_model as xm
     import torch_xla.debug.metrics as xla_metrics
     import torch_xla.debug.profiler as xla_profiler
@@ -171,20 +172,22 @@ def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
     """Spread this process's tensors over a mesh of devices from now on: its sizes and the names of its axes.
 
     Must come before any tensor is on a device, and so before a `GRPOConfig` is made. None, or one device: nothing
-    changes.
+    changes. The devices are those of all hosts of a TPU slice, which must run the same program: see `processes.py`.
 
     Raises:
         ValueError: there are not as many devices, the process is not on XLA, the device is in use already, or a mesh
-            of another shape is.
+            of another shape is; or there are several hosts, and no mesh.
     """
     global _mesh
-    if mesh is None:
+    if mesh is None and _mesh is not None:
         return
-    shape, axes = mesh
+    shape, axes = mesh or ((1,), ("fsdp",))
     wanted, asked = math.prod(shape), f"mesh_shape={','.join(map(str, shape))!r}"
     if _mesh is not None and _mesh.mesh_shape != tuple(shape):
         raise ValueError(f"{asked}: this process has a mesh of {_mesh.mesh_shape} already, and keeps it")
     if wanted == 1:
+        if is_tpu() and xla_runtime.process_count() > 1:
+            raise ValueError(f"mesh_shape: {xla_runtime.process_count()} hosts need a mesh of all their devices")
         return
     if KIND != "xla":
         raise ValueError(f"{asked}: a mesh needs device='xla', and this process is on {KIND!r}")
@@ -192,15 +195,26 @@ def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
         if torch_xla._XLAC._xla_get_spmd_config_is_locked():
             raise ValueError(f"{asked}: too late, the device is in use; call device.use_mesh before GRPOConfig is made")
         xla_runtime.use_spmd()
-    if xla_runtime.process_count() > 1:
-        raise ValueError(
-            f"{asked}: {xla_runtime.process_count()} hosts; a mesh over several hosts is not supported yet"
-        )
     found = xla_runtime.global_runtime_device_count()
     if found != wanted:
         hint = "" if is_tpu() else f"; CPU_NUM_DEVICES={wanted} makes as many on the CPU"
         raise ValueError(f"{asked}: {wanted} devices, and there are {found}{hint}")
     _mesh = spmd.Mesh(np.arange(wanted), tuple(shape), tuple(axes))
+
+
+def hosts() -> tuple[int, int, str]:
+    """Which host of the mesh this one is, how many there are, and the address of the first: Google Cloud's worker 0.
+
+    Raises:
+        ValueError: they are not the workers of one slice.
+    """
+    count = 1 if _mesh is None else xla_runtime.process_count()
+    if count == 1:
+        return 0, 1, "localhost"
+    addresses = xla_tpu.get_worker_ips()
+    if len(addresses) != count:
+        raise ValueError(f"mesh_shape: {count} hosts, but the slice has {len(addresses)}; a mesh lies on one slice")
+    return xla_tpu.worker_id(), count, addresses[0]
 
 
 def has_mesh() -> bool:

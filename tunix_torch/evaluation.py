@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from . import device
+from . import device, processes
 from .data import Collator, Row
 from .sampler import Sampler, SamplingParams, draw_uniforms
 from .scoring import RewardFunc, call_rewards
@@ -104,7 +104,7 @@ def sample_texts(
     count = -(-len(rows) // rows_at_once(len(rows), batch_size, num_completions))
     texts, lengths = [], []
     for some_texts, some_lengths in tqdm(
-        batches, desc="Sampling", total=count, unit="batch", leave=False, disable=count < 20
+        batches, desc="Sampling", total=count, unit="batch", leave=False, disable=count < 20 or not processes.is_first()
     ):
         texts += some_texts
         lengths += some_lengths

@@ -83,7 +83,7 @@ def build_trainer(
         args.eval_strategy = "no"
     model = load_model(model_config.model_name, torch_dtype(model_config.model_dtype))
     has_adapter = isinstance(model, PeftModel)
-    if has_adapter and processes.index() == 0:
+    if has_adapter and processes.is_first():
         print(f"{model_config.model_name} is an adapter, rank {model_config.lora_rank}, which is trained further")
     trainer = TunixTrainer(
         model,
@@ -138,21 +138,22 @@ def train(
     started = time.perf_counter()
     output_dir = Path(args.output_dir)
     check_output_dir(output_dir)
-    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, output_dir)
+    checkpoint = processes.of_first(lambda: resolve_checkpoint(args.resume_from_checkpoint, output_dir))
     settings = settings_in_force(model_config, data_config, args)
     if checkpoint is not None:
         check_same_run(settings, checkpoint)
-    sigterm = SaveOnSigterm(lambda told: any(processes.gather(told)))
+    sigterm = SaveOnSigterm(processes.anyone)
     trainer = build_trainer(model_config, data_config, args, [sigterm])
     if checkpoint is not None:
         args.eval_on_start = False  # the run that is resumed has done it
-    trainer.accelerator.wait_for_everyone()  # all have read what is in the folder
-    if processes.index() == 0:
+    processes.wait()  # all have read what is in the folder
+    if processes.is_first():
         if checkpoint is None or Path(checkpoint).resolve().parent != output_dir.resolve():
             set_aside_previous_run(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         save_config(settings, output_dir / "config.json")
         together = f", {processes.count()} processes" if processes.count() > 1 else ""
+        together += f", {processes.num_hosts()} hosts" if processes.num_hosts() > 1 else ""
         print(f"{'GRPO' if args.use_grpo else 'SFT'} of {model_config.model_name} on {device.describe()}{together}")
         num_rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
         print(f"{num_rows} training rows, {len(trainer.eval_dataset or [])} evaluation rows", flush=True)
@@ -165,11 +166,12 @@ def train(
         print(f"\nStopped at step {trainer.state.global_step}; {hint}", file=sys.stderr)
         raise
     if sigterm.stopped:
-        where = f"--resume_from_checkpoint latest continues from {get_latest_checkpoint(output_dir)}"
-        print(f"\nStopped by SIGTERM after step {trainer.state.global_step}; {where}", file=sys.stderr)
+        if processes.is_first():
+            where = f"--resume_from_checkpoint latest continues from {get_latest_checkpoint(output_dir)}"
+            print(f"\nStopped by SIGTERM after step {trainer.state.global_step}; {where}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     best = trainer.state.best_global_step if args.load_best_model_at_end else None
-    if best is not None and processes.index() == 0:
+    if best is not None and processes.is_first():
         name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
         print(f"The best model, with {name} {trainer.state.best_metric:.4g}, is that of step {best}")
     last = evaluations(trainer)[-1]["step"]
@@ -177,7 +179,7 @@ def train(
         trainer.evaluate()  # the last step was not one of eval_steps, or the best model is an earlier one
     trainer.save_model()
     trainer.save_state()
-    if processes.index() > 0:
+    if not processes.is_first():
         return trainer
     plot_training_curves(output_dir)
     if trainer.eval_dataset is not None:

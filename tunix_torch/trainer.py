@@ -8,7 +8,7 @@ import functools
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from transformers import (
 
 from . import device, processes
 from .batch import PromptBatch, Rollout, TrainBatch
+from .checkpoint import fingerprint
 from .config import GRPOConfig, ModelConfig
 from .data import Collator, PromptStream, Row, prepare_rows
 from .evaluation import Answers, judge_answers, sample_texts
@@ -39,6 +40,7 @@ from .metrics import broken_invariant, learning_metrics, rollout_metrics, sum_up
 from .model import add_lora, base_model, eos_token_ids, load_model, load_tokenizer, lora_config, place, reference_policy
 from .profiling import ProfileStep, span
 from .record import FOLDER, record_step
+from .run_folder import settings_of
 from .sampler import Sampler, SamplingParams, draw_uniforms
 from .scoring import RewardFunc, name_of, score_completions
 from .settings import require
@@ -105,6 +107,7 @@ class TunixTrainer(Trainer):
             if "lora_" in name:  # a loaded adapter comes frozen, and in the type of the base weights
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
+        processes.check_same(lambda: _facts(model, args, train_dataset, eval_dataset))
         place(model)
         processes.keep_frozen_out_of_ddp(model)
 
@@ -181,6 +184,8 @@ class TunixTrainer(Trainer):
             raise ValueError(
                 f"save_batches={args.save_batches}: a record is of one process; leave it at 0 with several"
             )
+        if args.load_best_model_at_end and processes.num_hosts() > 1:
+            raise ValueError("load_best_model_at_end=True: with several hosts the last model stays; leave it out")
         prompts, fsdp = args.per_device_train_batch_size, device.axis_size("fsdp")
         if prompts % fsdp:
             raise ValueError(
@@ -205,6 +210,7 @@ class TunixTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One rollout batch, or with SFT one batch of rows: forward and backward. Returns the loss, detached."""
+        processes.check_same(lambda: {"prompts of this step": processes.digest([inputs["prompt_ids"]])})
         if self.args.use_grpo:
             return self.grpo_training_step(PromptBatch(**inputs).to(self.args.device))
         with span("learning"):
@@ -227,13 +233,14 @@ class TunixTrainer(Trainer):
         batch = self._begin_train_batch(prompts, rollout)  # an accelerator works on this while rewards are computed
         with span("scoring"):
             texts = self.processing_class.batch_decode(ids.tolist(), skip_special_tokens=True)
-            self._rewards = self.compute_rewards_for_completions(prompts, texts)  # (B, R)
+            rewards = processes.of_first(lambda: self.compute_rewards_for_completions(prompts, texts).tolist())
+            self._rewards = torch.tensor(rewards, dtype=torch.float64)  # (B, R)
         totals = (self._rewards * self.reward_weights).nansum(dim=1)  # (B,)
         names, group = [name_of(function) for function in self.reward_funcs], args.num_completions_per_prompt
         ids, mask, rewards, everyones = map(processes.gather_rows, (ids, mask, self._rewards, totals))
         metrics = rollout_metrics(ids, mask, rewards, everyones, names, group, self.sampler.eos_token_ids)
         self._record(metrics | {"rollout_tokens_per_second": int(mask.sum()) / seconds})
-        if metrics["frac_reward_zero_std"] == 1.0 and processes.index() == 0:
+        if metrics["frac_reward_zero_std"] == 1.0 and processes.is_first():
             logger.warning(
                 "Step %d: within every group all rewards are equal, so there is nothing to learn from this batch. "
                 "The questions are too easy or too hard, or the temperature is too low.",
@@ -318,9 +325,10 @@ class TunixTrainer(Trainer):
     def _save_record(self, batch: TrainBatch, parts: list[dict[str, Tensor]]) -> None:
         """Keep the first `save_batches` steps for the cross-check."""
         number = self.state.global_step + 1
-        if number <= self.args.save_batches and self.args.should_save:
+        if number <= self.args.save_batches:
             record = record_step(self.model, batch, parts, self.optimizer.param_groups[0]["lr"])
-            record.save(Path(self.args.output_dir) / FOLDER / f"step-{number:04}.safetensors")
+            if self.args.should_save:
+                record.save(Path(self.args.output_dir) / FOLDER / f"step-{number:04}.safetensors")
 
     def _split(self, batch: TrainBatch) -> list[TrainBatch]:
         """Micro-batches, cut before their graphs begin: so that on XLA all of them run the same compiled graph."""
@@ -485,6 +493,7 @@ class TunixTrainer(Trainer):
             total, tokens = completion_loss(self.model, mine, self.data_collator, args.per_device_eval_batch_size)
             metrics["loss"] = sum(processes.gather(total)) / sum(processes.gather(tokens))
         metrics["runtime"] = time.perf_counter() - started
+        metrics = processes.of_first(lambda: metrics)  # a run is stopped by them
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
@@ -508,7 +517,9 @@ class TunixTrainer(Trainer):
                 self.args.seed,
                 number=part.start,
             )
-            answers = judge_answers(mine, texts, lengths, self.judge, self.args.reward_timeout)
+            timeout = self.args.reward_timeout
+            right = processes.of_first(lambda: judge_answers(mine, texts, lengths, self.judge, timeout).right)
+            answers = Answers(texts, right, lengths)
         everyones = processes.gather(answers)
         return Answers(
             completions=[texts for theirs in everyones for texts in theirs.completions],
@@ -557,13 +568,35 @@ class TunixTrainer(Trainer):
     # ---- checkpoints ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter in PEFT's layout, and the tokenizer. The weights stay on the device."""
+        """Write the adapter in PEFT's layout, and the tokenizer. The weights stay on the device.
+
+        All hosts of a mesh gather what the first writes, here and below.
+        """
         fingerprint = self._fingerprint_base()
         assert fingerprint == self._base_fingerprint, "base weights changed: the reference is not the base model"
+        adapter = {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
         if self.args.should_save:
             output_dir = output_dir or self.args.output_dir
-            adapter = {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
             self.model.save_pretrained(output_dir, state_dict=adapter)
             self.processing_class.save_pretrained(output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with processes.folder_to_write(output_dir) as folder:
+            super()._save_optimizer_and_scheduler(folder)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with processes.folder_to_write(output_dir) as folder:
+            super()._save_rng_state(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        processes.check_same(lambda: {f"files in {resume_from_checkpoint}": fingerprint(resume_from_checkpoint)})
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def _facts(model: nn.Module, args: GRPOConfig, *datasets: object) -> dict[str, Any]:
+    """What all hosts of a mesh must have alike before the first step, besides the data themselves."""
+    lengths = [len(rows) if isinstance(rows, Sized) else None for rows in datasets]
+    facts = {"weights of the model": processes.digest(model.parameters()), "training, evaluation rows": lengths}
+    return settings_of(args) | processes.surroundings() | facts
