@@ -8,6 +8,7 @@ gradient is computed. `tests/test_preflight.py` compares with the whole Gemma 3 
 """
 
 import argparse
+import ctypes
 import dataclasses
 import gc
 import math
@@ -195,6 +196,7 @@ def trace_at_depth(job: Job, depth: int) -> list[Graph]:
     graphs = trace_step(trainer)
     del trainer
     gc.collect()  # the zeros that stood for weights: the compiler needs the memory
+    ctypes.CDLL(None).malloc_trim(0)  # which the C library would keep
     return graphs
 
 

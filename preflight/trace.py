@@ -115,7 +115,8 @@ class Recorder:
             state = device.lazy_tensor(tensor)
             tensors.append((tensor, state))
             lazy.setdefault(state.number, (tensor, state))
-        pending = [(tensor, state) for tensor, state in lazy.values() if state.pending]
+        # in the order in which they came to be, as `torch_xla.sync` has them: the graph is the same each time
+        pending = [(tensor, state) for _, (tensor, state) in sorted(lazy.items()) if state.pending]
         if not pending:
             return
         hlo, read = device.graph_of([tensor for tensor, _ in pending])
