@@ -104,7 +104,8 @@ class Recorder:
     def graphs_of(self, run: Callable[[], object]) -> list[Graph]:
         """The graphs that a call would run, in order."""
         self.found = []
-        with device.recording(self.record):
+        # in this thread: autograd's own threads fail with more than 127 devices
+        with device.recording(self.record), torch.autograd.set_multithreading_enabled(False):
             run()
         return self.found
 

@@ -61,14 +61,67 @@ def test_a_collective_spread_over_fusions_counts_once_and_bytes_are_what_a_chip_
     assert len(found) == 4, "a done is not another collective, and a group of one chip communicates nothing"
 
 
-def test_a_collective_in_a_loop_is_not_miscounted():
-    looped = PROGRAM.replace("is_scheduled", "scheduled") + (
-        "\n%body.1 (p0: f32[4]) -> f32[4] {\n  %all-reduce.9 = f32[4]{0} all-reduce(%p0), channel_id=9, "
-        "replica_groups={}, to_apply=%add\n}\n\nENTRY %other (p: f32[4]) -> f32[4] {\n"
-        "  %while.1 = f32[4]{0} while(%p), condition=%cond.1, body=%body.1\n}\n"
-    )
-    with pytest.raises(ValueError, match="all-reduce.9 stands in a loop"):
-        hlo.collectives_of(looped)
+WINDOWED = """\
+HloModule SyncTensorsGraph.9, is_scheduled=true, num_partitions=4
+
+%send (p.0: bf16[4,64]) -> bf16[4,64] {
+  %p.0 = bf16[4,64]{1,0} parameter(0)
+  ROOT %collective-permute.1 = bf16[4,64]{1,0} collective-permute(%p.0), channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+}
+
+%last_iteration_noop.1 (p.1: bf16[4,64]) -> bf16[4,64] {
+  ROOT %p.1 = bf16[4,64]{1,0} parameter(0)
+}
+
+%part (p.2: (bf16[4,64], u32[])) -> (bf16[4,64], u32[]) {
+  %p.2 = (bf16[4,64]{1,0}, u32[]{:T(128)S(6)}) parameter(0)
+  %sum = bf16[4,64]{1,0} get-tuple-element(%p.2), index=0
+  %i = u32[]{:T(128)S(6)} get-tuple-element(%p.2), index=1
+  %one = u32[]{:T(128)S(6)} constant(1)
+  %next = u32[]{:T(128)S(6)} add(%i, %one)
+  %four = u32[]{:T(128)S(6)} constant(4)
+  %more = pred[]{:T(512)S(6)} compare(%next, %four), direction=LT
+  %added = bf16[4,64]{1,0} add(%sum, %sum)
+  %sent = bf16[4,64]{1,0} conditional(%more, %added, %added), true_computation=%send, false_computation=%last_iteration_noop.1
+  ROOT %parts = (bf16[4,64]{1,0}, u32[]{:T(128)S(6)}) tuple(%sent, %next)
+}
+
+%goes_on (p.3: (bf16[4,64], u32[])) -> pred[] {
+  %limit = u32[]{:T(128)} constant(4)
+  %p.3 = (bf16[4,64]{1,0}, u32[]{:T(128)S(6)}) parameter(0)
+  %j = u32[]{:T(128)S(6)} get-tuple-element(%p.3), index=1
+  ROOT %compare = pred[]{:T(512)} compare(%j, %limit), direction=LT
+}
+
+ENTRY %main (a: bf16[4,64]) -> bf16[4,64] {
+  %a = bf16[4,64]{1,0} parameter(0)
+  %zero = u32[]{:T(128)S(6)} constant(0)
+  %start = (bf16[4,64]{1,0}, u32[]{:T(128)S(6)}) tuple(%a, %zero)
+  %while.1 = (bf16[4,64]{1,0}, u32[]{:T(128)S(6)}) while(%start), condition=%goes_on, body=%part
+  ROOT %result = bf16[4,64]{1,0} get-tuple-element(%while.1), index=0
+}
+"""
+
+
+def test_a_loop_counts_with_each_turn_and_its_last_turn_sends_nothing():
+    from preflight.traffic import hbm_bytes
+
+    array = 4 * 64 * 2
+    assert [collective.bytes for collective in hlo.collectives_of(WINDOWED)] == [array] * 3
+    adding, sending = 3 * array, 2 * array  # reads its operand twice
+    assert hbm_bytes(WINDOWED) == 4 * adding + 3 * sending
+
+
+@pytest.mark.parametrize(
+    "known, unknown, words",
+    [
+        ("constant(4)\n  %p.3", "parameter(1)\n  %p.3", "while.1 is a loop, and how often it turns is not known"),
+        ("%last_iteration_noop.1", "%other", "sent is a branch, which may be taken or not"),
+    ],
+)
+def test_what_runs_nobody_knows_how_often_is_not_counted(known, unknown, words):
+    with pytest.raises(ValueError, match=words):
+        hlo.collectives_of(WINDOWED.replace(known, unknown))
 
 
 @pytest.mark.parametrize("kind", hlo.KINDS)
