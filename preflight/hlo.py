@@ -53,20 +53,16 @@ def collectives_of(text: str) -> list[Collective]:
     throughout and counts once.
 
     Raises:
-        ValueError: a collective stands in a loop, whose turns are not counted here.
+        ValueError: how often it runs is not known.
     """
     num_partitions = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
-    by_channel: dict[str, Collective] = {}
-    in_loops = _computations_of_loops(text)
-    computation = ""
-    for line in text.splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            computation = line.split()[1 if line.startswith("ENTRY") else 0].lstrip("%")
+    by_channel: dict[str, list[Collective]] = {}
+    runs = runs_of(text)
+    lines = [(name, line) for name, body in _lines_by_computation(text).items() for line in body]
+    for computation, line in lines:
         match = _COLLECTIVE.search(line)
         if match is None:
             continue
-        if computation in in_loops:
-            raise ValueError(f"{match['name']} stands in a loop")
         channel = re.search(r"channel_id=(\d+)", line)
         shape = match["shape"]
         if match["start"] and match["kind"] == "collective-permute":
@@ -79,8 +75,9 @@ def collectives_of(text: str) -> list[Collective]:
         kind = match["kind"]
         collective = Collective(kind, plain, sent_bytes(kind, shape_bytes(plain), size), size)
         if size > 1:
-            by_channel.setdefault(channel[1] if channel else match["name"], collective)
-    return list(by_channel.values())
+            each = [collective] * round(runs[computation])
+            by_channel.setdefault(channel[1] if channel else match["name"], each)
+    return [collective for each in by_channel.values() for collective in each]
 
 
 def _group_size(line: str, num_partitions: int) -> int:
@@ -96,20 +93,57 @@ def _group_size(line: str, num_partitions: int) -> int:
     return num_partitions
 
 
-def _computations_of_loops(text: str) -> set[str]:
-    """Names of the bodies and conditions of while loops, and of what they call."""
-    called: dict[str, set[str]] = {}
-    loops: set[str] = set()
+def runs_of(text: str) -> dict[str, float]:
+    """How often each computation of a program runs in one run of the program.
+
+    A loop's turns are known from its condition, which compares a counter from 0 with a constant. The partitioner makes
+    loops of multiplications, to send one part while another is computed; in their last turn nothing is sent.
+
+    Raises:
+        ValueError: a loop or a branch of another kind.
+    """
+    lines = _lines_by_computation(text)
+    entry = next((name for name in lines if f"ENTRY %{name} " in text), None)
+    callers: dict[str, list[tuple[str, float]]] = {}
+    turns: dict[str, int] = {}
+    for name, body in lines.items():
+        for line in body:
+            for called in re.findall(r"(?:calls|to_apply)=%([\w.-]+)", line):
+                callers.setdefault(called, []).append((name, 1))
+            loop = re.search(r"%([\w.-]+) = .* while\(.*condition=%([\w.-]+), body=%([\w.-]+)", line)
+            if loop is not None:
+                turns[loop[3]] = _turns(loop[1], lines.get(loop[2], []))
+                callers.setdefault(loop[3], []).append((name, turns[loop[3]]))
+    for name, body in lines.items():
+        for line in body:
+            branch = re.search(r"%([\w.-]+) = .* conditional\(", line)
+            if branch is not None:
+                taken = re.search(r"true_computation=%([\w.-]+), false_computation=%last_iteration_noop", line)
+                if taken is None or name not in turns:
+                    raise ValueError(f"{branch[1]} is a branch, which may be taken or not")
+                callers.setdefault(taken[1], []).append((name, 1 - 1 / turns[name]))
+
+    def runs(name: str) -> float:
+        return 1 if name == entry or name not in callers else sum(n * runs(caller) for caller, n in callers[name])
+
+    return {name: runs(name) for name in lines}
+
+
+def _lines_by_computation(text: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
     computation = ""
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith(" "):
             computation = line.split()[1 if line.startswith("ENTRY") else 0].lstrip("%")
-        names = set(re.findall(r"(?:calls|to_apply|body|condition)=%([\w.-]+)", line))
-        called.setdefault(computation, set()).update(names)
-        if " while(" in line:
-            loops |= names
-    frontier = set(loops)
-    while frontier:
-        frontier = set().union(*(called.get(name, set()) for name in frontier)) - loops
-        loops |= frontier
-    return loops
+        found.setdefault(computation, []).append(line)
+    return found
+
+
+def _turns(loop: str, condition: list[str]) -> int:
+    """How often a loop turns, from the lines of its condition."""
+    constants = dict(re.findall(r"%([\w.-]+) = [su]32\[\]\S* constant\((\d+)\)", "\n".join(condition)))
+    compared = [re.search(r"ROOT .* compare\(%[\w.-]+, %([\w.-]+)\), direction=LT", line) for line in condition]
+    limit = next((constants.get(match[1]) for match in compared if match is not None), None)
+    if limit is None:
+        raise ValueError(f"{loop} is a loop, and how often it turns is not known")
+    return int(limit)

@@ -5,6 +5,7 @@ estimated: `SAVED` is fitted to compiled learning passes, see `tests/test_prefli
 """
 
 import math
+from dataclasses import dataclass, replace
 
 from accelerate import init_empty_weights
 
@@ -22,116 +23,229 @@ FLOAT = 4  # bytes of LoRA matrices, their gradients, AdamW's averages, logits
 SAVED = {"hidden": 6, "mlp": 4, "heads": 4, "scores": 2.5}
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one chip has of a job."""
+
+    job: Job
+    tp: int
+    # bytes
+    weights: float  # of the base model
+    head: float  # of the embedding, which is the head, among them
+    lora: float
+    vision: float  # every chip holds it, and no graph reads it
+    # of a step, and of a micro-batch of it
+    prompts: int
+    rows: int
+    micro_prompts: int
+    micro_rows: int
+    passes: int  # micro-batches a step
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of the base weights, the KV cache and the hidden states."""
+        return torch_dtype(self.job.model.model_dtype).itemsize
+
+    @property
+    def decoder(self) -> float:
+        """Numbers in the layers' weights."""
+        return (self.weights - self.head) / self.itemsize
+
+    @property
+    def heads(self) -> float:
+        """Numbers in a token's queries."""
+        return self.job.config.num_attention_heads * self.job.config.head_dim / self.tp
+
+    @property
+    def kv_row(self) -> float:
+        """Bytes of a token's keys and values in all layers."""
+        config = self.job.config
+        heads = config.num_key_value_heads / (self.tp if config.num_key_value_heads % self.tp == 0 else 1)
+        return 2 * config.num_hidden_layers * heads * config.head_dim * self.itemsize
+
+    @property
+    def cache_width(self) -> int:
+        """Tokens of a row that a KV cache has room for."""
+        return self.job.args.max_prompt_length + self.job.args.generation_max_length - 1
+
+    @property
+    def cache(self) -> float:
+        """Bytes of the rollout's KV cache."""
+        return self.rows * self.cache_width * self.kv_row
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch; each prompt counts once."""
+        args = self.job.args
+        return self.micro_rows * args.generation_max_length + self.micro_prompts * args.max_prompt_length
+
+    @property
+    def scores(self) -> float:
+        """Attention scores of a micro-batch in one layer."""
+        width = self.job.args.generation_max_length
+        return self.micro_rows * width * self.cache_width * self.job.config.num_attention_heads / self.tp
+
+    @property
+    def prefix(self) -> float:
+        """Bytes of a micro-batch's keys and values: the prompts' own, and again with each row."""
+        return (self.micro_prompts * self.job.args.max_prompt_length + self.micro_rows * self.cache_width) * self.kv_row
+
+    @property
+    def logits(self) -> float:
+        """Bytes of one row's logits."""
+        return self.job.config.vocab_size / self.tp * FLOAT
+
+    @property
+    def chunk(self) -> float:
+        """Bytes of the logits that are alive at once while a micro-batch is scored."""
+        numbers = self.micro_rows * self.job.args.generation_max_length * self.job.config.vocab_size / self.tp
+        return 4 * min(LOGITS_AT_ONCE, numbers) * FLOAT
+
+    @property
+    def one_layer(self) -> float:
+        """Bytes that a layer leaves of a micro-batch for the backward pass."""
+        config = self.job.config
+        numbers = self.tokens * (
+            SAVED["hidden"] * config.hidden_size
+            + SAVED["mlp"] * config.intermediate_size / self.tp
+            + SAVED["heads"] * self.heads
+        )
+        return (numbers + SAVED["scores"] * self.scores) * self.itemsize
+
+    @property
+    def forward_flops(self) -> float:
+        """Of one forward pass over a micro-batch."""
+        config, width = self.job.config, self.job.args.generation_max_length
+        layers = 2 * self.tokens * self.decoder + 4 * self.scores * config.head_dim * config.num_hidden_layers
+        return layers + 2 * self.micro_rows * width * self.head / self.itemsize
+
+    def reduced(self, tokens: float, times: int = 1) -> dict[str, Traffic]:
+        """All-reduces of hidden states over tp: two a layer and one after the embedding."""
+        count = times * (2 * self.job.config.num_hidden_layers + 1) if self.tp > 1 else 0
+        one = 2 * tokens * self.job.config.hidden_size * self.itemsize * (self.tp - 1) / self.tp
+        return {"all-reduce": Traffic(count, count * one)}
+
+
 def quick_plan(job: Job) -> Plan:
     """The same graphs as `plan.plan_job`, with figures by arithmetic.
 
     Raises:
         ValueError: the mesh does not divide the model or the batch.
     """
-    config, args, chip = job.config, job.args, job.topology.chip
-    sizes = mesh_sizes(job)
-    fsdp, tp = sizes["fsdp"], sizes["tp"]
-    itemsize = torch_dtype(job.model.model_dtype).itemsize
-    weights, head, lora = parameter_bytes(job, sizes)
-    vision = vision_parameters(job.model.model_name) * itemsize  # every chip holds them, and no graph reads them
-    decoder = (weights - head) / itemsize  # numbers of a chip's share of the layers
-
-    layers, hidden, vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
-    heads = config.num_attention_heads * config.head_dim / tp
-    kv_heads = config.num_key_value_heads / (tp if config.num_key_value_heads % tp == 0 else 1)
-    width, prompt = args.generation_max_length, args.max_prompt_length
-    cache_width = prompt + width - 1
-    prompts = _share(args.per_device_train_batch_size, fsdp)
-    rows = _share(job.rows, fsdp)
-    micro = args.rows_per_pass or job.rows
-    passes = -(-job.rows // micro)
-    micro_rows, micro_prompts = _share(micro, fsdp), _share(max(1, micro // args.num_completions_per_prompt), fsdp)
-    kv_row = 2 * layers * kv_heads * config.head_dim * itemsize  # bytes a token
-    cache = rows * cache_width * kv_row
-    row_logits = vocabulary / tp * FLOAT
-
-    def reduced(tokens: float, times: float) -> Traffic:
-        """All-reduces of hidden states over tp: two a layer and one after the embedding."""
-        count = times * (2 * layers + 1) if tp > 1 else 0
-        return Traffic(count, count * 2 * tokens * hidden * itemsize * (tp - 1) / tp)
-
-    tokens = micro_rows * width + micro_prompts * prompt  # of a micro-batch
-    scores = micro_rows * width * cache_width * config.num_attention_heads / tp
-    forward = 2 * tokens * decoder + 4 * scores * config.head_dim * layers + 2 * micro_rows * width * head / itemsize
-    prefix = (micro_prompts * prompt + micro_rows * cache_width) * kv_row
-    chunk = 4 * min(LOGITS_AT_ONCE, micro_rows * width * vocabulary / tp) * FLOAT
-    one_layer = tokens * (
-        SAVED["hidden"] * hidden + SAVED["mlp"] * config.intermediate_size / tp + SAVED["heads"] * heads
-    )
-    one_layer = (one_layer + SAVED["scores"] * scores) * itemsize
-    saved = layers * (tokens * hidden * itemsize if args.gradient_checkpointing else one_layer)
-    reference = GraphPlan(
-        REFERENCE,
-        passes,
-        [],
-        argument_bytes=weights,
-        temporary_bytes=prefix + chunk + one_layer,
-        held_bytes=3 * lora + vision,
-        flops=forward,
-        hbm_traffic=weights + 2 * prefix + layers * one_layer,
-        collectives={"all-reduce": reduced(tokens, 1)},
-    )
-    graphs = [
-        GraphPlan(
-            PREFILL,
-            1,
-            [],
-            argument_bytes=weights + lora,
-            output_bytes=cache,
-            temporary_bytes=2 * rows * row_logits,
-            held_bytes=2 * lora + vision,
-            flops=2 * prompts * prompt * decoder + 2 * prompts * head / itemsize,
-            hbm_traffic=weights + lora + cache,
-            collectives={"all-reduce": reduced(prompts * prompt, 1)},
-        ),
-        GraphPlan(
-            DECODE,
-            width - 1,
-            [],
-            argument_bytes=weights + lora + cache,
-            temporary_bytes=3 * rows * row_logits,
-            held_bytes=2 * lora + vision,
-            flops=2 * rows * (decoder + head / itemsize) + 4 * rows * cache_width * heads * layers,
-            hbm_traffic=weights + lora + cache,
-            collectives={"all-reduce": reduced(rows, 1)},
-        ),
-    ]
-    if args.beta > 0:
-        graphs.append(reference)
-    if args.num_iterations > 1:
-        graphs.append(GraphPlan(**{**vars(reference), "name": OLD, "argument_bytes": weights + lora}))
-    graphs.append(
-        GraphPlan(
-            LEARN,
-            passes * args.num_iterations,
-            [],
-            argument_bytes=weights + 2 * lora,
-            temporary_bytes=prefix + chunk + saved + 2 * one_layer,
-            held_bytes=2 * lora + vision,
-            flops=forward * (3 if args.gradient_checkpointing else 2),  # the base weights are given no gradient
-            hbm_traffic=2 * weights + 4 * lora + 2 * (prefix + layers * one_layer),
-            collectives={"all-reduce": reduced(tokens, 2)},
-        )
-    )
-    graphs.append(
-        GraphPlan(
-            OPTIMIZER,
-            args.num_iterations,
-            [],
-            argument_bytes=4 * lora,
-            output_bytes=lora,
-            held_bytes=weights + vision,
-            hbm_traffic=7 * lora,
-        )
-    )
+    share = share_of(job)
+    graphs = [prefill(share), decode(share)]
+    if job.args.beta > 0:
+        graphs.append(reference(share))
+    if job.args.num_iterations > 1:
+        graphs.append(replace(reference(share), name=OLD, argument_bytes=share.weights + share.lora))
+    graphs += [learn(share), optimizer(share)]
     for graph in graphs:
-        graph.bound_by(chip)
+        graph.bound_by(job.topology.chip)
     return Plan(job, graphs)
+
+
+def share_of(job: Job) -> Share:
+    """What one chip has of a job.
+
+    Raises:
+        ValueError: the mesh does not divide the model or the batch.
+    """
+    sizes, args = mesh_sizes(job), job.args
+    weights, head, lora = parameter_bytes(job, sizes)
+    fsdp, micro = sizes["fsdp"], args.rows_per_pass or job.rows
+    return Share(
+        job,
+        sizes["tp"],
+        weights,
+        head,
+        lora,
+        vision=vision_parameters(job.model.model_name) * torch_dtype(job.model.model_dtype).itemsize,
+        prompts=_rows_of(args.per_device_train_batch_size, fsdp),
+        rows=_rows_of(job.rows, fsdp),
+        micro_prompts=_rows_of(max(1, micro // args.num_completions_per_prompt), fsdp),
+        micro_rows=_rows_of(micro, fsdp),
+        passes=-(-job.rows // micro),
+    )
+
+
+def prefill(share: Share) -> GraphPlan:
+    """Prompts through the model, once each: the cache comes out."""
+    tokens = share.prompts * share.job.args.max_prompt_length
+    return GraphPlan(
+        PREFILL,
+        1,
+        [],
+        argument_bytes=share.weights + share.lora,
+        output_bytes=share.cache,
+        temporary_bytes=2 * share.rows * share.logits,
+        held_bytes=2 * share.lora + share.vision,
+        flops=2 * tokens * share.decoder + 2 * share.prompts * share.head / share.itemsize,
+        hbm_traffic=share.weights + share.lora + share.cache,
+        collectives=share.reduced(tokens),
+    )
+
+
+def decode(share: Share) -> GraphPlan:
+    """One token of every row."""
+    attention = 4 * share.rows * share.cache_width * share.heads * share.job.config.num_hidden_layers
+    return GraphPlan(
+        DECODE,
+        share.job.args.generation_max_length - 1,
+        [],
+        argument_bytes=share.weights + share.lora + share.cache,
+        temporary_bytes=3 * share.rows * share.logits,
+        held_bytes=2 * share.lora + share.vision,
+        flops=2 * share.rows * (share.decoder + share.head / share.itemsize) + attention,
+        hbm_traffic=share.weights + share.lora + share.cache,
+        collectives=share.reduced(share.rows),
+    )
+
+
+def reference(share: Share) -> GraphPlan:
+    """Log-probabilities of a micro-batch by the base model."""
+    return GraphPlan(
+        REFERENCE,
+        share.passes,
+        [],
+        argument_bytes=share.weights,
+        temporary_bytes=share.prefix + share.chunk + share.one_layer,
+        held_bytes=3 * share.lora + share.vision,
+        flops=share.forward_flops,
+        hbm_traffic=share.weights + 2 * share.prefix + share.job.config.num_hidden_layers * share.one_layer,
+        collectives=share.reduced(share.tokens),
+    )
+
+
+def learn(share: Share) -> GraphPlan:
+    """Forward and backward of a micro-batch."""
+    args, layers = share.job.args, share.job.config.num_hidden_layers
+    hidden_states = share.tokens * share.job.config.hidden_size * share.itemsize
+    saved = layers * (hidden_states if args.gradient_checkpointing else share.one_layer)
+    return GraphPlan(
+        LEARN,
+        share.passes * args.num_iterations,
+        [],
+        argument_bytes=share.weights + 2 * share.lora,
+        temporary_bytes=share.prefix + share.chunk + saved + 2 * share.one_layer,
+        held_bytes=2 * share.lora + share.vision,
+        # the base weights are given no gradient
+        flops=share.forward_flops * (3 if args.gradient_checkpointing else 2),
+        hbm_traffic=2 * share.weights + 4 * share.lora + 2 * (share.prefix + layers * share.one_layer),
+        collectives=share.reduced(share.tokens, 2),
+    )
+
+
+def optimizer(share: Share) -> GraphPlan:
+    """AdamW on the LoRA matrices."""
+    return GraphPlan(
+        OPTIMIZER,
+        share.job.args.num_iterations,
+        [],
+        argument_bytes=4 * share.lora,
+        output_bytes=share.lora,
+        held_bytes=share.weights + share.vision,
+        hbm_traffic=7 * share.lora,
+    )
 
 
 def mesh_sizes(job: Job) -> dict[str | None, int]:
@@ -174,6 +288,6 @@ def parameter_bytes(job: Job, sizes: dict[str | None, int]) -> tuple[float, floa
     return weights, head, lora
 
 
-def _share(rows: int, devices: int) -> int:
+def _rows_of(rows: int, devices: int) -> int:
     """Rows of a device: all of them where they do not divide, as `sharding.shard_rows` has it."""
     return rows // devices if rows % devices == 0 else rows

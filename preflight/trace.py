@@ -104,7 +104,8 @@ class Recorder:
     def graphs_of(self, run: Callable[[], object]) -> list[Graph]:
         """The graphs that a call would run, in order."""
         self.found = []
-        with device.recording(self.record):
+        few = int(os.environ.get("CPU_NUM_DEVICES", 1)) <= 127  # autograd's own threads can't count more devices
+        with device.recording(self.record), torch.autograd.set_multithreading_enabled(few):
             run()
         return self.found
 
@@ -115,7 +116,8 @@ class Recorder:
             state = device.lazy_tensor(tensor)
             tensors.append((tensor, state))
             lazy.setdefault(state.number, (tensor, state))
-        pending = [(tensor, state) for tensor, state in lazy.values() if state.pending]
+        # in the order in which they came to be, as `torch_xla.sync` has them: the graph is the same each time
+        pending = [(tensor, state) for _, (tensor, state) in sorted(lazy.items()) if state.pending]
         if not pending:
             return
         hlo, read = device.graph_of([tensor for tensor, _ in pending])

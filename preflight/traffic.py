@@ -10,7 +10,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from .hlo import BITS
+from .hlo import BITS, runs_of
 
 _ARRAY = re.compile(r"\b(pred|bf16|f8\w+|[fsuc]\d+)\[([\d,]*)\](\{[^}]*\})?")
 _LINE = re.compile(r"\s+(?P<root>ROOT )?%(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|\S+) (?P<op>[\w-]+)\((?P<rest>.*)$")
@@ -26,6 +26,8 @@ FREE = {
     "replica-id",
     "opt-barrier",
     "iota",
+    "while",
+    "conditional",
 }
 SLICING = {"dynamic-slice", "slice", "gather"}
 
@@ -41,6 +43,7 @@ class Instruction:
     calls: str | None  # the computation that a fusion or an asynchronous start runs
     is_root: bool
     index: int  # of a parameter
+    runs: list[str]  # the computations that a loop or a branch runs
 
 
 Program = dict[str, dict[str, Instruction]]  # computation -> instruction's name -> instruction
@@ -50,21 +53,28 @@ def hbm_bytes(text: str) -> float:
     """Bytes that one run of a compiled program moves from and to HBM, on one chip.
 
     Raises:
-        ValueError: the program has a loop, whose turns are not counted here.
+        ValueError: how often a part of it runs is not known.
     """
     program, entry = parse(text)
+    runs = runs_of(text)
+    inner = [name for among in program.values() for instruction in among.values() for name in instruction.runs]
+    return float(sum(runs[name] * _moved_by(program, program[name]) for name in {entry, *inner}))
+
+
+def _moved_by(program: Program, among: dict[str, Instruction]) -> int:
+    """What one run of a computation moves, but for its loops and branches."""
     total = 0
-    for instruction in program[entry].values():
+    for instruction in among.values():
         if instruction.op in FREE or instruction.op.endswith("-done"):
             continue
-        if instruction.op in ("while", "conditional", "call"):
-            raise ValueError(f"{instruction.name} is a {instruction.op}, whose turns are not counted")
-        total += _written(program, instruction, program[entry])
+        if instruction.op == "call":
+            raise ValueError(f"{instruction.name} is a call, which is not counted")
+        total += _written(program, instruction, among)
         for place, operand in enumerate(instruction.operands):
-            source = program[entry].get(operand)
+            source = among.get(operand)
             if source is not None:
-                total += _read(program, instruction, place, array_bytes(source.shape), program[entry])
-    return float(total)
+                total += _read(program, instruction, place, array_bytes(source.shape), among)
+    return total
 
 
 def parse(text: str) -> tuple[Program, str]:
@@ -90,6 +100,7 @@ def parse(text: str) -> tuple[Program, str]:
                 calls[1] if calls else None,
                 bool(match["root"]),
                 int(inside) if match["op"] == "parameter" else -1,
+                re.findall(r"(?:body|(?:true|false)_computation)=%([\w.-]+)", match["rest"]),
             )
     return program, entry
 

@@ -61,14 +61,67 @@ def test_a_collective_spread_over_fusions_counts_once_and_bytes_are_what_a_chip_
     assert len(found) == 4, "a done is not another collective, and a group of one chip communicates nothing"
 
 
-def test_a_collective_in_a_loop_is_not_miscounted():
-    looped = PROGRAM.replace("is_scheduled", "scheduled") + (
-        "\n%body.1 (p0: f32[4]) -> f32[4] {\n  %all-reduce.9 = f32[4]{0} all-reduce(%p0), channel_id=9, "
-        "replica_groups={}, to_apply=%add\n}\n\nENTRY %other (p: f32[4]) -> f32[4] {\n"
-        "  %while.1 = f32[4]{0} while(%p), condition=%cond.1, body=%body.1\n}\n"
-    )
-    with pytest.raises(ValueError, match="all-reduce.9 stands in a loop"):
-        hlo.collectives_of(looped)
+WINDOWED = """\
+HloModule SyncTensorsGraph.9, is_scheduled=true, num_partitions=4
+
+%send (p.0: bf16[4,64]) -> bf16[4,64] {
+  %p.0 = bf16[4,64]{1,0} parameter(0)
+  ROOT %collective-permute.1 = bf16[4,64]{1,0} collective-permute(%p.0), channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+}
+
+%last_iteration_noop.1 (p.1: bf16[4,64]) -> bf16[4,64] {
+  ROOT %p.1 = bf16[4,64]{1,0} parameter(0)
+}
+
+%part (p.2: (bf16[4,64], u32[])) -> (bf16[4,64], u32[]) {
+  %p.2 = (bf16[4,64]{1,0}, u32[]{:T(128)S(6)}) parameter(0)
+  %sum = bf16[4,64]{1,0} get-tuple-element(%p.2), index=0
+  %i = u32[]{:T(128)S(6)} get-tuple-element(%p.2), index=1
+  %one = u32[]{:T(128)S(6)} constant(1)
+  %next = u32[]{:T(128)S(6)} add(%i, %one)
+  %four = u32[]{:T(128)S(6)} constant(4)
+  %more = pred[]{:T(512)S(6)} compare(%next, %four), direction=LT
+  %added = bf16[4,64]{1,0} add(%sum, %sum)
+  %sent = bf16[4,64]{1,0} conditional(%more, %added, %added), true_computation=%send, false_computation=%last_iteration_noop.1
+  ROOT %parts = (bf16[4,64]{1,0}, u32[]{:T(128)S(6)}) tuple(%sent, %next)
+}
+
+%goes_on (p.3: (bf16[4,64], u32[])) -> pred[] {
+  %limit = u32[]{:T(128)} constant(4)
+  %p.3 = (bf16[4,64]{1,0}, u32[]{:T(128)S(6)}) parameter(0)
+  %j = u32[]{:T(128)S(6)} get-tuple-element(%p.3), index=1
+  ROOT %compare = pred[]{:T(512)} compare(%j, %limit), direction=LT
+}
+
+ENTRY %main (a: bf16[4,64]) -> bf16[4,64] {
+  %a = bf16[4,64]{1,0} parameter(0)
+  %zero = u32[]{:T(128)S(6)} constant(0)
+  %start = (bf16[4,64]{1,0}, u32[]{:T(128)S(6)}) tuple(%a, %zero)
+  %while.1 = (bf16[4,64]{1,0}, u32[]{:T(128)S(6)}) while(%start), condition=%goes_on, body=%part
+  ROOT %result = bf16[4,64]{1,0} get-tuple-element(%while.1), index=0
+}
+"""
+
+
+def test_a_loop_counts_with_each_turn_and_its_last_turn_sends_nothing():
+    from preflight.traffic import hbm_bytes
+
+    array = 4 * 64 * 2
+    assert [collective.bytes for collective in hlo.collectives_of(WINDOWED)] == [array] * 3
+    adding, sending = 3 * array, 2 * array  # reads its operand twice
+    assert hbm_bytes(WINDOWED) == 4 * adding + 3 * sending
+
+
+@pytest.mark.parametrize(
+    "known, unknown, words",
+    [
+        ("constant(4)\n  %p.3", "parameter(1)\n  %p.3", "while.1 is a loop, and how often it turns is not known"),
+        ("%last_iteration_noop.1", "%other", "sent is a branch, which may be taken or not"),
+    ],
+)
+def test_what_runs_nobody_knows_how_often_is_not_counted(known, unknown, words):
+    with pytest.raises(ValueError, match=words):
+        hlo.collectives_of(WINDOWED.replace(known, unknown))
 
 
 @pytest.mark.parametrize("kind", hlo.KINDS)
@@ -406,7 +459,7 @@ import sys
 from tunix_torch import GRPOConfig, TunixTrainer, device, tiny
 device.use_mesh(((2, 2), ("fsdp", "tp")))
 args = GRPOConfig(output_dir=sys.argv[2], report_to="none", disable_tqdm=True, per_device_train_batch_size=2,
-    max_prompt_length=16, generation_max_length=8, system_message="", max_steps=3, save_strategy="no", micro_batch_size=4)
+    max_prompt_length=16, generation_max_length=8, system_message="", max_steps=2, save_strategy="no", micro_batch_size=4)
 rows = [{"prompt": "2+3", "answer": "5"}] * 16
 TunixTrainer(sys.argv[1], lambda prompts, completions, **columns: [float(len(c)) for c in completions], args, rows).train()
 """
@@ -444,12 +497,21 @@ def operations(text):
 
 
 @pytest.mark.xla
-def test_the_planned_graphs_are_those_that_a_run_compiles(tmp_path, model_folder):
+def test_the_planned_graphs_are_those_that_a_run_compiles(tmp_path, small_model):
+    """Two layers, one of each kind, and two steps: the second runs the graphs of all that follow."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tunix_torch import tiny
+
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small_model)).save_pretrained(tmp_path / "model")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "model")
     environment = {**os.environ, "CPU_NUM_DEVICES": "4", "TUNIX_DEVICE": "xla", "PYTHONPATH": str(ROOT)}
+    # the graphs are written before XLA optimizes them, which it need not do well
+    hasty = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     dump = f"--xla_dump_to={tmp_path / 'dump'} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=SyncTensorsGraph"
-    for name, code, flags in (("trained", TRAINED, dump), ("planned", PLANNED, "")):
+    for name, code, flags in (("trained", TRAINED, f"{hasty} {dump}"), ("planned", PLANNED, hasty)):
         (tmp_path / name).mkdir()
-        command = [sys.executable, "-c", code, model_folder, str(tmp_path / name)]
+        command = [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path / name)]
         result = subprocess.run(command, env=environment | {"XLA_FLAGS": flags}, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-3000:]
     compiled = [operations(path.read_text()) for path in (tmp_path / "dump").glob("*before_optimizations.txt")]
@@ -467,10 +529,10 @@ SPARE = {"gemma2_2b_v5e8": 0.25, "gemma2_2b_reasoning": 0.25}  # at least
 
 
 def plan_of(config, path, *flags):
+    """A plan of a recipe, or of a file of settings."""
     topology = SLICES.get(config, "v5e:2x4")
-    result = plan_tpu(
-        "--config", f"configs/{config}.json", "--topology", topology, "--json", path, *flags, timeout=3600
-    )
+    file = config if isinstance(config, Path) else f"configs/{config}.json"
+    result = plan_tpu("--config", file, "--topology", topology, "--json", path, *flags, timeout=3600)
     assert result.returncode == 0, result.stderr[-3000:]
     print(f"\n{config}: {result.stdout.splitlines()[-1]}")
     return json.loads(path.read_text())
@@ -505,12 +567,18 @@ def test_decoding_and_learning_on_a_mesh_communicate_no_more_than_tensor_paralle
 
 
 @pytest.mark.slow
-def test_extrapolated_figures_are_those_of_the_whole_model(tmp_path):
-    """Gemma 3 270m, all 18 layers compiled at once."""
-    cut = plan_of("gemma3_270m", tmp_path / "cut.json")
-    whole = plan_of("gemma3_270m", tmp_path / "whole.json", "--whole")
+def test_extrapolated_figures_are_those_of_a_deeper_model(tmp_path):
+    """Gemma 3 270m with 10 of its 18 layers compiled at once: for a learning pass of all, the compiler takes over 21 GB."""
+    from preflight.models import model_config, with_depth
+
+    with_depth(model_config("google/gemma-3-270m-it"), 10).save_pretrained(tmp_path / "model")
+    settings = json.loads((ROOT / "configs/gemma3_270m.json").read_text()) | {"model_name": str(tmp_path / "model")}
+    del settings["model_size"]
+    (tmp_path / "job.json").write_text(json.dumps(settings))
+    cut = plan_of(tmp_path / "job.json", tmp_path / "cut.json")
+    whole = plan_of(tmp_path / "job.json", tmp_path / "whole.json", "--whole")
     for ours, right in zip(cut["graphs"], whole["graphs"], strict=True):
-        assert (ours["compiled_depths"], right["compiled_depths"]) == ([2, 4], [18])
+        assert (ours["compiled_depths"], right["compiled_depths"]) == ([2, 4], [10])
         for name in ("total_bytes", "flops", "hbm_traffic", "bound_seconds"):
             error = ours[name] / right[name] - 1
             print(f"{ours['name']:<29}{name:<16}{ours[name]:>12.4g}{right[name]:>12.4g}{error:>8.1%}")
