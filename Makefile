@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup train train-quick train-show-config train-sweep evaluate check-device test test-slow crosscheck bench lint format \
+.PHONY: help setup train train-quick train-show-config train-sweep evaluate check-device test test-slow test-plans crosscheck bench lint format \
 	tensorboard clean
 .DEFAULT_GOAL := help
 
@@ -43,8 +43,12 @@ test: setup  ## the tests: on the CPU, then through XLA on the CPU
 	then TUNIX_DEVICE=xla $(BIN)/python -m pytest -m "xla and not slow"; \
 	else echo "torch_xla is not installed here: the tests through XLA are left out"; fi
 
-test-slow: setup  ## whole jobs, on the CPU and through XLA (about half an hour)
-	TUNIX_DEVICE=cpu $(BIN)/python -m pytest -m slow -s
+test-slow: setup  ## whole jobs and every mesh, on the CPU and through XLA (about half an hour)
+	TUNIX_DEVICE=cpu $(BIN)/python -m pytest -m "slow and not xla" -s --ignore tests/test_preflight.py
+	TUNIX_DEVICE=xla $(BIN)/python -m pytest -m "slow and xla" -s
+
+test-plans: setup  ## every recipe compiled for its slice, and the extrapolation checked (an hour; later runs are cached)
+	TUNIX_DEVICE=cpu $(BIN)/python -m pytest -m slow -s tests/test_preflight.py
 
 crosscheck: setup  ## the same batches through Google's Tunix on JAX, TRL and this library (six minutes; ARGS="--cases gspo")
 	$(BIN)/python -m crosscheck $(ARGS)
