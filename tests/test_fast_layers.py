@@ -1,6 +1,7 @@
 """Faster layers give what Transformers' own give, gradients included, and step aside wherever they do not apply."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -153,6 +154,12 @@ def test_another_activation_is_not_packed(monkeypatch):
     packed = watch_packing(monkeypatch)
     assert_same_rollouts(theirs, ours)
     assert packed == [False, False]
+
+
+def test_a_model_can_still_be_pickled():
+    _, ours = make_pair(add_nontrivial_lora(make_model("gemma3")))
+    expected = sample(ours)
+    assert torch.equal(sample(pickle.loads(pickle.dumps(ours))).completion_ids, expected.completion_ids)
 
 
 def test_a_failure_while_packing_leaves_nothing_packed(monkeypatch):

@@ -1,8 +1,8 @@
 """Layers of Gemma 2 and 3 in fewer operations, for float32 on the CPU: RMSNorm, and the decoder layer while decoding.
 
 Where two cores compute a small model, the many small operations of Transformers' layers take as long as the products
-do, and autograd keeps what each of a norm's seven made.
-Both give what Transformers' give up to rounding, and take its way in every other case.
+do, and autograd keeps what each of a norm's seven made. Both give what Transformers' give up to rounding, and take its
+way in every other case.
 """
 
 import contextlib
@@ -148,13 +148,27 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
+class _FastGemma2RMSNorm(_FastRMSNorm, Gemma2RMSNorm):
+    pass
+
+
+class _FastGemma3RMSNorm(_FastRMSNorm, Gemma3RMSNorm):
+    pass
+
+
+class _FastGemma2DecoderLayer(_FastDecoderLayer, Gemma2DecoderLayer):
+    pass
+
+
+class _FastGemma3DecoderLayer(_FastDecoderLayer, Gemma3DecoderLayer):
+    pass
+
+
 _FAST = {
-    kind: type(f"Fast{kind.__name__}", (fast, kind), {})
-    for fast, kinds in (
-        (_FastRMSNorm, (Gemma2RMSNorm, Gemma3RMSNorm)),
-        (_FastDecoderLayer, (Gemma2DecoderLayer, Gemma3DecoderLayer)),
-    )
-    for kind in kinds
+    Gemma2RMSNorm: _FastGemma2RMSNorm,
+    Gemma3RMSNorm: _FastGemma3RMSNorm,
+    Gemma2DecoderLayer: _FastGemma2DecoderLayer,
+    Gemma3DecoderLayer: _FastGemma3DecoderLayer,
 }
 
 
