@@ -4,7 +4,7 @@ A deep model takes the compiler many minutes and more memory than a workstation 
 models of more than `CUT_DEPTHS[1]` layers are compiled with few layers, twice, and every figure is taken to grow
 linearly with the number of layers. It does but for the compiler's choices: all layers are alike, the kinds of
 attention included (see `models.with_depth`), and what a learning pass keeps of each layer is alive when the head's
-gradient is computed. `tests/test_preflight.py` compares with 10 layers of Gemma 3 270m.
+gradient is computed. `tests/test_preflight.py` compares with 6 layers of Gemma 3 270m.
 """
 
 import argparse

@@ -89,9 +89,10 @@ def test_a_norm_whose_weight_changes_or_learns():
     norm, fast = make_norm()
     x = torch.randn(4, 32)
     fast(x)
-    for layer in (norm, fast):
-        layer.weight.mul_(3)
-    torch.testing.assert_close(fast(x), norm(x), rtol=1e-5, atol=1e-5)
+    for change in (lambda w: w.mul_(3), lambda w: w.data.add_(1), lambda w: setattr(w, "data", w.data / 2)):
+        for layer in (norm, fast):
+            change(layer.weight)
+        torch.testing.assert_close(fast(x), norm(x), rtol=1e-5, atol=1e-5)
     for layer in (norm, fast):
         layer.weight = torch.nn.Parameter(torch.full((32,), 0.5))
         layer(x).square().sum().backward()
@@ -122,12 +123,16 @@ def test_several_kv_heads_and_none_shared():
         assert_same_rollouts(*make_pair(add_nontrivial_lora(model)))
 
 
-def test_the_reference_policy_can_be_sampled_too(monkeypatch):
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_reference_policy_can_be_sampled_too(merged, monkeypatch):
     theirs, ours = make_pair(add_nontrivial_lora(make_model("gemma3")))
+    if merged:
+        ours.merge_adapter()
+        assert_same_rollouts(theirs, ours)
     packed = watch_packing(monkeypatch)
     with reference_policy(theirs), reference_policy(ours):
         assert_same_rollouts(theirs, ours)
-    assert packed == [True, True]
+    assert packed == [not merged] * 2
 
 
 def test_each_rollout_sees_the_newest_weights():

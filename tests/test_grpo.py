@@ -498,8 +498,10 @@ def test_by_default_a_cpu_learns_from_as_many_groups_as_keep_it_busy(
         generation_max_length=completion_length,
     )
     assert config.rows_per_pass == rows
+    assert config.rows_in_pass_of(group * completion_length) == rows
+    assert config.rows_in_pass_of(group) >= rows, "shorter completions, and fewer passes"
     config.micro_batch_size = group
-    assert config.rows_per_pass == group
+    assert config.rows_per_pass == config.rows_in_pass_of(group) == group
 
 
 @pytest.mark.parametrize("size", [None, 1, 2, 4, 8, 12])

@@ -75,6 +75,7 @@ result["adapter"] = {name: p.detach().cpu() for name, p in trainer.model.named_p
 result["best"] = trainer.state.best_metric
 result["log"] = [{k: v for k, v in row.items() if "second" not in k} for row in trainer.state.log_history]
 expect_refusal(lambda: processes.check_same(lambda: {"seed": 0, "beta": host}))
+expect_refusal(lambda: processes.of_first(lambda: int("a reward function's mistake")))
 result["counted"] = {name: met.counter_value(name) for name in met.counter_names()}
 result["measured"] = {name: met.metric_data(name)[0] for name in met.metric_names()}
 if host == 1:

@@ -568,17 +568,17 @@ def test_decoding_and_learning_on_a_mesh_communicate_no_more_than_tensor_paralle
 
 @pytest.mark.slow
 def test_extrapolated_figures_are_those_of_a_deeper_model(tmp_path):
-    """Gemma 3 270m with 10 of its 18 layers compiled at once: for a learning pass of all, the compiler takes over 21 GB."""
+    """Gemma 3 270m with 6 of its 18 layers compiled at once: for a learning pass of 10, 24 GB were not enough."""
     from preflight.models import model_config, with_depth
 
-    with_depth(model_config("google/gemma-3-270m-it"), 10).save_pretrained(tmp_path / "model")
+    with_depth(model_config("google/gemma-3-270m-it"), 6).save_pretrained(tmp_path / "model")
     settings = json.loads((ROOT / "configs/gemma3_270m.json").read_text()) | {"model_name": str(tmp_path / "model")}
     del settings["model_size"]
     (tmp_path / "job.json").write_text(json.dumps(settings))
     cut = plan_of(tmp_path / "job.json", tmp_path / "cut.json")
     whole = plan_of(tmp_path / "job.json", tmp_path / "whole.json", "--whole")
     for ours, right in zip(cut["graphs"], whole["graphs"], strict=True):
-        assert (ours["compiled_depths"], right["compiled_depths"]) == ([2, 4], [10])
+        assert (ours["compiled_depths"], right["compiled_depths"]) == ([2, 4], [6])
         for name in ("total_bytes", "flops", "hbm_traffic", "bound_seconds"):
             error = ours[name] / right[name] - 1
             print(f"{ours['name']:<29}{name:<16}{ours[name]:>12.4g}{right[name]:>12.4g}{error:>8.1%}")

@@ -1,5 +1,6 @@
 """Sampling follows the model's distribution, a decode step equals a full forward, and randomness belongs to the row."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, PAD, VOCABULARY, WINDOW, add_nontrivial_lora, hugging_face_logits, make_batch, make_model
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import GPTJConfig, GPTJForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tunix_torch.logprobs import token_logps
 from tunix_torch.model import base_model, place
@@ -108,8 +109,18 @@ def test_greedy_sampling_needs_no_randomness():
 
 
 def test_a_bfloat16_model_samples():
-    rollout = sample(add_nontrivial_lora(make_model("gemma3").to(torch.bfloat16)))
+    model = add_nontrivial_lora(make_model("gemma3").to(torch.bfloat16))
+    rollout = sample(model)
     assert rollout.sampler_logps.dtype == torch.float32 and rollout.sampler_logps.isfinite().all()
+    batch = replace(make_batch(), completion_ids=rollout.completion_ids, completion_mask=rollout.completion_mask)
+    learned, exact = (token_logps(m, batch)[0] for m in (model, copy.deepcopy(model).float()))
+    # rounding in another order, and not more of it
+    assert (rollout.sampler_logps - learned).abs().mean() < (learned - exact).abs().mean()
+
+
+def test_a_model_with_an_attention_of_its_own_is_refused():
+    with pytest.raises(ValueError, match="model_type='gptj': its attention"):
+        Sampler(GPTJForCausalLM(GPTJConfig(vocab_size=8, n_embd=8, n_layer=1, n_head=2, rotary_dim=2)), SOME, PAD)
 
 
 # ---- choosing a token ----

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,6 +95,18 @@ def test_micro_batches_give_the_loss_and_gradient_of_the_whole_batch(model_folde
         assert loss_in_parts.item() == pytest.approx(loss.item(), abs=1e-6)
         for name in whole:
             torch.testing.assert_close(in_parts[name], whole[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_cpu_learns_at_once_from_as_many_rows_as_their_real_lengths_allow(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("tunix_torch.config.CPU_TOKENS_PER_PASS", 100)  # one group at its longest
+    trainer = make_trainer(model_folder, tmp_path, micro_batch_size=None, num_completions_per_prompt=4)
+    batch = first_batch(trainer)
+    short = batch.completion_mask & (torch.arange(batch.completion_mask.shape[1]) < 2)
+    for mask, rows in ((torch.ones_like(short), [4] * 4), (short, [8] * 2)):
+        parts = trainer._split(replace(batch, completion_mask=mask))
+        assert [len(part.completion_ids) for part in parts] == rows
+    trainer.args.gradient_checkpointing = True  # which pads every row
+    assert len(trainer._split(replace(batch, completion_mask=short))) == 4
 
 
 def test_layers_under_gradient_checkpointing_give_the_same_gradient(model_folder, tmp_path):

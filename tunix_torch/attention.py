@@ -107,6 +107,7 @@ def growing_attention(
 
     `attention_mask`: (R, 1, 1, P + K), as if each row had its prompt's keys before its own.
     """
+    assert kwargs.get("s_aux") is None, "attention sinks are not computed here"
     if not isinstance(key, SharedPrefixKV):
         if softcap is not None:
             return grouped_attention(module, query, key, value, attention_mask, scaling, dropout, softcap)
@@ -123,7 +124,7 @@ def growing_attention(
     weights = scores.softmax(dim=-1).to(query.dtype)
     of_prompt, of_row = weights.tensor_split([key.prompt_keys.shape[2]], dim=-1)
     mixed = key.by_row(key.by_prompt(of_prompt) @ key.prompt_values) + of_row @ key.own_values
-    return mixed.reshape(rows, 1, heads, head_dim), None
+    return mixed.reshape(rows, 1, heads, -1), None
 
 
 def _whole_mask(*args: object, **kwargs: object) -> Tensor:
@@ -222,9 +223,9 @@ class SharedPrefixCache:
         self.width, self.used = key.shape[2], 0  # slots of a prompt, and of a row before the step that is running
         self.own = {}
         for i, (key, value) in self.prompts.items():
-            num_prompts, heads, _, head_dim = key.shape
-            shape = (num_prompts * group_size, heads, capacity, head_dim)
-            self.own[i] = (key.new_empty(shape), value.new_empty(shape))
+            num_prompts, heads, _, _ = key.shape
+            room = (num_prompts * group_size, heads, capacity)
+            self.own[i] = (key.new_empty(*room, key.shape[3]), value.new_empty(*room, value.shape[3]))
         self.prompt_of = torch.arange(num_prompts, device=key.device).repeat_interleave(group_size)  # (R,)
         self.places, self.group_size = None, group_size
 

@@ -2,7 +2,7 @@
 
 Where two cores compute a small model, the many small operations of Transformers' layers take as long as the products
 do, and autograd keeps what each of a norm's seven made. Both give what Transformers' give up to rounding, and take its
-way in every other case.
+way in every other case. Forward hooks on what is inside a decoder layer are not called while decoding.
 """
 
 import contextlib
@@ -46,19 +46,15 @@ class _ScaledNorm(torch.autograd.Function):
 class _FastRMSNorm(nn.Module):
     """Takes the fast way for float32 with a frozen weight, which is what LoRA training has; else the class's own."""
 
-    _made_from: tuple[Any, ...] = ()
+    _eps: Tensor  # (), set by `speed_up_layers`
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         if x.dtype != torch.float32 or weight.dtype != torch.float32 or weight.requires_grad:
             return super().forward(x)
-        made_from = (weight, weight._version)
-        if self._made_from[1:] != made_from[1:] or self._made_from[0] is not weight:
-            with torch.inference_mode(False), torch.no_grad():
-                self._scale, self._eps, self._made_from = 1 + weight, weight.new_tensor(self.eps), made_from
         if torch.is_grad_enabled() and x.requires_grad:
-            return _ScaledNorm.apply(x, self._scale, self._eps)
-        return (x * _inverse_rms(x, self._eps)).mul_(self._scale)
+            return _ScaledNorm.apply(x, 1 + weight, self._eps)
+        return (x * _inverse_rms(x, self._eps)).mul_(1 + weight)
 
 
 @dataclass
@@ -71,7 +67,7 @@ class _PackedLayer:
     up: Tensor
     down: Tensor
     qk_scale: Tensor | None  # of Gemma 3's norms of queries and keys, (heads + KV heads, head dim)
-    qk_eps: Tensor | None  # and theirs, ()
+    qk_eps: Tensor | None  # and their epsilon, ()
 
 
 class _FastDecoderLayer(nn.Module):
@@ -94,7 +90,7 @@ class _FastDecoderLayer(nn.Module):
             counts = (len(q) // attn.head_dim, len(k) // attn.head_dim)
             norms = zip((attn.q_norm, attn.k_norm), counts, strict=True)
             scale = torch.cat([(1 + norm.weight).expand(count, -1) for norm, count in norms])
-            eps = scale.new_tensor(attn.q_norm.eps)
+            eps = attn.q_norm._eps
         self._packed = _PackedLayer(qkv, *others, scale, eps)
 
     def unpack(self) -> None:
@@ -178,6 +174,8 @@ def speed_up_layers(model: nn.Module) -> None:
         for module in model.modules():
             if type(module) in _FAST:
                 module.__class__ = _FAST[type(module)]
+                if isinstance(module, _FastRMSNorm):
+                    module._eps = torch.tensor(module.eps)
 
 
 @contextlib.contextmanager

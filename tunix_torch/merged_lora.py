@@ -131,7 +131,7 @@ def plain_weight(layer: nn.Module) -> Tensor | None:
             name = layer._plain_adapter(layer.base_layer.weight.device)
         if name is not None:
             return layer.merged_weight(name)
-        if not layer.disable_adapters:
+        if layer.merged or not layer.disable_adapters:
             return None
         layer = layer.base_layer
     if type(layer) is not nn.Linear or layer.bias is not None or layer.weight.dtype != torch.float32:

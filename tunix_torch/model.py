@@ -184,8 +184,8 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 def place(model: nn.Module) -> nn.Module:
     """Move a model to this process's device. Tied embeddings come untied on XLA, so they are tied again.
 
-    On the CPU and on XLA its attention takes a faster form, and so do, on one device, its LoRA layers: equal up to
-    rounding in float32.
+    What is faster and equal up to rounding in float32 is put in place: on XLA another form of attention, on the CPU of
+    Gemma's layers (`fast_layers.py`), and on one device of either its LoRA layers (`merged_lora.py`).
     """
     model.to(device.torch_device())
     base = base_model(model)

@@ -162,10 +162,24 @@ def _wait_for(keys: list[str]) -> None:
 
 
 def of_first(decide: Callable[[], Any]) -> Any:
-    """What `decide()` returns on the first host, which alone calls it: what JSON can hold. On one host: `decide()`."""
+    """What `decide()` returns on the first host, which alone calls it: what JSON can hold. On one host: `decide()`.
+
+    What it raises there is raised on the first host, and as a ValueError on the others.
+    """
     if _store is None:
         return decide()
-    return _everyone(decide() if _host == 0 else None)[0]
+    value = problem = None
+    if _host == 0:
+        try:
+            value = decide()
+        except Exception as error:  # the others must not wait for what never comes
+            problem = error
+    value, message = _everyone((value, None if problem is None else str(problem)))[0]
+    if problem is not None:
+        raise problem
+    if message is not None:
+        raise ValueError(f"host 0: {message}")
+    return value
 
 
 def check_same(facts: Callable[[], dict[str, Any]]) -> None:

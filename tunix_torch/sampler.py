@@ -86,6 +86,9 @@ class Sampler:
         eos_token_ids: any of these ends a completion.
         pad_token_id: fills up after the end.
         stop_check_interval: every so many tokens the host looks which rows have ended; on the CPU before every one.
+
+    Raises:
+        ValueError: the model has an attention of its own.
     """
 
     def __init__(
@@ -97,6 +100,11 @@ class Sampler:
         self._decode = self._decode_static if device.KIND == "xla" else self._decode_growing
         if device.KIND != "xla":
             base_model(model).set_attn_implementation(GROWING)
+            if text_config(model)._attn_implementation != GROWING:
+                raise ValueError(
+                    f"model_type={text_config(model).model_type!r}: its attention can't take the form that "
+                    "sampling needs; use a Gemma, or another model on Transformers' AttentionInterface"
+                )
         self._steps: dict[tuple[SamplingParams, int, tuple[str, ...]], Callable] = {}
 
     @torch.no_grad()

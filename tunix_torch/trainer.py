@@ -332,7 +332,7 @@ class TunixTrainer(Trainer):
 
     def _split(self, batch: TrainBatch) -> list[TrainBatch]:
         """Micro-batches, cut before their graphs begin: so that on XLA all of them run the same compiled graph."""
-        if device.KIND == "cpu":  # nothing is compiled there: as many rows as their real lengths allow
+        if device.KIND == "cpu" and not self.args.gradient_checkpointing:  # as many rows as their real lengths allow
             tokens = int(batch.completion_mask.sum()) / len(batch.prompt_ids)
             parts = batch.split(self.args.rows_in_pass_of(tokens))
         else:
@@ -598,5 +598,15 @@ class TunixTrainer(Trainer):
 def _facts(model: nn.Module, args: GRPOConfig, *datasets: object) -> dict[str, Any]:
     """What all hosts of a mesh must have alike before the first step, besides the data themselves."""
     lengths = [len(rows) if isinstance(rows, Sized) else None for rows in datasets]
-    facts = {"weights of the model": processes.digest(model.parameters()), "training, evaluation rows": lengths}
+    facts = {
+        "weights of the model": processes.digest(model.parameters()),
+        "the model's config": _but_for_paths(base_model(model).config.to_dict()),
+        "the LoRA's config": {name: _but_for_paths(config.to_dict()) for name, config in model.peft_config.items()},
+        "mesh (fsdp, tp)": (device.axis_size("fsdp"), device.axis_size("tp")),
+        "training, evaluation rows": lengths,
+    }
     return settings_of(args) | processes.surroundings() | facts
+
+
+def _but_for_paths(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if not name.endswith("name_or_path")}
