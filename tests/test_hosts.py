@@ -158,9 +158,10 @@ def test_only_the_first_host_writes_and_prints(hosts):
 
 def test_hosts_that_differ_are_refused_on_each_of_them(hosts):
     for result in hosts:
-        missing, differing, *ended = result["refused"]
+        missing, differing, undecided, *ended = result["refused"]
         assert missing.startswith(f"files in run/checkpoint-{KILLED}: ") and "but none on host 1" in missing
         assert differing.startswith("beta: 0 on host 0, but 1 on host 1; ")
+        assert undecided.endswith("a reward function's mistake\"")
     assert ended and ended[0].startswith("host 0 has ended, and with it this one")
 
 
