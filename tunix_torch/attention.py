@@ -5,6 +5,7 @@ A *slot* is a column of the key axis. Prompts are left-padded and completions st
 tokens in slots equals their distance in positions, and both causality and the sliding window can be read off slots.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +14,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-# The names by which models take these forms of attention.
+from . import device
+
+# The names by which models take the two forms of attention, and that of this process.
 GROUPED = "tunix_grouped"
-GROWING = "tunix_growing"
+SDPA = "tunix_sdpa"
+ATTENTION = GROUPED if device.KIND == "xla" else SDPA
 
 
 def prompt_positions(prompt_mask: Tensor) -> Tensor:
@@ -58,8 +62,8 @@ def attention_masks(
 def grouped_attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: "Tensor | SharedPrefixKV",
+    value: "Tensor | SharedPrefixKV",
     attention_mask: Tensor,
     scaling: float,
     dropout: float = 0.0,
@@ -72,7 +76,7 @@ def grouped_attention(
     into one dimension of a batched product, which has no such layout, so that whole KV caches were gathered.
 
     Args:
-        query: (R, heads, Q, head dim); key, value: (R, KV heads, K, head dim).
+        query: (R, heads, Q, head dim); key, value: (R, KV heads, K, head dim), or see `shared_prefix_attention`.
         attention_mask: (R, 1, Q, K) bool, True: may look.
         softcap: scores s become tanh(s / softcap) * softcap (Gemma 2).
 
@@ -80,6 +84,8 @@ def grouped_attention(
         (R, Q, heads, head dim) and None; the signature is that of Transformers' attention functions.
     """
     assert others.get("s_aux") is None, "attention sinks are not computed here"
+    if isinstance(key, SharedPrefixKV):
+        return shared_prefix_attention(query, key, attention_mask, scaling, softcap), None
     rows, heads, num_queries, head_dim = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, num_queries, head_dim)  # (R, KV heads, heads / KV heads, Q, D)
     scores = torch.einsum("rhgqd,rhkd->rhgqk", grouped, key) * scaling
@@ -91,7 +97,7 @@ def grouped_attention(
     return mixed.reshape(rows, heads, num_queries, head_dim).transpose(1, 2).contiguous(), None
 
 
-def growing_attention(
+def attention_by_sdpa(
     module: nn.Module,
     query: Tensor,
     key: "Tensor | SharedPrefixKV",
@@ -102,29 +108,37 @@ def growing_attention(
     softcap: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Transformers' sdpa (`grouped_attention` with a soft-cap, which sdpa has not); with a `SharedPrefixCache` one
-    query a row, (R, heads, 1, D), looks at its prompt's keys, which its group shares, and at the row's own.
-
-    `attention_mask`: (R, 1, 1, P + K), as if each row had its prompt's keys before its own.
-    """
+    """Transformers' sdpa, but where that can't do it: with a soft-cap, and with a `SharedPrefixKV`."""
     assert kwargs.get("s_aux") is None, "attention sinks are not computed here"
-    if not isinstance(key, SharedPrefixKV):
-        if softcap is not None:
-            return grouped_attention(module, query, key, value, attention_mask, scaling, dropout, softcap)
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
+    if softcap is not None or isinstance(key, SharedPrefixKV):
+        return grouped_attention(module, query, key, value, attention_mask, scaling, dropout, softcap)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
+def shared_prefix_attention(
+    query: Tensor, kv: "SharedPrefixKV", attention_mask: Tensor, scaling: float, softcap: float | None
+) -> Tensor:
+    """One query a row, (R, heads, 1, D), looks at its prompt's keys, which its group shares, and at the row's own.
+
+    `attention_mask`: (R, 1, 1, P + K), as if each row had its prompt's keys before its own. Returns (R, 1, heads, D).
+    """
     rows, heads, _, head_dim = query.shape
-    grouped = query.reshape(rows, key.own_keys.shape[1], -1, head_dim)  # (R, KV heads, heads / KV heads, D)
-    of_prompt = key.by_row(key.by_prompt(grouped) @ key.prompt_keys.mT)  # (R, KV heads, heads / KV heads, P)
-    scores = torch.cat((of_prompt, grouped @ key.own_keys.mT), dim=-1) * scaling
+    grouped = query.reshape(rows, kv.own_keys.shape[1], -1, head_dim)  # (R, KV heads, heads / KV heads, D)
+    of_prompt = kv.by_row(_product(kv.by_prompt(grouped), kv.prompt_keys.mT))  # (R, KV heads, heads / KV heads, P)
+    scores = torch.cat((of_prompt, _product(grouped, kv.own_keys.mT)), dim=-1) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.float().masked_fill_(~attention_mask, torch.finfo(torch.float32).min)
     weights = scores.softmax(dim=-1).to(query.dtype)
-    of_prompt, of_row = weights.tensor_split([key.prompt_keys.shape[2]], dim=-1)
-    mixed = key.by_row(key.by_prompt(of_prompt) @ key.prompt_values) + of_row @ key.own_values
-    return mixed.reshape(rows, 1, heads, -1), None
+    of_prompt, of_row = weights.tensor_split([kv.prompt_keys.shape[2]], dim=-1)
+    mixed = kv.by_row(_product(kv.by_prompt(of_prompt), kv.prompt_values)) + _product(of_row, kv.own_values)
+    return mixed.reshape(rows, 1, heads, -1)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """(R, heads, M, K) and (R, heads, K, L) -> (R, heads, M, L). On XLA `@` would make one dimension of rows and heads,
+    see `grouped_attention`; elsewhere einsum is slower."""
+    return torch.einsum("rhmk,rhkl->rhml", a, b) if device.KIND == "xla" else a @ b
 
 
 def _whole_mask(*args: object, **kwargs: object) -> Tensor:
@@ -132,7 +146,7 @@ def _whole_mask(*args: object, **kwargs: object) -> Tensor:
     return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
 
 
-for _name, _function in ((GROUPED, grouped_attention), (GROWING, growing_attention)):
+for _name, _function in ((GROUPED, grouped_attention), (SDPA, attention_by_sdpa)):
     AttentionInterface.register(_name, _function)
     AttentionMaskInterface.register(_name, _whole_mask)
 
@@ -156,6 +170,12 @@ class PrefixCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.layers[layer_idx][0].shape[2] if layer_idx in self.layers else 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and tokens that it holds."""
+        key, _ = next(iter(self.layers.values()))
+        return key.shape[0], key.shape[2]
 
     def expand(self, num_copies: int) -> "PrefixCache":
         """Each row `num_copies` times, copies side by side: (N, ...) -> (N * num_copies, ...)."""
@@ -217,15 +237,14 @@ class SharedPrefixCache:
     """
 
     def __init__(self, prefix: PrefixCache, group_size: int, capacity: int) -> None:
-        self.prompts = dict(prefix.layers)
+        self.prompts, (num_prompts, self.width) = dict(prefix.layers), prefix.shape  # width: slots of a prompt
         prefix.layers.clear()
-        key = next(iter(self.prompts.values()))[0]
-        self.width, self.used = key.shape[2], 0  # slots of a prompt, and of a row before the step that is running
-        self.own = {}
+        self.own, self.used = {}, 0  # used: slots of a row before the step that is running
         for i, (key, value) in self.prompts.items():
-            num_prompts, heads, _, _ = key.shape
+            heads = key.shape[1]
             room = (num_prompts * group_size, heads, capacity)
             self.own[i] = (key.new_empty(*room, key.shape[3]), value.new_empty(*room, value.shape[3]))
+        self.num_prompts = num_prompts
         self.prompt_of = torch.arange(num_prompts, device=key.device).repeat_interleave(group_size)  # (R,)
         self.places, self.group_size = None, group_size
 
@@ -251,7 +270,8 @@ class SharedPrefixCache:
         prompts, self.prompt_of, counts = self.prompt_of[rows].unique_consecutive(
             return_inverse=True, return_counts=True
         )
-        if len(prompts) < len(next(iter(self.prompts.values()))[0]):
+        if len(prompts) < self.num_prompts:
+            self.num_prompts = len(prompts)
             self.prompts = {i: (key[prompts], value[prompts]) for i, (key, value) in self.prompts.items()}
         self.group_size = int(counts.max())
         first = counts.cumsum(0) - counts  # row of each prompt
@@ -260,20 +280,36 @@ class SharedPrefixCache:
 
 
 class SlotCache:
-    """A KV cache of fixed width that one decode step writes in place, at the slot held by a tensor.
+    """The same with static shapes, for a compiled decode step: rows stay, and the step says where its token goes.
 
-    `keys[i]`, `values[i]`: (B, KV heads, K, head dim) for the i-th layer that has a cache of its own.
+    Args:
+        layer_ids: of the layers that have a cache of their own; the i-th has the i-th tensors.
+        prompt_keys, prompt_values: (N, KV heads, P, head dim).
+        own_keys, own_values: (B, KV heads, K, head dim), written in place.
+        slot: (1,) int64, of the K slots the one that is written.
     """
 
-    def __init__(self, layer_ids: list[int], keys: list[Tensor], values: list[Tensor], slot: Tensor) -> None:
-        self.place = {layer_idx: i for i, layer_idx in enumerate(layer_ids)}
-        self.keys, self.values, self.slot = keys, values, slot  # slot: (1,) int64
+    def __init__(
+        self,
+        layer_ids: Sequence[int],
+        prompt_keys: list[Tensor],
+        prompt_values: list[Tensor],
+        own_keys: list[Tensor],
+        own_values: list[Tensor],
+        slot: Tensor,
+    ) -> None:
+        layers = zip(prompt_keys, prompt_values, own_keys, own_values, strict=True)
+        group_size = len(own_keys[0]) // len(prompt_keys[0])
+        self.layers = {i: SharedPrefixKV(*kv, None, group_size) for i, kv in zip(layer_ids, layers, strict=True)}
+        self.width, self.slot = prompt_keys[0].shape[2] + own_keys[0].shape[2], slot
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        i = self.place[layer_idx]
-        self.keys[i].index_copy_(2, self.slot, key.to(self.keys[i].dtype))
-        self.values[i].index_copy_(2, self.slot, value.to(self.values[i].dtype))
-        return self.keys[i], self.values[i]
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[SharedPrefixKV, SharedPrefixKV]:
+        kv = self.layers[layer_idx]
+        kv.own_keys.index_copy_(2, self.slot, key.to(kv.own_keys.dtype))
+        kv.own_values.index_copy_(2, self.slot, value.to(kv.own_values.dtype))
+        return kv, kv
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.keys[0].shape[2]
+        return self.width

@@ -417,6 +417,11 @@ def memory_summary() -> str:
 _recorder: Callable[[], None] | None = None
 
 
+def is_recording() -> bool:
+    """Whether graphs are looked at and not run."""
+    return _recorder is not None
+
+
 @contextlib.contextmanager
 def recording(recorder: Callable[[], None]) -> Iterator[None]:
     """Within this context `sync` calls `recorder` in place of running the graph, and compiled steps are traced once."""

@@ -16,7 +16,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3RMSNorm
 
 from . import device
-from .attention import SharedPrefixCache, growing_attention
+from .attention import SharedPrefixCache, shared_prefix_attention
 from .merged_lora import MergedLinear, plain_weight
 
 
@@ -122,8 +122,8 @@ class _FastDecoderLayer(nn.Module):
         if packed.qk_scale is not None:
             qk, softcap = (qk * _inverse_rms(qk, packed.qk_eps)).mul_(packed.qk_scale), None
         qk = _rotate(qk, *position_embeddings)
-        kv = past_key_values.update(qk[:, heads:, None], value[:, :, None], attn.layer_idx)
-        mixed, _ = growing_attention(attn, qk[:, :heads, None], *kv, attention_mask, attn.scaling, softcap=softcap)
+        kv, _ = past_key_values.update(qk[:, heads:, None], value[:, :, None], attn.layer_idx)
+        mixed = shared_prefix_attention(qk[:, :heads, None], kv, attention_mask, attn.scaling, softcap)
         x = x + self.post_attention_layernorm(_product(mixed.view(len(x), -1), packed.o))
         h = self.pre_feedforward_layernorm(x)
         gate = torch.ops.mkldnn._linear_pointwise(h, packed.gate, None, "gelu", [], "tanh")

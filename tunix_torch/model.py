@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from . import device, tiny
-from .attention import GROUPED, PrefixCache, attention_masks, prompt_positions
+from .attention import PrefixCache, attention_masks, prompt_positions
 from .config import ModelConfig
 from .fast_layers import speed_up_layers
 from .merged_lora import merge_lora
@@ -184,8 +184,8 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 def place(model: nn.Module) -> nn.Module:
     """Move a model to this process's device. Tied embeddings come untied on XLA, so they are tied again.
 
-    What is faster and equal up to rounding in float32 is put in place: on XLA another form of attention, on the CPU of
-    Gemma's layers (`fast_layers.py`), and on one device of either its LoRA layers (`merged_lora.py`).
+    What is faster and equal up to rounding in float32 is put in place: on the CPU another form of Gemma's layers
+    (`fast_layers.py`), and there or on a single XLA device of its LoRA layers (`merged_lora.py`).
     """
     model.to(device.torch_device())
     base = base_model(model)
@@ -193,8 +193,6 @@ def place(model: nn.Module) -> nn.Module:
         merge_lora(model)
     if device.KIND == "cpu":
         speed_up_layers(model)
-    if device.KIND == "xla":
-        base.set_attn_implementation(GROUPED)
     base.tie_weights()
     if base.config.get_text_config().tie_word_embeddings:
         assert base.get_output_embeddings().weight is base.get_input_embeddings().weight, "embeddings came untied"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import device
-from .attention import GROWING, PrefixCache, SharedPrefixCache, SlotCache, attention_masks
+from .attention import ATTENTION, PrefixCache, SharedPrefixCache, SlotCache, attention_masks
 from .batch import Rollout
 from .fast_layers import packed_for_decoding
 from .model import adapters_in_use, base_model, hidden_states, logits, prefill, text_config
@@ -77,8 +77,25 @@ def choose_tokens(scores: Tensor, uniforms: Tensor, params: SamplingParams) -> t
     return tokens[:, 0], logps.gather(-1, tokens)[:, 0]
 
 
+def cache_widths(room: int) -> list[int]:
+    """Widths through which a static KV cache of up to `room` tokens a row grows: at most four, the last is `room`.
+
+    All but the last are multiples of 128, a TPU's lanes: shorter caches are not told apart.
+    """
+    portion = -(-room // (4 * 128)) * 128
+    return [*range(portion, room, portion), room]
+
+
+def _grow(caches: list[list[Tensor]], num_slots: int) -> None:
+    """Append slots to every tensor (B, KV heads, K, head dim), one after the other: one at a time is there twice."""
+    for tensors in caches:
+        for i, tensor in enumerate(tensors):
+            tensors[i] = shard_rows(nn.functional.pad(tensor, (0, 0, 0, num_slots)), heads_dim=1)
+            device.sync()
+
+
 class Sampler:
-    """Samples from a model; holds the decode step, which is compiled once on XLA and then reused.
+    """Samples from a model; holds the decode step, which on XLA is compiled once for each shape and then reused.
 
     Args:
         model: a causal language model, with or without a LoRA; whatever is active is sampled from. Its attention takes
@@ -98,14 +115,14 @@ class Sampler:
         self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
         self.stop_check_interval = stop_check_interval
         self._decode = self._decode_static if device.KIND == "xla" else self._decode_growing
-        if device.KIND != "xla":
-            base_model(model).set_attn_implementation(GROWING)
-            if text_config(model)._attn_implementation != GROWING:
-                raise ValueError(
-                    f"model_type={text_config(model).model_type!r}: its attention can't take the form that "
-                    "sampling needs; use a Gemma, or another model on Transformers' AttentionInterface"
-                )
-        self._steps: dict[tuple[SamplingParams, int, tuple[str, ...]], Callable] = {}
+        base_model(model).set_attn_implementation(ATTENTION)
+        if text_config(model)._attn_implementation != ATTENTION:
+            raise ValueError(
+                f"model_type={text_config(model).model_type!r}: its attention can't take the form that "
+                "sampling needs; use a Gemma, or another model on Transformers' AttentionInterface"
+            )
+        self._steps: dict[tuple[SamplingParams, tuple[str, ...]], Callable] = {}
+        self._compiled: set[tuple] = set()  # batches whose every step is
 
     @torch.no_grad()
     def sample(
@@ -172,7 +189,7 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """Fill in the columns from 1 on, with shapes that follow the data: rows that have ended leave."""
         model, config, dtype = self.model, text_config(self.model), base_model(self.model).dtype
-        (num_prompts, _, width, _), room = next(iter(prefix.layers.values()))[0].shape, params.max_new_tokens - 1
+        (num_prompts, width), room = prefix.shape, params.max_new_tokens - 1
         lengths = key_mask[:, :width].sum(-1, keepdim=True)  # (B, 1)
         cache = SharedPrefixCache(prefix, len(ids) // num_prompts, room)
         rows = torch.arange(len(ids), device=ids.device)  # those still there
@@ -207,26 +224,33 @@ class Sampler:
         uniforms: Tensor,
         params: SamplingParams,
     ) -> tuple[Tensor, Tensor]:
-        """The same with fixed shapes, by one compiled step."""
+        """The same with few fixed shapes, each of which has a compiled step: the rows' KV cache grows in portions."""
         room, layer_ids = params.max_new_tokens - 1, tuple(prefix.layers)
-        num_prompts, _, width, _ = prefix.layers[layer_ids[0]][0].shape
-        expanded = prefix.expand(len(ids) // num_prompts)
+        _, width = prefix.shape
+        widths = [room] if device.is_recording() else cache_widths(room)  # a plan looks at the largest
         ended, step = self._is_eos(ids[:, 0]), torch.zeros(1, dtype=torch.int64, device=ids.device)  # (B,)
         lengths = key_mask[:, :width].sum(-1, keepdim=True)  # (B, 1)
-        keys = [nn.functional.pad(expanded.layers[i][0], (0, 0, 0, room)) for i in layer_ids]  # (B, heads, K, head dim)
-        values = [nn.functional.pad(expanded.layers[i][1], (0, 0, 0, room)) for i in layer_ids]  # K = P + C - 1
-        for tensor in (*keys, *values):
-            shard_rows(tensor, heads_dim=1)
-        for tensor in (ids, logps, ended, key_mask, lengths):
+        of_prompts = [list(tensors) for tensors in zip(*prefix.layers.values(), strict=True)]  # all keys, all values
+        prefix.layers.clear()
+        of_rows = [[x.new_zeros(len(ids), x.shape[1], widths[0], x.shape[3]) for x in xs] for xs in of_prompts]
+        prompt_mask = key_mask[:, :width]
+        for tensor in (ids, logps, ended, prompt_mask, lengths):
             shard_rows(tensor)
-        for cache in (prefix, expanded):
-            cache.layers.clear()  # what is alive here, XLA computes and keeps
+        for tensors in of_prompts + of_rows:
+            for tensor in tensors:
+                shard_rows(tensor, heads_dim=1)
         device.sync()
-        decode = self._decode_step(params, layer_ids, width)
+        decode, all_shapes = self._decode_step(params, layer_ids), (params, ids.shape, width)
         for t in range(room):
-            ids, logps, ended, step = decode(ids, logps, ended, step, key_mask, lengths, uniforms, keys, values)
-            if (t + 1) % self.stop_check_interval == 0 and bool(ended.cpu().all()):  # the host waits here
+            if t in widths:
+                _grow(of_rows, widths[widths.index(t) + 1] - t)
+            ids, logps, ended, step = decode(
+                ids, logps, ended, step, prompt_mask, lengths, uniforms, *of_prompts, *of_rows
+            )
+            at_check = (t + 1) % self.stop_check_interval == 0 and all_shapes in self._compiled
+            if at_check and bool(ended.cpu().all()):  # the host waits here
                 break
+        self._compiled.add(all_shapes)
         return ids, logps
 
     def _is_eos(self, tokens: Tensor) -> Tensor:
@@ -240,17 +264,17 @@ class Sampler:
         is_eos = self._is_eos(ids).long()
         return is_eos.cumsum(-1) - is_eos == 0
 
-    def _decode_step(self, params: SamplingParams, layer_ids: tuple[int, ...], prompt_width: int) -> Callable:
-        """The function that feeds token t of every row and appends token t + 1; made once for each static shape."""
-        key = (params, prompt_width, adapters_in_use(self.model))
+    def _decode_step(self, params: SamplingParams, layer_ids: tuple[int, ...]) -> Callable:
+        """The function that feeds token t of every row and appends token t + 1; compiled once for each static shape."""
+        key = (params, adapters_in_use(self.model))
         if key in self._steps:
             return self._steps[key]
         model, config, dtype = self.model, text_config(self.model), base_model(self.model).dtype
 
-        def decode_step(ids, logps, ended, step, key_mask, lengths, uniforms, keys, values):
-            slot = prompt_width + step  # (1,)
-            cache = SlotCache(layer_ids, keys, values, slot)
-            masks = attention_masks(config, key_mask, slot, dtype)
+        def decode_step(ids, logps, ended, step, prompt_mask, lengths, uniforms, *keys_and_values):
+            cache, width = SlotCache(layer_ids, *keys_and_values, step), prompt_mask.shape[1]
+            key_mask = nn.functional.pad(prompt_mask, (0, cache.width - width), value=True)
+            masks = attention_masks(config, key_mask, width + step, dtype)
             hidden = hidden_states(model, ids.index_select(1, step), masks, lengths + step, cache)  # (B, 1, D)
             column = uniforms.index_select(1, step + 1)[:, 0]
             tokens, token_logps = choose_tokens(logits(model, hidden[:, 0]), column, params)
