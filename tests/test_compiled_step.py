@@ -133,3 +133,26 @@ def test_a_step_is_made_anew_when_the_adapter_is_switched_off(model_folder):
         off = greedy(sampler)
         assert off == greedy(Sampler(model, [1], 0)) != on
     assert greedy(sampler) == on
+
+
+def test_nothing_is_compiled_for_completions_longer_than_any_before(model_folder, monkeypatch):
+    import tunix_torch.sampler
+    from tunix_torch import device
+    from tunix_torch.model import load_model, place
+    from tunix_torch.sampler import Sampler, SamplingParams
+
+    monkeypatch.setattr(tunix_torch.sampler, "cache_widths", lambda room: [4, 8, room])
+    model, params = place(load_model(model_folder)), SamplingParams(16)
+    ids = torch.tensor([[2, 40, 41, 42], [0, 2, 43, 44]]).to(device.torch_device())
+
+    first_half = tuple(range(model.config.vocab_size // 2))
+    sampler = Sampler(model, first_half, 0, stop_check_interval=1)
+
+    def lengths(uniform):
+        rollout = sampler.sample(ids, ids > 0, 2, params, torch.full((4, 16), uniform))
+        return rollout.completion_mask.sum(1).tolist()
+
+    assert lengths(0.0) == [1] * 4, "the first token of the vocabulary ends a completion"
+    count = device.num_compilations()
+    assert lengths(1 - 1e-6) == [16] * 4, "the last one does not"
+    assert device.num_compilations() == count > 0

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from models import FAMILIES, PAD, VOCABULARY, WINDOW, add_nontrivial_lora, hugging_face_logits, make_batch, make_model
 from transformers import GPTJConfig, GPTJForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+import tunix_torch.sampler
 from tunix_torch.logprobs import token_logps
 from tunix_torch.model import base_model, place
-from tunix_torch.sampler import Sampler, SamplingParams, choose_tokens, draw_uniforms
+from tunix_torch.sampler import Sampler, SamplingParams, cache_widths, choose_tokens, draw_uniforms
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -83,6 +84,32 @@ def test_every_token_is_chosen_from_a_full_forward_without_a_cache(family, param
 def test_fixed_shapes_and_growing_ones_give_the_same_completions(family, eos):
     model = make_policy(family)
     assert_same(sample(model, eos=eos, static=True), sample(model, eos=eos))
+
+
+@every_family
+def test_a_static_cache_grows_in_portions(family, monkeypatch):
+    """The first batch runs through all widths, whatever its lengths, so that none is new to a later one."""
+    model = make_policy(family)
+    expected = sample(model, eos=tuple(range(60)), static=True)
+    monkeypatch.setattr(tunix_torch.sampler, "cache_widths", lambda room: [1, 4, 10, room])
+    sampler = Sampler(model, tuple(range(60)), PAD, stop_check_interval=1)
+    sampler._decode = sampler._decode_static
+    uniforms = draw_uniforms((0, 1), range(9), PARAMS.max_new_tokens)
+    for steps in (range(19, 20), range(1, 10)):
+        calls = []
+        hook = base_model(model).get_decoder().register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        rollout = sampler.sample(make_batch().prompt_ids, make_batch().prompt_mask, GROUP, PARAMS, uniforms)
+        hook.remove()
+        assert_same(rollout, expected)
+        assert len(calls) - 1 in steps
+    assert_same(sample(model, eos=NEVER, static=True), sample(model, eos=NEVER))
+
+
+@given(room=st.integers(0, 5000))
+def test_widths_of_a_static_cache(room):
+    widths = cache_widths(room)
+    assert widths == sorted(set(widths)) and widths[-1] == room and len(widths) <= 4
+    assert all(width % 128 == 0 for width in widths[:-1])
 
 
 def test_rows_that_have_ended_cost_nothing_more():

@@ -124,21 +124,31 @@ def shared_prefix_attention(
     """
     rows, heads, _, head_dim = query.shape
     grouped = query.reshape(rows, kv.own_keys.shape[1], -1, head_dim)  # (R, KV heads, heads / KV heads, D)
-    of_prompt = kv.by_row(_product(kv.by_prompt(grouped), kv.prompt_keys.mT))  # (R, KV heads, heads / KV heads, P)
-    scores = torch.cat((of_prompt, _product(grouped, kv.own_keys.mT)), dim=-1) * scaling
+    of_prompt = kv.by_row(_scores(kv.by_prompt(grouped), kv.prompt_keys))  # (R, KV heads, heads / KV heads, P)
+    of_row = _scores(grouped, kv.own_keys)
+    if kv.new_key is not None:
+        of_row = torch.where(kv.at_new, _scores(grouped, kv.new_key), of_row)
+    scores = torch.cat((of_prompt, of_row), dim=-1) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.float().masked_fill_(~attention_mask, torch.finfo(torch.float32).min)
     weights = scores.softmax(dim=-1).to(query.dtype)
     of_prompt, of_row = weights.tensor_split([kv.prompt_keys.shape[2]], dim=-1)
-    mixed = kv.by_row(_product(kv.by_prompt(of_prompt), kv.prompt_values)) + _product(of_row, kv.own_values)
+    mixed = kv.by_row(_mixed(kv.by_prompt(of_prompt), kv.prompt_values)) + _mixed(of_row, kv.own_values)
+    if kv.new_value is not None:
+        mixed = mixed + of_row.masked_fill(~kv.at_new, 0.0).sum(-1, keepdim=True) * kv.new_value
     return mixed.reshape(rows, 1, heads, -1)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """(R, heads, M, K) and (R, heads, K, L) -> (R, heads, M, L). On XLA `@` would make one dimension of rows and heads,
-    see `grouped_attention`; elsewhere einsum is slower."""
-    return torch.einsum("rhmk,rhkl->rhml", a, b) if device.KIND == "xla" else a @ b
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    """(R, heads, M, D) and (R, heads, K, D) -> (R, heads, M, K). On XLA `@` would make one dimension of rows and heads,
+    see `grouped_attention`, and the CPU's would turn the second factor round; elsewhere einsum is slower."""
+    return torch.einsum("rhkd,rhmd->rhkm", key, query).mT if device.KIND == "xla" else query @ key.mT
+
+
+def _mixed(weights: Tensor, value: Tensor) -> Tensor:
+    """(R, heads, M, K) and (R, heads, K, D) -> (R, heads, M, D)."""
+    return torch.einsum("rhmk,rhkd->rhmd", weights, value) if device.KIND == "xla" else weights @ value
 
 
 def _whole_mask(*args: object, **kwargs: object) -> Tensor:
@@ -196,6 +206,8 @@ class SharedPrefixKV:
 
     prompt_keys, prompt_values: (N, KV heads, P, D); own_keys, own_values: (R, KV heads, K, D).
     `places`: (R,) int64, the place of each row where every prompt has `group_size` rows; None: rows fill all of them.
+    new_key, new_value: (R, KV heads, 1, D), those of the running step where own ones lack them: at the slot where
+    `at_new`, (K,) bool, is True, and own ones are zero.
     """
 
     prompt_keys: Tensor
@@ -204,6 +216,9 @@ class SharedPrefixKV:
     own_values: Tensor
     places: Tensor | None
     group_size: int
+    new_key: Tensor | None = None
+    new_value: Tensor | None = None
+    at_new: Tensor | None = None
 
     def to(self, place: torch.device) -> "SharedPrefixKV":
         """Itself, as all is on one device: Gemma 4 asks for it, where layers share keys and values."""
@@ -285,7 +300,7 @@ class SlotCache:
     Args:
         layer_ids: of the layers that have a cache of their own; the i-th has the i-th tensors.
         prompt_keys, prompt_values: (N, KV heads, P, head dim).
-        own_keys, own_values: (B, KV heads, K, head dim), written in place.
+        own_keys, own_values: (B, KV heads, K, head dim), written in place, zero where nothing has been written.
         slot: (1,) int64, of the K slots the one that is written.
     """
 
@@ -299,16 +314,21 @@ class SlotCache:
         slot: Tensor,
     ) -> None:
         layers = zip(prompt_keys, prompt_values, own_keys, own_values, strict=True)
-        group_size = len(own_keys[0]) // len(prompt_keys[0])
-        self.layers = {i: SharedPrefixKV(*kv, None, group_size) for i, kv in zip(layer_ids, layers, strict=True)}
-        self.width, self.slot = prompt_keys[0].shape[2] + own_keys[0].shape[2], slot
+        self.layers = dict(zip(layer_ids, layers, strict=True))
+        self.group_size, num_slots = len(own_keys[0]) // len(prompt_keys[0]), own_keys[0].shape[2]
+        self.width, self.slot = prompt_keys[0].shape[2] + num_slots, slot
+        self.at_new = torch.arange(num_slots, device=slot.device) == slot
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[SharedPrefixKV, SharedPrefixKV]:
-        kv = self.layers[layer_idx]
-        kv.own_keys.index_copy_(2, self.slot, key.to(kv.own_keys.dtype))
-        kv.own_values.index_copy_(2, self.slot, value.to(kv.own_values.dtype))
+        prompt_keys, prompt_values, keys, values = self.layers[layer_idx]
+        # Attention reads the cache as it was: what is written and then read, XLA copies whole, on the CPU three times.
+        before = keys.clone(), values.clone()  # the same data: no copy is made
+        key, value = key.to(keys.dtype), value.to(values.dtype)
+        keys.index_copy_(2, self.slot, key)
+        values.index_copy_(2, self.slot, value)
+        kv = SharedPrefixKV(prompt_keys, prompt_values, *before, None, self.group_size, key, value, self.at_new)
         return kv, kv
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

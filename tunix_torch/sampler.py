@@ -82,7 +82,7 @@ def cache_widths(room: int) -> list[int]:
 
     All but the last are multiples of 128, a TPU's lanes: shorter caches are not told apart.
     """
-    portion = -(-room // (4 * 128)) * 128
+    portion = max(1, -(-room // (4 * 128))) * 128
     return [*range(portion, room, portion), room]
 
 
@@ -122,7 +122,7 @@ class Sampler:
                 "sampling needs; use a Gemma, or another model on Transformers' AttentionInterface"
             )
         self._steps: dict[tuple[SamplingParams, tuple[str, ...]], Callable] = {}
-        self._compiled: set[tuple] = set()  # batches whose every step is
+        self._seen: set[tuple] = set()  # shapes of batches for which every step has been compiled
 
     @torch.no_grad()
     def sample(
@@ -240,17 +240,17 @@ class Sampler:
             for tensor in tensors:
                 shard_rows(tensor, heads_dim=1)
         device.sync()
-        decode, all_shapes = self._decode_step(params, layer_ids), (params, ids.shape, width)
+        decode, shapes = self._decode_step(params, layer_ids), (params, ids.shape, width)
+        may_stop = len(widths) == 1 or shapes in self._seen  # the first batch compiles all widths
         for t in range(room):
             if t in widths:
                 _grow(of_rows, widths[widths.index(t) + 1] - t)
             ids, logps, ended, step = decode(
                 ids, logps, ended, step, prompt_mask, lengths, uniforms, *of_prompts, *of_rows
             )
-            at_check = (t + 1) % self.stop_check_interval == 0 and all_shapes in self._compiled
-            if at_check and bool(ended.cpu().all()):  # the host waits here
+            if may_stop and (t + 1) % self.stop_check_interval == 0 and bool(ended.cpu().all()):  # the host waits here
                 break
-        self._compiled.add(all_shapes)
+        self._seen.add(shapes)
         return ids, logps
 
     def _is_eos(self, tokens: Tensor) -> Tensor:
