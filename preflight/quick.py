@@ -64,14 +64,16 @@ class Share:
         return 2 * config.num_hidden_layers * heads * config.head_dim * self.itemsize
 
     @property
-    def cache_width(self) -> int:
-        """Tokens of a row that a KV cache has room for."""
+    def key_width(self) -> int:
+        """Tokens that the last one of a row looks at."""
         return self.job.args.max_prompt_length + self.job.args.generation_max_length - 1
 
     @property
     def cache(self) -> float:
-        """Bytes of the rollout's KV cache."""
-        return self.rows * self.cache_width * self.kv_row
+        """Bytes of the rollout's KV cache: that of the prompts, and at its widest that of the rows' own tokens."""
+        args = self.job.args
+        tokens = self.prompts * args.max_prompt_length + self.rows * (args.generation_max_length - 1)
+        return tokens * self.kv_row
 
     @property
     def tokens(self) -> int:
@@ -83,12 +85,12 @@ class Share:
     def scores(self) -> float:
         """Attention scores of a micro-batch in one layer."""
         width = self.job.args.generation_max_length
-        return self.micro_rows * width * self.cache_width * self.job.config.num_attention_heads / self.tp
+        return self.micro_rows * width * self.key_width * self.job.config.num_attention_heads / self.tp
 
     @property
     def prefix(self) -> float:
         """Bytes of a micro-batch's keys and values: the prompts' own, and again with each row."""
-        return (self.micro_prompts * self.job.args.max_prompt_length + self.micro_rows * self.cache_width) * self.kv_row
+        return (self.micro_prompts * self.job.args.max_prompt_length + self.micro_rows * self.key_width) * self.kv_row
 
     @property
     def logits(self) -> float:
@@ -187,7 +189,7 @@ def prefill(share: Share) -> GraphPlan:
 
 def decode(share: Share) -> GraphPlan:
     """One token of every row."""
-    attention = 4 * share.rows * share.cache_width * share.heads * share.job.config.num_hidden_layers
+    attention = 4 * share.rows * share.key_width * share.heads * share.job.config.num_hidden_layers
     return GraphPlan(
         DECODE,
         share.job.args.generation_max_length - 1,

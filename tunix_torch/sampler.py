@@ -230,7 +230,8 @@ class Sampler:
         widths = [room] if device.is_recording() else cache_widths(room)  # a plan looks at the largest
         ended, step = self._is_eos(ids[:, 0]), torch.zeros(1, dtype=torch.int64, device=ids.device)  # (B,)
         lengths = key_mask[:, :width].sum(-1, keepdim=True)  # (B, 1)
-        of_prompts = [list(tensors) for tensors in zip(*prefix.layers.values(), strict=True)]  # all keys, all values
+        # All keys, and all values. They are views of the projections' results, and a view can't be laid on a mesh.
+        of_prompts = [[x.clone() for x in tensors] for tensors in zip(*prefix.layers.values(), strict=True)]
         prefix.layers.clear()
         of_rows = [[x.new_zeros(len(ids), x.shape[1], widths[0], x.shape[3]) for x in xs] for xs in of_prompts]
         prompt_mask = key_mask[:, :width]
