@@ -125,18 +125,13 @@ def shared_prefix_attention(
     rows, heads, _, head_dim = query.shape
     grouped = query.reshape(rows, kv.own_keys.shape[1], -1, head_dim)  # (R, KV heads, heads / KV heads, D)
     of_prompt = kv.by_row(_scores(kv.by_prompt(grouped), kv.prompt_keys))  # (R, KV heads, heads / KV heads, P)
-    of_row = _scores(grouped, kv.own_keys)
-    if kv.new_key is not None:
-        of_row = torch.where(kv.at_new, _scores(grouped, kv.new_key), of_row)
-    scores = torch.cat((of_prompt, of_row), dim=-1) * scaling
+    scores = torch.cat((of_prompt, _scores(grouped, kv.own_keys)), dim=-1) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.float().masked_fill_(~attention_mask, torch.finfo(torch.float32).min)
     weights = scores.softmax(dim=-1).to(query.dtype)
     of_prompt, of_row = weights.tensor_split([kv.prompt_keys.shape[2]], dim=-1)
     mixed = kv.by_row(_mixed(kv.by_prompt(of_prompt), kv.prompt_values)) + _mixed(of_row, kv.own_values)
-    if kv.new_value is not None:
-        mixed = mixed + of_row.masked_fill(~kv.at_new, 0.0).sum(-1, keepdim=True) * kv.new_value
     return mixed.reshape(rows, 1, heads, -1)
 
 
@@ -206,8 +201,6 @@ class SharedPrefixKV:
 
     prompt_keys, prompt_values: (N, KV heads, P, D); own_keys, own_values: (R, KV heads, K, D).
     `places`: (R,) int64, the place of each row where every prompt has `group_size` rows; None: rows fill all of them.
-    new_key, new_value: (R, KV heads, 1, D), those of the running step where own ones lack them: at the slot where
-    `at_new`, (K,) bool, is True, and own ones are zero.
     """
 
     prompt_keys: Tensor
@@ -216,9 +209,6 @@ class SharedPrefixKV:
     own_values: Tensor
     places: Tensor | None
     group_size: int
-    new_key: Tensor | None = None
-    new_value: Tensor | None = None
-    at_new: Tensor | None = None
 
     def to(self, place: torch.device) -> "SharedPrefixKV":
         """Itself, as all is on one device: Gemma 4 asks for it, where layers share keys and values."""
@@ -300,7 +290,7 @@ class SlotCache:
     Args:
         layer_ids: of the layers that have a cache of their own; the i-th has the i-th tensors.
         prompt_keys, prompt_values: (N, KV heads, P, head dim).
-        own_keys, own_values: (B, KV heads, K, head dim), written in place, zero where nothing has been written.
+        own_keys, own_values: (B, KV heads, K, head dim), written in place.
         slot: (1,) int64, of the K slots the one that is written.
     """
 
@@ -315,20 +305,16 @@ class SlotCache:
     ) -> None:
         layers = zip(prompt_keys, prompt_values, own_keys, own_values, strict=True)
         self.layers = dict(zip(layer_ids, layers, strict=True))
-        self.group_size, num_slots = len(own_keys[0]) // len(prompt_keys[0]), own_keys[0].shape[2]
-        self.width, self.slot = prompt_keys[0].shape[2] + num_slots, slot
-        self.at_new = torch.arange(num_slots, device=slot.device) == slot
+        self.group_size = len(own_keys[0]) // len(prompt_keys[0])
+        self.width, self.slot = prompt_keys[0].shape[2] + own_keys[0].shape[2], slot
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[SharedPrefixKV, SharedPrefixKV]:
         prompt_keys, prompt_values, keys, values = self.layers[layer_idx]
-        # Attention reads the cache as it was: what is written and then read, XLA copies whole, on the CPU three times.
-        before = keys.clone(), values.clone()  # the same data: no copy is made
-        key, value = key.to(keys.dtype), value.to(values.dtype)
-        keys.index_copy_(2, self.slot, key)
-        values.index_copy_(2, self.slot, value)
-        kv = SharedPrefixKV(prompt_keys, prompt_values, *before, None, self.group_size, key, value, self.at_new)
+        keys.index_copy_(2, self.slot, key.to(keys.dtype))
+        values.index_copy_(2, self.slot, value.to(values.dtype))
+        kv = SharedPrefixKV(prompt_keys, prompt_values, keys, values, None, self.group_size)
         return kv, kv
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
