@@ -236,6 +236,9 @@ class GRPOConfig(TrainingArguments):
     )
     reward_weights: list[float] | None = setting(None, "weight of each reward function; none: 1 each, or the preset's")
     reward_timeout: float | None = setting(None, "stop with an error when a reward function takes longer, in seconds")
+    reward_processes: int = setting(
+        0, "processes that call the reward functions, each for some of the prompts: for slow ones; 0: this one"
+    )
 
     save_batches: int = setting(
         0, "keep the first so many steps, inputs and results, in output_dir/batches for python -m crosscheck --from-run"
@@ -352,6 +355,7 @@ class GRPOConfig(TrainingArguments):
         for name in (
             "generation_top_k",
             "num_eval_completions",
+            "reward_processes",
             "save_batches",
             "seed",
             "learning_rate",

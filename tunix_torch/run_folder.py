@@ -78,6 +78,7 @@ MAY_CHANGE = (
     "logging_strategy",
     "report_to",
     "reward_timeout",
+    "reward_processes",
     "early_stopping_patience",
 )
 

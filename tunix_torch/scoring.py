@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reward_workers import RewardWorkers
+
 # (prompts, completions, **columns) -> one value a completion, or None where the function does not apply; may be async
 RewardFunc = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
@@ -44,6 +46,7 @@ def score_completions(
     rows: Sequence[dict[str, Any]],
     completions: Sequence[str],
     timeout: float | None = None,
+    workers: RewardWorkers | None = None,
 ) -> Tensor:
     """Values of R reward functions for B completions of N rows: see `call_rewards`.
 
@@ -53,7 +56,7 @@ def score_completions(
     Raises:
         ValueError: as `call_rewards`, or no function judged some completion.
     """
-    values = call_rewards(functions, rows, completions, timeout)
+    values = call_rewards(functions, rows, completions, timeout, workers)
     rewards = torch.tensor([[math.nan if v is None else v for v in column] for column in values], dtype=torch.float64).T
     unjudged = rewards.isnan().all(dim=1)
     if unjudged.any():
@@ -66,6 +69,7 @@ def call_rewards(
     rows: Sequence[dict[str, Any]],
     completions: Sequence[str],
     timeout: float | None = None,
+    workers: RewardWorkers | None = None,
 ) -> list[list[float | None]]:
     """What R reward functions say about B completions of N rows, copies of a row side by side.
 
@@ -73,6 +77,7 @@ def call_rewards(
 
     Args:
         timeout: seconds that the functions may take for the whole batch; None: as long as they like.
+        workers: processes that call the functions that are not async; None: this one does.
 
     Returns:
         R lists of B values, None where a function does not apply.
@@ -83,10 +88,16 @@ def call_rewards(
     """
     copies = len(completions) // len(rows)
     prompts = [row["prompt"] for row in rows for _ in range(copies)]
-    columns = columns_of(rows, copies)
-    calls = [functools.partial(call, prompts=prompts, completions=list(completions), **columns) for call in functions]
-    result = []
-    for function, values in zip(functions, _results(functions, calls, timeout), strict=True):
+    columns = {"prompts": prompts} | columns_of(rows, copies)
+    calls: list[Callable[[], Any]] = []
+    for function in functions:
+        arguments = columns | {"completions": list(completions)}
+        if workers is None or _is_async(function):
+            calls.append(functools.partial(function, **arguments))
+        else:
+            calls.append(workers.submit(function, len(rows), arguments))
+    result, threaded = [], timeout is not None or workers is not None
+    for function, values in zip(functions, _results(functions, calls, threaded, timeout), strict=True):
         try:
             values = [None if value is None else float(value) for value in values]
         except (TypeError, ValueError) as error:
@@ -102,17 +113,19 @@ def call_rewards(
     return result
 
 
-def _results(functions: Sequence[RewardFunc], calls: Sequence[Callable[[], Any]], timeout: float | None) -> list[Any]:
+def _results(
+    functions: Sequence[RewardFunc], calls: Sequence[Callable[[], Any]], threaded: bool, timeout: float | None
+) -> list[Any]:
     """What each call returns.
 
     An async function runs in a thread with an event loop of its own, so that it works where one is running already
-    (notebooks). So does every function when there is a timeout: Python can't stop a function, but it can stop waiting.
-    Without one, functions run here, one after the other.
+    (notebooks). With `threaded` every function runs in a thread, which a timeout needs: Python can't stop a function,
+    but it can stop waiting. Without, the others run here, one after the other.
     """
     started = time.monotonic()
-    threaded = [timeout is not None or _is_async(function) for function in functions]
-    futures = [_in_thread(call) if away else None for call, away in zip(calls, threaded, strict=True)]
-    results: list[Any] = [None if away else call() for call, away in zip(calls, threaded, strict=True)]
+    in_thread = [threaded or _is_async(function) for function in functions]
+    futures = [_in_thread(call) if away else None for call, away in zip(calls, in_thread, strict=True)]
+    results: list[Any] = [None if away else call() for call, away in zip(calls, in_thread, strict=True)]
     for j, future in enumerate(futures):
         if future is None and inspect.isawaitable(results[j]):  # of a plain function that wraps an async one
             future = _in_thread(functools.partial(lambda awaitable: awaitable, results[j]))

@@ -27,6 +27,7 @@ from transformers import (
     TrainerState,
     set_seed,
 )
+from transformers.trainer_utils import TrainOutput
 
 from . import device, processes
 from .batch import PromptBatch, Rollout, TrainBatch
@@ -40,6 +41,7 @@ from .metrics import broken_invariant, learning_metrics, rollout_metrics, sum_up
 from .model import add_lora, base_model, eos_token_ids, load_model, load_tokenizer, lora_config, place, reference_policy
 from .profiling import ProfileStep, span
 from .record import FOLDER, record_step
+from .reward_workers import RewardWorkers
 from .run_folder import settings_of
 from .sampler import Sampler, SamplingParams, draw_uniforms
 from .scoring import RewardFunc, name_of, score_completions
@@ -152,6 +154,7 @@ class TunixTrainer(Trainer):
         self.last_answers: Answers | None = None  # and of its newest
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._rewards = torch.empty(0, len(self.reward_funcs))  # (B, R) of the newest rollout
+        self._reward_workers: RewardWorkers | None = None  # while it trains
         self._rows_drawn = (-1, 0)  # (optimizer step, rows drawn in it so far)
         self._starts_at_base = all(
             float(p.detach().abs().sum()) == 0 for name, p in model.named_parameters() if "lora_B" in name
@@ -203,6 +206,20 @@ class TunixTrainer(Trainer):
         with torch.no_grad():
             sums = [p.float().abs().sum() for p in self.model.parameters() if not p.requires_grad]
         return torch.stack(sums).tolist()
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """See `transformers.Trainer.train`. The processes that call reward functions live as long as it runs."""
+        if self.args.reward_processes > 0 and self.args.use_grpo:
+            processes.of_first(self._start_reward_workers)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._reward_workers is not None:
+                self._reward_workers.close()
+                self._reward_workers = None
+
+    def _start_reward_workers(self) -> None:
+        self._reward_workers = RewardWorkers(self.args.reward_processes, self.reward_funcs)
 
     # ---- one step ----
 
@@ -425,7 +442,8 @@ class TunixTrainer(Trainer):
         Raises:
             ValueError: see `score_completions`.
         """
-        return score_completions(self.reward_funcs, prompts.rows, completions, self.args.reward_timeout)
+        timeout = self.args.reward_timeout
+        return score_completions(self.reward_funcs, prompts.rows, completions, timeout, self._reward_workers)
 
     def compute_group_advantages(self, rewards: Tensor) -> Tensor:
         """(B,) total rewards -> (B,) float32 advantages; checks that they are centred in each group."""

@@ -1,0 +1,145 @@
+"""Reward functions called in several processes: what they say in one, sooner, and every mistake with its words."""
+
+import functools
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import rewards
+from tunix_torch import GRPOConfig, TunixTrainer, tiny
+from tunix_torch.reward_workers import RewardWorkers
+from tunix_torch.scoring import call_rewards
+
+ROOT = Path(__file__).parent.parent
+NUM_PROMPTS, GROUP = 3, 2
+ROWS = [{"prompt": f"{i} + {i}?", "answer": str(2 * i)} for i in range(NUM_PROMPTS)]
+COMPLETIONS = ["0", "1", "2", "2", "4", "5"]
+
+
+def right(prompts, completions, answer, **columns):
+    assert len(prompts) == len(completions) == len(answer)
+    return [None if c == "5" else float(c == a) for c, a in zip(completions, answer, strict=True)]
+
+
+async def right_later(**arguments):
+    return right(**arguments)
+
+
+def wrapped(**arguments):
+    return right_later(**arguments)
+
+
+def slow(completions, **columns):
+    time.sleep(0.5 * len(completions))
+    return [float(os.getpid())] * len(completions)
+
+
+def too_few(completions, **columns):
+    return [0.0] * (len(completions) - 1)
+
+
+def no_list(**arguments):
+    return 1.0
+
+
+def broken(**arguments):
+    raise KeyError("its own")
+
+
+def deadly(**arguments):
+    os._exit(3)
+
+
+@pytest.fixture(scope="module")
+def workers():
+    workers = RewardWorkers(2, [right])
+    yield workers
+    workers.close()
+
+
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_the_values_are_those_of_one_process(workers, timeout):
+    functions = [right, right_later, wrapped]
+    expected = call_rewards(functions, ROWS, COMPLETIONS)
+    assert expected[0] == [1.0, 0.0, 1.0, 1.0, 1.0, None]
+    assert call_rewards(functions, ROWS, COMPLETIONS, timeout, workers) == expected
+    assert call_rewards(functions, ROWS[:1], COMPLETIONS[:1], timeout, workers) == [[1.0]] * 3  # a process has nothing
+
+
+def test_groups_are_shared_out_and_functions_do_not_wait_for_each_other(workers):
+    started = time.monotonic()
+    (pids,) = call_rewards([slow], ROWS, COMPLETIONS, None, workers)
+    assert time.monotonic() - started < 2.8  # 3 s in one process
+    assert pids[:2] == [pids[0]] * 2 and pids[2:] == [pids[2]] * 4 and len({*pids, os.getpid()}) == 3
+
+
+@pytest.mark.parametrize("function, words", [(too_few, "returned 1 values for 6"), (no_list, "returned 1.0: expected")])
+def test_wrong_values_are_refused_with_the_functions_name(workers, function, words):
+    with pytest.raises(ValueError, match=f"{function.__name__}' {words}"):
+        call_rewards([right, function], ROWS, COMPLETIONS, None, workers)
+
+
+def test_an_exception_passes_through(workers):
+    with pytest.raises(KeyError, match="its own"):
+        call_rewards([broken], ROWS, COMPLETIONS, None, workers)
+
+
+def test_every_reward_function_of_ours_can_be_sent():
+    for preset in rewards.PRESETS:
+        for function, _ in rewards.get_preset(preset):
+            assert pickle.loads(pickle.dumps(function)) is function
+
+
+def test_a_function_that_no_other_process_can_import_is_refused():
+    for function in (lambda **columns: [], functools.partial(right, lock=threading.Lock())):
+        with pytest.raises(ValueError, match="reward_processes=2: .*top of a module"):
+            RewardWorkers(2, [function])
+
+
+def test_a_trainer_stops_in_time_and_leaves_no_process(model_folder, tmp_path):
+    """Once with a function that takes too long, and once with a process that dies; else what it trains is the same."""
+    import multiprocessing
+
+    def trained(function, **settings):
+        args = GRPOConfig(
+            output_dir=str(tmp_path / "run"),
+            report_to="none",
+            disable_tqdm=True,
+            max_steps=2,
+            per_device_train_batch_size=2,
+            num_completions_per_prompt=2,
+            generation_max_length=8,
+            save_strategy="no",
+            **settings,
+        )
+        trainer = TunixTrainer(model_folder, function, args, tiny.arithmetic_rows("train", 8))
+        trainer.train()
+        return [row["reward"] for row in trainer.state.log_history if "reward" in row]
+
+    before = multiprocessing.active_children()
+    assert trained(rewards.format_reward, reward_processes=2) == trained(rewards.format_reward)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="reward_timeout=0.2: 'slow' takes longer"):
+        trained(slow, reward_processes=1, reward_timeout=0.2)
+    with pytest.raises(Exception, match="terminated abruptly"):
+        trained(deadly, reward_processes=1)
+    assert time.monotonic() - started < 60
+    assert multiprocessing.active_children() == before
+
+
+def test_a_session_without_a_file_is_told_so():
+    code = (
+        "from tunix_torch.reward_workers import RewardWorkers\n"
+        "def mine(**columns): return []\n"
+        "try: RewardWorkers(1, [mine])\n"
+        "except ValueError as error: print(error)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert "interactive session" in result.stdout, result.stderr
