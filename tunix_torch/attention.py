@@ -124,26 +124,12 @@ def shared_prefix_attention(
     """
     rows, heads, _, head_dim = query.shape
     grouped = query.reshape(rows, kv.own_keys.shape[1], -1, head_dim)  # (R, KV heads, heads / KV heads, D)
-    of_prompt = kv.by_row(_scores(kv.by_prompt(grouped), kv.prompt_keys))  # (R, KV heads, heads / KV heads, P)
-    scores = torch.cat((of_prompt, _scores(grouped, kv.own_keys)), dim=-1) * scaling
+    scores = kv.scores(grouped) * scaling  # (R, KV heads, heads / KV heads, P + K)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.float().masked_fill_(~attention_mask, torch.finfo(torch.float32).min)
     weights = scores.softmax(dim=-1).to(query.dtype)
-    of_prompt, of_row = weights.tensor_split([kv.prompt_keys.shape[2]], dim=-1)
-    mixed = kv.by_row(_mixed(kv.by_prompt(of_prompt), kv.prompt_values)) + _mixed(of_row, kv.own_values)
-    return mixed.reshape(rows, 1, heads, -1)
-
-
-def _scores(query: Tensor, key: Tensor) -> Tensor:
-    """(R, heads, M, D) and (R, heads, K, D) -> (R, heads, M, K). On XLA `@` would make one dimension of rows and heads,
-    see `grouped_attention`, and the CPU's would turn the second factor round; elsewhere einsum is slower."""
-    return torch.einsum("rhkd,rhmd->rhkm", key, query).mT if device.KIND == "xla" else query @ key.mT
-
-
-def _mixed(weights: Tensor, value: Tensor) -> Tensor:
-    """(R, heads, M, K) and (R, heads, K, D) -> (R, heads, M, D)."""
-    return torch.einsum("rhmk,rhkd->rhmd", weights, value) if device.KIND == "xla" else weights @ value
+    return kv.mix(weights).reshape(rows, 1, heads, -1)
 
 
 def _whole_mask(*args: object, **kwargs: object) -> Tensor:
@@ -214,6 +200,26 @@ class SharedPrefixKV:
         """Itself, as all is on one device: Gemma 4 asks for it, where layers share keys and values."""
         assert self.own_keys.device == place, place
         return self
+
+    def scores(self, query: Tensor) -> Tensor:
+        """Products of M queries a row and KV head with all keys: (R, KV heads, M, D) -> (R, KV heads, M, P + K)."""
+        if device.KIND == "xla":  # no two dimensions become one: on a mesh each may be split, see `grouped_attention`
+            in_groups = query.unflatten(0, (-1, self.group_size))
+            of_prompt = torch.einsum("nghmd,nhpd->nghmp", in_groups, self.prompt_keys).flatten(0, 1)
+            of_row = torch.einsum("rhkd,rhmd->rhkm", self.own_keys, query).mT  # in this order the CPU needn't turn keys
+        else:  # einsum would be slower
+            of_prompt = self.by_row(self.by_prompt(query) @ self.prompt_keys.mT)
+            of_row = query @ self.own_keys.mT
+        return torch.cat((of_prompt, of_row), dim=-1)
+
+    def mix(self, weights: Tensor) -> Tensor:
+        """Sums of all values, weighted: (R, KV heads, M, P + K) -> (R, KV heads, M, D)."""
+        of_prompt, of_row = weights.tensor_split([self.prompt_keys.shape[2]], dim=-1)
+        if device.KIND == "xla":
+            in_groups = of_prompt.unflatten(0, (-1, self.group_size))
+            mixed = torch.einsum("nghmp,nhpd->nghmd", in_groups, self.prompt_values).flatten(0, 1)
+            return mixed + torch.einsum("rhmk,rhkd->rhmd", of_row, self.own_values)
+        return self.by_row(self.by_prompt(of_prompt) @ self.prompt_values) + of_row @ self.own_values
 
     def by_prompt(self, x: Tensor) -> Tensor:
         """Rows of a prompt side by side, zeros where one is missing: (R, KV heads, M, E) -> (N, KV heads, G * M, E)."""
