@@ -64,8 +64,9 @@ def main() -> None:
     if ours.search:
         candidates = search.search(job, rest, ours.quick, say)
         print("\n".join(search.lines_of(candidates)))
-        document = {"candidates": [vars(candidate) for candidate in candidates]}
-        fits = any(candidate.fits for candidate in candidates)
+        best = vars(candidates[0]) if candidates else {"fits": False, "spare_fraction": None, "graphs": []}
+        document = {name: best[name] for name in ("fits", "spare_fraction", "graphs")}
+        document["candidates"], fits = [vars(candidate) for candidate in candidates], best["fits"]
     else:
         result = quick.quick_plan(job) if ours.quick else plan.plan_job(job, say, ours.whole)
         print("\n".join(report.lines_of(result)))

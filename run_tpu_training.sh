@@ -10,7 +10,7 @@ if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
     sed -n '2,5s/^# //p' "$0"
     cat <<'EOF'
 
---dry-run as the first argument: check, print the command, and stop.
+--dry-run: check, print the command, and stop.
 
 Environment: MODEL_NAME OUTPUT_DIR NUM_EPOCHS BATCH_SIZE LEARNING_RATE MAX_LENGTH NUM_TPU_CORES
              USE_GRPO NUM_COMPLETIONS_PER_PROMPT GENERATION_MAX_LENGTH GENERATION_TEMPERATURE KL_PENALTY_COEF
@@ -31,10 +31,11 @@ EOF
 fi
 
 dry_run=false
-if [[ "${1:-}" == "--dry-run" ]]; then
-    dry_run=true
-    shift
-fi
+given=()
+for argument in "$@"; do
+    if [[ "$argument" == "--dry-run" ]]; then dry_run=true; else given+=("$argument"); fi
+done
+set -- "${given[@]}"
 if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; else PYTHON=${PYTHON:-python3}; fi
 
 args=(--device xla)

@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 
 from tunix_torch.logprobs import LOGITS_AT_ONCE
 from tunix_torch.model import add_lora, lora_config, torch_dtype
-from tunix_torch.sharding import axes_of
+from tunix_torch.sharding import axes_of, check_divisible
 
 from .models import vision_parameters
 from .plan import GraphPlan, Job, Plan, Traffic
@@ -274,12 +274,10 @@ def parameter_bytes(job: Job, sizes: dict[str | None, int]) -> tuple[float, floa
     with init_empty_weights(include_buffers=False):
         model = add_lora(model, lora_config(job.model))
     split_kv_heads = job.config.num_key_value_heads % sizes["tp"] == 0
+    layout = [(name, p, axes_of(name, p.dim(), split_kv_heads)) for name, p in model.named_parameters()]
+    check_divisible(layout, sizes)
     weights = head = lora = 0.0
-    for name, parameter in model.named_parameters():
-        axes = axes_of(name, parameter.dim(), split_kv_heads)
-        for size, axis in zip(parameter.shape, axes, strict=True):
-            if size % sizes[axis]:
-                raise ValueError(f"mesh_shape: {axis}={sizes[axis]} does not divide the {size} of {name}")
+    for name, parameter, axes in layout:
         share = parameter.numel() / math.prod(sizes[axis] for axis in axes)
         if "lora_" in name:
             lora += share * FLOAT

@@ -65,7 +65,8 @@ def lines_of(plan: Plan) -> list[str]:
     )
     if not plan.worst.error:
         lines.append(
-            f"Bounds, not predictions: a step takes at least {plan.step_seconds:.1f} s; at most "
+            "Bounds, not predictions, with the KV cache at its widest throughout: a step takes at least "
+            f"{plan.step_seconds:.1f} s; at most "
             f"{plan.decode_tokens_per_second:,.0f} tokens/s while decoding, {plan.step_tokens_per_second:,.0f} "
             "completion tokens/s over the whole step."
         )

@@ -9,9 +9,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .plan import Job
 from .quick import quick_plan
+from .report import as_dict
 
 ROOT = Path(__file__).parent.parent
 HOPELESS = -0.5  # of HBM to spare by arithmetic: not worth compiling
@@ -26,6 +28,7 @@ class Candidate:
     fits: bool
     spare_fraction: float | None  # None: a graph does not compile
     step_seconds: float | None
+    graphs: list[dict[str, Any]]  # as in the JSON of its plan
     error: str | None = None  # why nothing could be found out
 
     @property
@@ -57,7 +60,9 @@ def search(job: Job, argv: Sequence[str], quick: bool, say: Callable[[str], None
         except ValueError as error:
             say(f"mesh {mesh_shape}, micro-batches of {micro} left out: {error}")
             continue
-        candidate = Candidate(mesh_shape, micro, plan.fits, plan.spare_fraction, plan.step_seconds)
+        candidate = Candidate(
+            mesh_shape, micro, plan.fits, plan.spare_fraction, plan.step_seconds, as_dict(plan)["graphs"]
+        )
         if not quick and plan.spare_fraction < HOPELESS:
             say(f"mesh {mesh_shape}, micro-batches of {micro}: far too large by arithmetic, not compiled")
         elif not quick:
@@ -93,13 +98,16 @@ def _compiled(candidate: Candidate, argv: Sequence[str], topology: str) -> Candi
         ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=None)
         if not os.path.isfile(result):  # written whether the job fits or not
             error = f"plan_tpu.py ended with {ended.returncode}"
-            return dataclasses.replace(candidate, fits=False, spare_fraction=None, step_seconds=None, error=error)
+            return dataclasses.replace(
+                candidate, fits=False, spare_fraction=None, step_seconds=None, graphs=[], error=error
+            )
         plan = json.loads(Path(result).read_text())
     return dataclasses.replace(
         candidate,
         fits=plan["fits"],
         spare_fraction=plan["spare_fraction"],
         step_seconds=plan["step_seconds_at_least"],
+        graphs=plan["graphs"],
     )
 
 

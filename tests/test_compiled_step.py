@@ -146,13 +146,15 @@ def test_nothing_is_compiled_for_completions_longer_than_any_before(model_folder
     ids = torch.tensor([[2, 40, 41, 42], [0, 2, 43, 44]]).to(device.torch_device())
 
     first_half = tuple(range(model.config.vocab_size // 2))
-    sampler = Sampler(model, first_half, 0, stop_check_interval=1)
+    sampler = Sampler(model, first_half, 0, stop_check_interval=1, compile_ahead=True)
 
-    def lengths(uniform):
-        rollout = sampler.sample(ids, ids > 0, 2, params, torch.full((4, 16), uniform))
+    def lengths(num_prompts, uniform):
+        prompts, group = ids[:num_prompts], 4 // num_prompts
+        rollout = sampler.sample(prompts, prompts > 0, group, params, torch.full((4, 16), uniform))
         return rollout.completion_mask.sum(1).tolist()
 
-    assert lengths(0.0) == [1] * 4, "the first token of the vocabulary ends a completion"
-    count = device.num_compilations()
-    assert lengths(1 - 1e-6) == [16] * 4, "the last one does not"
-    assert device.num_compilations() == count > 0
+    for num_prompts in (2, 1):  # as many rows
+        assert lengths(num_prompts, 0.0) == [1] * 4, "the first token of the vocabulary ends a completion"
+        count = device.num_compilations()
+        assert lengths(num_prompts, 1 - 1e-6) == [16] * 4, "the last one does not"
+        assert device.num_compilations() == count > 0

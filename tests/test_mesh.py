@@ -20,9 +20,10 @@ ONE, FAST, ALL = (1, 1), (2, 4), ((8, 1), (1, 8), (2, 4), (4, 2))
 JOB = """
 import sys, torch, torch_xla
 from transformers import TrainerCallback
-from tunix_torch import GRPOConfig, TunixTrainer, device, tiny
+from tunix_torch import GRPOConfig, TunixTrainer, device, sampler, tiny
 from tunix_torch.model import load_model, place
 
+sampler.cache_widths = lambda room: [3, room]  # so that the KV cache grows
 folder, output_dir, mesh, checkpoint = sys.argv[1:]
 device.use_mesh((tuple(map(int, mesh.split(","))), ("fsdp", "tp")))
 

@@ -326,6 +326,21 @@ def test_a_smaller_batch_is_advised_only_where_fsdp_divides_it(mesh, group, prom
     assert first_change(plan) == learn
 
 
+def test_a_dimension_that_does_not_divide_is_named_with_the_meshes_that_fit():
+    import torch
+
+    from tunix_torch.sharding import check_divisible
+
+    layout = [
+        ("embed_tokens.weight", torch.zeros(96, 4), ("tp", None)),
+        ("layers.0.mlp.down_proj.weight", torch.zeros(4, 6), (None, "tp")),
+    ]
+    check_divisible(layout, {"fsdp": 4, "tp": 2, None: 1})
+    words = r"tp=4 does not divide the 6 of layers.0.mlp.down_proj.weight \(4, 6\); .* fit: 4,2, 8,1"
+    with pytest.raises(ValueError, match=words):
+        check_divisible(layout, {"fsdp": 2, "tp": 4, None: 1})
+
+
 def test_the_vision_tower_is_held_and_neither_computed_nor_read(monkeypatch):
     from preflight import quick
     from preflight.plan import Job
@@ -401,15 +416,18 @@ def test_a_search_by_arithmetic_names_what_it_leaves_out(small_model, tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "mesh 4,1 left out: per_device_train_batch_size=2 is no multiple of fsdp=4" in result.stderr
     assert "mesh 2,2, micro-batches of 1 left out: no multiples of fsdp=2" in result.stderr
-    found = json.loads((tmp_path / "found.json").read_text())["candidates"]
+    document = json.loads((tmp_path / "found.json").read_text())
+    found = document["candidates"]
     assert {candidate["mesh_shape"] for candidate in found} <= {"2,2", "1,4"} and found[0]["fits"]
+    assert document["fits"] and len(document["graphs"]) == 5
+    assert (document["spare_fraction"], document["graphs"]) == (found[0]["spare_fraction"], found[0]["graphs"])
     assert len(result.stdout.splitlines()) == 1 + len(found)
 
 
 def test_a_candidate_whose_compiler_fails_is_recorded_and_the_search_goes_on(monkeypatch):
     from preflight import search
 
-    plans = iter([None, {"fits": True, "spare_fraction": 0.5, "step_seconds_at_least": 1.0}])
+    plans = iter([None, {"fits": True, "spare_fraction": 0.5, "step_seconds_at_least": 1.0, "graphs": []}])
 
     def run(command, **options):
         plan = next(plans)

@@ -1,6 +1,7 @@
 """Sampling follows the model's distribution, a decode step equals a full forward, and randomness belongs to the row."""
 
 import copy
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -88,14 +89,16 @@ def test_fixed_shapes_and_growing_ones_give_the_same_completions(family, eos):
 
 @every_family
 def test_a_static_cache_grows_in_portions(family, monkeypatch):
-    """The first batch runs through all widths, whatever its lengths, so that none is new to a later one."""
+    """The first batch of a shape may go through all widths whatever its lengths, so that none is new to a later one."""
     model = make_policy(family)
     expected = sample(model, eos=tuple(range(60)), static=True)
     monkeypatch.setattr(tunix_torch.sampler, "cache_widths", lambda room: [1, 4, 10, room])
-    sampler = Sampler(model, tuple(range(60)), PAD, stop_check_interval=1)
+    sampler = Sampler(model, tuple(range(60)), PAD, stop_check_interval=1, compile_ahead=True)
     sampler._decode = sampler._decode_static
     uniforms = draw_uniforms((0, 1), range(9), PARAMS.max_new_tokens)
-    for steps in (range(19, 20), range(1, 10)):
+    whole, short = range(19, 20), range(1, 10)
+    for compile_ahead, steps in ((True, whole), (True, short), (False, short)):
+        sampler.compile_ahead = compile_ahead
         calls = []
         hook = base_model(model).get_decoder().register_forward_hook(lambda *_, calls=calls: calls.append(1))
         rollout = sampler.sample(make_batch().prompt_ids, make_batch().prompt_mask, GROUP, PARAMS, uniforms)
@@ -110,6 +113,7 @@ def test_widths_of_a_static_cache(room):
     widths = cache_widths(room)
     assert widths == sorted(set(widths)) and widths[-1] == room and len(widths) <= 4
     assert all(width % 128 == 0 for width in widths[:-1])
+    assert len(widths) == 1 or min(b - a for a, b in itertools.pairwise([0, *widths])) >= 64
 
 
 def test_rows_that_have_ended_cost_nothing_more():

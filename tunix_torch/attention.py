@@ -1,5 +1,5 @@
 """What a Hugging Face model's attention gets from us: masks and position ids for left-padded prompts, KV caches, and
-functions that compute it.
+functions that compute attention.
 
 A *slot* is a column of the key axis. Prompts are left-padded and completions start at slot P, so the distance of two
 tokens in slots equals their distance in positions, and both causality and the sliding window can be read off slots.
@@ -291,10 +291,10 @@ class SharedPrefixCache:
 
 
 class SlotCache:
-    """The same with static shapes, for a compiled decode step: rows stay, and the step says where its token goes.
+    """What a `SharedPrefixCache` is, with static shapes for a compiled step: rows stay, a tensor says where tokens go.
 
     Args:
-        layer_ids: of the layers that have a cache of their own; the i-th has the i-th tensors.
+        layer_ids: the layers that have a cache of their own. Of each of the four lists the i-th tensor is the i-th's.
         prompt_keys, prompt_values: (N, KV heads, P, head dim).
         own_keys, own_values: (B, KV heads, K, head dim), written in place.
         slot: (1,) int64, of the K slots the one that is written.

@@ -185,7 +185,8 @@ def place(model: nn.Module) -> nn.Module:
     """Move a model to this process's device. Tied embeddings come untied on XLA, so they are tied again.
 
     What is faster and equal up to rounding in float32 is put in place: on the CPU another form of Gemma's layers
-    (`fast_layers.py`), and there or on a single XLA device of its LoRA layers (`merged_lora.py`).
+    (`fast_layers.py`), and there or on a single XLA device of its LoRA layers (`merged_lora.py`). The form of attention
+    is up to the `Sampler`.
     """
     model.to(device.torch_device())
     base = base_model(model)

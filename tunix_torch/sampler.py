@@ -80,10 +80,10 @@ def choose_tokens(scores: Tensor, uniforms: Tensor, params: SamplingParams) -> t
 def cache_widths(room: int) -> list[int]:
     """Widths through which a static KV cache of up to `room` tokens a row grows: at most four, the last is `room`.
 
-    All but the last are multiples of 128, a TPU's lanes: shorter caches are not told apart.
+    All but the last are multiples of 128, a TPU's lanes, and no step is much smaller than the others.
     """
     portion = max(1, -(-room // (4 * 128))) * 128
-    return [*range(portion, room, portion), room]
+    return [*range(portion, room - portion // 2 + 1, portion), room]
 
 
 def _grow(caches: list[list[Tensor]], num_slots: int) -> None:
@@ -103,13 +103,20 @@ class Sampler:
         eos_token_ids: any of these ends a completion.
         pad_token_id: fills up after the end.
         stop_check_interval: every so many tokens the host looks which rows have ended; on the CPU before every one.
+        compile_ahead: on XLA, the first batch of a shape goes through all widths of the KV cache, though its rows may
+            have ended before: then nothing is left to compile for longer completions.
 
     Raises:
         ValueError: the model has an attention of its own.
     """
 
     def __init__(
-        self, model: nn.Module, eos_token_ids: Sequence[int], pad_token_id: int, stop_check_interval: int = 16
+        self,
+        model: nn.Module,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        stop_check_interval: int = 16,
+        compile_ahead: bool = False,
     ) -> None:
         self.model = model
         self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
@@ -122,7 +129,8 @@ class Sampler:
                 "sampling needs; use a Gemma, or another model on Transformers' AttentionInterface"
             )
         self._steps: dict[tuple[SamplingParams, tuple[str, ...]], Callable] = {}
-        self._seen: set[tuple] = set()  # shapes of batches for which every step has been compiled
+        self.compile_ahead = compile_ahead
+        self._seen: set[tuple] = set()  # of these batches every step has been compiled
 
     @torch.no_grad()
     def sample(
@@ -226,11 +234,11 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """The same with few fixed shapes, each of which has a compiled step: the rows' KV cache grows in portions."""
         room, layer_ids = params.max_new_tokens - 1, tuple(prefix.layers)
-        _, width = prefix.shape
+        num_prompts, width = prefix.shape
         widths = [room] if device.is_recording() else cache_widths(room)  # a plan looks at the largest
         ended, step = self._is_eos(ids[:, 0]), torch.zeros(1, dtype=torch.int64, device=ids.device)  # (B,)
         lengths = key_mask[:, :width].sum(-1, keepdim=True)  # (B, 1)
-        # All keys, and all values. They are views of the projections' results, and a view can't be laid on a mesh.
+        # All keys, and all values; the pre-flight can't hold them as what they are, views of the projections' results.
         of_prompts = [[x.clone() for x in tensors] for tensors in zip(*prefix.layers.values(), strict=True)]
         prefix.layers.clear()
         of_rows = [[x.new_zeros(len(ids), x.shape[1], widths[0], x.shape[3]) for x in xs] for xs in of_prompts]
@@ -241,8 +249,9 @@ class Sampler:
             for tensor in tensors:
                 shard_rows(tensor, heads_dim=1)
         device.sync()
-        decode, shapes = self._decode_step(params, layer_ids), (params, ids.shape, width)
-        may_stop = len(widths) == 1 or shapes in self._seen  # the first batch compiles all widths
+        decode = self._decode_step(params, layer_ids)
+        batch = (params, adapters_in_use(self.model), num_prompts, len(ids), width)
+        may_stop = not self.compile_ahead or len(widths) == 1 or batch in self._seen
         for t in range(room):
             if t in widths:
                 _grow(of_rows, widths[widths.index(t) + 1] - t)
@@ -251,7 +260,7 @@ class Sampler:
             )
             if may_stop and (t + 1) % self.stop_check_interval == 0 and bool(ended.cpu().all()):  # the host waits here
                 break
-        self._seen.add(shapes)
+        self._seen.add(batch)
         return ids, logps
 
     def _is_eos(self, tokens: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ The mesh is the process's: `device.use_mesh` makes it, before any tensor exists.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -61,18 +61,31 @@ def shard_model(model: nn.Module, num_kv_heads: int) -> None:
             "The %d KV heads do not divide by tp=%d: every device along tp has all of them", num_kv_heads, tp
         )
     layout = [(n, p, axes_of(n, p.dim(), split_kv_heads)) for n, p in model.named_parameters()]
-    shapes = [(tuple(parameter.shape), axes) for _, parameter, axes in layout]
-    for name, parameter, axes in layout:
-        for size, axis in zip(parameter.shape, axes, strict=True):
-            if size % device.axis_size(axis):
-                meshes = ", ".join(f"{fsdp},{tp}" for fsdp, tp in _meshes_that_fit(shapes)) or "none"
-                raise ValueError(
-                    f"mesh_shape: {axis}={device.axis_size(axis)} does not divide the {size} of {name} "
-                    f"{tuple(parameter.shape)}; with as many devices, these meshes (fsdp,tp) fit: {meshes}"
-                )
+    check_divisible(layout, {axis: device.axis_size(axis) for axis in ("fsdp", "tp", None)})
     for _, parameter, axes in layout:
         device.shard(parameter.data, axes)
     constrain_activations(model, num_kv_heads)
+
+
+def check_divisible(layout: Sequence[tuple[str, Tensor, tuple[str | None, ...]]], sizes: dict[str | None, int]) -> None:
+    """Whether the mesh divides every parameter.
+
+    Args:
+        layout: name, parameter, and the axis of each of its dimensions.
+        sizes: devices along "fsdp" and "tp"; 1 for None.
+
+    Raises:
+        ValueError: names the first parameter that it does not divide, and the meshes that would fit.
+    """
+    for name, parameter, axes in layout:
+        for size, axis in zip(parameter.shape, axes, strict=True):
+            if size % sizes[axis]:
+                fitting = _meshes_that_fit(layout, sizes["fsdp"] * sizes["tp"])
+                meshes = ", ".join(f"{fsdp},{tp}" for fsdp, tp in fitting) or "none"
+                raise ValueError(
+                    f"mesh_shape: {axis}={sizes[axis]} does not divide the {size} of {name} {tuple(parameter.shape)}; "
+                    f"with as many devices, these meshes (fsdp,tp) fit: {meshes}"
+                )
 
 
 def constrain_activations(model: nn.Module, num_kv_heads: int) -> None:
@@ -97,11 +110,12 @@ def constrain_activations(model: nn.Module, num_kv_heads: int) -> None:
         module.register_forward_hook(lay)
 
 
-def _meshes_that_fit(shapes: list[tuple[tuple[int, ...], tuple[str | None, ...]]]) -> Iterator[tuple[int, int]]:
-    devices = device.axis_size("fsdp") * device.axis_size("tp")
+def _meshes_that_fit(
+    layout: Sequence[tuple[str, Tensor, tuple[str | None, ...]]], devices: int
+) -> Iterator[tuple[int, int]]:
     for fsdp in range(1, devices + 1):
         sizes = {"fsdp": fsdp, "tp": devices // fsdp, None: 1}
-        dimensions = [(size, axis) for shape, axes in shapes for size, axis in zip(shape, axes, strict=True)]
+        dimensions = [(size, axis) for _, p, axes in layout for size, axis in zip(p.shape, axes, strict=True)]
         if devices % fsdp == 0 and all(size % sizes[axis] == 0 for size, axis in dimensions):
             yield sizes["fsdp"], sizes["tp"]
 

@@ -120,7 +120,11 @@ class TunixTrainer(Trainer):
             args.generation_max_length, args.generation_temperature, args.generation_top_k, args.generation_top_p
         )
         self.sampler = Sampler(
-            model, eos_token_ids(model, processing_class), processing_class.pad_token_id, args.stop_check_interval
+            model,
+            eos_token_ids(model, processing_class),
+            processing_class.pad_token_id,
+            args.stop_check_interval,
+            compile_ahead=True,
         )
         completion_width = None if args.use_grpo else args.generation_max_length
         if eval_dataset is None:
