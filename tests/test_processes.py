@@ -85,7 +85,7 @@ def results(model_folder, tmp_path_factory):
         root = tmp_path_factory.mktemp(f"processes-{number}")
         (root / "job.py").write_text(JOB)
         job = [str(root / "job.py"), model_folder, str(root), str(STEPS), str(PROMPTS)]
-        launch = [] if number == 1 else ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
+        launch = [] if number == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         environment = {**os.environ, "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
         result = subprocess.run([sys.executable, *launch, *job], env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-9000:]
