@@ -64,6 +64,11 @@ def model_of_zeros(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     return model
 
 
+class _TrainerOfZeros(TunixTrainer):
+    def _fingerprint_base(self) -> list[float]:
+        return []  # would be computed, in float32: of a large model more than the memory of the host
+
+
 def make_trainer(config: PretrainedConfig, model_config: ModelConfig, args: GRPOConfig) -> TunixTrainer:
     """The job's trainer around a model of zeros, ready for its first step. Rows and rewards stand for the job's."""
 
@@ -77,7 +82,7 @@ def make_trainer(config: PretrainedConfig, model_config: ModelConfig, args: GRPO
     args.report_to = []
     rows = [{"prompt": "?", "answer": "!"}] * args.per_device_train_batch_size
     model = model_of_zeros(config, torch_dtype(model_config.model_dtype))
-    trainer = TunixTrainer(
+    trainer = _TrainerOfZeros(
         model,
         no_reward,
         args,
