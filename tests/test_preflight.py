@@ -582,6 +582,8 @@ def test_decoding_and_learning_on_a_mesh_communicate_no_more_than_tensor_paralle
     # no weight of the base model is moved at all: the largest thing gathered is smaller than the smallest of them
     learn = graphs["learn"]["collectives"]
     assert learn["all-gather"]["bytes"] < 2**20
+    moved = sum(traffic["bytes"] for kind, traffic in learn.items() if kind != "all-reduce")
+    assert moved / layers < 2**20
 
 
 @pytest.mark.slow
