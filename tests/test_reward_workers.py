@@ -122,7 +122,11 @@ def test_a_trainer_stops_in_time_and_leaves_no_process(model_folder, tmp_path):
         trainer.train()
         return [row["reward"] for row in trainer.state.log_history if "reward" in row]
 
+    async def unsendable(completions, **columns):
+        return [0.0] * len(completions)
+
     before = multiprocessing.active_children()
+    trained(unsendable, reward_processes=2)  # an async function waits, and stays here
     assert trained(rewards.format_reward, reward_processes=2) == trained(rewards.format_reward)
     started = time.monotonic()
     with pytest.raises(ValueError, match="reward_timeout=0.2: 'slow' takes longer"):

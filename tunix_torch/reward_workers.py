@@ -18,7 +18,7 @@ class RewardWorkers:
 
     Args:
         count: of processes, at least 1.
-        functions: that will be called. What one of them remembers, each process remembers for itself.
+        functions: that will be called, at least one. What it remembers, each process remembers for itself.
 
     Raises:
         ValueError: a function that another process can't import.

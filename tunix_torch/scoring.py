@@ -92,7 +92,7 @@ def call_rewards(
     calls: list[Callable[[], Any]] = []
     for function in functions:
         arguments = columns | {"completions": list(completions)}
-        if workers is None or _is_async(function):
+        if workers is None or is_async(function):
             calls.append(functools.partial(function, **arguments))
         else:
             calls.append(workers.submit(function, len(rows), arguments))
@@ -123,7 +123,7 @@ def _results(
     but it can stop waiting. Without, the others run here, one after the other.
     """
     started = time.monotonic()
-    in_thread = [threaded or _is_async(function) for function in functions]
+    in_thread = [threaded or is_async(function) for function in functions]
     futures = [_in_thread(call) if away else None for call, away in zip(calls, in_thread, strict=True)]
     results: list[Any] = [None if away else call() for call, away in zip(calls, in_thread, strict=True)]
     for j, future in enumerate(futures):
@@ -141,7 +141,8 @@ def _results(
     return results
 
 
-def _is_async(function: RewardFunc) -> bool:
+def is_async(function: RewardFunc) -> bool:
+    """Whether calling it gives something to await."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 

@@ -44,7 +44,7 @@ from .record import FOLDER, record_step
 from .reward_workers import RewardWorkers
 from .run_folder import settings_of
 from .sampler import Sampler, SamplingParams, draw_uniforms
-from .scoring import RewardFunc, name_of, score_completions
+from .scoring import RewardFunc, is_async, name_of, score_completions
 from .settings import require
 from .sft import completion_loss, sft_batch
 from .sharding import shard_rows
@@ -223,7 +223,9 @@ class TunixTrainer(Trainer):
                 self._reward_workers = None
 
     def _start_reward_workers(self) -> None:
-        self._reward_workers = RewardWorkers(self.args.reward_processes, self.reward_funcs)
+        plain = [function for function in self.reward_funcs if not is_async(function)]
+        if plain:  # the others stay here
+            self._reward_workers = RewardWorkers(self.args.reward_processes, plain)
 
     # ---- one step ----
 
