@@ -15,7 +15,14 @@ MIB = 2**20
 # Memory of its own (RssAnon): pages of the files themselves are the kernel's cache, which gives them back when needed.
 LOAD = """
 import sys, threading, time, torch
-from tunix_torch.model import load_base_model
+from tunix_torch import device
+from tunix_torch.model import load_base_model, place
+
+on_mesh = len(sys.argv) > 3
+if on_mesh:
+    device.use_mesh(((1, 4), ("fsdp", "tp")))
+    device.shard(torch.ones(4, 4).to(device.torch_device()), ("fsdp", "tp"))
+    device.wait()
 
 def own_memory():
     lines = open("/proc/self/status").read().splitlines()
@@ -32,6 +39,10 @@ def watch():
 thread = threading.Thread(target=watch)
 thread.start()
 model = load_base_model(sys.argv[1], getattr(torch, sys.argv[2]))
+if on_mesh:
+    place(model)
+    device.sync()
+    device.wait()
 done.set()
 thread.join()
 print(max(peak[0], own_memory()) - before)
@@ -59,9 +70,9 @@ def files(tmp_path_factory):
     return files
 
 
-def growth(files, dtype):
-    command = [sys.executable, "-c", LOAD, str(files[0].parent), dtype]
-    environment = {**os.environ, "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+def growth(files, dtype, *on_mesh, **variables):
+    command = [sys.executable, "-c", LOAD, str(files[0].parent), dtype, *on_mesh]
+    environment = {**os.environ, "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT), **variables}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return int(result.stdout.split()[-1])
@@ -79,3 +90,13 @@ def test_another_type_takes_its_own_size_and_no_more_than_a_file_besides(files):
     taken = growth(files, "float32")
     print(f"own memory +{taken / MIB:.1f} MiB")
     assert taken < 2 * sum(sizes) + 1.3 * max(sizes)
+
+
+@pytest.mark.xla
+def test_a_mesh_takes_its_shards_and_the_host_no_copy_besides(files):
+    """The memory of these devices is the host's, so all shards are in it, once; what is freed must leave at once."""
+    sizes = [file.stat().st_size for file in files]
+    given_back = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "0"}
+    taken = growth(files, "bfloat16", "mesh", TUNIX_DEVICE="xla", CPU_NUM_DEVICES="4", **given_back)
+    print(f"{sum(sizes) / MIB:.0f} MiB of shards, own memory +{taken / MIB:.1f} MiB")
+    assert sum(sizes) < taken < sum(sizes) + 1.3 * max(sizes)
