@@ -40,6 +40,10 @@ def slow(completions, **columns):
     return [float(os.getpid())] * len(completions)
 
 
+def stuck(**columns):
+    time.sleep(3600)
+
+
 def too_few(completions, **columns):
     return [0.0] * (len(completions) - 1)
 
@@ -128,12 +132,10 @@ def test_a_trainer_stops_in_time_and_leaves_no_process(model_folder, tmp_path):
     before = multiprocessing.active_children()
     trained(unsendable, reward_processes=2)  # an async function waits, and stays here
     assert trained(rewards.format_reward, reward_processes=2) == trained(rewards.format_reward)
-    started = time.monotonic()
-    with pytest.raises(ValueError, match="reward_timeout=0.2: 'slow' takes longer"):
-        trained(slow, reward_processes=1, reward_timeout=0.2)
+    with pytest.raises(ValueError, match="reward_timeout=0.2: 'stuck' takes longer"):
+        trained(stuck, reward_processes=1, reward_timeout=0.2)  # an hour, did anyone wait for it
     with pytest.raises(Exception, match="terminated abruptly"):
         trained(deadly, reward_processes=1)
-    assert time.monotonic() - started < 60
     assert multiprocessing.active_children() == before
 
 

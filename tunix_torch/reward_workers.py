@@ -93,9 +93,13 @@ def _begin(barrier: Barrier) -> None:
 
 
 def _call(function: Callable[..., Any], arguments: dict[str, list[Any]]) -> Any:
-    result = function(**arguments)
-    return asyncio.run(_finish(result)) if inspect.isawaitable(result) else result
+    return awaited(function(**arguments))
 
 
-async def _finish(awaitable: Any) -> Any:
-    return await awaitable
+def awaited(result: Any) -> Any:
+    """What a call gave, run to its end in an event loop of its own if it is something to await."""
+
+    async def finish() -> Any:
+        return await result
+
+    return asyncio.run(finish()) if inspect.isawaitable(result) else result

@@ -1,6 +1,5 @@
 """Call reward functions and check what they return."""
 
-import asyncio
 import concurrent.futures
 import functools
 import inspect
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reward_workers import RewardWorkers
+from .reward_workers import RewardWorkers, awaited
 
 # (prompts, completions, **columns) -> one value a completion, or None where the function does not apply; may be async
 RewardFunc = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
@@ -150,13 +149,9 @@ def _in_thread(call: Callable[[], Any]) -> concurrent.futures.Future:
     """Start a call in a thread that does not keep the process alive; a coroutine that it returns is run there."""
     future: concurrent.futures.Future = concurrent.futures.Future()
 
-    async def finish(result: Awaitable[Any]) -> Any:
-        return await result
-
     def run() -> None:
         try:
-            result = call()
-            future.set_result(asyncio.run(finish(result)) if inspect.isawaitable(result) else result)
+            future.set_result(awaited(call()))
         except BaseException as error:
             future.set_exception(error)
 
