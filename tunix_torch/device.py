@@ -272,6 +272,13 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+def as_written(tensor: "torch.Tensor") -> "torch.Tensor":
+    """A new tensor that XLA computes as it is written, without merging it into what follows. Returns it."""
+    if KIND == "xla":
+        xm.optimization_barrier_([tensor])
+    return tensor
+
+
 def start_trace(folder: "os.PathLike[str]") -> None:
     """Record what an XLA device does, until `stop_trace`. Elsewhere PyTorch's own profiler sees it."""
     if KIND == "xla":

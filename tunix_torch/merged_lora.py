@@ -2,7 +2,7 @@
 
 PEFT's layer computes x W^T + s (x A^T) B^T, which takes three products and three passes over y. Here the sum of the
 weights is kept, and made anew when A or B has changed. W itself stays as it is, to the bit: it is the reference policy.
-The gradients of A and B come from skinny products that are laid out as the CPU's library (MKL) is fast at.
+The gradients of A and B come from skinny products, in the order in which the CPU's libraries are fast (MKL, XLA's own).
 For decoding on XLA the sum is kept transposed: on the CPU that is twice as fast, as no step has to do it.
 
 Only where weights are float32: in bfloat16 the sum would round small updates away. It costs memory: on the CPU the sums
@@ -34,14 +34,19 @@ class _MergedProduct(torch.autograd.Function):
         x, a, b, weight = ctx.saved_tensors
         rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])  # (R, in), (R, out)
         grad_x = (grad_rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        grad_a = ctx.scaling * (_project(grad_rows, b.t()) @ rows)  # (rank, R) @ (R, in)
-        grad_b = ctx.scaling * (_project(rows, a) @ grad_rows).t()  # ((rank, R) @ (R, out))^T
+        grad_a = ctx.scaling * _product_of_projected(grad_rows, b.t(), rows)
+        grad_b = ctx.scaling * _product_of_projected(rows, a, grad_rows).t()
         return grad_x, grad_a, grad_b, None, None
 
 
-def _project(rows: Tensor, matrix: Tensor) -> Tensor:
-    """matrix (rank, D), rows (R, D) -> (rank, R), in the order that is faster."""
-    return (rows @ matrix.t()).t() if _ON_XLA else matrix @ rows.t()
+def _product_of_projected(rows: Tensor, matrix: Tensor, others: Tensor) -> Tensor:
+    """matrix (rank, D), rows (R, D), others (R, E) -> matrix rows^T others, (rank, E).
+
+    Left to itself, XLA merges transpositions before and after into its products, which takes the CPU ten times as long.
+    """
+    if not _ON_XLA:
+        return (matrix @ rows.t()) @ others
+    return device.as_written(device.as_written(rows @ matrix.t()).t() @ others)
 
 
 class MergedLinear(peft.tuners.lora.Linear):
