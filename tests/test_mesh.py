@@ -5,6 +5,7 @@ Each run is a process of its own, since a process keeps its mesh. `TUNIX_DEVICE=
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from preflight.hlo import collectives_of
 
 ROOT = Path(__file__).parent.parent
 STEPS, SAVED = 5, 3  # steps of a run, and the one after which it has a checkpoint
@@ -107,10 +110,12 @@ def run(model, tmp_path_factory):
     def run(mesh, resumed_from=None):
         if (mesh, resumed_from) not in done:
             checkpoint = "" if resumed_from is None else str(run(resumed_from)["folder"] / f"checkpoint-{SAVED}")
-            folder = root / f"{mesh}-{resumed_from}"
+            folder = root / str(len(done))  # without spaces: XLA_FLAGS has them between flags
             folder.mkdir()
             environment = {**os.environ, "TUNIX_DEVICE": "xla", "PYTHONPATH": str(ROOT)}
             environment["CPU_NUM_DEVICES"] = str(math.prod(mesh))
+            dump = f"--xla_dump_to={folder / 'dump'} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=SyncTensors.*"
+            environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}"
             command = [sys.executable, "-c", JOB, model, str(folder), ",".join(map(str, mesh)), checkpoint]
             result = subprocess.run(command, env=environment, capture_output=True, text=True)
             assert result.returncode == 0, result.stderr[-3000:]
@@ -182,6 +187,17 @@ def test_weights_really_are_split_over_the_mesh(run):
     }
     shards = run(FAST)["shards"]
     assert {name: shards[name] for name in shapes} == {name: [shape] * 8 for name, shape in shapes.items()}
+
+
+@meshes
+def test_a_decode_step_gathers_neither_cache_nor_attention(run, mesh):
+    """Only what a token is chosen from: two dimensions, rows and candidates."""
+    texts = [file.read_text() for file in (run(mesh)["folder"] / "dump").glob("*cpu_after_optimizations.txt")]
+    steps = [text for text in texts if " dynamic-update-slice(" in text and "f32[" in text]
+    moved = [collective for text in steps for collective in collectives_of(text)]
+    assert len(steps) >= 4 and (mesh[1] == 1 or moved), "two widths of the cache, greedy and sampled"
+    gathered = [sizes for c in moved if c.kind == "all-gather" for sizes in re.findall(r"\[([\d,]*)\]", c.shape)]
+    assert not [sizes for sizes in gathered if sizes.count(",") > 1], gathered
 
 
 @meshes
