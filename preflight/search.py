@@ -51,8 +51,8 @@ def search(job: Job, argv: Sequence[str], quick: bool, say: Callable[[str], None
         quick: by arithmetic only.
         say: is told what is going on.
     """
-    found = []
-    for mesh_shape, micro in _settings(job, say):
+    found, settings = [], list(_settings(job, say))
+    for number, (mesh_shape, micro) in enumerate(settings, start=1):
         model = dataclasses.replace(job.model, mesh_shape=mesh_shape, mesh_axes="fsdp,tp")
         args = dataclasses.replace(job.args, micro_batch_size=micro)
         try:
@@ -66,7 +66,7 @@ def search(job: Job, argv: Sequence[str], quick: bool, say: Callable[[str], None
         if not quick and plan.spare_fraction < HOPELESS:
             say(f"mesh {mesh_shape}, micro-batches of {micro}: far too large by arithmetic, not compiled")
         elif not quick:
-            say(f"mesh {mesh_shape}, micro-batches of {micro}:")
+            say(f"{number} of {len(settings)}: mesh {mesh_shape}, micro-batches of {micro}")
             candidate = _compiled(candidate, argv, job.topology.name)
         found.append(candidate)
     return sorted(found, key=lambda candidate: candidate.order)
