@@ -273,7 +273,7 @@ def wait() -> None:
 
 
 def as_written(tensor: "torch.Tensor") -> "torch.Tensor":
-    """A new tensor that XLA computes as it is written, without merging it into what follows. Returns it."""
+    """Have XLA compute a tensor, of which no other view is in use, without merging it into what follows. Returns it."""
     if KIND == "xla":
         xm.optimization_barrier_([tensor])
     return tensor
