@@ -16,6 +16,7 @@ pytest.importorskip("tunix")
 
 import crosscheck.replay
 import tunix_torch.grpo
+import tunix_torch.learning
 import tunix_torch.logprobs
 import tunix_torch.model
 import tunix_torch.trainer
@@ -144,27 +145,27 @@ def mask_off_by_one(monkeypatch, trainer):
 
 
 def temperature_forgotten(monkeypatch, trainer):
-    right = tunix_torch.trainer.token_logps
+    right = tunix_torch.learning.token_logps
 
     def forgetful(model, batch, temperature=1.0, share_prefix=True):
         return right(model, batch, 1.0 if torch.is_grad_enabled() else temperature, share_prefix)
 
-    monkeypatch.setattr(tunix_torch.trainer, "token_logps", forgetful)
+    monkeypatch.setattr(tunix_torch.learning, "token_logps", forgetful)
 
 
 def temperature_forgotten_in_old_ones(monkeypatch, trainer):
-    right = TunixTrainer._logps_without_gradient
+    right = tunix_torch.trainer.logps_without_gradient
 
-    def forgetful(self, batch):
+    def forgetful(model, batch, args):
         if batch.ref_per_token_logps is None:
-            return right(self, batch)
-        self.args.generation_temperature, kept = 1.0, self.args.generation_temperature
+            return right(model, batch, args)
+        args.generation_temperature, kept = 1.0, args.generation_temperature
         try:
-            return right(self, batch)
+            return right(model, batch, args)
         finally:
-            self.args.generation_temperature = kept
+            args.generation_temperature = kept
 
-    monkeypatch.setattr(TunixTrainer, "_logps_without_gradient", forgetful)
+    monkeypatch.setattr(tunix_torch.trainer, "logps_without_gradient", forgetful)
 
 
 def aggregation_swapped(monkeypatch, trainer):

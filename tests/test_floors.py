@@ -26,7 +26,8 @@ FLOORS = [
     {"fast_layers"},
     {"grpo", "model", "nested", "sources"},
     {"logprobs", "sampler", "data", "run_folder"},
-    {"evaluation", "export", "sft"},
+    {"evaluation", "export", "learning"},
+    {"sft"},
     {"trainer"},
     {"job"},
 ]

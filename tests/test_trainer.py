@@ -12,10 +12,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3ForCausalLM
 
+import tunix_torch.trainer
 from tunix_torch import GRPOConfig, ModelConfig, TunixTrainer, tiny
 from tunix_torch.batch import PromptBatch
 from tunix_torch.callbacks import MetricsFile
 from tunix_torch.checkpoint import is_whole, newest_checkpoint
+from tunix_torch.learning import micro_batches
 from tunix_torch.model import lora_config
 from tunix_torch.profiling import PARTS
 from tunix_torch.record import StepRecord
@@ -103,10 +105,10 @@ def test_a_cpu_learns_at_once_from_as_many_rows_as_their_real_lengths_allow(mode
     batch = first_batch(trainer)
     short = batch.completion_mask & (torch.arange(batch.completion_mask.shape[1]) < 2)
     for mask, rows in ((torch.ones_like(short), [4] * 4), (short, [8] * 2)):
-        parts = trainer._split(replace(batch, completion_mask=mask))
+        parts = micro_batches(replace(batch, completion_mask=mask), trainer.args)
         assert [len(part.completion_ids) for part in parts] == rows
     trainer.args.gradient_checkpointing = True  # which pads every row
-    assert len(trainer._split(replace(batch, completion_mask=short))) == 4
+    assert len(micro_batches(replace(batch, completion_mask=short), trainer.args)) == 4
 
 
 def test_layers_under_gradient_checkpointing_give_the_same_gradient(model_folder, tmp_path):
@@ -287,13 +289,15 @@ def test_one_step_is_recorded_as_a_trace(model_folder, tmp_path, caplog):
     assert "Step 2 took" in caplog.text and "rollout" in caplog.text
 
 
-def test_an_accelerator_is_given_the_reference_before_rewards_are_computed(model_folder, tmp_path):
+def test_an_accelerator_is_given_the_reference_before_rewards_are_computed(model_folder, tmp_path, monkeypatch):
     """So that it works while the host computes them."""
     order = []
     trainer = make_trainer(model_folder, tmp_path, kl_penalty_coef=0.1)
     trainer.reward_funcs = [lambda prompts, completions, **_: order.append("rewards") or [0.0] * len(completions)]
-    logps = trainer._logps_without_gradient
-    trainer._logps_without_gradient = lambda batch: order.append("reference") or logps(batch)
+    logps = tunix_torch.trainer.logps_without_gradient
+    monkeypatch.setattr(
+        tunix_torch.trainer, "logps_without_gradient", lambda *args: order.append("reference") or logps(*args)
+    )
     first_batch(trainer)
     assert order == ["reference", "rewards"]
 

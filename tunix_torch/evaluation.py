@@ -127,3 +127,37 @@ def judge_answers(
     (values,) = call_rewards([judge], rows, [text for texts in completions for text in texts], timeout)
     right = [value is not None and value >= RIGHT for value in values]
     return Answers(completions, [right[i : i + copies] for i in range(0, len(right), copies)], lengths)
+
+
+def answer(
+    sampler: Sampler,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    params: SamplingParams,
+    collator: Collator,
+    batch_size: int,
+    judge: RewardFunc,
+    num_completions: int = 1,
+    seed: int = 0,
+    timeout: float | None = None,
+) -> Answers:
+    """Sample and judge: each process answers a part of the rows; the answers to all of them are the same on each.
+
+    Raises:
+        ValueError: see `call_rewards`.
+    """
+    part = processes.own_part(len(rows))
+    mine, answers = rows[part], Answers([], [], [])
+    if mine:
+        size = max(batch_size, num_completions)
+        texts, lengths = sample_texts(
+            sampler, tokenizer, mine, params, collator, size, num_completions, seed, number=part.start
+        )
+        right = processes.of_first(lambda: judge_answers(mine, texts, lengths, judge, timeout).right)
+        answers = Answers(texts, right, lengths)
+    everyones = processes.gather(answers)
+    return Answers(
+        completions=[texts for theirs in everyones for texts in theirs.completions],
+        right=[right for theirs in everyones for right in theirs.right],
+        lengths=[lengths for theirs in everyones for lengths in theirs.lengths],
+    )

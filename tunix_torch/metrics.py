@@ -50,7 +50,7 @@ def sum_up(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def learning_metrics(first: dict[str, float], last: dict[str, float], has_reference: bool) -> dict[str, float]:
-    """What is logged of the first and the last pass over a batch (see `TunixTrainer._learn`)."""
+    """What is logged of the first and the last pass over a batch (see `learning.learn`)."""
     weight, tokens = max(last["weight"], 1e-12), max(last["tokens"], 1.0)
     kl = {"kl": last["kl_loss"] / weight} if has_reference else {}
     return kl | {

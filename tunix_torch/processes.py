@@ -69,6 +69,12 @@ def own_rows(tensor: Tensor) -> Tensor:
     return tensor.tensor_split(count())[index()]
 
 
+def own_part(num_rows: int) -> slice:
+    """Which of so many rows that all processes have are this one's to work on: as many for each as can be."""
+    each = -(-num_rows // count())
+    return slice(index() * each, (index() + 1) * each)
+
+
 def sum_numbers(numbers: dict[str, float]) -> dict[str, float]:
     """Each number, summed over the processes; the same on all of them, to the last bit."""
     everyone = gather(numbers)

@@ -1,14 +1,16 @@
-"""Supervised fine-tuning: the data set's completions as a batch, and their loss at evaluation."""
+"""Supervised fine-tuning: the data set's completions as a batch, learning from them, and their loss at evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from . import device
+from . import device, processes
 from .batch import TrainBatch
+from .config import GRPOConfig
 from .data import Collator, Row
+from .learning import micro_batches
 from .logprobs import token_logps
 
 
@@ -24,16 +26,33 @@ def sft_batch(inputs: dict[str, Any], num_tokens: int) -> TrainBatch:
     return TrainBatch(**tensors, advantages=torch.zeros(len(mask), device=mask.device), token_weights=weights)
 
 
+def learn_completions(
+    model: nn.Module, batch: TrainBatch, args: GRPOConfig, backward: Callable[[Tensor], None]
+) -> Tensor:
+    """Forward and backward of each micro-batch of an `sft_batch`; `backward` as for `learn`. Returns the loss, ()."""
+    total = torch.zeros((), device=args.device)
+    for part in micro_batches(batch, args):
+        logps, _ = token_logps(model, part, share_prefix=not args.gradient_checkpointing)
+        loss = -(logps * part.token_weights).sum()
+        backward(loss)
+        total += loss.detach()
+        device.sync()
+    return total
+
+
 @torch.no_grad()
-def completion_loss(model: nn.Module, rows: Sequence[Row], collator: Collator, batch_size: int) -> tuple[float, int]:
-    """The loss of all completion tokens of rows (from `prepare_rows`, with completions): its sum in nats, and their
-    number."""
+def completion_loss(model: nn.Module, rows: Sequence[Row], collator: Collator, batch_size: int) -> float:
+    """The mean loss, in nats, of all completion tokens of rows (from `prepare_rows`, with completions).
+
+    Each process takes a part of the rows; all of them get the mean over all rows.
+    """
     model.eval()
     total, tokens = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        part = list(rows[start : start + batch_size])
+    mine = rows[processes.own_part(len(rows))]
+    for start in range(0, len(mine), batch_size):
+        part = list(mine[start : start + batch_size])
         batch = sft_batch(collator(part + [part[-1]] * (batch_size - len(part))), 1)  # one shape for all
         logps, _ = token_logps(model, batch)
         total -= float(logps[: len(part)].sum())
         tokens += int(batch.completion_mask[: len(part)].sum())
-    return total, tokens
+    return sum(processes.gather(total)) / sum(processes.gather(tokens))

@@ -34,9 +34,9 @@ from .batch import PromptBatch, Rollout, TrainBatch
 from .checkpoint import fingerprint
 from .config import GRPOConfig, ModelConfig
 from .data import Collator, PromptStream, Row, prepare_rows
-from .evaluation import Answers, judge_answers, sample_texts
-from .grpo import aggregation_weights, compute_group_advantages, grpo_loss
-from .logprobs import token_logps
+from .evaluation import Answers, answer
+from .grpo import aggregation_weights, compute_group_advantages
+from .learning import learn, logps_without_gradient, micro_batches
 from .metrics import broken_invariant, learning_metrics, rollout_metrics, sum_up
 from .model import add_lora, base_model, eos_token_ids, load_model, load_tokenizer, lora_config, place, reference_policy
 from .profiling import ProfileStep, span
@@ -46,8 +46,7 @@ from .run_folder import settings_of
 from .sampler import Sampler, SamplingParams, draw_uniforms
 from .scoring import RewardFunc, is_async, name_of, score_completions
 from .settings import require
-from .sft import completion_loss, sft_batch
-from .sharding import shard_rows
+from .sft import completion_loss, learn_completions, sft_batch
 
 logger = logging.getLogger(__name__)
 
@@ -293,10 +292,10 @@ class TunixTrainer(Trainer):
         )
         if args.beta > 0:
             with span("reference"), reference_policy(self.model):
-                batch.ref_per_token_logps = self._logps_without_gradient(batch)
+                batch.ref_per_token_logps = logps_without_gradient(self.model, batch, args)
         if args.num_iterations > 1:
             with span("old policy"):
-                batch.old_per_token_logps = self._logps_without_gradient(batch)
+                batch.old_per_token_logps = logps_without_gradient(self.model, batch, args)
         return batch
 
     def _with_rewards(self, batch: TrainBatch, rewards: Tensor) -> TrainBatch:
@@ -326,11 +325,14 @@ class TunixTrainer(Trainer):
         return torch.tensor(last["loss"] / self.current_gradient_accumulation_steps, device=args.device)
 
     def learning_pass(self, batch: TrainBatch) -> list[dict[str, Tensor]]:
-        """Forward and backward of every micro-batch; the gradients add up in the parameters. See `_learn`."""
+        """Forward and backward of every micro-batch; the gradients add up in the parameters. See `learn`."""
         self.model.train()
-        parts = [self._learn(part) for part in self._split(batch)]
+        parts = [learn(self.model, part, self.args, self._backward) for part in micro_batches(batch, self.args)]
         self._sum_gradients()
         return parts
+
+    def _backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
 
     def _sum_gradients(self) -> None:
         """Over processes, once an optimizer step. DDP's own hooks sleep: no forward pass goes through its wrapper."""
@@ -352,76 +354,6 @@ class TunixTrainer(Trainer):
             record = record_step(self.model, batch, parts, self.optimizer.param_groups[0]["lr"])
             if self.args.should_save:
                 record.save(Path(self.args.output_dir) / FOLDER / f"step-{number:04}.safetensors")
-
-    def _split(self, batch: TrainBatch) -> list[TrainBatch]:
-        """Micro-batches, cut before their graphs begin: so that on XLA all of them run the same compiled graph."""
-        if device.KIND == "cpu" and not self.args.gradient_checkpointing:  # as many rows as their real lengths allow
-            tokens = int(batch.completion_mask.sum()) / len(batch.prompt_ids)
-            parts = batch.split(self.args.rows_in_pass_of(tokens))
-        else:
-            parts = batch.split(self.args.rows_per_pass)
-        for part in parts:
-            for tensor in part.tensors():
-                shard_rows(tensor)
-        device.sync()
-        return parts
-
-    def _learn(self, part: TrainBatch) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch. Returns its share of the batch's numbers, on the device.
-
-        Those named `row_...` have one value a row, `logps` is (rows, C); the others are scalars.
-        """
-        args = self.args
-        logps, entropy = self._token_logps(part)
-        terms = grpo_loss(
-            logps,
-            part.old_per_token_logps,
-            part.ref_per_token_logps,
-            part.advantages,
-            part.token_weights,
-            epsilon=args.epsilon,
-            epsilon_high=args.clip_high,
-            epsilon_c=args.epsilon_c,
-            beta=args.beta,
-            kl_estimator=args.kl_estimator,
-            kl_clamp=args.kl_clamp_value,
-            sequence_level=args.algorithm == "gspo",
-        )
-        self.accelerator.backward(terms.loss / self.current_gradient_accumulation_steps)
-        logps, mask = logps.detach(), part.completion_mask
-        gap = (logps - part.sampler_logps).abs() * mask
-        numbers = {
-            "loss": terms.loss.detach(),
-            "policy_loss": terms.policy_loss,
-            "kl_loss": terms.kl_loss,
-            "clipped_weight": terms.clipped_weight,
-            "weight": part.token_weights.sum(),
-            "tokens": mask.sum().float(),
-            "entropy": entropy.sum(),
-            "sampler_gap": gap.sum(),
-            "row_bad": (~(torch.isfinite(logps) & (logps <= 0))).any(dim=1),
-            "row_ratio_gap": terms.ratio_gap,
-            "row_sampler_gap": gap.amax(dim=1),
-            "row_largest_kl": terms.largest_kl,
-            "logps": logps,
-        }
-        device.sync()
-        return numbers
-
-    def _token_logps(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
-        # layers under gradient checkpointing drop any KV cache, so no prefix can be shared then
-        shared = not self.args.gradient_checkpointing
-        return token_logps(self.model, batch, self.args.generation_temperature, share_prefix=shared)
-
-    @torch.no_grad()
-    def _logps_without_gradient(self, batch: TrainBatch) -> Tensor:
-        """(B, C), in micro-batches, in evaluation mode."""
-        self.model.eval()
-        parts = []
-        for part in self._split(batch):
-            parts.append(self._token_logps(part)[0])
-            device.sync()
-        return torch.cat(parts)
 
     # ---- its parts ----
 
@@ -470,17 +402,11 @@ class TunixTrainer(Trainer):
         self.model.train()
         started = time.perf_counter()
         tokens = sum(processes.gather(int(inputs["completion_mask"].sum())))
-        batch, total = sft_batch(inputs, tokens), torch.zeros((), device=self.args.device)
-        for part in self._split(batch):
-            logps, _ = token_logps(self.model, part, share_prefix=not self.args.gradient_checkpointing)
-            loss = -(logps * part.token_weights).sum()
-            loss = loss / self.current_gradient_accumulation_steps
-            self.accelerator.backward(loss)
-            total += loss.detach()
-            device.sync()
+        loss = learn_completions(self.model, sft_batch(inputs, tokens), self.args, self._backward)
         self._sum_gradients()
         self._record({"learning_tokens_per_second": tokens / (time.perf_counter() - started)})
-        return total * processes.count()  # its share of the loss, of which Trainer logs the mean over processes
+        # its share of the loss, of which Trainer logs the mean over processes
+        return loss / self.current_gradient_accumulation_steps * processes.count()
 
     # ---- evaluation ----
 
@@ -502,59 +428,35 @@ class TunixTrainer(Trainer):
             raise ValueError("eval_dataset: there are no rows to evaluate on")
         rows = self._prepare(rows)
         metrics = {}
+        answer_rows = functools.partial(
+            answer,
+            self.sampler,
+            self.processing_class,
+            rows,
+            collator=Collator(self.data_collator.pad_token_id, args.max_prompt_length),
+            batch_size=args.per_device_eval_batch_size,
+            judge=self.judge,
+            seed=args.seed,
+            timeout=args.reward_timeout,
+        )
         if self.judge is not None:
             greedy = SamplingParams(args.generation_max_length, temperature=0.0)
-            self.last_answers = self._answer(rows, greedy, 1)
+            self.last_answers = answer_rows(greedy)
             self.first_answers = self.first_answers or self.last_answers
             metrics["accuracy"] = self.last_answers.accuracy
             metrics["mean_length"] = self.last_answers.mean_length
             if args.num_eval_completions:
                 sampled = SamplingParams(args.generation_max_length, temperature=args.eval_temperature)
-                samples = self._answer(rows, sampled, args.num_eval_completions)
+                samples = answer_rows(sampled, num_completions=args.num_eval_completions)
                 metrics[f"mean@{args.num_eval_completions}"] = samples.accuracy
         if not args.use_grpo:
-            mine = rows[self._own_part(rows)]
-            total, tokens = completion_loss(self.model, mine, self.data_collator, args.per_device_eval_batch_size)
-            metrics["loss"] = sum(processes.gather(total)) / sum(processes.gather(tokens))
+            metrics["loss"] = completion_loss(self.model, rows, self.data_collator, args.per_device_eval_batch_size)
         metrics["runtime"] = time.perf_counter() - started
         metrics = processes.of_first(lambda: metrics)  # a run is stopped by them
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
-
-    def _answer(self, rows: Sequence[Row], params: SamplingParams, num_completions: int) -> Answers:
-        """Each process answers and judges a part of the rows; the answers to all of them are the same on each."""
-        size = max(self.args.per_device_eval_batch_size, num_completions)
-        collator = Collator(self.data_collator.pad_token_id, self.args.max_prompt_length)
-        part = self._own_part(rows)
-        mine, answers = rows[part], Answers([], [], [])
-        if mine:
-            texts, lengths = sample_texts(
-                self.sampler,
-                self.processing_class,
-                mine,
-                params,
-                collator,
-                size,
-                num_completions,
-                self.args.seed,
-                number=part.start,
-            )
-            timeout = self.args.reward_timeout
-            right = processes.of_first(lambda: judge_answers(mine, texts, lengths, self.judge, timeout).right)
-            answers = Answers(texts, right, lengths)
-        everyones = processes.gather(answers)
-        return Answers(
-            completions=[texts for theirs in everyones for texts in theirs.completions],
-            right=[right for theirs in everyones for right in theirs.right],
-            lengths=[lengths for theirs in everyones for lengths in theirs.lengths],
-        )
-
-    def _own_part(self, rows: Sequence[Row]) -> slice:
-        """The evaluation rows of this process: as many for each as can be."""
-        each = -(-len(rows) // processes.count())
-        return slice(processes.index() * each, (processes.index() + 1) * each)
 
     # ---- assertions and metrics ----
 
