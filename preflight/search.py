@@ -55,18 +55,19 @@ def search(job: Job, argv: Sequence[str], quick: bool, say: Callable[[str], None
     for number, (mesh_shape, micro) in enumerate(settings, start=1):
         model = dataclasses.replace(job.model, mesh_shape=mesh_shape, mesh_axes="fsdp,tp")
         args = dataclasses.replace(job.args, micro_batch_size=micro)
+        name = f"{number} of {len(settings)}: mesh {mesh_shape}, micro-batches of {micro}"
         try:
             plan = quick_plan(Job(model, args, job.topology))
         except ValueError as error:
-            say(f"mesh {mesh_shape}, micro-batches of {micro} left out: {error}")
+            say(f"{name} left out: {error}")
             continue
         candidate = Candidate(
             mesh_shape, micro, plan.fits, plan.spare_fraction, plan.step_seconds, as_dict(plan)["graphs"]
         )
         if not quick and plan.spare_fraction < HOPELESS:
-            say(f"mesh {mesh_shape}, micro-batches of {micro}: far too large by arithmetic, not compiled")
+            say(f"{name}: far too large by arithmetic, not compiled")
         elif not quick:
-            say(f"{number} of {len(settings)}: mesh {mesh_shape}, micro-batches of {micro}")
+            say(name)
             candidate = _compiled(candidate, argv, job.topology.name)
         found.append(candidate)
     return sorted(found, key=lambda candidate: candidate.order)

@@ -114,12 +114,13 @@ def run(model, tmp_path_factory):
             folder.mkdir()
             environment = {**os.environ, "TUNIX_DEVICE": "xla", "PYTHONPATH": str(ROOT)}
             environment["CPU_NUM_DEVICES"] = str(math.prod(mesh))
-            dump = f"--xla_dump_to={folder / 'dump'} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=SyncTensors.*"
-            environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}"
+            if mesh != ONE and resumed_from is None:  # the programs of these are read
+                dump = f"--xla_dump_to={folder / 'dump'} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=SyncTensors.*"
+                environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}"
             command = [sys.executable, "-c", JOB, model, str(folder), ",".join(map(str, mesh)), checkpoint]
             result = subprocess.run(command, env=environment, capture_output=True, text=True)
             assert result.returncode == 0, result.stderr[-3000:]
-            done[mesh, resumed_from] = torch.load(folder / "result.pt") | {"folder": folder}
+            done[mesh, resumed_from] = torch.load(folder / "result.pt") | {"folder": folder, "said": result.stderr}
         return done[mesh, resumed_from]
 
     return run
@@ -187,13 +188,14 @@ def test_weights_really_are_split_over_the_mesh(run):
     }
     shards = run(FAST)["shards"]
     assert {name: shards[name] for name in shapes} == {name: [shape] * 8 for name, shape in shapes.items()}
+    assert "The 2 KV heads do not divide by tp=4" in run(FAST)["said"]
 
 
 @meshes
 def test_a_decode_step_gathers_neither_cache_nor_attention(run, mesh):
     """Only what a token is chosen from: two dimensions, rows and candidates."""
     texts = [file.read_text() for file in (run(mesh)["folder"] / "dump").glob("*cpu_after_optimizations.txt")]
-    steps = [text for text in texts if " dynamic-update-slice(" in text and "f32[" in text]
+    steps = [text for text in texts if " dynamic-update-slice(" in text]
     moved = [collective for text in steps for collective in collectives_of(text)]
     assert len(steps) >= 4 and (mesh[1] == 1 or moved), "two widths of the cache, greedy and sampled"
     gathered = [sizes for c in moved if c.kind == "all-gather" for sizes in re.findall(r"\[([\d,]*)\]", c.shape)]
