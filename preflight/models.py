@@ -4,6 +4,7 @@ Values are those of each model's config.json on huggingface.co (google/gemma-2-*
 decide a shape or an operation.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoConfig, Gemma2Config, Gemma3TextConfig, PretrainedConfig
@@ -86,14 +87,16 @@ def kinds_of_layers(config: PretrainedConfig) -> list[str]:
 
 
 def with_depth(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
-    """The same model with another number of layers, the kinds of layers taking turns.
-
-    Sliding and full attention do the same work in this library (the window is a mask, and the KV cache as wide), so
-    Gemma 3's five sliding layers to one full layer need not be kept.
-    """
+    """The same model with another number of layers, the kinds of layers taking turns."""
     if num_layers == config.num_hidden_layers:
         return config
-    values, kinds = config.to_dict(), kinds_of_layers(config)
+    kinds = kinds_of_layers(config)
+    return with_layers(config, [kinds[i % len(kinds)] for i in range(num_layers)])
+
+
+def with_layers(config: PretrainedConfig, kinds: Sequence[str]) -> PretrainedConfig:
+    """The same model with other layers, of which the kinds are given."""
+    values = config.to_dict() | {"num_hidden_layers": len(kinds)}
     if values.get("layer_types") is not None:
-        values["layer_types"] = [kinds[i % len(kinds)] for i in range(num_layers)]
-    return type(config).from_dict(values | {"num_hidden_layers": num_layers})
+        values["layer_types"] = list(kinds)
+    return type(config).from_dict(values)

@@ -2,9 +2,10 @@
 
 A deep model takes the compiler many minutes and more memory than a workstation has, since its layers are unrolled. So
 models of more than `CUT_DEPTHS[1]` layers are compiled with few layers, twice, and every figure is taken to grow
-linearly with the number of layers. It does but for the compiler's choices: all layers are alike, the kinds of
-attention included (see `models.with_depth`), and what a learning pass keeps of each layer is alive when the head's
-gradient is computed. `tests/test_preflight.py` compares with 6 layers of Gemma 3 270m.
+linearly with the number of layers. It does but for the compiler's choices: all layers are alike, and what a learning
+pass keeps of each layer is alive when the head's gradient is computed. The kinds of attention too do the same work (the
+window is a mask), until sequences outgrow the window and layers with one keep fewer keys: then a third cut tells how
+figures grow with each kind. `tests/test_preflight.py` compares with 6 layers of Gemma 3 270m.
 """
 
 import argparse
@@ -19,12 +20,13 @@ from transformers import PretrainedConfig
 
 import utils
 from tunix_torch import GRPOConfig, ModelConfig, device
+from tunix_torch.attention import kept_tokens, layer_windows
 from tunix_torch.model import torch_dtype
 
 from .chips import Chip, Topology
 from .compiler import Program, compile_for
+from .models import kinds_of_layers, vision_parameters, with_depth, with_layers
 from .models import model_config as config_of
-from .models import vision_parameters, with_depth
 from .trace import DECODE, Graph, make_trainer, trace_step
 
 CUT_DEPTHS = (2, 4)  # layers; each has a sliding and a full one
@@ -64,6 +66,14 @@ class Job:
         return self.args.per_device_train_batch_size * self.args.num_completions_per_prompt
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A model with few of the job's layers, whose graphs are compiled, or the whole one."""
+
+    config: PretrainedConfig
+    weight: float  # of its figures in the sum that is the whole model's figure
+
+
 @dataclass
 class Traffic:
     """Collectives of one kind in one run of a graph."""
@@ -78,7 +88,7 @@ class GraphPlan:
 
     name: str
     runs: int  # times a step
-    compiled_depths: list[int]  # one: the whole model; two: the figures are extrapolated
+    compiled_depths: list[int]  # one: the whole model; more: the figures are extrapolated
     error: str | None = None
     argument_bytes: float = 0.0
     output_bytes: float = 0.0  # those that take over no argument's buffer
@@ -174,25 +184,38 @@ def plan_job(job: Job, say: Callable[[str], None] = lambda text: None, whole: bo
     Raises:
         ValueError: a setting that can't be, such as a mesh that does not divide the model.
     """
-    full = job.config.num_hidden_layers
-    depths = [full] if whole or full <= CUT_DEPTHS[1] else list(CUT_DEPTHS)
-    traced = [trace_at_depth(job, depth) for depth in depths]
-    plans = []
+    full, plans = job.config.num_hidden_layers, []
+    cuts = [Cut(job.config, 1.0)] if whole or full <= CUT_DEPTHS[1] else cuts_of(job)
+    traced = [trace(job, cut.config) for cut in cuts]
     for graphs in zip(*traced, strict=True):
         programs = []
-        for depth, graph in zip(depths, graphs, strict=True):
+        for cut, graph in zip(cuts, graphs, strict=True):
             program = compile_for(job.topology, job.num_partitions, graph)
-            say(f"{graph.name}, {depth} of {full} layers: {'no' if program.error else f'{program.seconds:.0f} s'}")
+            took = "no" if program.error else f"{program.seconds:.0f} s"
+            say(f"{graph.name}, {cut.config.num_hidden_layers} of {full} layers: {took}")
             programs.append(program)
             if program.error:
                 break
-        plans.append(plan_graph(job, depths, graphs, programs, full))
+        plans.append(plan_graph(job, cuts, graphs, programs))
     return Plan(job, plans)
 
 
-def trace_at_depth(job: Job, depth: int) -> list[Graph]:
-    """The graphs of a step of the job, of its model with so many layers."""
-    trainer = make_trainer(with_depth(job.config, depth), job.model, dataclasses.replace(job.args))
+def cuts_of(job: Job) -> list[Cut]:
+    """The models with few layers that stand for a deep one."""
+    config, (few, more) = job.config, CUT_DEPTHS
+    kinds, count = kinds_of_layers(config), (job.args.max_prompt_length, job.args.generation_max_length - 1)
+    if len({kept_tokens(window, *count) for window in layer_windows(config)}) == 1:
+        slope = (config.num_hidden_layers - few) / (more - few)
+        return [Cut(with_depth(config, few), 1 - slope), Cut(with_depth(config, more), slope)]
+    repeated = more - few  # layers of one kind
+    slopes = [(config.layer_types.count(kind) - 1) / repeated for kind in kinds]
+    others = [Cut(with_layers(config, kinds + [k] * repeated), s) for k, s in zip(kinds, slopes, strict=True)]
+    return [Cut(with_layers(config, kinds), 1 - sum(slopes)), *others]
+
+
+def trace(job: Job, config: PretrainedConfig) -> list[Graph]:
+    """The graphs of a step of the job, of this model in place of its own."""
+    trainer = make_trainer(config, job.model, dataclasses.replace(job.args))
     graphs = trace_step(trainer)
     del trainer
     gc.collect()  # the zeros that stood for weights: the compiler needs the memory
@@ -200,21 +223,17 @@ def trace_at_depth(job: Job, depth: int) -> list[Graph]:
     return graphs
 
 
-def plan_graph(
-    job: Job, depths: Sequence[int], graphs: Sequence[Graph], programs: Sequence[Program], full: int
-) -> GraphPlan:
-    """Put together what was compiled at one depth or at two."""
+def plan_graph(job: Job, cuts: Sequence[Cut], graphs: Sequence[Graph], programs: Sequence[Program]) -> GraphPlan:
+    """Put together what was compiled: of each cut a graph and its program."""
     failed = next((program.error for program in programs if program.error), None)
-    result = GraphPlan(graphs[0].name, graphs[0].runs, list(depths), failed)
+    depths = [cut.config.num_hidden_layers for cut in cuts]
+    result = GraphPlan(graphs[0].name, graphs[0].runs, depths, failed)
     result.compile_seconds = sum(program.seconds for program in programs)
     if failed:
         return result
 
     def at_full_depth(values: Sequence[float]) -> float:
-        if len(depths) == 1:
-            return values[0]
-        slope = (values[1] - values[0]) / (depths[1] - depths[0])
-        return max(0.0, values[0] + slope * (full - depths[0]))
+        return max(0.0, sum(cut.weight * value for cut, value in zip(cuts, values, strict=True)))
 
     number = {name: at_full_depth([getattr(program, name) for program in programs]) for name in NUMBERS}
     for name in ("argument_bytes", "temporary_bytes", "code_bytes", "flops", "hbm_traffic"):

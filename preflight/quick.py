@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from accelerate import init_empty_weights
 
+from tunix_torch.attention import kept_tokens, layer_windows
 from tunix_torch.logprobs import LOGITS_AT_ONCE
 from tunix_torch.model import add_lora, lora_config, torch_dtype
 from tunix_torch.sharding import axes_of, check_divisible
@@ -71,9 +72,15 @@ class Share:
     @property
     def cache(self) -> float:
         """Bytes of the rollout's KV cache: that of the prompts, and at its widest that of the rows' own tokens."""
+        tokens = sum(self.prompts * prompt + self.rows * own for prompt, own in self.kept)  # in all layers together
+        return tokens * self.kv_row / len(self.kept)
+
+    @property
+    def kept(self) -> list[tuple[int, int]]:
+        """Of each layer, how many of a prompt's tokens and of a row's own it keeps while rows are decoded."""
         args = self.job.args
-        tokens = self.prompts * args.max_prompt_length + self.rows * (args.generation_max_length - 1)
-        return tokens * self.kv_row
+        windows, count = layer_windows(self.job.config), (args.max_prompt_length, args.generation_max_length - 1)
+        return [kept_tokens(window, *count) for window in windows]
 
     @property
     def tokens(self) -> int:
@@ -189,7 +196,7 @@ def prefill(share: Share) -> GraphPlan:
 
 def decode(share: Share) -> GraphPlan:
     """One token of every row."""
-    attention = 4 * share.rows * share.key_width * share.heads * share.job.config.num_hidden_layers
+    attention = 4 * share.rows * share.heads * sum(prompt + own for prompt, own in share.kept)
     return GraphPlan(
         DECODE,
         share.job.args.generation_max_length - 1,

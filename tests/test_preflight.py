@@ -229,7 +229,8 @@ def example_plan(**changes):
     """A plan from two made-up cuts, of 2 and 4 layers, of the tiny model with 10 layers."""
     from preflight.compiler import Program
     from preflight.hlo import Collective
-    from preflight.plan import Job, Plan, plan_graph
+    from preflight.models import model_config, with_depth
+    from preflight.plan import Cut, Job, Plan, plan_graph
     from preflight.trace import DECODE, LEARN, Graph
     from tunix_torch import GRPOConfig, ModelConfig
 
@@ -245,7 +246,24 @@ def example_plan(**changes):
 
     graphs = [Graph(name, b"", [], 3, 1500 + 10 * layers) for name in (DECODE, LEARN) for layers in (2, 4)]
     programs = [program(2), program(4)]
-    return Plan(job, [plan_graph(job, [2, 4], graphs[i : i + 2], programs, 10) for i in (0, 2)])
+    cuts = [Cut(with_depth(model_config("tiny"), 2), -3.0), Cut(with_depth(model_config("tiny"), 4), 4.0)]
+    return Plan(job, [plan_graph(job, cuts, graphs[i : i + 2], programs) for i in (0, 2)])
+
+
+@pytest.mark.parametrize("completion_length, cuts", [(512, [(1, 1), (2, 2)]), (2048, [(1, 1), (3, 1), (1, 3)])])
+def test_cuts_stand_for_every_layer_of_each_kind(completion_length, cuts):
+    """Also where layers with a window keep fewer keys than the others, of which Gemma 3 has fewer."""
+    from preflight.plan import Job, cuts_of
+    from tunix_torch import GRPOConfig, ModelConfig
+
+    args = GRPOConfig(output_dir="/nowhere", max_prompt_length=256, generation_max_length=completion_length)
+    job = Job(ModelConfig("google/gemma-3-1b-it"), args, parse_topology("v5e:1x1"))
+    kinds, full = ("sliding_attention", "full_attention"), [22, 4]
+    found = cuts_of(job)
+    assert [tuple(map(cut.config.layer_types.count, kinds)) for cut in found] == cuts
+    assert sum(cut.weight for cut in found) == pytest.approx(1)
+    total = [sum(cut.weight * cut.config.layer_types.count(kind) for cut in found) for kind in kinds]
+    assert sum(total) == pytest.approx(26) and (len(cuts) == 2 or total == pytest.approx(full))
 
 
 def test_figures_grow_linearly_with_depth():

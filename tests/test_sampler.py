@@ -108,6 +108,27 @@ def test_a_static_cache_grows_in_portions(family, monkeypatch):
     assert_same(sample(model, eos=NEVER, static=True), sample(model, eos=NEVER))
 
 
+@pytest.mark.parametrize("window", [1, 2, 7, 18, 19, 20, 21, 38, 39])
+@pytest.mark.parametrize("static", [False, True])
+def test_layers_with_a_sliding_window_keep_no_more_and_change_nothing(static, window, monkeypatch):
+    """Prompts of up to 19 tokens, completions of 20, of which the last is never looked at."""
+    made = []
+    name = "SlotCache" if static else "SharedPrefixCache"
+    kind = getattr(tunix_torch.sampler, name)
+    monkeypatch.setattr(tunix_torch.sampler, name, lambda *args: made.append(kind(*args)) or made[-1])
+    monkeypatch.setattr(tunix_torch.sampler, "cache_widths", lambda room: [1, 4, 10, room])
+    model = place(add_nontrivial_lora(make_model("gemma3", sliding_window=window)))
+    rollout = sample(model, eos=NEVER, static=static)
+    batch = replace(make_batch(), completion_ids=rollout.completion_ids, completion_mask=rollout.completion_mask)
+    torch.testing.assert_close(rollout.sampler_logps, token_logps(model, batch)[0], rtol=0, atol=1e-4)
+    cache = made[-1]
+    if static:
+        kept = {i: (prompt.shape[2], own.shape[2]) for i, (prompt, _, own, _) in cache.layers.items()}
+    else:
+        kept = {i: (cache.prompts[i][0].shape[2], cache.own[i][0].shape[2]) for i in cache.own}
+    assert kept == {0: (min(19, max(1, window - 1)), min(19, window)), 1: (19, 19)}
+
+
 @given(room=st.integers(0, 5000))
 def test_widths_of_a_static_cache(room):
     widths = cache_widths(room)

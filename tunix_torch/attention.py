@@ -59,6 +59,23 @@ def attention_masks(
     return {"full_attention": finish(full), "sliding_attention": finish(sliding)}
 
 
+def layer_windows(config: PretrainedConfig) -> list[int | None]:
+    """Of each layer, the most tokens that a token may look at, itself included; None: all before it."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def kept_tokens(window: int | None, num_prompt: int, num_own: int) -> tuple[int, int]:
+    """How many of a prompt's tokens, and of a completion's own, a layer keeps while completions are decoded."""
+    return (num_prompt, num_own) if window is None else (min(num_prompt, max(1, window - 1)), min(num_own, window))
+
+
+def _for_last(attention_mask: Tensor, num_keys: int) -> Tensor:
+    """A mask for the last of its keys: a layer with a sliding window keeps no others."""
+    return attention_mask if attention_mask.shape[-1] == num_keys else attention_mask[..., -num_keys:]
+
+
 def grouped_attention(
     module: nn.Module,
     query: Tensor,
@@ -120,14 +137,16 @@ def shared_prefix_attention(
 ) -> Tensor:
     """One query a row, (R, heads, 1, D), looks at its prompt's keys, which its group shares, and at the row's own.
 
-    `attention_mask`: (R, 1, 1, P + K), as if each row had its prompt's keys before its own. Returns (R, 1, heads, D).
+    `attention_mask`: (R, 1, 1, P + K or more), as if each row had its prompt's keys before its own; the last count.
+    Returns (R, 1, heads, D).
     """
     rows, heads, _, head_dim = query.shape
     grouped = query.reshape(rows, kv.own_keys.shape[1], -1, head_dim)  # (R, KV heads, heads / KV heads, D)
     scores = kv.scores(grouped) * scaling  # (R, KV heads, heads / KV heads, P + K)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.float().masked_fill_(~attention_mask, torch.finfo(torch.float32).min)
+    mask = _for_last(attention_mask, scores.shape[-1])
+    scores = scores.float().masked_fill_(~mask, torch.finfo(torch.float32).min)
     weights = scores.softmax(dim=-1).to(query.dtype)
     return kv.mix(weights).reshape(rows, 1, heads, -1)
 
@@ -163,10 +182,16 @@ class PrefixCache:
         return self.layers[layer_idx][0].shape[2] if layer_idx in self.layers else 0
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and tokens that it holds."""
-        key, _ = next(iter(self.layers.values()))
-        return key.shape[0], key.shape[2]
+    def num_rows(self) -> int:
+        """Rows that it holds."""
+        return next(iter(self.layers.values()))[0].shape[0]
+
+    def forget(self, windows: Sequence[int | None]) -> None:
+        """Drop what no token after it looks at: all but the last tokens of a window (see `kept_tokens`)."""
+        for i, (key, value) in self.layers.items():
+            num_kept, _ = kept_tokens(windows[i], key.shape[2], 0)
+            if num_kept < key.shape[2]:
+                self.layers[i] = (key[:, :, -num_kept:].contiguous(), value[:, :, -num_kept:].contiguous())
 
     def expand(self, num_copies: int) -> "PrefixCache":
         """Each row `num_copies` times, copies side by side: (N, ...) -> (N * num_copies, ...)."""
@@ -203,6 +228,8 @@ class SharedPrefixKV:
 
     def scores(self, query: Tensor) -> Tensor:
         """Products of M queries a row and KV head with all keys: (R, KV heads, M, D) -> (R, KV heads, M, P + K)."""
+        if self.prompt_keys.shape[2] == 0:  # the window has left the prompt
+            return query @ self.own_keys.mT
         if device.KIND == "xla":  # no two dimensions become one: on a mesh each may be split, see `grouped_attention`
             in_groups = query.unflatten(0, (-1, self.group_size))
             of_prompt = torch.einsum("nghmd,nhpd->nghmp", in_groups, self.prompt_keys).flatten(0, 1)
@@ -214,6 +241,8 @@ class SharedPrefixKV:
 
     def mix(self, weights: Tensor) -> Tensor:
         """Sums of all values, weighted: (R, KV heads, M, P + K) -> (R, KV heads, M, D)."""
+        if self.prompt_keys.shape[2] == 0:
+            return weights @ self.own_values
         of_prompt, of_row = weights.tensor_split([self.prompt_keys.shape[2]], dim=-1)
         if device.KIND == "xla":
             in_groups = of_prompt.unflatten(0, (-1, self.group_size))
@@ -240,20 +269,22 @@ class SharedPrefixKV:
 class SharedPrefixCache:
     """A KV cache for groups of rows that leave: each step appends one token to every row that is still there.
 
-    The keys and values of a prompt are kept and read once for its group. Room for `capacity` tokens a row is set aside.
+    The keys and values of a prompt are kept and read once for its group. Room for `capacity` tokens a row is set aside;
+    in layers with a sliding window for no more than that: there the newest token takes the place of the oldest.
 
     Args:
         prefix: of N prompts; emptied.
         group_size: rows a prompt, side by side.
+        windows: see `layer_windows`.
     """
 
-    def __init__(self, prefix: PrefixCache, group_size: int, capacity: int) -> None:
-        self.prompts, (num_prompts, self.width) = dict(prefix.layers), prefix.shape  # width: slots of a prompt
+    def __init__(self, prefix: PrefixCache, group_size: int, capacity: int, windows: Sequence[int | None]) -> None:
+        self.prompts, self.windows = dict(prefix.layers), windows
         prefix.layers.clear()
-        self.own, self.used = {}, 0  # used: slots of a row before the step that is running
+        self.own, self.used = {}, 0  # used: tokens of a row before the step that is running
         for i, (key, value) in self.prompts.items():
-            heads = key.shape[1]
-            room = (num_prompts * group_size, heads, capacity)
+            num_prompts, heads, width, _ = key.shape
+            room = (num_prompts * group_size, heads, kept_tokens(windows[i], width, capacity)[1])
             self.own[i] = (key.new_empty(*room, key.shape[3]), value.new_empty(*room, value.shape[3]))
         self.num_prompts = num_prompts
         self.prompt_of = torch.arange(num_prompts, device=key.device).repeat_interleave(group_size)  # (R,)
@@ -264,15 +295,19 @@ class SharedPrefixCache:
     ) -> tuple[SharedPrefixKV, SharedPrefixKV]:
         assert key.shape[2] == 1, key.shape
         keys, values = self.own[layer_idx]
-        keys[:, :, self.used] = key[:, :, 0]
-        values[:, :, self.used] = value[:, :, 0]
-        end = self.used + 1
-        own = (keys[:, :, :end], values[:, :, :end])
-        both = SharedPrefixKV(*self.prompts[layer_idx], *own, self.places, self.group_size)
+        slot = self.used % keys.shape[2]
+        keys[:, :, slot] = key[:, :, 0]
+        values[:, :, slot] = value[:, :, 0]
+        own = (x[:, :, : self.used + 1] for x in (keys, values))
+        prompt, window = self.prompts[layer_idx], self.windows[layer_idx]
+        if window is not None:
+            left = max(0, window - self.used - 1)  # of the window, for the prompt's last tokens
+            prompt = (x[:, :, max(0, x.shape[2] - left) :] for x in prompt)
+        both = SharedPrefixKV(*prompt, *own, self.places, self.group_size)
         return both, both
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.width + self.used
+        return self.prompts[layer_idx][0].shape[2] + self.used
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the rows, (fewer,) int64, in their order. Prompts without rows leave too."""
@@ -295,33 +330,57 @@ class SlotCache:
 
     Args:
         layer_ids: the layers that have a cache of their own. Of each of the four lists the i-th tensor is the i-th's.
-        prompt_keys, prompt_values: (N, KV heads, P, head dim).
-        own_keys, own_values: (B, KV heads, K, head dim), written in place.
-        slot: (1,) int64, of the K slots the one that is written.
+        windows: of all layers, see `layer_windows`.
+        prompt_keys, prompt_values: (N, KV heads, P or, after `PrefixCache.forget`, fewer, head dim).
+        own_keys, own_values: (B, KV heads, K, head dim), written in place. In layers with a window K may be as little.
+        step: (1,) int64, how many tokens a row has before the one that is written.
     """
 
     def __init__(
         self,
         layer_ids: Sequence[int],
+        windows: Sequence[int | None],
         prompt_keys: list[Tensor],
         prompt_values: list[Tensor],
         own_keys: list[Tensor],
         own_values: list[Tensor],
-        slot: Tensor,
+        step: Tensor,
     ) -> None:
         layers = zip(prompt_keys, prompt_values, own_keys, own_values, strict=True)
         self.layers = dict(zip(layer_ids, layers, strict=True))
         self.group_size = len(own_keys[0]) // len(prompt_keys[0])
-        self.width, self.slot = prompt_keys[0].shape[2] + own_keys[0].shape[2], slot
+        self.windows, self.step = windows, step
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[SharedPrefixKV, SharedPrefixKV]:
         prompt_keys, prompt_values, keys, values = self.layers[layer_idx]
-        keys.index_copy_(2, self.slot, key.to(keys.dtype))
-        values.index_copy_(2, self.slot, value.to(values.dtype))
+        slot = self.step if self.windows[layer_idx] is None else self.step % keys.shape[2]
+        keys.index_copy_(2, slot, key.to(keys.dtype))
+        values.index_copy_(2, slot, value.to(values.dtype))
         kv = SharedPrefixKV(prompt_keys, prompt_values, keys, values, None, self.group_size)
         return kv, kv
 
+    def masks(self, config: PretrainedConfig, prompt_mask: Tensor) -> dict[str, Tensor] | Tensor:
+        """As `attention_masks`, bool, for what each kind of layer keeps: (B, 1, 1, its P + its K).
+
+        `prompt_mask` is (B, P), False at padding.
+        """
+        width, kinds = prompt_mask.shape[1], getattr(config, "layer_types", None)
+        distance = width + self.step - torch.arange(width, device=prompt_mask.device)  # (P,)
+
+        def mask_of(layer: int) -> Tensor:
+            prompt_keys, _, keys, _ = self.layers[layer]
+            window, num_own = self.windows[layer], keys.shape[2]
+            seen = prompt_mask if window is None else prompt_mask & (distance < window)
+            own = torch.arange(num_own, device=prompt_mask.device) <= self.step  # all, once the window is full
+            seen = torch.cat((_for_last(seen, prompt_keys.shape[2]), own.expand(len(seen), -1)), dim=1)
+            return seen[:, None, None]
+
+        if kinds is None:
+            return mask_of(0)
+        return {kinds[layer]: mask_of(layer) for layer in reversed(self.layers)}  # of the first layer of each kind
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.width
+        prompt_keys, _, keys, _ = self.layers[layer_idx]
+        return prompt_keys.shape[2] + keys.shape[2]

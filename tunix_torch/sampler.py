@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import device
-from .attention import ATTENTION, PrefixCache, SharedPrefixCache, SlotCache, attention_masks
+from .attention import ATTENTION, PrefixCache, SharedPrefixCache, SlotCache, attention_masks, kept_tokens, layer_windows
 from .batch import Rollout
 from .fast_layers import packed_for_decoding
 from .model import adapters_in_use, base_model, hidden_states, logits, prefill, text_config
@@ -86,12 +86,16 @@ def cache_widths(room: int) -> list[int]:
     return [*range(portion, room - portion // 2 + 1, portion), room]
 
 
-def _grow(caches: list[list[Tensor]], num_slots: int) -> None:
-    """Append slots to every tensor (B, KV heads, K, head dim), one after the other: one at a time is there twice."""
+def _grow(caches: list[list[Tensor]], widths: Sequence[int]) -> None:
+    """Append slots to tensors (B, KV heads, K, head dim) until K is that layer's width.
+
+    One after the other: one at a time is there twice.
+    """
     for tensors in caches:
-        for i, tensor in enumerate(tensors):
-            tensors[i] = shard_rows(nn.functional.pad(tensor, (0, 0, 0, num_slots)), heads_dim=1)
-            device.sync()
+        for i, (tensor, width) in enumerate(zip(tensors, widths, strict=True)):
+            if tensor.shape[2] < width:
+                tensors[i] = shard_rows(nn.functional.pad(tensor, (0, 0, 0, width - tensor.shape[2])), heads_dim=1)
+                device.sync()
 
 
 class Sampler:
@@ -174,9 +178,10 @@ class Sampler:
 
         Returns:
             ids, logps (B, C), of which the first column is filled in; key_mask (B, P + C - 1); the KV cache of the N
-            prompts.
+            prompts, as far as completions look at it.
         """
         last_hidden, prefix = prefill(self.model, prompt_ids, prompt_mask)
+        prefix.forget(layer_windows(text_config(self.model)))
         scores = logits(self.model, last_hidden).repeat_interleave(num_completions, dim=0)  # (B, V)
         tokens, logps = choose_tokens(scores, uniforms[:, 0], params)
         room = params.max_new_tokens - 1
@@ -197,9 +202,10 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """Fill in the columns from 1 on, with shapes that follow the data: rows that have ended leave."""
         model, config, dtype = self.model, text_config(self.model), base_model(self.model).dtype
-        (num_prompts, width), room = prefix.shape, params.max_new_tokens - 1
+        room = params.max_new_tokens - 1
+        width = key_mask.shape[1] - room
         lengths = key_mask[:, :width].sum(-1, keepdim=True)  # (B, 1)
-        cache = SharedPrefixCache(prefix, len(ids) // num_prompts, room)
+        cache = SharedPrefixCache(prefix, len(ids) // prefix.num_rows, room, layer_windows(config))
         rows = torch.arange(len(ids), device=ids.device)  # those still there
         interval = 1 if ids.device.type == "cpu" else self.stop_check_interval  # there the host need not wait
         ended = self._is_eos(ids[:, 0])
@@ -233,15 +239,20 @@ class Sampler:
         params: SamplingParams,
     ) -> tuple[Tensor, Tensor]:
         """The same with few fixed shapes, each of which has a compiled step: the rows' KV cache grows in portions."""
-        room, layer_ids = params.max_new_tokens - 1, tuple(prefix.layers)
-        num_prompts, width = prefix.shape
+        room, layer_ids, num_prompts = params.max_new_tokens - 1, tuple(prefix.layers), prefix.num_rows
+        width, windows = key_mask.shape[1] - room, layer_windows(text_config(self.model))
         widths = [room] if device.is_recording() else cache_widths(room)  # a plan looks at the largest
         ended, step = self._is_eos(ids[:, 0]), torch.zeros(1, dtype=torch.int64, device=ids.device)  # (B,)
         lengths = key_mask[:, :width].sum(-1, keepdim=True)  # (B, 1)
         # All keys, and all values; the pre-flight can't hold them as what they are, views of the projections' results.
         of_prompts = [[x.clone() for x in tensors] for tensors in zip(*prefix.layers.values(), strict=True)]
         prefix.layers.clear()
-        of_rows = [[x.new_zeros(len(ids), x.shape[1], widths[0], x.shape[3]) for x in xs] for xs in of_prompts]
+        # Layers with a window keep no more of a row: then the newest token takes the place of the oldest.
+        of_layers = {k: [kept_tokens(windows[i], width, k)[1] for i in layer_ids] for k in widths}
+        of_rows = [
+            [x.new_zeros(len(ids), x.shape[1], k, x.shape[3]) for x, k in zip(xs, of_layers[widths[0]], strict=True)]
+            for xs in of_prompts
+        ]
         prompt_mask = key_mask[:, :width]
         for tensor in (ids, logps, ended, prompt_mask, lengths):
             shard_rows(tensor)
@@ -254,7 +265,7 @@ class Sampler:
         may_stop = not self.compile_ahead or len(widths) == 1 or batch in self._seen
         for t in range(room):
             if t in widths:
-                _grow(of_rows, widths[widths.index(t) + 1] - t)
+                _grow(of_rows, of_layers[widths[widths.index(t) + 1]])
             ids, logps, ended, step = decode(
                 ids, logps, ended, step, prompt_mask, lengths, uniforms, *of_prompts, *of_rows
             )
@@ -279,12 +290,12 @@ class Sampler:
         key = (params, adapters_in_use(self.model))
         if key in self._steps:
             return self._steps[key]
-        model, config, dtype = self.model, text_config(self.model), base_model(self.model).dtype
+        model, config = self.model, text_config(self.model)
+        windows = layer_windows(config)
 
         def decode_step(ids, logps, ended, step, prompt_mask, lengths, uniforms, *keys_and_values):
-            cache, width = SlotCache(layer_ids, *keys_and_values, step), prompt_mask.shape[1]
-            key_mask = nn.functional.pad(prompt_mask, (0, cache.width - width), value=True)
-            masks = attention_masks(config, key_mask, width + step, dtype)
+            cache = SlotCache(layer_ids, windows, *keys_and_values, step)
+            masks = cache.masks(config, prompt_mask)
             hidden = hidden_states(model, ids.index_select(1, step), masks, lengths + step, cache)  # (B, 1, D)
             column = uniforms.index_select(1, step + 1)[:, 0]
             tokens, token_logps = choose_tokens(logits(model, hidden[:, 0]), column, params)
