@@ -17,6 +17,7 @@ FLOORS = [
         "estimators",
         "groups",
         "metrics",
+        "packing",
         "processes",
         "reward_workers",
         "readers",

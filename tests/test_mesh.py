@@ -23,10 +23,11 @@ ONE, FAST, ALL = (1, 1), (2, 4), ((8, 1), (1, 8), (2, 4), (4, 2))
 JOB = """
 import sys, torch, torch_xla
 from transformers import TrainerCallback
-from tunix_torch import GRPOConfig, TunixTrainer, device, sampler, tiny
+from tunix_torch import GRPOConfig, TunixTrainer, device, learning, sampler, tiny
 from tunix_torch.model import load_model, place
 
 sampler.cache_widths = lambda room: [3, room]  # so that the KV cache grows
+learning.SHORTEST_PACKED = 2
 folder, output_dir, mesh, checkpoint = sys.argv[1:]
 device.use_mesh((tuple(map(int, mesh.split(","))), ("fsdp", "tp")))
 
@@ -48,7 +49,14 @@ args = GRPOConfig(
 )
 rows, eval_rows = tiny.arithmetic_rows("train", 64), tiny.arithmetic_rows("test", 10)
 trainer = TunixTrainer(folder, digits_reward, args, rows, eval_rows, callbacks=[Recorder()])
+trainer.sampler.eos_token_ids += tuple(range(3, 112, 9))  # so that many end early
 initial, gradients, completions = trained(), [], []
+packed, packed_of = [], learning._packed
+def recording_packed(*args):
+    part = packed_of(*args)
+    packed.append(part.packing is not None)
+    return part
+learning._packed = recording_packed
 collect = trainer.collect
 def recording_collect(prompts):
     batch = collect(prompts)
@@ -66,7 +74,7 @@ for name, p in trainer.model.named_parameters():
 again = place(load_model(output_dir))
 reloaded = {name: p.detach().cpu() for name, p in again.named_parameters() if "lora_" in name}
 torch.save({"initial": initial, "gradients": gradients, "completions": completions, "final": final,
-            "reloaded": reloaded, "shards": shards, "log": trainer.state.log_history}, output_dir + "/result.pt")
+            "reloaded": reloaded, "shards": shards, "packed": packed, "log": trainer.state.log_history}, output_dir + "/result.pt")
 """.replace("STEPS", str(STEPS)).replace("SAVED", str(SAVED))
 
 
@@ -150,6 +158,10 @@ def logged(result, name):
 def test_completions_are_those_of_one_device(run, mesh):
     for step, (ids, expected) in enumerate(zip(run(mesh)["completions"], run(ONE)["completions"], strict=True)):
         assert torch.equal(ids, expected), step
+
+
+def test_some_passes_were_over_packed_completions_and_some_not(run):
+    assert set(run(FAST)["packed"]) == {False, True} and run(FAST)["packed"] == run(ONE)["packed"]
 
 
 @meshes

@@ -6,6 +6,8 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from models import (
     FAMILIES,
     WINDOW,
@@ -24,6 +26,7 @@ from tunix_torch.attention import GROUPED, attention_masks, prompt_positions
 from tunix_torch.grpo import grpo_loss
 from tunix_torch.logprobs import token_logps
 from tunix_torch.model import LORA_TARGETS, add_lora, base_model, logits, reference_policy
+from tunix_torch.packing import pack
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -100,6 +103,39 @@ def test_sharing_the_prompt_changes_neither_logps_nor_gradients(family):
     assert_close(shared, plain, 1e-5)
     assert_close(shared_entropy, plain_entropy, 1e-5)
     assert_close(lora_gradients(model, weighted(shared, batch)), lora_gradients(model, weighted(plain, batch)), 1e-5)
+
+
+@every_family
+@pytest.mark.parametrize("own_attention", [False, True])
+@pytest.mark.parametrize("num_bins", [2, 3])
+def test_packing_completions_changes_neither_logps_nor_gradients(family, own_attention, num_bins):
+    """With bins of 12 tokens for groups of 12 and 5 and 1, of 12 and 7 and 3, and of 9 and 4 and 2 tokens."""
+    model, batch = make_policy(family), make_batch()
+    if own_attention:
+        base_model(model).set_attn_implementation(GROUPED)
+    packing, starts = pack(batch.completion_mask.sum(1).tolist(), 3, num_bins, 12)
+    logps, entropy = token_logps(model, batch, 0.7)
+    packed, packed_entropy = token_logps(model, replace(batch, packing=packing, starts=starts), 0.7)
+    assert_close(packed, logps, 1e-5)
+    assert_close(packed_entropy, entropy, 1e-5)
+    assert_close(lora_gradients(model, weighted(packed, batch)), lora_gradients(model, weighted(logps, batch)), 1e-5)
+
+
+@given(st.lists(st.integers(0, 9), min_size=4, max_size=4), st.integers(1, 4), st.sampled_from([1, 2]))
+def test_every_token_is_packed_once_and_in_its_place(lengths, num_bins, num_groups):
+    packed = pack(lengths * num_groups, 4, num_bins, 9)
+    if packed is None:
+        assert sum(lengths) * 2 > num_bins * 9, "bins that are not even half full"
+        return
+    packing, starts = packed
+    assert packing.shape == (num_groups * num_bins, 9)
+    of_group = packing.view(num_groups, -1)
+    for group, found in enumerate(of_group):
+        for row, length in enumerate(lengths):
+            start = int(starts[4 * group + row])
+            assert found[start : start + length].tolist() == list(range(row * 9, row * 9 + length))
+            assert length == 0 or start // 9 == (start + length - 1) // 9, "in one bin"
+        assert int((found >= 0).sum()) == sum(lengths)
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])

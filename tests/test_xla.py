@@ -17,8 +17,9 @@ STEPS = 6
 # One job, run on either device. Prompts have many lengths; the adapter is saved at the end.
 JOB = """
 import json, sys
-from tunix_torch import GRPOConfig, TunixTrainer, device, tiny
+from tunix_torch import GRPOConfig, TunixTrainer, device, learning, tiny
 
+learning.SHORTEST_PACKED = 2
 settings = json.loads(sys.argv[3])
 
 def digits_reward(prompts, completions, **columns):
@@ -33,7 +34,13 @@ args = GRPOConfig(
 rows = [{**row, "question": row["question"] + "!" * (7 * i % 19)}
         for i, row in enumerate(tiny.arithmetic_rows("train", 64))]
 trainer = TunixTrainer(folder, digits_reward, args, rows, tiny.arithmetic_rows("test", 6))
-completions = []
+trainer.sampler.eos_token_ids += (31, 38)  # two digits, so that many completions end early
+completions, packed, packed_of = [], [], learning._packed
+def recording_packed(*args):
+    part = packed_of(*args)
+    packed.append(part.packing is not None)
+    return part
+learning._packed = recording_packed
 collect = trainer.collect
 def recording_collect(prompts):
     batch = collect(prompts)
@@ -49,7 +56,7 @@ weights = {
     if "layers.3.mlp" in name and p.requires_grad
 }
 result = {"kind": device.KIND, "log": trainer.state.log_history}
-result |= {"completions": completions, "weights": weights}
+result |= {"completions": completions, "weights": weights, "packed": packed}
 json.dump(result, open(output_dir + "/result.json", "w"))
 """
 
@@ -103,6 +110,12 @@ def test_no_compilation_after_the_second_step_with_prompts_of_many_lengths(resul
     counts = {row["step"]: row["compilations"] for row in results["xla"]["log"]}  # the last row of each step
     assert counts[0] > 0, "nothing was counted"
     assert counts[2] == counts[STEPS], counts  # an evaluation and a checkpoint lie between
+
+
+def test_some_passes_were_over_packed_completions_and_some_not(results):
+    """After four rehearsed, each of them for the reference and for learning."""
+    rehearsed, passes = results["xla"]["packed"][:8], results["xla"]["packed"][8:]
+    assert rehearsed == [False] * 4 + [True] * 4 and {True, False} == set(passes)
 
 
 def test_adapter_after_training_on_xla_is_that_of_the_cpu(results):

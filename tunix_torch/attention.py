@@ -46,6 +46,33 @@ def attention_masks(
     key_slots = torch.arange(key_mask.shape[1], device=key_mask.device)
     distance = query_slots[:, None] - key_slots[None, :]  # (Q, K)
     full = ((distance >= 0) & (key_mask[:, None, :] | (distance == 0)))[:, None]  # (R, 1, Q, K)
+    return _as_taken(config, full, distance, dtype)
+
+
+def packed_masks(
+    config: PretrainedConfig, prompt_mask: Tensor, rows: Tensor, offsets: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor] | Tensor:
+    """As `attention_masks`, where several completions of a prompt lie in one row of keys, one after the other.
+
+    Args:
+        prompt_mask: (R, P) bool, False at padding.
+        rows, offsets: (R, K) int64, of each token its completion, and its place in that.
+
+    Returns:
+        masks (R, 1, K, P + K): a token may look at its prompt, at tokens of its own completion before it, and itself.
+    """
+    width, slots = prompt_mask.shape[1], torch.arange(rows.shape[1], device=rows.device)
+    between = (slots[:, None] - slots).expand(len(rows), -1, -1)  # (R, K, K)
+    from_prompt = width + offsets[:, :, None] - torch.arange(width, device=rows.device)  # (R, K, P)
+    own = (between >= 0) & (rows[:, :, None] == rows[:, None, :])
+    full = torch.cat((prompt_mask[:, None].expand_as(from_prompt), own), dim=2)[:, None]
+    return _as_taken(config, full, torch.cat((from_prompt, between), dim=2)[:, None], dtype)
+
+
+def _as_taken(
+    config: PretrainedConfig, full: Tensor, distance: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor] | Tensor:
+    """What the model's layers take, from the mask without windows and the distance of each query from each key."""
     window = getattr(config, "sliding_window", None)
     sliding = full if window is None else full & (distance < window)
 

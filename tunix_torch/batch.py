@@ -48,10 +48,13 @@ class TrainBatch:
     old_per_token_logps: Tensor | None = None  # (B, C) float32
     sampler_logps: Tensor | None = None  # (B, C) float32, to compare with what the learning pass computes
     rewards: Tensor | None = None  # (B,) float64 on the host: the weighted totals that the advantages come from
+    lengths: Tensor | None = None  # (B,) int64 on the host: tokens of each completion, where packing may use them
+    packing: Tensor | None = None  # (N * bins, C) int64, of a micro-batch: see `packing.pack`
+    starts: Tensor | None = None  # (B,) int64, likewise
 
     def tensors(self) -> list[Tensor]:
         """Those that are there and on the device."""
-        values = [getattr(self, field.name) for field in fields(self) if field.name != "rewards"]
+        values = [getattr(self, field.name) for field in fields(self) if field.name not in ("rewards", "lengths")]
         return [value for value in values if value is not None]
 
     def split(self, micro_batch_size: int | None) -> list["TrainBatch"]:

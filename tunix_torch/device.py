@@ -272,6 +272,15 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+@contextlib.contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """What an XLA device draws within this context changes nothing of what it draws after. Elsewhere: no effect."""
+    state = xm.get_rng_state() if KIND == "xla" else None
+    yield
+    if KIND == "xla":
+        xm.set_rng_state(state)
+
+
 def as_written(tensor: "torch.Tensor") -> "torch.Tensor":
     """Have XLA compute a tensor, of which no other view is in use, without merging it into what follows. Returns it."""
     if KIND == "xla":

@@ -1,6 +1,7 @@
 """Learning from a batch: its micro-batches, the GRPO loss of each and its gradient, and policies' log-probabilities."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,10 @@ from .batch import TrainBatch
 from .config import GRPOConfig
 from .grpo import grpo_loss
 from .logprobs import token_logps
+from .packing import pack
 from .sharding import shard_rows
+
+SHORTEST_PACKED = 128  # tokens: where completions can't be longer, a second shape is not worth compiling
 
 
 def micro_batches(batch: TrainBatch, args: GRPOConfig) -> list[TrainBatch]:
@@ -19,12 +23,47 @@ def micro_batches(batch: TrainBatch, args: GRPOConfig) -> list[TrainBatch]:
         tokens = int(batch.completion_mask.sum()) / len(batch.prompt_ids)
         parts = batch.split(args.rows_in_pass_of(tokens))
     else:
-        parts = batch.split(args.rows_per_pass)
+        parts = [_packed(part, args) for part in batch.split(args.rows_per_pass)]
     for part in parts:
         for tensor in part.tensors():
             shard_rows(tensor)
     device.sync()
     return parts
+
+
+def _packed(part: TrainBatch, args: GRPOConfig) -> TrainBatch:
+    """On XLA, where completions keep their widest shape: a micro-batch whose completions fit into half as many rows."""
+    (num_rows, width), num_prompts = part.completion_ids.shape, len(part.prompt_ids)
+    if not may_pack(args) or part.lengths is None or num_rows == num_prompts:
+        return part
+    group_size = num_rows // num_prompts
+    packed = pack(part.lengths.tolist(), group_size, -(-group_size // 2), width)
+    if packed is None:
+        return part
+    packing, starts = (tensor.to(args.device) for tensor in packed)
+    return replace(part, packing=packing, starts=starts)
+
+
+def may_pack(args: GRPOConfig) -> bool:
+    """Whether a learning pass may have two shapes: of whole rows, and of half as many with completions packed."""
+    fixed = device.KIND == "xla" and not device.is_recording()  # a plan looks at the largest
+    return fixed and not args.gradient_checkpointing and args.generation_max_length >= SHORTEST_PACKED
+
+
+def rehearsals(batch: TrainBatch, args: GRPOConfig) -> list[list[TrainBatch]]:
+    """Micro-batches that weigh nothing: two of each shape, where passes may have two shapes."""
+    if not may_pack(args):
+        return []
+    parts, shapes = (batch.split(args.rows_per_pass) * 2)[:2], []
+    for length in (batch.completion_ids.shape[1], 1):
+        of_length = []
+        for part in parts:
+            mask = torch.zeros_like(part.completion_mask)
+            mask[:, :length] = True
+            weights, lengths = torch.zeros_like(part.token_weights), torch.full_like(part.lengths, length)
+            of_length.append(replace(part, completion_mask=mask, token_weights=weights, lengths=lengths))
+        shapes.append(of_length)
+    return shapes
 
 
 def policy_logps(model: nn.Module, batch: TrainBatch, args: GRPOConfig) -> tuple[Tensor, Tensor]:

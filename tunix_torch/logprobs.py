@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import device
-from .attention import PrefixCache, attention_masks, prompt_positions
+from .attention import PrefixCache, attention_masks, packed_masks, prompt_positions
 from .batch import TrainBatch
 from .model import base_model, hidden_states, logits, prefill, text_config
 
@@ -30,10 +30,14 @@ def token_logps(
     Returns:
         logps (B, C) float32, 0 where masked; entropy (B, C) float32 in nats, without gradient, 0 where masked.
     """
-    completion_states = _shared_prefix_states if share_prefix else _plain_states
-    hidden, places = completion_states(model, batch)
-    shape, ids = batch.completion_ids.shape, batch.completion_ids
-    ids = ids if places is None else ids.flatten()[places][None]  # as hidden, but for D
+    shape, ids, places = batch.completion_ids.shape, batch.completion_ids, None
+    if not share_prefix:
+        hidden = _plain_states(model, batch)
+    elif batch.packing is not None:
+        hidden, ids = _packed_states(model, batch)
+    else:
+        hidden, places = _shared_prefix_states(model, batch)
+        ids = ids if places is None else ids.flatten()[places][None]  # as hidden, but for D
     vocabulary = base_model(model).get_output_embeddings().weight.shape[0]
     # Whole columns, so that on a mesh each device keeps its rows; a chunk is spread over all devices.
     columns = max(1, LOGITS_AT_ONCE * device.axis_size("fsdp") * device.axis_size("tp") // (len(ids) * vocabulary))
@@ -51,6 +55,8 @@ def token_logps(
     values = [torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)]  # logps and entropy, as ids
     if places is not None:
         values = [value.new_zeros(shape.numel()).index_put((places,), value[0]).view(shape) for value in values]
+    if batch.packing is not None:
+        values = [_unpacked(value, batch) for value in values]
     logps, entropy = (value.masked_fill(~batch.completion_mask, 0.0) for value in values)
     return logps, entropy.detach()
 
@@ -83,6 +89,35 @@ def _shared_prefix_states(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, 
     return torch.cat(states)[None], torch.cat(places)
 
 
+def _packed_states(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+    """One pass over N prompts, then one over bins, in which several completions of a prompt follow each other.
+
+    Returns:
+        states (N * bins, C, D) and the ids that they predict, (N * bins, C).
+    """
+    num_prompts, width = batch.prompt_ids.shape[0], batch.completion_ids.shape[1]
+    num_bins = len(batch.packing) // num_prompts
+    rows, offsets = batch.packing.div(width, rounding_mode="floor"), batch.packing % width  # -1 is in row -1
+    in_group = batch.packing.clamp(min=0).view(num_prompts, -1)
+    ids = batch.completion_ids.view(num_prompts, -1).gather(1, in_group).view_as(batch.packing)
+    last_hidden, prefix = prefill(model, batch.prompt_ids, batch.prompt_mask)
+    first = last_hidden.repeat_interleave(num_bins, dim=0)[:, None]  # (N * bins, 1, D)
+    prompt_mask = batch.prompt_mask.repeat_interleave(num_bins, dim=0)
+    masks = packed_masks(text_config(model), prompt_mask, rows[:, :-1], offsets[:, :-1], base_model(model).dtype)
+    positions = prompt_mask.sum(-1, keepdim=True) + offsets[:, :-1]
+    hidden = hidden_states(model, ids[:, :-1], masks, positions, prefix.expand(num_bins))
+    return torch.where((offsets == 0)[..., None], first, torch.cat((first, hidden), dim=1)), ids
+
+
+def _unpacked(values: Tensor, batch: TrainBatch) -> Tensor:
+    """What belongs to the tokens in bins, (N * bins, C), row by row: (B, C). At padding anything."""
+    num_prompts, width = batch.prompt_ids.shape[0], values.shape[1]
+    places = batch.starts[:, None] + torch.arange(width, device=values.device)  # (B, C), in the group's bins
+    in_bins = values.view(num_prompts, -1)
+    places = places.clamp(max=in_bins.shape[1] - 1).view(num_prompts, -1)
+    return in_bins.gather(1, places).view(-1, width)
+
+
 def _states_after(model: nn.Module, first: Tensor, prefix: PrefixCache, prompt_mask: Tensor, ids: Tensor) -> Tensor:
     """Hidden states that predict the completion tokens `ids` (R, C): (R, C, D).
 
@@ -112,7 +147,7 @@ def length_buckets(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
     return buckets
 
 
-def _plain_states(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, None]:
+def _plain_states(model: nn.Module, batch: TrainBatch) -> Tensor:
     """The same in one pass over whole rows, prompt and completion; needed by gradient checkpointing of layers."""
     group_size = batch.completion_ids.shape[0] // batch.prompt_ids.shape[0]
     prompt_ids = batch.prompt_ids.repeat_interleave(group_size, dim=0)
@@ -122,4 +157,4 @@ def _plain_states(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, None]:
     slots = torch.arange(ids.shape[1], device=ids.device)
     masks = attention_masks(text_config(model), mask, slots, base_model(model).dtype)
     hidden = hidden_states(model, ids, masks, prompt_positions(mask), PrefixCache())
-    return hidden[:, prompt_ids.shape[1] - 1 : -1], None
+    return hidden[:, prompt_ids.shape[1] - 1 : -1]

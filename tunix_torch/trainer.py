@@ -36,7 +36,7 @@ from .config import GRPOConfig, ModelConfig
 from .data import Collator, PromptStream, Row, prepare_rows
 from .evaluation import Answers, answer
 from .grpo import aggregation_weights, compute_group_advantages
-from .learning import learn, logps_without_gradient, micro_batches
+from .learning import learn, logps_without_gradient, may_pack, micro_batches, rehearsals
 from .metrics import broken_invariant, learning_metrics, rollout_metrics, sum_up
 from .model import add_lora, base_model, eos_token_ids, load_model, load_tokenizer, lora_config, place, reference_policy
 from .profiling import ProfileStep, span
@@ -159,6 +159,7 @@ class TunixTrainer(Trainer):
         self._rewards = torch.empty(0, len(self.reward_funcs))  # (B, R) of the newest rollout
         self._reward_workers: RewardWorkers | None = None  # while it trains
         self._rows_drawn = (-1, 0)  # (optimizer step, rows drawn in it so far)
+        self._rehearsed = False
         self._starts_at_base = all(
             float(p.detach().abs().sum()) == 0 for name, p in model.named_parameters() if "lora_B" in name
         )
@@ -289,14 +290,32 @@ class TunixTrainer(Trainer):
             advantages=torch.zeros(len(mask), device=args.device),
             token_weights=weights[:, :width].to(args.device),
             sampler_logps=rollout.sampler_logps[:, :width],
+            lengths=mask.sum(dim=1) if may_pack(args) else None,
         )
+        if not self._rehearsed:
+            self._rehearse(batch)
+        self._add_logps(batch)
+        return batch
+
+    def _add_logps(self, batch: TrainBatch) -> None:
+        """Those of the reference and of the policy before it learns, where the loss needs them."""
+        args = self.args
         if args.beta > 0:
             with span("reference"), reference_policy(self.model):
                 batch.ref_per_token_logps = logps_without_gradient(self.model, batch, args)
         if args.num_iterations > 1:
             with span("old policy"):
                 batch.old_per_token_logps = logps_without_gradient(self.model, batch, args)
-        return batch
+
+    def _rehearse(self, batch: TrainBatch) -> None:
+        """Before the first batch: on XLA, have every shape of a learning pass compiled, so that none is new later."""
+        self._rehearsed = True
+        with device.random_numbers_kept():
+            for parts in rehearsals(batch, self.args):
+                for part in parts:  # the first makes gradients, the second adds to them
+                    self._add_logps(part)
+                    self.learning_pass(part)
+                self.model.zero_grad()
 
     def _with_rewards(self, batch: TrainBatch, rewards: Tensor) -> TrainBatch:
         advantages = self.compute_group_advantages(rewards).to(self.args.device)
@@ -322,7 +341,8 @@ class TunixTrainer(Trainer):
         seconds = time.perf_counter() - started
         speed = {"learning_tokens_per_second": last["tokens"] * args.num_iterations / seconds}
         self._record(learning_metrics(first, last, args.beta > 0) | speed)
-        return torch.tensor(last["loss"] / self.current_gradient_accumulation_steps, device=args.device)
+        # one of several: a 0 by itself XLA takes for a constant, which would be another graph
+        return torch.tensor([last["loss"] / self.current_gradient_accumulation_steps], device=args.device)[0]
 
     def learning_pass(self, batch: TrainBatch) -> list[dict[str, Tensor]]:
         """Forward and backward of every micro-batch; the gradients add up in the parameters. See `learn`."""
