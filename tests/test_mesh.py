@@ -27,9 +27,10 @@ from tunix_torch import GRPOConfig, TunixTrainer, device, learning, sampler, tin
 from tunix_torch.model import load_model, place
 
 sampler.cache_widths = lambda room: [3, room]  # so that the KV cache grows
-learning.SHORTEST_PACKED = 2
 folder, output_dir, mesh, checkpoint = sys.argv[1:]
 device.use_mesh((tuple(map(int, mesh.split(","))), ("fsdp", "tp")))
+if device.has_mesh():
+    learning.SHORTEST_PACKED = 2
 
 def digits_reward(prompts, completions, **columns):
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
@@ -74,7 +75,8 @@ for name, p in trainer.model.named_parameters():
 again = place(load_model(output_dir))
 reloaded = {name: p.detach().cpu() for name, p in again.named_parameters() if "lora_" in name}
 torch.save({"initial": initial, "gradients": gradients, "completions": completions, "final": final,
-            "reloaded": reloaded, "shards": shards, "packed": packed, "log": trainer.state.log_history}, output_dir + "/result.pt")
+            "reloaded": reloaded, "shards": shards, "packed": packed,
+            "log": trainer.state.log_history}, output_dir + "/result.pt")
 """.replace("STEPS", str(STEPS)).replace("SAVED", str(SAVED))
 
 
@@ -160,8 +162,9 @@ def test_completions_are_those_of_one_device(run, mesh):
         assert torch.equal(ids, expected), step
 
 
-def test_some_passes_were_over_packed_completions_and_some_not(run):
-    assert set(run(FAST)["packed"]) == {False, True} and run(FAST)["packed"] == run(ONE)["packed"]
+def test_on_a_mesh_some_passes_were_over_packed_completions_and_some_not(run):
+    """After four rehearsed, each of them for the reference and for learning; on one device none."""
+    assert set(run(FAST)["packed"][8:]) == {False, True} and not any(run(ONE)["packed"])
 
 
 @meshes
