@@ -1,11 +1,11 @@
-"""Plan a job: compile its graphs, at two depths where the model is deep; what each needs, and how fast it can be.
+"""Plan a job: compile its graphs, of cuts where the model is deep; what each needs, and how fast it can be.
 
 A deep model takes the compiler many minutes and more memory than a workstation has, since its layers are unrolled. So
 models of more than `CUT_DEPTHS[1]` layers are compiled with few layers, twice, and every figure is taken to grow
-linearly with the number of layers. It does but for the compiler's choices: all layers are alike, and what a learning
-pass keeps of each layer is alive when the head's gradient is computed. The kinds of attention too do the same work (the
-window is a mask), until sequences outgrow the window and layers with one keep fewer keys: then a third cut tells how
-figures grow with each kind. `tests/test_preflight.py` compares with 6 layers of Gemma 3 270m.
+linearly with the number of layers. It does but for the compiler's choices: layers do the same work, with a sliding
+window too (it is a mask), and what a learning pass keeps of each is alive when the head's gradient is computed.
+`tests/test_preflight.py` compares with 6 layers of Gemma 3 270m. Where sequences outgrow the window, layers with one
+keep fewer keys while decoding: then a third cut tells how figures grow with each kind.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import gc
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -72,6 +73,13 @@ class Cut:
 
     config: PretrainedConfig
     weight: float  # of its figures in the sum that is the whole model's figure
+
+    @property
+    def layers(self) -> str:
+        """How many layers, and of which kinds: "4 (3 sliding_attention, 1 full_attention)"."""
+        kinds = getattr(self.config, "layer_types", None) or []
+        each = ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).items())
+        return f"{self.config.num_hidden_layers} ({each})" if each else str(self.config.num_hidden_layers)
 
 
 @dataclass
@@ -159,7 +167,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """A step takes at least this long."""
+        """A step takes at least this long, when every completion has full length."""
         return sum(graph.runs * graph.bound_seconds for graph in self.graphs)
 
     @property
@@ -192,7 +200,7 @@ def plan_job(job: Job, say: Callable[[str], None] = lambda text: None, whole: bo
         for cut, graph in zip(cuts, graphs, strict=True):
             program = compile_for(job.topology, job.num_partitions, graph)
             took = "no" if program.error else f"{program.seconds:.0f} s"
-            say(f"{graph.name}, {cut.config.num_hidden_layers} of {full} layers: {took}")
+            say(f"{graph.name}, {cut.layers} of {full} layers: {took}")
             programs.append(program)
             if program.error:
                 break

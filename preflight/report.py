@@ -57,7 +57,8 @@ def lines_of(plan: Plan) -> list[str]:
     if depths:
         lines.append(
             f"Compiled with {', '.join(map(str, depths[:-1]))} and {depths[-1]} of the model's "
-            f"{job.config.num_hidden_layers} layers; every figure is extrapolated linearly."
+            f"{job.config.num_hidden_layers} layers; every figure is extrapolated linearly"
+            f"{', for each kind of layer' * (len(depths) > 2)}."
         )
     lines.append(
         f"Peaks of {chip.name}: {chip.flops / 1e12:.0f} bfloat16 TFLOP/s, {chip.hbm_bytes_per_second / 1e9:.0f} GB/s "

@@ -158,3 +158,23 @@ def test_nothing_is_compiled_for_completions_longer_than_any_before(model_folder
         count = device.num_compilations()
         assert lengths(num_prompts, 1 - 1e-6) == [16] * 4, "the last one does not"
         assert device.num_compilations() == count > 0
+
+
+def test_random_numbers_drawn_for_a_rehearsal_change_none_that_come_after():
+    from tunix_torch import device
+
+    def draw():
+        return torch.rand(8, device=device.torch_device()).cpu()
+
+    def two_draws(between):
+        with device.random_numbers_kept():
+            between()
+        return draw(), draw()
+
+    with device.random_numbers_kept():
+        expected = two_draws(lambda: None)
+    for _ in range(2):
+        with device.random_numbers_kept():
+            found = two_draws(draw)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(*expected)

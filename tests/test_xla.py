@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STEPS = 6
+STEPS = 7
 
 # One job, run on either device. Prompts have many lengths; the adapter is saved at the end.
 JOB = """
@@ -23,6 +23,8 @@ learning.SHORTEST_PACKED = 2
 settings = json.loads(sys.argv[3])
 
 def digits_reward(prompts, completions, **columns):
+    if trainer.state.global_step < 2:  # two losses of 0, which must not be another graph
+        return [0.0] * len(completions)
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 folder, output_dir = sys.argv[1], sys.argv[2]

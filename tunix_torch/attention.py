@@ -297,7 +297,7 @@ class SharedPrefixCache:
     """A KV cache for groups of rows that leave: each step appends one token to every row that is still there.
 
     The keys and values of a prompt are kept and read once for its group. Room for `capacity` tokens a row is set aside;
-    in layers with a sliding window for no more than that: there the newest token takes the place of the oldest.
+    in layers with a sliding window for no more than the window: there the newest token takes the place of the oldest.
 
     Args:
         prefix: of N prompts; emptied.
@@ -359,7 +359,7 @@ class SlotCache:
         layer_ids: the layers that have a cache of their own. Of each of the four lists the i-th tensor is the i-th's.
         windows: of all layers, see `layer_windows`.
         prompt_keys, prompt_values: (N, KV heads, P or, after `PrefixCache.forget`, fewer, head dim).
-        own_keys, own_values: (B, KV heads, K, head dim), written in place. In layers with a window K may be as little.
+        own_keys, own_values: (B, KV heads, K, head dim), written in place. With a window K is at most the window.
         step: (1,) int64, how many tokens a row has before the one that is written.
     """
 

@@ -62,6 +62,7 @@ class TrainBatch:
 
         `micro_batch_size` divides G or is a multiple of it (`GRPOConfig` checks that); None: no cut.
         """
+        assert self.packing is None, "a micro-batch is not cut again"
         num_rows, num_prompts = self.completion_ids.shape[0], self.prompt_ids.shape[0]
         if micro_batch_size is None or micro_batch_size >= num_rows:
             return [self]

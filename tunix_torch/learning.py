@@ -18,12 +18,12 @@ SHORTEST_PACKED = 128  # tokens: where completions can't be longer, a second sha
 
 
 def micro_batches(batch: TrainBatch, args: GRPOConfig) -> list[TrainBatch]:
-    """Whole groups of rows, cut before their graphs begin: so that on XLA all of them run the same compiled graph."""
+    """Cut before their graphs begin: so that on XLA they have one shape, or two where completions are packed."""
     if device.KIND == "cpu" and not args.gradient_checkpointing:  # as many rows as their real lengths allow
         tokens = int(batch.completion_mask.sum()) / len(batch.prompt_ids)
         parts = batch.split(args.rows_in_pass_of(tokens))
     else:
-        parts = [_packed(part, args) for part in batch.split(args.rows_per_pass)]
+        parts = [_packed(part) for part in batch.split(args.rows_per_pass)]
     for part in parts:
         for tensor in part.tensors():
             shard_rows(tensor)
@@ -31,39 +31,53 @@ def micro_batches(batch: TrainBatch, args: GRPOConfig) -> list[TrainBatch]:
     return parts
 
 
-def _packed(part: TrainBatch, args: GRPOConfig) -> TrainBatch:
-    """On XLA, where completions keep their widest shape: a micro-batch whose completions fit into half as many rows."""
-    (num_rows, width), num_prompts = part.completion_ids.shape, len(part.prompt_ids)
-    if not may_pack(args) or part.lengths is None or num_rows == num_prompts:
-        return part
-    group_size = num_rows // num_prompts
-    packed = pack(part.lengths.tolist(), group_size, -(-group_size // 2), width)
-    if packed is None:
-        return part
-    packing, starts = (tensor.to(args.device) for tensor in packed)
-    return replace(part, packing=packing, starts=starts)
-
-
 def may_pack(args: GRPOConfig) -> bool:
-    """Whether a learning pass may have two shapes: of whole rows, and of half as many with completions packed."""
+    """Whether completions may be packed: on XLA, where they keep their widest shape. Then a batch has their lengths."""
     fixed = device.KIND == "xla" and not device.is_recording()  # a plan looks at the largest
     return fixed and not args.gradient_checkpointing and args.generation_max_length >= SHORTEST_PACKED
 
 
+def _packed(part: TrainBatch) -> TrainBatch:
+    """A micro-batch with its completions in half as many rows, where they fit."""
+    num_bins = _num_bins(part)
+    if num_bins is None:
+        return part
+    num_rows, width = part.completion_ids.shape
+    packed = pack(part.lengths.tolist(), num_rows // len(part.prompt_ids), num_bins, width)
+    if packed is None:
+        return part
+    packing, starts = (tensor.to(part.completion_ids.device) for tensor in packed)
+    return replace(part, packing=packing, starts=starts)
+
+
+def _num_bins(part: TrainBatch) -> int | None:
+    """Half the rows of each prompt; None where lengths are not known, or no device would have fewer rows."""
+    num_prompts, rows = len(part.prompt_ids), len(part.completion_ids) // len(part.prompt_ids)
+    num_bins = -(-rows // 2)
+    if part.lengths is None or num_bins == rows or num_prompts * num_bins % device.axis_size("fsdp"):
+        return None
+    return num_bins
+
+
 def rehearsals(batch: TrainBatch, args: GRPOConfig) -> list[list[TrainBatch]]:
-    """Micro-batches that weigh nothing: two of each shape, where passes may have two shapes."""
-    if not may_pack(args):
+    """What compiles all that packing may need: for either shape, micro-batches that weigh nothing.
+
+    The first of them makes gradients; those after it, where a step has such passes, add to what is there.
+    """
+    parts, width = batch.split(args.rows_per_pass), batch.completion_ids.shape[1]
+    if all(_num_bins(part) is None for part in parts):
         return []
-    parts, shapes = (batch.split(args.rows_per_pass) * 2)[:2], []
-    for length in (batch.completion_ids.shape[1], 1):
-        of_length = []
-        for part in parts:
-            mask = torch.zeros_like(part.completion_mask)
-            mask[:, :length] = True
-            weights, lengths = torch.zeros_like(part.token_weights), torch.full_like(part.lengths, length)
-            of_length.append(replace(part, completion_mask=mask, token_weights=weights, lengths=lengths))
-        shapes.append(of_length)
-    return shapes
+    adding = len(parts) > 1 or args.gradient_accumulation_steps > 1
+    parts = parts[:1] + list({len(part.completion_ids): part for part in parts}.values()) * adding
+    return [[_of_length(part, length) for part in parts] for length in (width, 1)]
+
+
+def _of_length(part: TrainBatch, length: int) -> TrainBatch:
+    """A micro-batch without weight, whose completions have so many tokens."""
+    mask = torch.zeros_like(part.completion_mask)
+    mask[:, :length] = True
+    weights, lengths = torch.zeros_like(part.token_weights), torch.full_like(part.lengths, length)
+    return replace(part, completion_mask=mask, token_weights=weights, lengths=lengths)
 
 
 def policy_logps(model: nn.Module, batch: TrainBatch, args: GRPOConfig) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ def token_logps(
     """
     shape, ids, places = batch.completion_ids.shape, batch.completion_ids, None
     if not share_prefix:
+        assert batch.packing is None, "completions are packed beside a prompt that they share"
         hidden = _plain_states(model, batch)
     elif batch.packing is not None:
         hidden, ids = _packed_states(model, batch)
@@ -97,7 +98,8 @@ def _packed_states(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, Tensor]
     """
     num_prompts, width = batch.prompt_ids.shape[0], batch.completion_ids.shape[1]
     num_bins = len(batch.packing) // num_prompts
-    rows, offsets = batch.packing.div(width, rounding_mode="floor"), batch.packing % width  # -1 is in row -1
+    offsets = batch.packing % width
+    rows = batch.packing - offsets  # a number a completion; by division it would be rounded, as XLA divides floats
     in_group = batch.packing.clamp(min=0).view(num_prompts, -1)
     ids = batch.completion_ids.view(num_prompts, -1).gather(1, in_group).view_as(batch.packing)
     last_hidden, prefix = prefill(model, batch.prompt_ids, batch.prompt_mask)

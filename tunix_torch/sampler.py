@@ -262,7 +262,8 @@ class Sampler:
         device.sync()
         decode = self._decode_step(params, layer_ids)
         batch = (params, adapters_in_use(self.model), num_prompts, len(ids), width)
-        may_stop = not self.compile_ahead or len(widths) == 1 or batch in self._seen
+        shapes = {tuple(of_layers[k]) for k in widths}
+        may_stop = not self.compile_ahead or len(shapes) == 1 or batch in self._seen
         for t in range(room):
             if t in widths:
                 _grow(of_rows, of_layers[widths[widths.index(t) + 1]])

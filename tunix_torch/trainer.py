@@ -242,6 +242,8 @@ class TunixTrainer(Trainer):
     def grpo_training_step(self, prompts: PromptBatch) -> Tensor:
         """Sample, score, learn. Returns the loss, detached."""
         batch = self.collect(prompts)
+        if not self._rehearsed:
+            self._rehearse(batch)
         with span("learning"):
             return self.update(batch)
 
@@ -292,8 +294,6 @@ class TunixTrainer(Trainer):
             sampler_logps=rollout.sampler_logps[:, :width],
             lengths=mask.sum(dim=1) if may_pack(args) else None,
         )
-        if not self._rehearsed:
-            self._rehearse(batch)
         self._add_logps(batch)
         return batch
 
@@ -308,7 +308,7 @@ class TunixTrainer(Trainer):
                 batch.old_per_token_logps = logps_without_gradient(self.model, batch, args)
 
     def _rehearse(self, batch: TrainBatch) -> None:
-        """Before the first batch: on XLA, have every shape of a learning pass compiled, so that none is new later."""
+        """Before it learns first: on XLA, have every shape of a learning pass compiled, so that none is new later."""
         self._rehearsed = True
         with device.random_numbers_kept():
             for parts in rehearsals(batch, self.args):
@@ -341,7 +341,7 @@ class TunixTrainer(Trainer):
         seconds = time.perf_counter() - started
         speed = {"learning_tokens_per_second": last["tokens"] * args.num_iterations / seconds}
         self._record(learning_metrics(first, last, args.beta > 0) | speed)
-        # one of several: a 0 by itself XLA takes for a constant, which would be another graph
+        # of one dimension: XLA takes a 0 without any for a constant, which would be another graph
         return torch.tensor([last["loss"] / self.current_gradient_accumulation_steps], device=args.device)[0]
 
     def learning_pass(self, batch: TrainBatch) -> list[dict[str, Tensor]]:
