@@ -163,8 +163,10 @@ def test_completions_are_those_of_one_device(run, mesh):
 
 
 def test_on_a_mesh_some_passes_were_over_packed_completions_and_some_not(run):
-    """After four rehearsed, each of them for the reference and for learning; on one device none."""
-    assert set(run(FAST)["packed"][8:]) == {False, True} and not any(run(ONE)["packed"])
+    """Rehearsed are four, each for the reference and for learning, after the reference's first; on one device none."""
+    packed = run(FAST)["packed"]
+    assert packed[4:12] == [False] * 4 + [True] * 4 and {True, False} == set(packed[:4] + packed[12:])
+    assert not any(run(ONE)["packed"])
 
 
 @meshes

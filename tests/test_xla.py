@@ -115,9 +115,9 @@ def test_no_compilation_after_the_second_step_with_prompts_of_many_lengths(resul
 
 
 def test_some_passes_were_over_packed_completions_and_some_not(results):
-    """After four rehearsed, each of them for the reference and for learning."""
-    rehearsed, passes = results["xla"]["packed"][:8], results["xla"]["packed"][8:]
-    assert rehearsed == [False] * 4 + [True] * 4 and {True, False} == set(passes)
+    """Rehearsed are four, each of them for the reference and for learning, after the reference's first two."""
+    packed = results["xla"]["packed"]
+    assert packed[2:10] == [False] * 4 + [True] * 4 and {True, False} == set(packed[:2] + packed[10:])
 
 
 def test_adapter_after_training_on_xla_is_that_of_the_cpu(results):
