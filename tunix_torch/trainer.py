@@ -341,8 +341,10 @@ class TunixTrainer(Trainer):
         seconds = time.perf_counter() - started
         speed = {"learning_tokens_per_second": last["tokens"] * args.num_iterations / seconds}
         self._record(learning_metrics(first, last, args.beta > 0) | speed)
-        # of one dimension: XLA takes a 0 without any for a constant, which would be another graph
-        return torch.tensor([last["loss"] / self.current_gradient_accumulation_steps], device=args.device)[0]
+        # by way of one dimension: XLA takes a 0 without any for a constant, which would be another graph
+        loss = torch.tensor([last["loss"] / self.current_gradient_accumulation_steps], device=args.device)[0]
+        device.sync()
+        return loss
 
     def learning_pass(self, batch: TrainBatch) -> list[dict[str, Tensor]]:
         """Forward and backward of every micro-batch; the gradients add up in the parameters. See `learn`."""
