@@ -450,18 +450,18 @@ class TunixTrainer(Trainer):
             raise ValueError("eval_dataset: there are no rows to evaluate on")
         rows = self._prepare(rows)
         metrics = {}
-        answer_rows = functools.partial(
-            answer,
-            self.sampler,
-            self.processing_class,
-            rows,
-            collator=Collator(self.data_collator.pad_token_id, args.max_prompt_length),
-            batch_size=args.per_device_eval_batch_size,
-            judge=self.judge,
-            seed=args.seed,
-            timeout=args.reward_timeout,
-        )
         if self.judge is not None:
+            answer_rows = functools.partial(
+                answer,
+                self.sampler,
+                self.processing_class,
+                rows,
+                collator=Collator(self.data_collator.pad_token_id, args.max_prompt_length),
+                batch_size=args.per_device_eval_batch_size,
+                judge=self.judge,
+                seed=args.seed,
+                timeout=args.reward_timeout,
+            )
             greedy = SamplingParams(args.generation_max_length, temperature=0.0)
             self.last_answers = answer_rows(greedy)
             self.first_answers = self.first_answers or self.last_answers
