@@ -135,28 +135,31 @@ def test_a_step_is_made_anew_when_the_adapter_is_switched_off(model_folder):
     assert greedy(sampler) == on
 
 
-def test_nothing_is_compiled_for_completions_longer_than_any_before(model_folder, monkeypatch):
-    import tunix_torch.sampler
-    from tunix_torch import device
+def test_nothing_is_compiled_for_completions_of_any_lengths(model_folder, monkeypatch):
+    from tunix_torch import device, static_rows
     from tunix_torch.model import load_model, place
     from tunix_torch.sampler import Sampler, SamplingParams
 
-    monkeypatch.setattr(tunix_torch.sampler, "cache_widths", lambda room: [4, 8, room])
+    monkeypatch.setattr(static_rows, "cache_widths", lambda room: [4, 8, room])
+    monkeypatch.setattr(static_rows, "SHORTEST_HALVED", 2)
     model, params = place(load_model(model_folder)), SamplingParams(16)
     ids = torch.tensor([[2, 40, 41, 42], [0, 2, 43, 44]]).to(device.torch_device())
 
     first_half = tuple(range(model.config.vocab_size // 2))
     sampler = Sampler(model, first_half, 0, stop_check_interval=1, compile_ahead=True)
 
-    def lengths(num_prompts, uniform):
-        prompts, group = ids[:num_prompts], 4 // num_prompts
-        rollout = sampler.sample(prompts, prompts > 0, group, params, torch.full((4, 16), uniform))
+    def lengths(num_prompts, wanted):
+        """The first token of the vocabulary ends a completion, the last one does not."""
+        prompts = ids[:num_prompts]
+        uniforms = torch.where(torch.arange(16) + 1 < torch.tensor(wanted)[:, None], 1 - 1e-6, 0.0)
+        rollout = sampler.sample(prompts, prompts > 0, len(wanted) // num_prompts, params, uniforms)
         return rollout.completion_mask.sum(1).tolist()
 
     for num_prompts in (2, 1):  # as many rows
-        assert lengths(num_prompts, 0.0) == [1] * 4, "the first token of the vocabulary ends a completion"
+        assert lengths(num_prompts, [1] * 8) == [1] * 8
         count = device.num_compilations()
-        assert lengths(num_prompts, 1 - 1e-6) == [16] * 4, "the last one does not"
+        for wanted in ([16] * 8, [2, 3, 1, 16, 9, 5, 1, 1], [5, 1, 1, 1, 12, 12, 1, 1], [10, 16, 16, 1, 9, 9, 16, 16]):
+            assert lengths(num_prompts, wanted) == wanted
         assert device.num_compilations() == count > 0
 
 

@@ -24,7 +24,7 @@ FLOORS = [
         "settings",
     },
     {"attention", "config", "merged_lora", "profiling", "record", "results", "scoring", "sharding"},
-    {"fast_layers"},
+    {"fast_layers", "static_rows"},
     {"grpo", "model", "nested", "sources"},
     {"logprobs", "sampler", "data", "run_folder"},
     {"evaluation", "export", "learning"},

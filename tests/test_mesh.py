@@ -23,14 +23,14 @@ ONE, FAST, ALL = (1, 1), (2, 4), ((8, 1), (1, 8), (2, 4), (4, 2))
 JOB = """
 import sys, torch, torch_xla
 from transformers import TrainerCallback
-from tunix_torch import GRPOConfig, TunixTrainer, device, learning, sampler, tiny
+from tunix_torch import GRPOConfig, TunixTrainer, device, learning, static_rows, tiny
 from tunix_torch.model import load_model, place
 
-sampler.cache_widths = lambda room: [3, room]  # so that the KV cache grows
+static_rows.cache_widths = lambda room: [3, room]  # so that the KV cache grows
 folder, output_dir, mesh, checkpoint = sys.argv[1:]
 device.use_mesh((tuple(map(int, mesh.split(","))), ("fsdp", "tp")))
 if device.has_mesh():
-    learning.SHORTEST_PACKED = 2
+    learning.SHORTEST_PACKED = static_rows.SHORTEST_HALVED = 2
 
 def digits_reward(prompts, completions, **columns):
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]

@@ -13,14 +13,17 @@ from models import FAMILIES, PAD, VOCABULARY, WINDOW, add_nontrivial_lora, huggi
 from transformers import GPTJConfig, GPTJForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import tunix_torch.sampler
+from tunix_torch import static_rows
 from tunix_torch.logprobs import token_logps
 from tunix_torch.model import base_model, place
-from tunix_torch.sampler import Sampler, SamplingParams, cache_widths, choose_tokens, draw_uniforms
+from tunix_torch.sampler import Sampler, SamplingParams, choose_tokens, draw_uniforms
+from tunix_torch.static_rows import cache_widths, group_sizes
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 NEVER = (VOCABULARY,)  # no token
 SOME = tuple(range(1, 9))  # end a completion of a random model after about twelve tokens
+MORE = tuple(range(1, 17))  # after about half as many
 GROUP = 3
 PARAMS = SamplingParams(max_new_tokens=20)  # longer than two windows
 
@@ -89,23 +92,55 @@ def test_fixed_shapes_and_growing_ones_give_the_same_completions(family, eos):
 
 @every_family
 def test_a_static_cache_grows_in_portions(family, monkeypatch):
-    """The first batch of a shape may go through all widths whatever its lengths, so that none is new to a later one."""
     model = make_policy(family)
-    expected = sample(model, eos=tuple(range(60)), static=True)
-    monkeypatch.setattr(tunix_torch.sampler, "cache_widths", lambda room: [1, 4, 10, room])
-    sampler = Sampler(model, tuple(range(60)), PAD, stop_check_interval=1, compile_ahead=True)
+    expected = sample(model, eos=NEVER)
+    monkeypatch.setattr(static_rows, "cache_widths", lambda room: [1, 4, 10, room])
+    assert_same(sample(model, eos=NEVER, static=True), expected)
+
+
+@every_family
+@pytest.mark.parametrize("compile_ahead", [False, True])
+def test_groups_with_fixed_shapes_are_halved_as_rows_end(family, compile_ahead, monkeypatch):
+    """Whatever has been rehearsed. Every group goes on with a half when the one with most rows left needs no more."""
+    monkeypatch.setattr(static_rows, "SHORTEST_HALVED", 2)
+    monkeypatch.setattr(static_rows, "cache_widths", lambda room: [1, 4, 10, room])
+    model, batch, group = make_policy(family), make_batch(), 7
+    uniforms = draw_uniforms((0, 2), range(3 * group), PARAMS.max_new_tokens)
+    expected = sample(model, eos=MORE, group=group, uniforms=uniforms)
+    sampler, decoded = Sampler(model, MORE, PAD, stop_check_interval=2, compile_ahead=compile_ahead), []
     sampler._decode = sampler._decode_static
-    uniforms = draw_uniforms((0, 1), range(9), PARAMS.max_new_tokens)
-    whole, short = range(19, 20), range(1, 10)
-    for compile_ahead, steps in ((True, whole), (True, short), (False, short)):
-        sampler.compile_ahead = compile_ahead
-        calls = []
-        hook = base_model(model).get_decoder().register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        rollout = sampler.sample(make_batch().prompt_ids, make_batch().prompt_mask, GROUP, PARAMS, uniforms)
-        hook.remove()
-        assert_same(rollout, expected)
-        assert len(calls) - 1 in steps
-    assert_same(sample(model, eos=NEVER, static=True), sample(model, eos=NEVER))
+
+    def note(module: object, args: object, inputs: dict, output: object) -> None:
+        decoded.append(len(inputs["input_ids"]))
+
+    hook = base_model(model).get_decoder().register_forward_hook(note, with_kwargs=True)
+    rollout = sampler.sample(batch.prompt_ids, batch.prompt_mask, group, PARAMS, uniforms)
+    hook.remove()
+    assert_same(rollout, expected)
+    lengths = expected.completion_mask.sum(-1).view(3, group)
+
+    def size_after(t: int) -> int:
+        """Rows of each group in the steps after token t, at which it looks."""
+        most_left = int((lengths > t + 1).sum(1).max())
+        return next(size for size in (2, 4, 7) if size >= most_left)
+
+    sizes = [7, 7] + [size_after(t // 2 * 2) for t in range(2, PARAMS.max_new_tokens - 1)]
+    sizes = sizes[: -(-(int(lengths.max()) - 1) // 2) * 2]  # when all have ended it stops
+    assert set(sizes) == {7, 4, 2}, "a size that does not occur"
+    assert decoded[-len(sizes) :] == [3 * size for size in sizes]
+    rehearsed = [7] * 4 + [4] * 2 + [2]  # each size with its widths
+    assert decoded[1 : -len(sizes)] == [3 * size for size in rehearsed * compile_ahead]
+
+
+@given(group=st.integers(1, 64), prompts=st.integers(1, 8), axis=st.sampled_from([1, 2, 4, 8]), tokens=st.just(128))
+def test_sizes_of_groups_on_a_mesh(group, prompts, axis, tokens):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(static_rows.device, "axis_size", lambda name: axis)
+        sizes = group_sizes(group, prompts, tokens)
+        assert group_sizes(group, prompts, 127) == [group]
+    assert sizes[0] == group and len(sizes) <= 3
+    assert all(prompts * size % axis == 0 for size in sizes[1:])
+    assert all(b == (a + 1) // 2 < a for a, b in itertools.pairwise(sizes))
 
 
 @pytest.mark.parametrize("window", [1, 2, 7, 18, 19, 20, 21, 38, 39])
@@ -116,7 +151,7 @@ def test_layers_with_a_sliding_window_keep_no_more_and_change_nothing(static, wi
     name = "SlotCache" if static else "SharedPrefixCache"
     kind = getattr(tunix_torch.sampler, name)
     monkeypatch.setattr(tunix_torch.sampler, name, lambda *args: made.append(kind(*args)) or made[-1])
-    monkeypatch.setattr(tunix_torch.sampler, "cache_widths", lambda room: [1, 4, 10, room])
+    monkeypatch.setattr(static_rows, "cache_widths", lambda room: [1, 4, 10, room])
     model = place(add_nontrivial_lora(make_model("gemma3", sliding_window=window)))
     rollout = sample(model, eos=NEVER, static=static)
     batch = replace(make_batch(), completion_ids=rollout.completion_ids, completion_mask=rollout.completion_mask)

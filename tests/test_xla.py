@@ -17,9 +17,9 @@ STEPS = 6
 # One job, run on either device. Prompts have many lengths; the adapter is saved at the end.
 JOB = """
 import json, sys
-from tunix_torch import GRPOConfig, TunixTrainer, device, learning, tiny
+from tunix_torch import GRPOConfig, TunixTrainer, device, learning, static_rows, tiny
 
-learning.SHORTEST_PACKED = 2
+learning.SHORTEST_PACKED = static_rows.SHORTEST_HALVED = 2
 settings = json.loads(sys.argv[3])
 
 def digits_reward(prompts, completions, **columns):

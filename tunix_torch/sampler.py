@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from . import device
-from .attention import ATTENTION, PrefixCache, SharedPrefixCache, SlotCache, attention_masks, kept_tokens, layer_windows
+from .attention import ATTENTION, PrefixCache, SharedPrefixCache, SlotCache, attention_masks, layer_windows
 from .batch import Rollout
 from .fast_layers import packed_for_decoding
 from .model import adapters_in_use, base_model, hidden_states, logits, prefill, text_config
 from .sharding import shard_rows
+from .static_rows import StaticRows
 
 _LEAVE_AT = 7 / 8  # rows that have ended leave when so few are left: each time the KV cache is copied
 
@@ -77,27 +78,6 @@ def choose_tokens(scores: Tensor, uniforms: Tensor, params: SamplingParams) -> t
     return tokens[:, 0], logps.gather(-1, tokens)[:, 0]
 
 
-def cache_widths(room: int) -> list[int]:
-    """Widths through which a static KV cache of up to `room` tokens a row grows: at most four, the last is `room`.
-
-    All but the last are multiples of 128, a TPU's lanes, and no step is much smaller than the others.
-    """
-    portion = max(1, -(-room // (4 * 128))) * 128
-    return [*range(portion, room - portion // 2 + 1, portion), room]
-
-
-def _grow(caches: list[list[Tensor]], widths: Sequence[int]) -> None:
-    """Append slots to tensors (B, KV heads, K, head dim) until K is that layer's width.
-
-    One after the other: one at a time is there twice.
-    """
-    for tensors in caches:
-        for i, (tensor, width) in enumerate(zip(tensors, widths, strict=True)):
-            if tensor.shape[2] < width:
-                tensors[i] = shard_rows(nn.functional.pad(tensor, (0, 0, 0, width - tensor.shape[2])), heads_dim=1)
-                device.sync()
-
-
 class Sampler:
     """Samples from a model; holds the decode step, which on XLA is compiled once for each shape and then reused.
 
@@ -107,8 +87,8 @@ class Sampler:
         eos_token_ids: any of these ends a completion.
         pad_token_id: fills up after the end.
         stop_check_interval: every so many tokens the host looks which rows have ended; on the CPU before every one.
-        compile_ahead: on XLA, the first batch of a shape goes through all widths of the KV cache, though its rows may
-            have ended before: then nothing is left to compile for longer completions.
+        compile_ahead: on XLA, before the first batch of a shape every step is compiled that such a batch may come to
+            need, whatever the lengths of its completions.
 
     Raises:
         ValueError: the model has an attention of its own.
@@ -134,7 +114,7 @@ class Sampler:
             )
         self._steps: dict[tuple[SamplingParams, tuple[str, ...]], Callable] = {}
         self.compile_ahead = compile_ahead
-        self._seen: set[tuple] = set()  # of these batches every step has been compiled
+        self._seen: set[tuple] = set()  # for these batches every step has been compiled
 
     @torch.no_grad()
     def sample(
@@ -166,19 +146,20 @@ class Sampler:
             shard_rows(tensor)
         with packed_for_decoding(self.model):
             device.sync()
-            ids, logps, key_mask, prefix = self._start(prompt_ids, prompt_mask, num_completions, params, uniforms)
-            ids, logps = self._decode(ids, logps, key_mask, prefix, uniforms, params)
+            ids, logps, prefix = self._start(prompt_ids, prompt_mask, num_completions, params, uniforms)
+            prompt_mask = prompt_mask.repeat_interleave(num_completions, dim=0)  # (B, P)
+            ids, logps = self._decode(ids, logps, prompt_mask, prefix, uniforms, params)
         mask = self._completion_mask(ids)
         return Rollout(ids.masked_fill(~mask, self.pad_token_id), mask, logps.masked_fill(~mask, 0.0))
 
     def _start(
         self, prompt_ids: Tensor, prompt_mask: Tensor, num_completions: int, params: SamplingParams, uniforms: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, PrefixCache]:
+    ) -> tuple[Tensor, Tensor, PrefixCache]:
         """One pass over the prompts, and each row's first token.
 
         Returns:
-            ids, logps (B, C), of which the first column is filled in; key_mask (B, P + C - 1); the KV cache of the N
-            prompts, as far as completions look at it.
+            ids, logps (B, C), of which the first column is filled in; the KV cache of the N prompts, as far as
+            completions look at it.
         """
         last_hidden, prefix = prefill(self.model, prompt_ids, prompt_mask)
         prefix.forget(layer_windows(text_config(self.model)))
@@ -187,15 +168,14 @@ class Sampler:
         room = params.max_new_tokens - 1
         ids = nn.functional.pad(tokens[:, None], (0, room), value=self.pad_token_id)
         logps = nn.functional.pad(logps[:, None], (0, room))
-        key_mask = nn.functional.pad(prompt_mask.repeat_interleave(num_completions, dim=0), (0, room), value=True)
-        return ids, logps, key_mask, prefix
+        return ids, logps, prefix
 
     @torch.inference_mode()  # a tenth faster than no_grad
     def _decode_growing(
         self,
         ids: Tensor,
         logps: Tensor,
-        key_mask: Tensor,
+        prompt_mask: Tensor,
         prefix: PrefixCache,
         uniforms: Tensor,
         params: SamplingParams,
@@ -203,8 +183,8 @@ class Sampler:
         """Fill in the columns from 1 on, with shapes that follow the data: rows that have ended leave."""
         model, config, dtype = self.model, text_config(self.model), base_model(self.model).dtype
         room = params.max_new_tokens - 1
-        width = key_mask.shape[1] - room
-        lengths = key_mask[:, :width].sum(-1, keepdim=True)  # (B, 1)
+        width, lengths = prompt_mask.shape[1], prompt_mask.sum(-1, keepdim=True)  # (B, 1)
+        key_mask = nn.functional.pad(prompt_mask, (0, room), value=True)
         cache = SharedPrefixCache(prefix, len(ids) // prefix.num_rows, room, layer_windows(config))
         rows = torch.arange(len(ids), device=ids.device)  # those still there
         interval = 1 if ids.device.type == "cpu" else self.stop_check_interval  # there the host need not wait
@@ -233,47 +213,25 @@ class Sampler:
         self,
         ids: Tensor,
         logps: Tensor,
-        key_mask: Tensor,
+        prompt_mask: Tensor,
         prefix: PrefixCache,
         uniforms: Tensor,
         params: SamplingParams,
     ) -> tuple[Tensor, Tensor]:
-        """The same with few fixed shapes, each of which has a compiled step: the rows' KV cache grows in portions."""
-        room, layer_ids, num_prompts = params.max_new_tokens - 1, tuple(prefix.layers), prefix.num_rows
-        width, windows = key_mask.shape[1] - room, layer_windows(text_config(self.model))
-        widths = [room] if device.is_recording() else cache_widths(room)  # a plan looks at the largest
-        ended, step = self._is_eos(ids[:, 0]), torch.zeros(1, dtype=torch.int64, device=ids.device)  # (B,)
-        lengths = key_mask[:, :width].sum(-1, keepdim=True)  # (B, 1)
-        # All keys, and all values; the pre-flight can't hold them as what they are, views of the projections' results.
-        of_prompts = [[x.clone() for x in tensors] for tensors in zip(*prefix.layers.values(), strict=True)]
-        prefix.layers.clear()
-        # Layers with a window keep no more of a row: then the newest token takes the place of the oldest.
-        of_layers = {k: [kept_tokens(windows[i], width, k)[1] for i in layer_ids] for k in widths}
-        of_rows = [
-            [x.new_zeros(len(ids), x.shape[1], k, x.shape[3]) for x, k in zip(xs, of_layers[widths[0]], strict=True)]
-            for xs in of_prompts
-        ]
-        prompt_mask = key_mask[:, :width]
-        for tensor in (ids, logps, ended, prompt_mask, lengths):
-            shard_rows(tensor)
-        for tensors in of_prompts + of_rows:
-            for tensor in tensors:
-                shard_rows(tensor, heads_dim=1)
-        device.sync()
+        """The same with few fixed shapes, each of which has a compiled step."""
+        num_prompts, layer_ids, windows = prefix.num_rows, tuple(prefix.layers), layer_windows(text_config(self.model))
+        rows = StaticRows(ids, logps, self._is_eos(ids[:, 0]), prompt_mask, uniforms, prefix, windows)
         decode = self._decode_step(params, layer_ids)
-        batch = (params, adapters_in_use(self.model), num_prompts, len(ids), width)
-        shapes = {tuple(of_layers[k]) for k in widths}
-        may_stop = not self.compile_ahead or len(shapes) == 1 or batch in self._seen
-        for t in range(room):
-            if t in widths:
-                _grow(of_rows, of_layers[widths[widths.index(t) + 1]])
-            ids, logps, ended, step = decode(
-                ids, logps, ended, step, prompt_mask, lengths, uniforms, *of_prompts, *of_rows
-            )
-            if may_stop and (t + 1) % self.stop_check_interval == 0 and bool(ended.cpu().all()):  # the host waits here
+        batch = (params, adapters_in_use(self.model), num_prompts, prompt_mask.shape)
+        if self.compile_ahead and params.max_new_tokens > 1 and batch not in self._seen and not device.is_recording():
+            rows.rehearse(decode)
+            self._seen.add(batch)
+        rows.begin()
+        for t in range(1, params.max_new_tokens):
+            rows.decode(decode)
+            if t % self.stop_check_interval == 0 and not rows.any_left():
                 break
-        self._seen.add(batch)
-        return ids, logps
+        return rows.results()
 
     def _is_eos(self, tokens: Tensor) -> Tensor:
         ended = tokens == self.eos_token_ids[0]
