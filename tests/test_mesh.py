@@ -45,12 +45,12 @@ class Recorder(TrainerCallback):
 args = GRPOConfig(
     output_dir=output_dir, report_to="none", disable_tqdm=True, max_steps=STEPS, save_steps=SAVED, learning_rate=3e-3,
     per_device_train_batch_size=8, num_completions_per_prompt=2, max_prompt_length=32, generation_max_length=8,
-    system_message="", stop_check_interval=4, max_grad_norm=0.0, eval_on_start=True, eval_strategy="steps",
+    system_message="", stop_check_interval=2, max_grad_norm=0.0, eval_on_start=True, eval_strategy="steps",
     eval_steps=2, per_device_eval_batch_size=8,
 )
 rows, eval_rows = tiny.arithmetic_rows("train", 64), tiny.arithmetic_rows("test", 10)
 trainer = TunixTrainer(folder, digits_reward, args, rows, eval_rows, callbacks=[Recorder()])
-trainer.sampler.eos_token_ids += tuple(range(3, 112, 9))  # so that many end early
+trainer.sampler.eos_token_ids += tuple(range(3, 112, 5))  # so that many end early
 initial, gradients, completions = trained(), [], []
 packed, packed_of = [], learning._packed
 def recording_packed(*args):
@@ -58,6 +58,12 @@ def recording_packed(*args):
     packed.append(part.packing is not None)
     return part
 learning._packed = recording_packed
+halved, any_left_of = [], static_rows.StaticRows.any_left
+def recording_any_left(rows):
+    left = any_left_of(rows)
+    halved.append(rows.level)
+    return left
+static_rows.StaticRows.any_left = recording_any_left
 collect = trainer.collect
 def recording_collect(prompts):
     batch = collect(prompts)
@@ -75,7 +81,7 @@ for name, p in trainer.model.named_parameters():
 again = place(load_model(output_dir))
 reloaded = {name: p.detach().cpu() for name, p in again.named_parameters() if "lora_" in name}
 torch.save({"initial": initial, "gradients": gradients, "completions": completions, "final": final,
-            "reloaded": reloaded, "shards": shards, "packed": packed,
+            "reloaded": reloaded, "shards": shards, "packed": packed, "halved": halved,
             "log": trainer.state.log_history}, output_dir + "/result.pt")
 """.replace("STEPS", str(STEPS)).replace("SAVED", str(SAVED))
 
@@ -167,6 +173,10 @@ def test_on_a_mesh_some_passes_were_over_packed_completions_and_some_not(run):
     packed = run(FAST)["packed"]
     assert packed[4:12] == [False] * 4 + [True] * 4 and {True, False} == set(packed[:4] + packed[12:])
     assert not any(run(ONE)["packed"])
+
+
+def test_on_a_mesh_some_groups_went_on_with_half_of_their_rows_and_some_did_not(run):
+    assert set(run(FAST)["halved"]) == {0, 1} and set(run(ONE)["halved"]) == {0}
 
 
 @meshes
