@@ -26,8 +26,13 @@ def _inverse_rms(x: Tensor, eps: Tensor) -> Tensor:
     return torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
+def _normed(x: Tensor, scale: Tensor, eps: Tensor) -> Tensor:
+    """x (..., D), scale (D,), eps () -> x / rms(x) * scale."""
+    return (x * _inverse_rms(x, eps)).mul_(scale)
+
+
 class _ScaledNorm(torch.autograd.Function):
-    """x (..., D), scale (D,), eps () -> x / rms(x) * scale, with a gradient for x."""
+    """`_normed`, with a gradient for x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, eps: Tensor) -> Tensor:
@@ -54,20 +59,26 @@ class _FastRMSNorm(nn.Module):
             return super().forward(x)
         if torch.is_grad_enabled() and x.requires_grad:
             return _ScaledNorm.apply(x, 1 + weight, self._eps)
-        return (x * _inverse_rms(x, self._eps)).mul_(1 + weight)
+        return _normed(x, 1 + weight, self._eps)
 
 
 @dataclass
 class _PackedLayer:
-    """The projections of one decoder layer, LoRA added, laid out by oneDNN: for few rows twice as fast as MKL's."""
+    """The projections of one decoder layer, LoRA added, laid out by oneDNN: for few rows twice as fast as MKL's.
+
+    And of each norm its scale and its epsilon, ().
+    """
 
     qkv: Tensor  # the three below each other
     o: Tensor
     gate: Tensor
     up: Tensor
     down: Tensor
-    qk_scale: Tensor | None  # of Gemma 3's norms of queries and keys, (heads + KV heads, head dim)
-    qk_eps: Tensor | None  # and their epsilon, ()
+    before_attention: tuple[Tensor, Tensor]
+    after_attention: tuple[Tensor, Tensor]
+    before_mlp: tuple[Tensor, Tensor]
+    after_mlp: tuple[Tensor, Tensor]
+    of_qk: tuple[Tensor, Tensor] | None  # Gemma 3's, of queries and keys, (heads + KV heads, head dim)
 
 
 class _FastDecoderLayer(nn.Module):
@@ -85,13 +96,19 @@ class _FastDecoderLayer(nn.Module):
             return
         q, k, v, *others = weights
         qkv, *others = (torch.ops.mkldnn._reorder_linear_weight(w) for w in (torch.cat((q, k, v)), *others))
-        scale = eps = None
+        norms = (
+            self.input_layernorm,
+            self.post_attention_layernorm,
+            self.pre_feedforward_layernorm,
+            self.post_feedforward_layernorm,
+        )
+        of_qk = None
         if hasattr(attn, "q_norm"):
             counts = (len(q) // attn.head_dim, len(k) // attn.head_dim)
-            norms = zip((attn.q_norm, attn.k_norm), counts, strict=True)
-            scale = torch.cat([(1 + norm.weight).expand(count, -1) for norm, count in norms])
-            eps = attn.q_norm._eps
-        self._packed = _PackedLayer(qkv, *others, scale, eps)
+            of_both = zip((attn.q_norm, attn.k_norm), counts, strict=True)
+            scale = torch.cat([(1 + norm.weight).expand(count, -1) for norm, count in of_both])
+            of_qk = scale, attn.q_norm._eps
+        self._packed = _PackedLayer(qkv, *others, *((1 + norm.weight, norm._eps) for norm in norms), of_qk)
 
     def unpack(self) -> None:
         self._packed = None
@@ -114,21 +131,25 @@ class _FastDecoderLayer(nn.Module):
                 **kwargs,
             )
         x, attn = hidden_states[:, 0], self.self_attn  # (R, D)
-        qkv = _product(self.input_layernorm(x), packed.qkv).view(len(x), -1, attn.head_dim)
+        qkv = _product(_normed(x, *packed.before_attention), packed.qkv).view(len(x), -1, attn.head_dim)
         heads = packed.o.shape[1] // attn.head_dim
         num_kv = (qkv.shape[1] - heads) // 2
-        qk, value = qkv.tensor_split([heads + num_kv], dim=1)  # (R, heads + KV heads, E), (R, KV heads, E)
+        qk, value = qkv[:, : heads + num_kv], qkv[:, heads + num_kv :]  # (R, heads + KV heads, E), (R, KV heads, E)
         softcap = attn.attn_logit_softcapping
-        if packed.qk_scale is not None:
-            qk, softcap = (qk * _inverse_rms(qk, packed.qk_eps)).mul_(packed.qk_scale), None
+        if packed.of_qk is not None:
+            qk, softcap = _normed(qk, *packed.of_qk), None
         qk = _rotate(qk, *position_embeddings)
         kv, _ = past_key_values.update(qk[:, heads:, None], value[:, :, None], attn.layer_idx)
         mixed = shared_prefix_attention(qk[:, :heads, None], kv, attention_mask, attn.scaling, softcap)
-        x = x + self.post_attention_layernorm(_product(mixed.view(len(x), -1), packed.o))
-        h = self.pre_feedforward_layernorm(x)
+        x = _plus_normed(x, _product(mixed.view(len(x), -1), packed.o), *packed.after_attention)
+        h = _normed(x, *packed.before_mlp)
         gate = torch.ops.mkldnn._linear_pointwise(h, packed.gate, None, "gelu", [], "tanh")
         h = torch.ops.mkldnn._linear_pointwise.binary(h, gate, packed.up, None, "mul")
-        return (x + self.post_feedforward_layernorm(_product(h, packed.down)))[:, None]
+        return _plus_normed(x, _product(h, packed.down), *packed.after_mlp)[:, None]
+
+
+def _plus_normed(x: Tensor, y: Tensor, scale: Tensor, eps: Tensor) -> Tensor:
+    return torch.addcmul(x, y.mul_(_inverse_rms(y, eps)), scale)
 
 
 def _product(x: Tensor, packed: Tensor) -> Tensor:
