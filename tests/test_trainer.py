@@ -18,7 +18,7 @@ from tunix_torch.batch import PromptBatch
 from tunix_torch.callbacks import MetricsFile
 from tunix_torch.checkpoint import is_whole, newest_checkpoint
 from tunix_torch.learning import micro_batches
-from tunix_torch.model import lora_config
+from tunix_torch.model import base_model, lora_config
 from tunix_torch.profiling import PARTS
 from tunix_torch.record import StepRecord
 
@@ -115,7 +115,11 @@ def test_layers_under_gradient_checkpointing_give_the_same_gradient(model_folder
     plain = make_trainer(model_folder, tmp_path / "a")
     _, expected = gradients(plain, first_batch(plain))
     trainer = make_trainer(model_folder, tmp_path / "b", gradient_checkpointing=True)
-    _, got = gradients(trainer, first_batch(trainer))
+    batch, computed = first_batch(trainer), []
+    layer = base_model(trainer.model).get_decoder().layers[0].mlp
+    layer.register_forward_hook(lambda *_: computed.append(torch.is_grad_enabled()))
+    _, got = gradients(trainer, batch)
+    assert computed == [True] * 2 * len(micro_batches(batch, trainer.args)), "each layer is computed twice"
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-5)
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 STEPS = 6
@@ -55,7 +56,10 @@ weights = {
     for name, p in trainer.model.named_parameters()
     if "layers.3.mlp" in name and p.requires_grad
 }
-result = {"kind": device.KIND, "log": trainer.state.log_history}
+if device.KIND == "xla":
+    import torch_xla.debug.metrics as metrics
+    settings["left_to_the_host"] = [name for name in metrics.counter_names() if name.startswith("aten::")]
+result = settings | {"kind": device.KIND, "log": trainer.state.log_history}
 result |= {"completions": completions, "weights": weights, "packed": packed}
 json.dump(result, open(output_dir + "/result.json", "w"))
 """
@@ -95,6 +99,11 @@ def test_this_process_and_the_job_really_are_on_xla(results):
 
     assert device.KIND == results["xla"]["kind"] == "xla" and results["cpu"]["kind"] == "cpu"
     assert device.torch_device().type == "xla"
+
+
+def test_no_operation_is_left_to_the_host(results):
+    """Where torch-xla has none of its own it computes on the host, and says nothing. A number is read now and then."""
+    assert results["xla"]["left_to_the_host"] == ["aten::_local_scalar_dense"]
 
 
 def test_first_five_steps_give_the_same_completions_as_on_the_cpu(results):
@@ -142,3 +151,34 @@ def test_resumed_on_xla_equals_uninterrupted(results):
     assert results["resumed"]["completions"] == results["xla"]["completions"][3:]
     for name, expected in results["xla"]["weights"].items():
         assert results["resumed"]["weights"][name] == pytest.approx(expected, abs=1e-6), name
+
+
+def test_layers_under_gradient_checkpointing_give_the_same_gradient():
+    from models import add_nontrivial_lora, make_batch, make_model
+
+    from tunix_torch import device
+    from tunix_torch.batch import TrainBatch
+    from tunix_torch.logprobs import token_logps
+    from tunix_torch.model import base_model, checkpoint_layers, place
+
+    model = place(add_nontrivial_lora(make_model("gemma3"))).train()
+    on_host = {name: value for name, value in vars(make_batch()).items() if value is not None}
+    batch = TrainBatch(**{name: value.to(device.torch_device()) for name, value in on_host.items()})
+    passes = []
+    base_model(model).get_decoder().layers[0].mlp.register_forward_hook(
+        lambda *_: passes.append(torch.is_grad_enabled())
+    )
+
+    def gradients():
+        token_logps(model, batch, share_prefix=False)[0].square().sum().backward()
+        found = {name: p.grad.cpu() for name, p in model.named_parameters() if p.requires_grad}
+        model.zero_grad()
+        return found
+
+    expected = gradients()
+    checkpoint_layers(model)
+    got = gradients()
+    assert passes == [True, False, True], "computed once, then twice"
+    for name in expected:
+        assert expected[name].abs().max() > 0
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)

@@ -158,5 +158,5 @@ def _plain_states(model: nn.Module, batch: TrainBatch) -> Tensor:
     mask = nn.functional.pad(prompt_mask, (0, batch.completion_ids.shape[1]), value=True)
     slots = torch.arange(ids.shape[1], device=ids.device)
     masks = attention_masks(text_config(model), mask, slots, base_model(model).dtype)
-    hidden = hidden_states(model, ids, masks, prompt_positions(mask), PrefixCache())
+    hidden = hidden_states(model, ids, masks, prompt_positions(mask), cache=None)
     return hidden[:, prompt_ids.shape[1] - 1 : -1]

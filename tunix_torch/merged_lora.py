@@ -88,8 +88,8 @@ class MergedLinear(peft.tuners.lora.Linear):
         W is told by its identity and version: a change through `W.data`, which leaves neither, is not seen.
         """
         a, b, base = self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer.weight
-        if _ON_XLA:
-            return torch.addmm(base, b, a, alpha=self.scaling[name])
+        if _ON_XLA:  # not by addmm, which torch-xla leaves to the host where its alpha is not 1
+            return base + self.scaling[name] * (b @ a)
         key = (name, self.scaling[name], base._version)
         if self._sum is not None:
             old_key, old_base, old_a, old_b = self._made_from

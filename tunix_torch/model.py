@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -213,6 +214,17 @@ def adapters_in_use(model: nn.Module) -> tuple[str, ...]:
     return () if layer is None or layer.disable_adapters or layer.merged else tuple(layer.active_adapters)
 
 
+def checkpoint_layers(model: nn.Module, settings: dict[str, Any] | None = None) -> None:
+    """Keep only each layer's input for the backward pass, which computes the layer again. Training mode only.
+
+    `settings`: arguments of `torch.utils.checkpoint`. On XLA they have no effect: there torch-xla's is needed.
+    """
+    base = base_model(model)
+    base.gradient_checkpointing_enable(settings)
+    if device.KIND == "xla":
+        base._set_gradient_checkpointing(gradient_checkpointing_func=device.checkpoint)
+
+
 def text_config(model: nn.Module) -> PretrainedConfig:
     """The config of the text decoder."""
     return base_model(model).config.get_text_config()
@@ -227,12 +239,16 @@ def reference_policy(model: nn.Module) -> Iterator[None]:
 
 
 def hidden_states(
-    model: nn.Module, ids: Tensor, masks: dict[str, Tensor] | Tensor, position_ids: Tensor, cache: object
+    model: nn.Module, ids: Tensor, masks: dict[str, Tensor] | Tensor, position_ids: Tensor, cache: object | None
 ) -> Tensor:
     """The decoder's last hidden states, (R, Q, D), for ids and position_ids (R, Q) int64 and ready masks."""
     decoder = base_model(model).get_decoder()
     return decoder(
-        input_ids=ids, attention_mask=masks, position_ids=position_ids, past_key_values=cache, use_cache=True
+        input_ids=ids,
+        attention_mask=masks,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=cache is not None,
     ).last_hidden_state
 
 

@@ -38,7 +38,17 @@ from .evaluation import Answers, answer
 from .grpo import aggregation_weights, compute_group_advantages
 from .learning import learn, logps_without_gradient, may_pack, micro_batches, rehearsals
 from .metrics import broken_invariant, learning_metrics, rollout_metrics, sum_up
-from .model import add_lora, base_model, eos_token_ids, load_model, load_tokenizer, lora_config, place, reference_policy
+from .model import (
+    add_lora,
+    base_model,
+    checkpoint_layers,
+    eos_token_ids,
+    load_model,
+    load_tokenizer,
+    lora_config,
+    place,
+    reference_policy,
+)
 from .profiling import ProfileStep, span
 from .record import FOLDER, record_step
 from .reward_workers import RewardWorkers
@@ -110,6 +120,8 @@ class TunixTrainer(Trainer):
                 parameter.requires_grad_(True)
         processes.check_same(lambda: _facts(model, args, train_dataset, eval_dataset))
         place(model)
+        if args.gradient_checkpointing:
+            checkpoint_layers(model, args.gradient_checkpointing_kwargs)
         processes.keep_frozen_out_of_ddp(model)
 
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or [])
@@ -221,6 +233,11 @@ class TunixTrainer(Trainer):
             if self._reward_workers is not None:
                 self._reward_workers.close()
                 self._reward_workers = None
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if self.args.gradient_checkpointing:  # `transformers.Trainer` has just done it again, its own way
+            checkpoint_layers(self.model, self.args.gradient_checkpointing_kwargs)
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _start_reward_workers(self) -> None:
         plain = [function for function in self.reward_funcs if not is_async(function)]
