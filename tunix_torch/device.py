@@ -402,11 +402,14 @@ class _Program:
         return tuple(outputs[: self.num_results])
 
 
-def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
-    """Run `function(*args)` without keeping its intermediate results: the backward pass computes them again."""
+def checkpoint(function: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    """Run `function(*args)` without keeping its intermediate results: the backward pass computes them again.
+
+    `settings` are those of `torch.utils.checkpoint.checkpoint`; on XLA, which needs one of its own, they have no effect.
+    """
     if KIND == "xla":  # with optimisation barriers, or XLA would merge the second computation into the first
         return xla_checkpoint.checkpoint(function, *args, use_reentrant=True)
-    return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+    return torch.utils.checkpoint.checkpoint(function, *args, **{"use_reentrant": False} | settings)
 
 
 def num_compilations() -> int:

@@ -5,6 +5,7 @@ The reference policy is the same model with the adapter switched off; there is n
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import re
@@ -217,12 +218,12 @@ def adapters_in_use(model: nn.Module) -> tuple[str, ...]:
 def checkpoint_layers(model: nn.Module, settings: dict[str, Any] | None = None) -> None:
     """Keep only each layer's input for the backward pass, which computes the layer again. Training mode only.
 
-    `settings`: arguments of `torch.utils.checkpoint`. On XLA they have no effect: there torch-xla's is needed.
+    `settings`: see `device.checkpoint`.
     """
     base = base_model(model)
-    base.gradient_checkpointing_enable(settings)
-    if device.KIND == "xla":
-        base._set_gradient_checkpointing(gradient_checkpointing_func=device.checkpoint)
+    base.gradient_checkpointing_enable()
+    checkpoint = functools.partial(device.checkpoint, **settings or {})
+    base._set_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
 
 
 def text_config(model: nn.Module) -> PretrainedConfig:
