@@ -148,6 +148,15 @@ def test_nothing_is_compiled_for_completions_of_any_lengths(model_folder, monkey
     first_half = tuple(range(model.config.vocab_size // 2))
     sampler = Sampler(model, first_half, 0, stop_check_interval=1, compile_ahead=True)
 
+    levels, drop_ended = set(), static_rows.StaticRows.drop_ended
+
+    def noting(rows):
+        left = drop_ended(rows)
+        levels.add(rows.level)
+        return left
+
+    monkeypatch.setattr(static_rows.StaticRows, "drop_ended", noting)
+
     def lengths(num_prompts, wanted):
         """The first token of the vocabulary ends a completion, the last one does not."""
         prompts = ids[:num_prompts]
@@ -161,6 +170,7 @@ def test_nothing_is_compiled_for_completions_of_any_lengths(model_folder, monkey
         for wanted in ([16] * 8, [2, 3, 1, 16, 9, 5, 1, 1], [5, 1, 1, 1, 12, 12, 1, 1], [10, 16, 16, 1, 9, 9, 16, 16]):
             assert lengths(num_prompts, wanted) == wanted
         assert device.num_compilations() == count > 0
+    assert levels == {0, 1, 2}
 
 
 def test_random_numbers_drawn_for_a_rehearsal_change_none_that_come_after():

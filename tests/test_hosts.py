@@ -26,11 +26,12 @@ def luck_reward(prompts, completions, **columns):
 """
 JOB = """
 import os, pathlib, shutil, signal, sys, torch
-from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer, device, job, processes
+from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer, device, job, processes, static_rows
 import torch_xla.debug.metrics as met
 
 model, host = sys.argv[1], int(sys.argv[2])
 device.hosts = lambda: (host, 2, "localhost")
+static_rows.SHORTEST_HALVED = 2
 device.use_mesh(((2, 2), ("fsdp", "tp")))
 result = {"refused": [], "code": None}
 

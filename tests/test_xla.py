@@ -56,11 +56,11 @@ weights = {
     for name, p in trainer.model.named_parameters()
     if "layers.3.mlp" in name and p.requires_grad
 }
+result = {"kind": device.KIND, "log": trainer.state.log_history}
+result |= {"completions": completions, "weights": weights, "packed": packed}
 if device.KIND == "xla":
     import torch_xla.debug.metrics as metrics
-    settings["left_to_the_host"] = [name for name in metrics.counter_names() if name.startswith("aten::")]
-result = settings | {"kind": device.KIND, "log": trainer.state.log_history}
-result |= {"completions": completions, "weights": weights, "packed": packed}
+    result["left_to_the_host"] = [name for name in metrics.counter_names() if name.startswith("aten::")]
 json.dump(result, open(output_dir + "/result.json", "w"))
 """
 
@@ -151,6 +151,26 @@ def test_resumed_on_xla_equals_uninterrupted(results):
     assert results["resumed"]["completions"] == results["xla"]["completions"][3:]
     for name, expected in results["xla"]["weights"].items():
         assert results["resumed"]["weights"][name] == pytest.approx(expected, abs=1e-6), name
+
+
+def test_a_job_with_gradient_checkpointing_gives_what_the_cpu_gives_without(results, model_folder, tmp_path):
+    settings = {"gradient_checkpointing": True, "max_steps": 3, "eval_strategy": "no", "save_strategy": "no"}
+    run = run_job("xla", model_folder, tmp_path / "run", **settings)
+    assert run["completions"] == results["cpu"]["completions"][:3]
+    for name in ("loss", "kl"):
+        assert logged(run, name) == pytest.approx(logged(results["cpu"], name)[:3], abs=1e-4)
+    assert run["left_to_the_host"] == ["aten::_local_scalar_dense"]
+
+
+def test_gradient_checkpointing_is_refused_where_a_gradient_would_be_lost():
+    from models import add_nontrivial_lora, make_model
+
+    from tunix_torch.model import checkpoint_layers
+
+    with pytest.raises(ValueError, match="layers share keys and values"):
+        checkpoint_layers(add_nontrivial_lora(make_model("gemma4")))
+    with pytest.raises(ValueError, match="gradient_checkpointing_kwargs=.*takes none"):
+        checkpoint_layers(add_nontrivial_lora(make_model("gemma3")), {"use_reentrant": False})
 
 
 def test_layers_under_gradient_checkpointing_give_the_same_gradient():

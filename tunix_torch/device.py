@@ -402,12 +402,18 @@ class _Program:
         return tuple(outputs[: self.num_results])
 
 
+def checkpoint_is_reentrant() -> bool:
+    """Whether what `checkpoint` runs sends gradients through its arguments and results only, and takes no settings."""
+    return KIND == "xla"
+
+
 def checkpoint(function: Callable[..., Any], *args: Any, **settings: Any) -> Any:
     """Run `function(*args)` without keeping its intermediate results: the backward pass computes them again.
 
-    `settings` are those of `torch.utils.checkpoint.checkpoint`; on XLA, which needs one of its own, they have no effect.
+    `settings` are those of `torch.utils.checkpoint.checkpoint`; none on XLA.
     """
     if KIND == "xla":  # with optimisation barriers, or XLA would merge the second computation into the first
+        assert not settings, settings
         return xla_checkpoint.checkpoint(function, *args, use_reentrant=True)
     return torch.utils.checkpoint.checkpoint(function, *args, **{"use_reentrant": False} | settings)
 

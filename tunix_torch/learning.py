@@ -82,9 +82,9 @@ def _of_length(part: TrainBatch, length: int) -> TrainBatch:
 
 def policy_logps(model: nn.Module, batch: TrainBatch, args: GRPOConfig) -> tuple[Tensor, Tensor]:
     """`token_logps` of the policy that is active, at the temperature of the rollout: logps and entropy, (B, C)."""
-    # layers that are computed again for the gradient drop any KV cache, so no prefix can be shared then
-    computed_again = args.gradient_checkpointing and torch.is_grad_enabled()
-    return token_logps(model, batch, args.generation_temperature, share_prefix=not computed_again)
+    # layers under gradient checkpointing drop any KV cache, so no prefix can be shared then; nor is it without a
+    # gradient, for in bfloat16 the same policy would then differ from itself by rounding
+    return token_logps(model, batch, args.generation_temperature, share_prefix=not args.gradient_checkpointing)
 
 
 @torch.no_grad()

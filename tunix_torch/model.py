@@ -219,8 +219,19 @@ def checkpoint_layers(model: nn.Module, settings: dict[str, Any] | None = None) 
     """Keep only each layer's input for the backward pass, which computes the layer again. Training mode only.
 
     `settings`: see `device.checkpoint`.
+
+    Raises:
+        ValueError: on XLA, with settings, or for a model whose layers share keys and values.
     """
     base = base_model(model)
+    if device.checkpoint_is_reentrant():
+        if settings:
+            raise ValueError(f"gradient_checkpointing_kwargs={settings!r}: XLA takes none, leave it out")
+        if getattr(text_config(model), "num_kv_shared_layers", 0):  # they would reach later layers without a gradient
+            raise ValueError(
+                "gradient_checkpointing=True: on XLA not for a model whose layers share keys and values; "
+                "take a smaller micro_batch_size"
+            )
     base.gradient_checkpointing_enable()
     checkpoint = functools.partial(device.checkpoint, **settings or {})
     base._set_gradient_checkpointing(gradient_checkpointing_func=checkpoint)

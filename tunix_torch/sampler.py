@@ -229,7 +229,8 @@ class Sampler:
         rows.begin()
         for t in range(1, params.max_new_tokens):
             rows.decode(decode)
-            if t % self.stop_check_interval == 0 and not rows.any_left():
+            looks = t % self.stop_check_interval == 0 and t + 1 < params.max_new_tokens
+            if looks and not rows.drop_ended():
                 break
         return rows.results()
 

@@ -40,7 +40,7 @@ class StaticRows:
 
     The cache grows in portions. When no group has more than half of its rows left, every group goes on with a half,
     in which those that are left come first: prompts keep their places, and so their keys and values stay where they
-    are. Half as many rows may have a cache of twice the width, so that they need only every second of the widths.
+    are. Fewer rows may as well have a wider cache, so that halves need only every second of the widths, quarters one.
 
     Args:
         ids, logps: (B, C), of which the first column is filled in.
@@ -66,8 +66,8 @@ class StaticRows:
         # All keys, and all values; the pre-flight can't hold them as what they are, views of the projections' results.
         self.of_prompts = [[x.clone() for x in tensors] for tensors in zip(*prefix.layers.values(), strict=True)]
         prefix.layers.clear()
-        self.start = ids, logps, ended, prompt_mask, prompt_mask.sum(-1, keepdim=True), uniforms
-        for tensor in self.start:
+        self.first = ids, logps, ended, prompt_mask, prompt_mask.sum(-1, keepdim=True), uniforms
+        for tensor in self.first:
             shard_rows(tensor)
         for tensors in self.of_prompts:
             for tensor in tensors:
@@ -82,12 +82,12 @@ class StaticRows:
         self.level, self.width, self.used = level, width or self.widths[level][0], 0
         num_rows = self.num_prompts * self.sizes[level]
         self.own: list[list[Tensor]] = []  # what was there before makes room
-        self.whole, self.chosen = self.start[:2], None  # of all rows; those that are decoded, None: all
-        self.tensors = self.start
+        self.whole, self.chosen = self.first[:2], None  # of all rows; those that are decoded, None: all
+        self.tensors = self.first
         if level:
             self.chosen = self._in_groups(torch.arange(self.sizes[level]).expand(self.num_prompts, -1), self.sizes[0])
             self._select(self.chosen)
-        self.step = torch.zeros(1, dtype=torch.int64, device=self.start[0].device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=self.first[0].device)
         self.own = [
             [x.new_zeros(num_rows, x.shape[1], k, x.shape[3]) for x, k in zip(xs, self._kept(self.width), strict=True)]
             for xs in self.of_prompts
@@ -97,17 +97,18 @@ class StaticRows:
                 shard_rows(tensor, heads_dim=1)
         device.sync()
 
-    def decode(self, step: Callable[..., tuple[Tensor, ...]]) -> None:
+    def decode(self, decode_step: Callable[..., tuple[Tensor, ...]]) -> None:
         """One more token of every row. The step takes and returns ids, logps, ended and its own number."""
         if self.used == self.width:
             self._grow()
         ids, logps, ended, *given = self.tensors
-        ids, logps, ended, self.step = step(ids, logps, ended, self.step, *given, *self.of_prompts, *self.own)
+        state = decode_step(ids, logps, ended, self.step, *given, *self.of_prompts, *self.own)
+        ids, logps, ended, self.step = state
         self.tensors = ids, logps, ended, *given
         self.used += 1
 
-    def any_left(self) -> bool:
-        """Whether rows are left that have not ended; the others leave, where they are enough. The host waits here."""
+    def drop_ended(self) -> bool:
+        """Let rows leave that have ended, where they are enough. False: all have. The host waits here."""
         ended = self.tensors[2].cpu().view(self.num_prompts, -1)
         most_left = int((~ended).sum(dim=1).max())
         while most_left and self.level + 1 < len(self.sizes) and most_left <= self.sizes[self.level + 1]:
@@ -124,12 +125,12 @@ class StaticRows:
         device.sync()
         return self.whole
 
-    def rehearse(self, step: Callable[..., tuple[Tensor, ...]]) -> None:
+    def rehearse(self, decode_step: Callable[..., tuple[Tensor, ...]]) -> None:
         """Have all compiled that rows may come to need, whatever their lengths."""
         for level, widths in enumerate(self.widths):
             for width in widths:
                 self.begin(level, width)
-                self.decode(step)
+                self.decode(decode_step)
                 self.results()
                 if width < widths[-1]:
                     self._grow()
@@ -150,7 +151,7 @@ class StaticRows:
 
     def _grow(self) -> None:
         self.width = next(width for width in self.widths[self.level] if width > self.width)
-        self._change_caches(lambda tensor: tensor)
+        self._change_caches()
 
     def _halve(self, places: Tensor) -> None:
         """Go on with some rows of each group, by their places in it, (N, the next level's size)."""
@@ -164,28 +165,32 @@ class StaticRows:
         self.width = next(width for width in self.widths[self.level] if width >= self.width)
         index = self._select(rows)
         device.sync()
-        self._change_caches(lambda tensor: tensor.index_select(0, index))
+        self._change_caches(index)
 
     def _select(self, rows: Tensor) -> Tensor:
         """Keep these rows, but in the caches. Returns them as they are on the device."""
-        index = rows.to(self.start[0].device)
+        index = rows.to(self.first[0].device)
         self.tensors = tuple(shard_rows(tensor.index_select(0, index)) for tensor in self.tensors)
         return index
 
     def _put_back(self) -> None:
         """What was decoded, where it belongs among all rows."""
-        index = self.chosen.to(self.start[0].device)
+        index = self.chosen.to(self.first[0].device)
         self.whole = tuple(
             shard_rows(whole.index_copy(0, index, tensor))
             for whole, tensor in zip(self.whole, self.tensors[:2], strict=True)
         )
 
-    def _change_caches(self, select: Callable[[Tensor], Tensor]) -> None:
-        """Some rows of the caches, with room for `width` tokens. One after the other: one at a time is there twice."""
+    def _change_caches(self, index: Tensor | None = None) -> None:
+        """Some rows of the caches, None: all, with room for `width` tokens.
+
+        One after the other, with no name for what is between: one at a time is there twice.
+        """
         for tensors in self.own:
             for i, (tensor, width) in enumerate(zip(tensors, self._kept(self.width), strict=True)):
-                selected = select(tensor)
-                if selected is not tensor or tensor.shape[2] < width:
-                    padded = nn.functional.pad(selected, (0, 0, 0, width - tensor.shape[2]))
-                    tensors[i] = shard_rows(padded, heads_dim=1)
-                    device.sync()
+                more = (0, 0, 0, width - tensor.shape[2])
+                if index is not None:
+                    tensors[i] = shard_rows(nn.functional.pad(tensor.index_select(0, index), more), heads_dim=1)
+                elif any(more):
+                    tensors[i] = shard_rows(nn.functional.pad(tensor, more), heads_dim=1)
+                device.sync()
