@@ -154,11 +154,11 @@ def test_resumed_on_xla_equals_uninterrupted(results):
 
 
 def test_a_job_with_gradient_checkpointing_gives_what_the_cpu_gives_without(results, model_folder, tmp_path):
-    settings = {"gradient_checkpointing": True, "max_steps": 3, "eval_strategy": "no", "save_strategy": "no"}
+    settings = {"gradient_checkpointing": True, "max_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
     run = run_job("xla", model_folder, tmp_path / "run", **settings)
-    assert run["completions"] == results["cpu"]["completions"][:3]
+    assert run["completions"] == results["cpu"]["completions"][:2]  # after them the learning rates differ
     for name in ("loss", "kl"):
-        assert logged(run, name) == pytest.approx(logged(results["cpu"], name)[:3], abs=1e-4)
+        assert logged(run, name) == pytest.approx(logged(results["cpu"], name)[:2], abs=1e-4)
     assert run["left_to_the_host"] == ["aten::_local_scalar_dense"]
 
 
@@ -191,6 +191,7 @@ def test_layers_under_gradient_checkpointing_give_the_same_gradient():
 
     def gradients():
         token_logps(model, batch, share_prefix=False)[0].square().sum().backward()
+        device.sync()  # else each gradient would be a graph of its own
         found = {name: p.grad.cpu() for name, p in model.named_parameters() if p.requires_grad}
         model.zero_grad()
         return found
