@@ -102,8 +102,7 @@ class StaticRows:
         if self.used == self.width:
             self._grow()
         ids, logps, ended, *given = self.tensors
-        state = decode_step(ids, logps, ended, self.step, *given, *self.of_prompts, *self.own)
-        ids, logps, ended, self.step = state
+        ids, logps, ended, self.step = decode_step(ids, logps, ended, self.step, *given, *self.of_prompts, *self.own)
         self.tensors = ids, logps, ended, *given
         self.used += 1
 
