@@ -136,7 +136,7 @@ def run_rounds(
 
 
 def describe_machine() -> dict[str, str]:
-    """Processor, cores, and the versions of what was measured."""
+    """Processor, cores, GPU where there is one, and the versions of what was measured."""
     from importlib.metadata import PackageNotFoundError, version
 
     model = platform.processor() or platform.machine()
@@ -150,7 +150,12 @@ def describe_machine() -> dict[str, str]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {"processor": f"{model}, {len(os.sched_getaffinity(0))} cores"} | versions
+    machine = {"processor": f"{model}, {len(os.sched_getaffinity(0))} cores"}
+    if _has_cuda():
+        import torch
+
+        machine["gpu"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    return machine | versions
 
 
 def compare(peers: Sequence[str], spec: Spec, rounds: int) -> tuple[dict[str, Any], dict[str, str]]:

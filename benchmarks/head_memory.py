@@ -7,9 +7,12 @@ pass; the layer is narrow so that what it keeps is small beside the head.
 
 import argparse
 import json
+import os
 import resource
 import time
 from pathlib import Path
+
+os.environ.setdefault("TUNIX_DEVICE", "cpu")  # also where there is a GPU
 
 import tunix_torch  # noqa: F401  (first: it chooses the device)
 

@@ -14,6 +14,7 @@ FLOORS = [
         "batch",
         "callbacks",
         "checkpoint",
+        "cuda_graph",
         "estimators",
         "groups",
         "metrics",
@@ -112,6 +113,5 @@ def test_library_stays_off_xla_even_when_transformers_was_imported_first():
 def test_the_notes_on_a_port_name_every_place_that_asks_for_xla():
     notes = (ROOT / "docs" / "torch_tpu.md").read_text().split("## The three other places")[1]
     asking = [p for p in (ROOT / "tunix_torch").glob("*.py") if re.search('KIND [!=]= "xla"', p.read_text())]
-    names = {"sampler.py": "the sampler"}
-    missing = [p.name for p in asking if p.name != "device.py" and names.get(p.name, p.name) not in notes]
+    missing = [p.name for p in asking if p.name != "device.py" and p.name not in notes]
     assert not missing

@@ -455,6 +455,14 @@ def test_the_same_setting_twice_is_refused_unless_it_agrees():
         ("micro_batch_size", 6),
         ("num_eval_completions", -1),
         ("eval_temperature", 0.0),
+        ("torch_compile", True),
+        ("torch_compile_backend", "inductor"),
+        ("use_liger_kernel", True),
+        ("neftune_noise_alpha", 5.0),
+        ("label_smoothing_factor", 0.1),
+        ("auto_find_batch_size", True),
+        ("deepspeed", "zero3.json"),
+        ("fsdp", "full_shard"),
     ],
 )
 def test_invalid_values_are_refused_by_name_and_value(name, value):

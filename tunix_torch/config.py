@@ -32,6 +32,19 @@ DATA_SOURCES = ("huggingface", "tfds", "kaggle", "file")
 KNOWN_DATASETS = ("gsm8k", "math", "arc")
 OVERLONG_PROMPTS = ("drop", "raise")
 
+# Of `TrainingArguments`, what would be read by nobody, or by `transformers.Trainer` alone and not when sampling.
+NOT_FOR_US = (
+    "torch_compile",
+    "torch_compile_backend",
+    "torch_compile_mode",
+    "use_liger_kernel",
+    "neftune_noise_alpha",
+    "label_smoothing_factor",
+    "auto_find_batch_size",
+    "deepspeed",
+    "fsdp",
+)
+
 CPU_TOKENS_PER_PASS = 4096  # at most, by default: less is slower, and more is not faster
 
 SYSTEM_MESSAGE = (
@@ -399,6 +412,8 @@ class GRPOConfig(TrainingArguments):
             True,
             "choose the precision with model_dtype (ModelConfig) instead",
         )
+        for name in NOT_FOR_US:
+            require(not getattr(self, name), name, getattr(self, name), "is not used here: leave it out")
         require(
             not self.remove_unused_columns, "remove_unused_columns", True, "must be False; rewards read the columns"
         )

@@ -1,5 +1,5 @@
-"""Sample completions: prefill once a prompt, then decode one token at a time for all rows. On XLA shapes are static;
-elsewhere rows that have ended leave.
+"""Sample completions: prefill once a prompt, then decode one token at a time for all rows. On the CPU rows that have
+ended leave; elsewhere shapes are static, for steps that are compiled (XLA) or recorded (CUDA).
 
 Randomness belongs to the row: the host draws one uniform number per row and token, and a token is found by inverting
 the cumulative distribution of the top-k / top-p candidates. So a rollout is the same on cpu, cuda and xla up to float
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import device
 from .attention import ATTENTION, PrefixCache, SharedPrefixCache, SlotCache, attention_masks, layer_windows
 from .batch import Rollout
+from .cuda_graph import RecordedStep
 from .fast_layers import packed_for_decoding
 from .model import adapters_in_use, base_model, hidden_states, logits, prefill, text_config
 from .sharding import shard_rows
@@ -79,7 +80,8 @@ def choose_tokens(scores: Tensor, uniforms: Tensor, params: SamplingParams) -> t
 
 
 class Sampler:
-    """Samples from a model; holds the decode step, which on XLA is compiled once for each shape and then reused.
+    """Samples from a model; holds the decode step, which on XLA is compiled once for each shape and then reused, and on
+    CUDA recorded as a graph for each shape in each batch.
 
     Args:
         model: a causal language model, with or without a LoRA; whatever is active is sampled from. Its attention takes
@@ -105,7 +107,7 @@ class Sampler:
         self.model = model
         self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
         self.stop_check_interval = stop_check_interval
-        self._decode = self._decode_static if device.KIND == "xla" else self._decode_growing
+        self._decode = self._decode_growing if device.KIND == "cpu" else self._decode_static
         base_model(model).set_attn_implementation(ATTENTION)
         if text_config(model)._attn_implementation != ATTENTION:
             raise ValueError(
@@ -180,27 +182,23 @@ class Sampler:
         uniforms: Tensor,
         params: SamplingParams,
     ) -> tuple[Tensor, Tensor]:
-        """Fill in the columns from 1 on, with shapes that follow the data: rows that have ended leave."""
+        """Fill in the columns from 1 on, with shapes that follow the data: rows that have ended leave. For the CPU."""
         model, config, dtype = self.model, text_config(self.model), base_model(self.model).dtype
         room = params.max_new_tokens - 1
         width, lengths = prompt_mask.shape[1], prompt_mask.sum(-1, keepdim=True)  # (B, 1)
         key_mask = nn.functional.pad(prompt_mask, (0, room), value=True)
         cache = SharedPrefixCache(prefix, len(ids) // prefix.num_rows, room, layer_windows(config))
-        rows = torch.arange(len(ids), device=ids.device)  # those still there
-        interval = 1 if ids.device.type == "cpu" else self.stop_check_interval  # there the host need not wait
+        rows = torch.arange(len(ids))  # those still there
         ended = self._is_eos(ids[:, 0])
         for t in range(room):
-            if t % interval == 0:
-                num_left = len(rows) - int(ended.sum())
-                if num_left == 0:
-                    break
-                if num_left <= _LEAVE_AT * len(rows):
-                    left = (~ended).nonzero()[:, 0]
-                    cache.keep(left)
-                    rows, ended, key_mask, lengths = rows[left], ended[left], key_mask[left], lengths[left]
-            masks = attention_masks(
-                config, key_mask[:, : width + t + 1], torch.tensor([width + t], device=ids.device), dtype
-            )
+            num_left = len(rows) - int(ended.sum())
+            if num_left == 0:
+                break
+            if num_left <= _LEAVE_AT * len(rows):
+                left = (~ended).nonzero()[:, 0]
+                cache.keep(left)
+                rows, ended, key_mask, lengths = rows[left], ended[left], key_mask[left], lengths[left]
+            masks = attention_masks(config, key_mask[:, : width + t + 1], torch.tensor([width + t]), dtype)
             hidden = hidden_states(model, ids[rows, t : t + 1], masks, lengths + t, cache)  # (rows, 1, D)
             cache.used += 1  # every layer has its token
             tokens, token_logps = choose_tokens(logits(model, hidden[:, 0]), uniforms[rows, t + 1], params)
@@ -218,12 +216,16 @@ class Sampler:
         uniforms: Tensor,
         params: SamplingParams,
     ) -> tuple[Tensor, Tensor]:
-        """The same with few fixed shapes, each of which has a compiled step."""
+        """The same with few fixed shapes, for each of which the step is compiled or recorded."""
         num_prompts, layer_ids, windows = prefix.num_rows, tuple(prefix.layers), layer_windows(text_config(self.model))
         rows = StaticRows(ids, logps, self._is_eos(ids[:, 0]), prompt_mask, uniforms, prefix, windows)
-        decode = self._decode_step(params, layer_ids)
+        if device.KIND == "cuda":  # anew for each batch: weights may have moved since the last
+            decode = RecordedStep(self._decode_step(params, layer_ids))
+        else:
+            decode = self._compiled_step(params, layer_ids)
         batch = (params, adapters_in_use(self.model), num_prompts, prompt_mask.shape)
-        if self.compile_ahead and params.max_new_tokens > 1 and batch not in self._seen and not device.is_recording():
+        ahead = self.compile_ahead and device.KIND != "cuda" and not device.is_recording()
+        if ahead and params.max_new_tokens > 1 and batch not in self._seen:
             rows.rehearse(decode)
             self._seen.add(batch)
         rows.begin()
@@ -245,11 +247,15 @@ class Sampler:
         is_eos = self._is_eos(ids).long()
         return is_eos.cumsum(-1) - is_eos == 0
 
-    def _decode_step(self, params: SamplingParams, layer_ids: tuple[int, ...]) -> Callable:
-        """The function that feeds token t of every row and appends token t + 1; compiled once for each static shape."""
+    def _compiled_step(self, params: SamplingParams, layer_ids: tuple[int, ...]) -> Callable:
+        """The decode step, compiled once for each static shape."""
         key = (params, adapters_in_use(self.model))
-        if key in self._steps:
-            return self._steps[key]
+        if key not in self._steps:
+            self._steps[key] = device.compile_step(self._decode_step(params, layer_ids), self.model)
+        return self._steps[key]
+
+    def _decode_step(self, params: SamplingParams, layer_ids: tuple[int, ...]) -> Callable:
+        """The function that feeds token t of every row and appends token t + 1."""
         model, config = self.model, text_config(self.model)
         windows = layer_windows(config)
 
@@ -264,5 +270,4 @@ class Sampler:
             logps = logps.index_copy(1, step + 1, token_logps[:, None])
             return ids, logps, ended | self._is_eos(tokens), step + 1
 
-        self._steps[key] = device.compile_step(decode_step, model)
-        return self._steps[key]
+        return decode_step

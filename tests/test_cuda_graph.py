@@ -1,0 +1,160 @@
+"""The decode step as a CUDA graph: recorded and replayed by its operations on the CPU, which has no such graphs.
+
+As there, a recording computes nothing, a replay runs no Python, tensors are known by their addresses, and nothing may
+wait for a result. That CUDA itself takes the step is not shown here.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import FAMILIES, make_batch
+from test_sampler import MORE, NEVER, PARAMS, SOME, assert_same, make_policy, sample
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from tunix_torch import cuda_graph, device, static_rows
+from tunix_torch.cuda_graph import RecordedStep
+from tunix_torch.sampler import Sampler, SamplingParams, draw_uniforms
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "lift_fresh"}
+
+
+class Recording(TorchDispatchMode):
+    """Keeps every operation with its tensors, and undoes what it changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+        self.before: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in WAITING, f"{name} waits for a result, or copies from the host"
+        if name == "index":
+            assert all(index is None or index.dtype == torch.int64 for index in args[1]), "shapes follow the data"
+        for arg, declared in zip(args, func._schema.arguments, strict=False):
+            if declared.alias_info is not None and declared.alias_info.is_write:
+                self.before.append((arg, arg.clone()))
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def undo(self) -> None:
+        for tensor, was in reversed(self.before):
+            tensor.copy_(was)
+
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
+    """Of every graph that is recorded, the shape of the first argument, and how often it has been replayed."""
+    counts: list[list[int]] = []
+
+    def record(step: Callable[[], Any], args: Any) -> tuple[int, Callable[[], None]]:
+        step()  # as in the original
+        with Recording() as recording:
+            num_results = cuda_graph._over_arguments(step(), args)
+        recording.undo()
+        counts.append([len(args[0]), 0])
+        mine = counts[-1]
+
+        def replay() -> None:
+            mine[1] += 1
+            recording.replay()
+
+        return num_results, replay
+
+    monkeypatch.setattr(cuda_graph, "record", record)
+    yield counts
+
+
+def on_cuda(monkeypatch: pytest.MonkeyPatch, model: torch.nn.Module, **options: Any) -> Any:
+    """`sample`, which thinks itself on CUDA."""
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "KIND", "cuda")
+        return sample(model, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("params", [PARAMS, SamplingParams(20, 0.6, top_k=20, top_p=0.9), SamplingParams(20, 0.0)])
+def test_completions_of_a_recorded_step_are_those_of_the_cpu(family, params, replays, monkeypatch):
+    model = make_policy(family)
+    for eos in (SOME, NEVER):
+        assert_same(on_cuda(monkeypatch, model, eos=eos, params=params), sample(model, eos=eos, params=params))
+    assert [count for _, count in replays][1] == params.max_new_tokens - 1, "it was not replayed for every token"
+    assert len(replays) == 2, "of a batch with one shape more than one graph was recorded"
+
+
+def test_a_graph_is_recorded_for_every_width_of_the_cache_and_size_of_the_groups(replays, monkeypatch):
+    monkeypatch.setattr(static_rows, "SHORTEST_HALVED", 2)
+    monkeypatch.setattr(static_rows, "cache_widths", lambda room: [1, 4, 10, room])
+    model = make_policy()
+    uniforms = draw_uniforms((0, 2), range(21), PARAMS.max_new_tokens)
+    options = {"eos": MORE, "group": 7, "uniforms": uniforms}
+    rollout = on_cuda(monkeypatch, model, interval=2, **options)
+    assert_same(rollout, sample(model, **options))
+    assert {rows for rows, _ in replays} == {21, 12, 6}, "no group was halved twice"
+    assert len(replays) <= 7 and all(count > 0 for _, count in replays)
+
+
+def test_the_next_batch_sees_weights_wherever_they_are(replays, monkeypatch):
+    model, batch = make_policy(), make_batch()
+    sampler = Sampler(model, NEVER, 0)
+    sampler._decode = sampler._decode_static
+    uniforms = draw_uniforms((0, 1), range(9), PARAMS.max_new_tokens)
+
+    def rollout() -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(device, "KIND", "cuda")
+            return sampler.sample(batch.prompt_ids, batch.prompt_mask, 3, PARAMS, uniforms)
+
+    before = rollout()
+    with torch.no_grad():
+        for i, (name, parameter) in enumerate(model.named_parameters()):
+            if "lora_B" in name:  # in place, as an optimizer does, or in another place
+                parameter.data = parameter * -1 if i % 2 else parameter.mul_(-1).data
+    after = rollout()
+    assert not torch.equal(before.completion_ids, after.completion_ids)
+    assert_same(after, sample(model, eos=NEVER, uniforms=uniforms))
+
+
+def test_results_take_the_place_of_the_first_arguments(replays):
+    def step(total: Tensor, number: Tensor, table: list[Tensor]) -> tuple[Tensor, Tensor]:
+        table[0].index_copy_(0, number, total[None])
+        return total + table[1], number + 1
+
+    recorded = RecordedStep(step)
+    total, number, table = torch.zeros(2), torch.zeros(1, dtype=torch.int64), [torch.zeros(4, 2), torch.ones(2)]
+    for i in range(3):
+        results = recorded(total, number, table)
+        assert results[0] is total and results[1] is number
+        assert total.tolist() == [i + 1.0] * 2 and int(number) == i + 1
+    assert table[0].tolist() == [[0.0] * 2, [1.0] * 2, [2.0] * 2, [0.0] * 2]
+    assert replays == [[2, 3]]
+    other = [tree_map_only(Tensor, torch.clone, arg) for arg in (total, number, table)]
+    recorded(*other)
+    assert total.tolist() == [3.0] * 2 and other[0].tolist() == [4.0] * 2
+    assert replays == [[2, 3], [2, 1]]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x: (x * float(x.sum()),),
+        lambda x: (x[x > 0],),
+        lambda x: (x + torch.tensor(1.0),),
+    ],
+)
+def test_a_step_in_which_the_host_waits_can_not_be_recorded(step, replays):
+    with pytest.raises(AssertionError, match="waits|follow the data"):
+        RecordedStep(step)(torch.ones(3))
