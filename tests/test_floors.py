@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {
+        "allocator",
         "device",
         "tiny",
         "batch",
