@@ -135,8 +135,8 @@ def run_rounds(
     return {peer: found for peer, found in results.items() if found}, errors
 
 
-def describe_machine() -> dict[str, str]:
-    """Processor, cores, GPU where there is one, and the versions of what was measured."""
+def describe_machine(device: str = "cpu") -> dict[str, str]:
+    """Processor, cores, with `device` "cuda" the GPU, and the versions of what was measured."""
     from importlib.metadata import PackageNotFoundError, version
 
     model = platform.processor() or platform.machine()
@@ -151,7 +151,7 @@ def describe_machine() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     machine = {"processor": f"{model}, {len(os.sched_getaffinity(0))} cores"}
-    if _has_cuda():
+    if device == "cuda":
         import torch
 
         machine["gpu"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
@@ -167,7 +167,7 @@ def compare(peers: Sequence[str], spec: Spec, rounds: int) -> tuple[dict[str, An
         make = [sys.executable, "-m", "benchmarks.workload", str(spec_file), str(folder)]
         subprocess.run(make, cwd=ROOT, env=environment("trl", spec), check=True)
         results, errors = run_rounds(peers, spec, spec_file, rounds)
-    about = {"errors": errors, "spec": asdict(spec), "machine": describe_machine()}
+    about = {"errors": errors, "spec": asdict(spec), "machine": describe_machine(spec.device)}
     return summarise(spec, results) | about, errors
 
 

@@ -1,7 +1,7 @@
 """The decode step as a CUDA graph: recorded and replayed by its operations on the CPU, which has no such graphs.
 
 As there, a recording computes nothing, a replay runs no Python, tensors are known by their addresses, and nothing may
-wait for a result. That CUDA itself takes the step is not shown here.
+wait for a result. A tensor on the wrong device is not seen so: the one test that needs a GPU would find it.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, make_batch
-from test_sampler import MORE, NEVER, PARAMS, SOME, assert_same, make_policy, sample
+from models import FAMILIES, PAD, add_nontrivial_lora, make_batch, make_model
+from test_sampler import GROUP, MORE, NEVER, PARAMS, SOME, assert_same
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tunix_torch import cuda_graph, device, static_rows
+from tunix_torch.batch import Rollout
 from tunix_torch.cuda_graph import RecordedStep
 from tunix_torch.sampler import Sampler, SamplingParams, draw_uniforms
 
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "lift_fresh"}
+WAITING = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_consecutive", "lift_fresh"}
 
 
 class Recording(TorchDispatchMode):
@@ -63,7 +64,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
     def record(step: Callable[[], Any], args: Any) -> tuple[int, Callable[[], None]]:
         step()  # as in the original
         with Recording() as recording:
-            num_results = cuda_graph._over_arguments(step(), args)
+            num_results = cuda_graph.write_over(step(), args)
         recording.undo()
         counts.append([len(args[0]), 0])
         mine = counts[-1]
@@ -75,57 +76,83 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
         return num_results, replay
 
     monkeypatch.setattr(cuda_graph, "record", record)
+    monkeypatch.setattr(cuda_graph, "wait", lambda: None)
     yield counts
 
 
-def on_cuda(monkeypatch: pytest.MonkeyPatch, model: torch.nn.Module, **options: Any) -> Any:
-    """`sample`, which thinks itself on CUDA."""
-    with monkeypatch.context() as patch:
+def make_unplaced(family: str = "gemma3", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A policy whose layers are those of Transformers and PEFT, as on CUDA: `place` would speed them up for the CPU."""
+    return add_nontrivial_lora(make_model(family).to(dtype))
+
+
+def make_sampler(model: torch.nn.Module, eos: tuple[int, ...], interval: int = 16) -> Sampler:
+    sampler = Sampler(model, eos, PAD, interval)
+    sampler._decode = sampler._decode_static
+    return sampler
+
+
+def sample_recorded(sampler: Sampler, params: SamplingParams = PARAMS, group: int = GROUP) -> Rollout:
+    """A rollout whose decode step is recorded."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "KIND", "cuda")
-        return sample(model, **options)
+        return sample_with(sampler, params, group)
+
+
+def sample_with(sampler: Sampler, params: SamplingParams = PARAMS, group: int = GROUP) -> Rollout:
+    batch = make_batch()
+    place = next(sampler.model.parameters()).device
+    uniforms = draw_uniforms((0, 2), range(3 * group), params.max_new_tokens)
+    return sampler.sample(batch.prompt_ids.to(place), batch.prompt_mask.to(place), group, params, uniforms)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("params", [PARAMS, SamplingParams(20, 0.6, top_k=20, top_p=0.9), SamplingParams(20, 0.0)])
-def test_completions_of_a_recorded_step_are_those_of_the_cpu(family, params, replays, monkeypatch):
-    model = make_policy(family)
+def test_a_recorded_step_gives_the_same_completions(family, dtype, params, replays):
+    model = make_unplaced(family, dtype)
     for eos in (SOME, NEVER):
-        assert_same(on_cuda(monkeypatch, model, eos=eos, params=params), sample(model, eos=eos, params=params))
-    assert [count for _, count in replays][1] == params.max_new_tokens - 1, "it was not replayed for every token"
+        sampler = make_sampler(model, eos)
+        recorded, expected = sample_recorded(sampler, params), sample_with(sampler, params)
+        assert torch.equal(recorded.completion_ids, expected.completion_ids)
+        assert torch.equal(recorded.sampler_logps, expected.sampler_logps)
+        if dtype == torch.float32:
+            assert_same(recorded, sample_with(Sampler(model, eos, PAD), params))  # rows leave, shapes follow the data
+    assert replays[1][1] == params.max_new_tokens - 1, "it was not replayed for every token"
     assert len(replays) == 2, "of a batch with one shape more than one graph was recorded"
 
 
 def test_a_graph_is_recorded_for_every_width_of_the_cache_and_size_of_the_groups(replays, monkeypatch):
     monkeypatch.setattr(static_rows, "SHORTEST_HALVED", 2)
     monkeypatch.setattr(static_rows, "cache_widths", lambda room: [1, 4, 10, room])
-    model = make_policy()
-    uniforms = draw_uniforms((0, 2), range(21), PARAMS.max_new_tokens)
-    options = {"eos": MORE, "group": 7, "uniforms": uniforms}
-    rollout = on_cuda(monkeypatch, model, interval=2, **options)
-    assert_same(rollout, sample(model, **options))
+    model = make_unplaced()
+    rollout = sample_recorded(make_sampler(model, MORE, interval=2), group=7)
+    assert_same(rollout, sample_with(Sampler(model, MORE, PAD), group=7))
     assert {rows for rows, _ in replays} == {21, 12, 6}, "no group was halved twice"
     assert len(replays) <= 7 and all(count > 0 for _, count in replays)
 
 
-def test_the_next_batch_sees_weights_wherever_they_are(replays, monkeypatch):
-    model, batch = make_policy(), make_batch()
-    sampler = Sampler(model, NEVER, 0)
-    sampler._decode = sampler._decode_static
-    uniforms = draw_uniforms((0, 1), range(9), PARAMS.max_new_tokens)
-
-    def rollout() -> Any:
-        with monkeypatch.context() as patch:
-            patch.setattr(device, "KIND", "cuda")
-            return sampler.sample(batch.prompt_ids, batch.prompt_mask, 3, PARAMS, uniforms)
-
-    before = rollout()
+def test_the_next_batch_sees_weights_wherever_they_are(replays):
+    model = make_unplaced()
+    sampler = make_sampler(model, NEVER)
+    before = sample_recorded(sampler)
     with torch.no_grad():
         for i, (name, parameter) in enumerate(model.named_parameters()):
             if "lora_B" in name:  # in place, as an optimizer does, or in another place
                 parameter.data = parameter * -1 if i % 2 else parameter.mul_(-1).data
-    after = rollout()
+    after = sample_recorded(sampler)
     assert not torch.equal(before.completion_ids, after.completion_ids)
-    assert_same(after, sample(model, eos=NEVER, uniforms=uniforms))
+    assert_same(after, sample_with(sampler))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuda_itself_records_the_step(family, monkeypatch):
+    monkeypatch.setattr(static_rows, "SHORTEST_HALVED", 2)
+    monkeypatch.setattr(static_rows, "cache_widths", lambda room: [1, 4, 10, room])
+    model = make_unplaced(family)
+    expected = sample_with(Sampler(model, MORE, PAD), group=7)
+    rollout = sample_recorded(make_sampler(model.to("cuda"), MORE, interval=2), group=7)
+    assert_same(Rollout(*(tensor.cpu() for tensor in vars(rollout).values())), expected)
 
 
 def test_results_take_the_place_of_the_first_arguments(replays):
@@ -153,8 +180,9 @@ def test_results_take_the_place_of_the_first_arguments(replays):
         lambda x: (x * float(x.sum()),),
         lambda x: (x[x > 0],),
         lambda x: (x + torch.tensor(1.0),),
+        lambda x: (x * torch.equal(x, x),),
     ],
 )
-def test_a_step_in_which_the_host_waits_can_not_be_recorded(step, replays):
+def test_what_cuda_could_not_record_is_refused(step, replays):
     with pytest.raises(AssertionError, match="waits|follow the data"):
         RecordedStep(step)(torch.ones(3))

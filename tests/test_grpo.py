@@ -486,6 +486,13 @@ def test_settings_that_cannot_work_together_are_refused(options, names):
         GRPOConfig(**options)
 
 
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_what_accelerate_sets_in_the_environment_is_refused_too(name, monkeypatch):
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(ValueError, match=f"^{name}='true': "):
+        GRPOConfig()
+
+
 @pytest.mark.parametrize(
     ("prompts", "group", "prompt_length", "completion_length", "rows"),
     [

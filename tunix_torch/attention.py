@@ -353,7 +353,9 @@ class SharedPrefixCache:
 
 
 class SlotCache:
-    """What a `SharedPrefixCache` is, with static shapes for a compiled step: rows stay, a tensor says where tokens go.
+    """What a `SharedPrefixCache` is, with static shapes for a compiled or recorded step.
+
+    Rows stay, and a tensor says where tokens go.
 
     Args:
         layer_ids: the layers that have a cache of their own. Of each of the four lists the i-th tensor is the i-th's.

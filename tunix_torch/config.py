@@ -5,6 +5,7 @@ same thing are accepted everywhere as aliases.
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +33,7 @@ DATA_SOURCES = ("huggingface", "tfds", "kaggle", "file")
 KNOWN_DATASETS = ("gsm8k", "math", "arc")
 OVERLONG_PROMPTS = ("drop", "raise")
 
-# Of `TrainingArguments`, what would be read by nobody, or by `transformers.Trainer` alone and not when sampling.
+# Of `TrainingArguments`: what nobody would read, or `transformers.Trainer` alone, beside its own forward pass.
 NOT_FOR_US = (
     "torch_compile",
     "torch_compile_backend",
@@ -223,7 +224,9 @@ class GRPOConfig(TrainingArguments):
     generation_temperature: float = setting(0.8, "sampling temperature (also temperature)")
     generation_top_p: float = setting(0.9, "nucleus sampling: 1 is off (also top_p)")
     generation_top_k: int = setting(50, "sample among the k likeliest tokens: 0 is off (also top_k)")
-    stop_check_interval: int = setting(16, "look every so many tokens whether all completions have ended")
+    stop_check_interval: int = setting(
+        16, "look every so many tokens which completions have ended, on the CPU every time"
+    )
 
     # advantages and loss
     algorithm: str = setting("grpo", "grpo, gspo, dr_grpo, dapo or rloo")
@@ -413,7 +416,10 @@ class GRPOConfig(TrainingArguments):
             "choose the precision with model_dtype (ModelConfig) instead",
         )
         for name in NOT_FOR_US:
-            require(not getattr(self, name), name, getattr(self, name), "is not used here: leave it out")
+            require(not getattr(self, name), name, getattr(self, name), "does not work here: leave it out")
+        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):  # what `accelerate launch` sets
+            value = os.environ.get(name, "false")
+            require(value.lower() == "false", name, value, "does not work here: accelerate launch --multi_gpu")
         require(
             not self.remove_unused_columns, "remove_unused_columns", True, "must be False; rewards read the columns"
         )

@@ -1,4 +1,4 @@
-"""Rows that are decoded with static shapes, as XLA needs: few widths of the KV cache, few sizes of groups."""
+"""Rows that are decoded with static shapes, as XLA and CUDA graphs need: few widths of a cache, few sizes of groups."""
 
 from collections.abc import Callable, Sequence
 
@@ -36,7 +36,7 @@ def group_sizes(group_size: int, num_prompts: int, num_tokens: int) -> list[int]
 
 
 class StaticRows:
-    """N groups of rows and their KV cache. Shapes change seldom, and always to one of a few, each with a compiled step.
+    """N groups of rows and their KV cache. Shapes change seldom, and always to one of a few, each with its own step.
 
     The cache grows in portions. When no group has more than half of its rows left, every group goes on with a half,
     in which those that are left come first: prompts keep their places, and so their keys and values stay where they
@@ -78,7 +78,10 @@ class StaticRows:
         self.widths = [widths[::-1][:: 2**level][::-1] for level in range(len(self.sizes))]
 
     def begin(self, level: int = 0, width: int | None = None) -> None:
-        """Empty caches, for the first rows of each group: as many as that level's size."""
+        """Empty caches, for the first rows of each group: as many as that level's size.
+
+        Again only with steps that leave their arguments as they are, as `decode` says.
+        """
         self.level, self.width, self.used = level, width or self.widths[level][0], 0
         num_rows = self.num_prompts * self.sizes[level]
         self.own: list[list[Tensor]] = []  # what was there before makes room
@@ -98,7 +101,10 @@ class StaticRows:
         device.sync()
 
     def decode(self, decode_step: Callable[..., tuple[Tensor, ...]]) -> None:
-        """One more token of every row. The step takes and returns ids, logps, ended and its own number."""
+        """One more token of every row. The step takes and returns ids, logps, ended and its own number.
+
+        It may give back the tensors that it was given, changed.
+        """
         if self.used == self.width:
             self._grow()
         ids, logps, ended, *given = self.tensors
