@@ -12,27 +12,45 @@ import json, resource, sys
 import torch
 from tunix_torch.allocator import keep_freed_memory
 
-def faults_of_a_tensor():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)  # 64 MiB, which glibc by itself never keeps
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def usage():
+    return resource.getrusage(resource.RUSAGE_SELF)
 
-before = [faults_of_a_tensor() for _ in range(3)]
+def faults_of_a_step():
+    before = usage().ru_minflt
+    tensors = [torch.ones(2**22) for _ in range(8)]  # of 16 MiB
+    return usage().ru_minflt - before
+
+before = [faults_of_a_step() for _ in range(4)]
 assert keep_freed_memory()
-print(json.dumps([before, [faults_of_a_tensor() for _ in range(9)]]))
+after = [faults_of_a_step() for _ in range(9)]
+peak, small = usage().ru_maxrss, []
+for i in range(20):  # large tensors come and go, small ones stay
+    large = torch.ones(2**25 + 2**20 * i)
+    small.append(torch.ones(100))
+    del large
+print(json.dumps([before, after, (usage().ru_maxrss - peak) * 1024]))
 """
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 
 
-@pytest.mark.skipif(
-    platform.libc_ver() < ("glibc", "2.35"), reason="needs a glibc that takes tensors of 64 MiB into its heap"
-)
-def test_pages_of_a_large_tensor_are_cleared_once():
+@pytest.fixture(scope="module")
+def figures():
     result = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    before, after = json.loads(result.stdout)
-    if min(before) < 1000:
-        pytest.skip("this system clears huge pages at once")
-    assert max(after[3:]) < min(before) / 10  # the heap has found its size
+    return json.loads(result.stdout)
+
+
+@needs_glibc
+def test_pages_of_tensors_are_cleared_once(figures):
+    before, after, _ = figures
+    if min(before[1:]) < 1000:
+        pytest.skip("this system clears huge pages at once, or keeps them by itself")
+    assert max(after[3:]) < min(before[1:]) / 10  # the heap has found its size
+
+
+@needs_glibc
+def test_large_tensors_leave_no_holes(figures):
+    assert figures[2] < 3 * 4 * (2**25 + 2**20 * 20)
 
 
 def test_elsewhere_and_beside_settings_of_the_user_nothing_is_changed(monkeypatch):
