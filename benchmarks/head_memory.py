@@ -21,7 +21,6 @@ import tunix_torch  # noqa: F401  (first: it chooses the device)
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from tunix_torch.allocator import keep_freed_memory
 from tunix_torch.batch import TrainBatch
 from tunix_torch.config import ModelConfig
 from tunix_torch.logprobs import token_logps
@@ -79,7 +78,6 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of each")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    keep_freed_memory()  # as `TunixTrainer.train` does
     result = measure(args.vocabulary, args.rows, args.length)
     if args.json:
         print(json.dumps(result))

@@ -9,7 +9,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {
-        "allocator",
         "device",
         "tiny",
         "batch",

@@ -30,7 +30,6 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from . import device, processes
-from .allocator import keep_freed_memory
 from .batch import PromptBatch, Rollout, TrainBatch
 from .checkpoint import fingerprint
 from .config import GRPOConfig, ModelConfig
@@ -226,8 +225,6 @@ class TunixTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """See `transformers.Trainer.train`. The processes that call reward functions live as long as it runs."""
-        if device.KIND == "cpu":
-            keep_freed_memory()
         if self.args.reward_processes > 0 and self.args.use_grpo:
             processes.of_first(self._start_reward_workers)
         try:
