@@ -76,7 +76,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
         return num_results, replay
 
     monkeypatch.setattr(cuda_graph, "record", record)
-    monkeypatch.setattr(cuda_graph, "wait", lambda: None)
+    monkeypatch.setattr(device, "wait", lambda: None)
     yield counts
 
 

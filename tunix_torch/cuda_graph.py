@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import device
+
 
 class RecordedStep:
     """Records a step when it is given new tensors, and replays it as long as it is given the same ones.
@@ -26,20 +28,14 @@ class RecordedStep:
         self.places: list[tuple[int, torch.Size]] = []  # where the tensors lie for which it was recorded
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        tensors = [tensor for arg in args for tensor in (arg if isinstance(arg, list) else [arg])]
-        places = [(tensor.data_ptr(), tensor.shape) for tensor in tensors]
+        places = [(tensor.data_ptr(), tensor.shape) for tensor in device.tensors_in(args)]
         if places != self.places:
-            wait()  # for what replays the old graph
+            device.wait()  # for what replays the old graph
             self.replay = None
             self.num_results, self.replay = record(lambda: self.step(*args), args)
             self.places = places
         self.replay()
         return args[: self.num_results]
-
-
-def wait() -> None:
-    """Let the host wait for all that it has launched."""
-    torch.cuda.synchronize()
 
 
 @functools.cache

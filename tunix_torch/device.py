@@ -315,7 +315,7 @@ def compile_step(step: Callable[..., Any], model: "torch.nn.Module") -> Callable
     return _CompiledStep(step, model) if _recorder is None else _recorded_once(step)
 
 
-def _tensors_in(args: Sequence[Any]) -> list["torch.Tensor"]:
+def tensors_in(args: Sequence[Any]) -> list["torch.Tensor"]:
     """Those of a step's arguments, which are tensors and lists of tensors, in order."""
     return [tensor for arg in args for tensor in (arg if isinstance(arg, list) else [arg])]
 
@@ -340,7 +340,7 @@ class _CompiledStep:
         self.programs: dict[tuple[torch.Size, ...], _Program] = {}
 
     def __call__(self, *args: Any) -> tuple["torch.Tensor", ...]:
-        tensors = _tensors_in(args)
+        tensors = tensors_in(args)
         weights = [tensors_of_module[name] for tensors_of_module, name in self.slots]
         shapes = tuple(tensor.shape for tensor in tensors)
         if shapes not in self.programs:
@@ -369,7 +369,7 @@ class _Program:
         copies = iter([tensor.clone() for tensor in tensors])
         copied_args = [[next(copies) for _ in arg] if isinstance(arg, list) else next(copies) for arg in args]
         results = list(step(*copied_args))
-        copied = _tensors_in(copied_args)
+        copied = tensors_in(copied_args)
         changed = torch_xla._XLAC._check_tensor_need_materialization(copied)
         self.num_results, self.changed = len(results), [i for i, new in enumerate(changed) if new]
         outputs = results + [copied[i] for i in self.changed]
@@ -465,7 +465,7 @@ def _recorded_once(step: Callable[..., Any]) -> Callable[..., Any]:
     def recorded_step(*args: Any) -> Any:
         if not results:
             sync()  # what is pending before it belongs to another graph
-            tensors = _tensors_in(args)
+            tensors = tensors_in(args)
             shardings = [sharding_of(tensor) for tensor in tensors]
             outputs = list(step(*args))
             changed = torch_xla._XLAC._check_tensor_need_materialization(tensors)

@@ -223,11 +223,11 @@ class Sampler:
             decode = RecordedStep(self._decode_step(params, layer_ids))
         else:
             decode = self._compiled_step(params, layer_ids)
-        batch = (params, adapters_in_use(self.model), num_prompts, prompt_mask.shape)
-        ahead = self.compile_ahead and device.KIND != "cuda" and not device.is_recording()
-        if ahead and params.max_new_tokens > 1 and batch not in self._seen:
-            rows.rehearse(decode)
-            self._seen.add(batch)
+            batch = (params, adapters_in_use(self.model), num_prompts, prompt_mask.shape)
+            ahead = self.compile_ahead and params.max_new_tokens > 1 and not device.is_recording()
+            if ahead and batch not in self._seen:
+                rows.rehearse(decode)
+                self._seen.add(batch)
         rows.begin()
         for t in range(1, params.max_new_tokens):
             rows.decode(decode)
