@@ -51,7 +51,7 @@ def test_the_heads_of_tested_families_are_ours(family):
 def test_a_head_with_a_scale_of_its_own_is_refused(model_class, config_class, scale, tokenizer, tmp_path):
     """Log-probabilities were off by 3 to 6, and training went on without a word."""
     settings = COMMON | scale | {"vocab_size": len(tokenizer)}
-    with pytest.raises(ValueError, match="model_type=.*its own forward gives logits that differ"):
+    with pytest.raises(ValueError, match="model_type=.*the logits of its own forward differ"):
         make_trainer(model_class(config_class(**settings)), tmp_path, processing_class=tokenizer)
 
 

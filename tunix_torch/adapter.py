@@ -62,7 +62,7 @@ def make_trainable(weights: dict[str, nn.Parameter]) -> None:
 
 def changes_nothing(weights: dict[str, nn.Parameter]) -> bool:
     """Whether the model computes the same with these matrices as without: all B are 0, or all A are."""
-    sides = ([w for name, w in weights.items() if f"lora_{s}" in name or f"embedding_{s}" in name] for s in "AB")
+    sides = ([w for name, w in weights.items() if f"lora_{s}" in name or f"embedding_{s}" in name] for s in "BA")
     return any(all(not bool(weight.detach().any()) for weight in side) for side in sides)
 
 

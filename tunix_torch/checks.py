@@ -118,11 +118,11 @@ def check_head(model: nn.Module) -> None:
         own = base(input_ids=ids, attention_mask=masks, position_ids=slots[None], use_cache=False).logits.float().cpu()
     finally:
         hook.remove()
-    difference = float((own - expected).abs().max() / own.std())
-    if not difference <= HEAD_TOLERANCE.get(dtype, 0.1):
+    difference, spread = float((own - expected).abs().max()), float(own.std())
+    if not difference <= HEAD_TOLERANCE.get(dtype, 0.1) * spread:
         raise ValueError(
-            f"model_type={config.model_type!r}: its own forward gives logits that differ by {difference:.2g} of their "
-            "spread from its head's, so log-probabilities would be wrong; take a model without a scale on its logits"
+            f"model_type={config.model_type!r}: the logits of its own forward differ from those of its head by up to "
+            f"{difference:.2g}, so log-probabilities would be wrong; take a model without a scale on its logits"
         )
 
 
@@ -154,13 +154,17 @@ def check_gradient_norm(norm: float, model: nn.Module, step: int) -> None:
 
 
 def check_finite(weights: Mapping[str, Tensor], when: str) -> None:
-    """Weights that are kept, or have been learned with, must be finite.
+    """Weights and moments that are kept, or have been learned with, must be finite; numbers are left out.
 
     Raises:
         FloatingPointError: one is not; names `when` and the matrix.
     """
-    for name, weight in weights.items():
-        if not bool(weight.isfinite().all()):
+    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor) and value.ndim}
+    finite = {name: value.isfinite().all() for name, value in tensors.items()}
+    if not finite or bool(torch.stack(list(finite.values())).all()):  # the host waits once
+        return
+    for name, is_finite in finite.items():
+        if not bool(is_finite):
             raise FloatingPointError(
                 f"{when}: {name} is not finite; nothing is saved. Checkpoints of earlier steps are whole: resume from "
                 "one. A learning_rate that is too high, or an adam_epsilon of 0, makes weights that are not finite"

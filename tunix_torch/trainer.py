@@ -201,10 +201,8 @@ class TunixTrainer(Trainer):
         self._waiting: list[TrainBatch] = []  # of these, what has been sampled and not learned from yet
         self._learned: list[tuple[dict[str, float], dict[str, float]]] = []  # and the numbers of the others
         self._new_embeddings = has_new_embeddings(model)
-        self._frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        self._fingerprint = self._fingerprint_frozen()
         self.validate_grpo_setup()
-        self._choose_reference()
+        self._begin_run()
 
     # ---- what is checked before the first step ----
 
@@ -257,12 +255,14 @@ class TunixTrainer(Trainer):
         with torch.no_grad():
             return torch.stack([weights[name].float().abs().sum() for name in self._frozen]).tolist()
 
-    def _choose_reference(self, checkpoint: str | None = None) -> None:
-        """Keep what the reference policy is, as a run begins, or goes on from a checkpoint.
+    def _begin_run(self, checkpoint: str | None = None) -> None:
+        """Keep what stays as it is while a run lasts: frozen weights, and the reference policy.
 
-        It is the model without its adapter where that is the policy as the run starts; else the adapter's matrices as
-        they are now, which checkpoints keep.
+        The reference is the model without its adapter where that is the policy as the run starts; else the adapter's
+        matrices as they are now. A run that goes on from a checkpoint has its reference there.
         """
+        self._frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+        self._fingerprint = self._fingerprint_frozen()
         weights = adapter_weights(self.model, self._adapter)
         silent = changes_nothing(weights)
         self._reference: dict[str, Tensor] | None = None
@@ -286,7 +286,7 @@ class TunixTrainer(Trainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         if self.args.gradient_checkpointing:  # `transformers.Trainer` has just done it again, its own way
             checkpoint_layers(self.model, self.args.gradient_checkpointing_kwargs)
-        self._choose_reference(kwargs.get("resume_from_checkpoint"))
+        self._begin_run(kwargs.get("resume_from_checkpoint"))
         return super()._inner_training_loop(*args, **kwargs)
 
     def _start_reward_workers(self) -> None:
@@ -300,9 +300,12 @@ class TunixTrainer(Trainer):
         """See `transformers.Trainer.get_batch_samples`. The batches of one optimizer step are remembered, since each
         token's weight depends on how many all of them have."""
         batches, num_items = super().get_batch_samples(*args)
-        self._step_inputs = list(batches)
-        self._waiting, self._learned = [], []
+        self._step_inputs, self._learned = list(batches), []
         return batches, num_items
+
+    def _batches_with(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """All batches of the optimizer step that this one belongs to; itself where it came another way."""
+        return self._step_inputs if any(batch is inputs for batch in self._step_inputs) else [inputs]
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -314,8 +317,9 @@ class TunixTrainer(Trainer):
         if not self.args.use_grpo:
             with span("learning"):
                 return self._sft_step(inputs)
-        if not self._waiting:  # the first batch of the optimizer step
-            self._waiting = self._collect_step(self._step_inputs or [inputs])
+        batches = self._batches_with(inputs)
+        if inputs is batches[0]:
+            self._waiting = self._collect_step(batches)
         return self._learn(self._waiting.pop(0))
 
     def grpo_training_step(self, prompts: PromptBatch) -> Tensor:
@@ -546,12 +550,12 @@ class TunixTrainer(Trainer):
 
     def _sft_step(self, inputs: dict[str, Any]) -> Tensor:
         self.model.train()
-        started, batches = time.perf_counter(), self._step_inputs or [inputs]
-        tokens = sum(processes.gather(sum(int(batch["completion_mask"].sum()) for batch in batches)))
-        loss = learn_completions(self.model, sft_batch(inputs, tokens), self.args, self._backward)
+        started = time.perf_counter()
+        counts = {"step": sum(int(batch["completion_mask"].sum()) for batch in self._batches_with(inputs))}
+        tokens = processes.sum_numbers(counts | {"batch": int(inputs["completion_mask"].sum())})
+        loss = learn_completions(self.model, sft_batch(inputs, tokens["step"]), self.args, self._backward)
         self._sum_gradients()
-        own_tokens = sum(processes.gather(int(inputs["completion_mask"].sum())))
-        self._record({"learning_tokens_per_second": own_tokens / (time.perf_counter() - started)})
+        self._record({"learning_tokens_per_second": tokens["batch"] / (time.perf_counter() - started)})
         return loss * processes.count()  # Trainer logs the mean over processes
 
     # ---- evaluation ----
@@ -660,6 +664,9 @@ class TunixTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        states = enumerate(self.optimizer.state_dict()["state"].values())
+        moments = {f"{name} of optimizer state {i}": value for i, state in states for name, value in state.items()}
+        check_finite(moments, f"step {self.state.global_step}")
         if self._reference is not None:
             reference = {name: weight.cpu() for name, weight in self._reference.items()}
             if self.args.should_save:
