@@ -61,9 +61,12 @@ def make_trainable(weights: dict[str, nn.Parameter]) -> None:
 
 
 def changes_nothing(weights: dict[str, nn.Parameter]) -> bool:
-    """Whether the model computes the same with these matrices as without: all B are 0, or all A are."""
+    """Whether the model computes the same with these matrices as without: all B are 0, or all A are.
+
+    Summed, as the hosts of a mesh can't reduce booleans together on the CPU.
+    """
     sides = ([w for name, w in weights.items() if f"lora_{s}" in name or f"embedding_{s}" in name] for s in "BA")
-    return any(all(not bool(weight.detach().any()) for weight in side) for side in sides)
+    return any(all(float(weight.detach().abs().sum()) == 0 for weight in side) for side in sides)
 
 
 # ---- files ----

@@ -145,12 +145,17 @@ def check_gradient_norm(norm: float, model: nn.Module, step: int) -> None:
     if math.isfinite(norm):
         return
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    named = next((name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())), None)
+    named = next((name for name, gradient in gradients.items() if math.isnan(_zero_if_finite(gradient))), None)
     where = f"that of {named} is not finite" if named else "it is too large for float32"
     raise FloatingPointError(
         f"step {step}: the gradient's norm is {norm}: {where}; the optimizer has not stepped, and nothing is saved. "
         "Checkpoints of earlier steps are whole: resume from one, with a lower learning_rate in a new run"
     )
+
+
+def _zero_if_finite(tensor: Tensor) -> Tensor:
+    """0 where all of a tensor's numbers are finite, else NaN, (). A sum: the hosts of a mesh share it on any device."""
+    return (tensor.detach() * 0).sum()
 
 
 def check_finite(weights: Mapping[str, Tensor], when: str) -> None:
@@ -160,11 +165,10 @@ def check_finite(weights: Mapping[str, Tensor], when: str) -> None:
         FloatingPointError: one is not; names `when` and the matrix.
     """
     tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor) and value.ndim}
-    finite = {name: value.isfinite().all() for name, value in tensors.items()}
-    if not finite or bool(torch.stack(list(finite.values())).all()):  # the host waits once
-        return
-    for name, is_finite in finite.items():
-        if not bool(is_finite):
+    if not tensors or float(torch.stack([_zero_if_finite(value) for value in tensors.values()]).sum()) == 0:
+        return  # the host has waited once
+    for name, value in tensors.items():
+        if math.isnan(_zero_if_finite(value)):
             raise FloatingPointError(
                 f"{when}: {name} is not finite; nothing is saved. Checkpoints of earlier steps are whole: resume from "
                 "one. A learning_rate that is too high, or an adam_epsilon of 0, makes weights that are not finite"

@@ -318,23 +318,19 @@ class TunixTrainer(Trainer):
             with span("learning"):
                 return self._sft_step(inputs)
         batches = self._batches_with(inputs)
-        if inputs is batches[0]:
-            self._waiting = self._collect_step(batches)
-        return self._learn(self._waiting.pop(0))
+        if len(batches) > 1 and inputs is batches[0]:
+            self._waiting = self._collect_together(batches)
+        return self.grpo_training_step(PromptBatch(**inputs).to(self.args.device))
+
+    def _collect_together(self, inputs: list[dict[str, Any]]) -> list[TrainBatch]:
+        """The batches that one optimizer step accumulates, whose tokens are weighed together, as those of one batch."""
+        batches = [self.collect(PromptBatch(**columns).to(self.args.device)) for columns in inputs]
+        weights = self._token_weights([batch.completion_mask.cpu() for batch in batches])
+        return [replace(batch, token_weights=w) for batch, w in zip(batches, weights, strict=True)]
 
     def grpo_training_step(self, prompts: PromptBatch) -> Tensor:
-        """Sample, score, learn. Returns the loss, detached."""
-        return self._learn(self.collect(prompts))
-
-    def _collect_step(self, inputs: list[dict[str, Any]]) -> list[TrainBatch]:
-        """All the rollouts of one optimizer step, whose tokens are weighed together, as those of one batch."""
-        batches = [self.collect(PromptBatch(**columns).to(self.args.device)) for columns in inputs]
-        if len(batches) > 1:
-            weights = self._token_weights([batch.completion_mask.cpu() for batch in batches])
-            batches = [replace(batch, token_weights=w) for batch, w in zip(batches, weights, strict=True)]
-        return batches
-
-    def _learn(self, batch: TrainBatch) -> Tensor:
+        """Sample, score, learn. Returns the loss, detached. Of accumulated batches, the first has had all sampled."""
+        batch = self._waiting.pop(0) if self._waiting else self.collect(prompts)
         if not self._rehearsed:
             self._rehearse(batch)
         with span("learning"):
