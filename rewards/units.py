@@ -1,0 +1,112 @@
+"""Which words after a number are a unit: those that name what is counted or measured, and leave its value alone.
+
+A word that changes the value ("3 quarters", "5 squared") is none, nor is mathematics ("2x", "4 sqrt 2", "3 pi").
+"""
+
+import re
+from collections.abc import Sequence
+
+SCALES = {
+    "dozen": 12,
+    "hundred": 100,
+    "thousand": 1_000,
+    "million": 1_000_000,
+    "billion": 1_000_000_000,
+    "trillion": 1_000_000_000_000,
+}
+FUNCTIONS = frozenset("sin cos tan sec csc cot arcsin arccos arctan ln log exp".split())
+GREEK = frozenset("alpha beta gamma delta epsilon theta lambda mu rho sigma tau phi omega".split())
+
+_NUMBER_WORDS = frozenset(
+    "zero two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety".split()
+)
+_PARTS = "third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth twentieth hundredth thousandth millionth"
+_CHANGES_VALUE = frozenset(
+    [
+        *_NUMBER_WORDS,
+        *SCALES,
+        *(f"{scale}s" for scale in SCALES),
+        *_PARTS.split(),
+        *(f"{part}s" for part in _PARTS.split()),
+        *"half halves quarter quarters gross lakh lakhs crore crores mil mln mn bn".split(),
+        *"squared cubed root power factorial exponent doubled tripled halved double triple twice".split(),
+        *"negative negated inverse reciprocal repeating recurring choose mod modulo not below".split(),
+    ]
+)
+# Words that go on to another number, or take the first one back, and the names of mathematics.
+_NEVER_IN_A_UNIT = _CHANGES_VALUE | frozenset(
+    [
+        *"and or to is are was were but if when unless except without plus minus times over divided".split(),
+        *"multiplied added subtracted less more fewer than least most".split(),
+        *FUNCTIONS,
+        *GREEK,
+        *"pi sqrt frac infinity infty".split(),
+    ]
+)
+# Short units, which otherwise could be a product of variables, as "ab" is.
+_SHORT_UNITS = frozenset(
+    "km cm mm nm kg mg lb lbs oz ft in yd mi ml cl dl hr hrs min mins sec secs ms am pm th st nd rd mph kph kmh kb mb "
+    "gb tb hz khz mhz ghz kw kwh mw kj cal pts pt px usd eur gbp gm gms pct sq cu μm μs μl μg".split()
+)
+# With a space before them, and in plain text only: in mathematics they are variables.
+_LETTER_UNITS = frozenset("mgshl")
+_PRODUCT_LETTERS = frozenset("abcdwxyz")
+
+_ALIASES = {"$": "dollar", "usd": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
+_ALIASES |= dict.fromkeys(("percent", "percentage", "pct"), "%") | dict.fromkeys(("degree", "degrees"), "°")
+_SUPERSCRIPTS = str.maketrans({"²": "2", "³": "3", "^": None, "{": None, "}": None, "(": None, ")": None})
+# "miles" and "mile", "inches" and "inch", "glasses" and "glass"; too short a word ("ms", "s") is left alone.
+_WORD_ENDING = re.compile(r"(?<=\w\w)(?:es|(?<!s)s|e)\b")
+_LETTERS = re.compile(r"[^\W\d_]+")
+
+
+def changes_value(text: str) -> bool:
+    """Whether a word of `text`, which stands beside a number, makes it another number.
+
+    >>> changes_value("quarters of it"), changes_value("clips in all"), changes_value("ten-thousandths")
+    (True, False, True)
+    """
+    return not _CHANGES_VALUE.isdisjoint(_LETTERS.findall(text.casefold()))
+
+
+def may_be_unit(text: str) -> bool:
+    """Whether no word of `text`, which stands after a number, changes its value, states another one, or is mathematics.
+
+    >>> may_be_unit("clips in all"), may_be_unit("quarters"), may_be_unit("apples or seven"), may_be_unit("is wrong")
+    (True, False, False, False)
+    """
+    return _NEVER_IN_A_UNIT.isdisjoint(_LETTERS.findall(text.casefold()))
+
+
+def starts_unit(word: str, attached: bool, letters: bool = False) -> bool:
+    """Whether a word right after a number can begin a unit; `attached` when no space is between the two.
+
+    A letter is a unit only where the text has `letters` for units, and only some of them; in "2x" it is a variable.
+
+    >>> starts_unit("clips", False), starts_unit("km", True), starts_unit("x", True), starts_unit("ab", False)
+    (True, True, False, False)
+    """
+    folded = word.casefold().rstrip(".")
+    if folded in _SHORT_UNITS:
+        return True
+    if len(folded) == 1:
+        return letters and not attached and word in _LETTER_UNITS
+    if _PRODUCT_LETTERS.issuperset(folded) or not may_be_unit(folded):
+        return False
+    return len(folded) >= (4 if attached else 3)
+
+
+def normalise_unit(words: Sequence[str]) -> tuple[str, ...]:
+    """The words of a unit without their plural, in one spelling.
+
+    >>> normalise_unit(["$"]), normalise_unit(["Inches"]), normalise_unit(["cm^{2}"])
+    (('dollar',), ('inch',), ('cm2',))
+    """
+    folded = [word.casefold().translate(_SUPERSCRIPTS).rstrip(".,!") for word in words]
+    return tuple(_WORD_ENDING.sub("", _ALIASES.get(word, word)) for word in folded if word)
+
+
+def units_agree(a: Sequence[str], b: Sequence[str]) -> bool:
+    """Whether two units are the same in their words, as far as the shorter one goes; a missing one agrees with any."""
+    return all(x == y for x, y in zip(a, b, strict=False))
