@@ -270,5 +270,5 @@ def _parse_quantity(text: str) -> _Quantity | None:
 
 def _is_unit(words: list[str], attached: bool) -> bool:
     first = re.match(r"/?([^\W\d_²³]*)", words[0])[1]
-    begins = not first or words[0].startswith("/") or starts_unit(first, attached, letters=True)
+    begins = words[0][0] in "/%°$€£¥₹" or starts_unit(first, attached, letters=True)
     return begins and may_be_unit(" ".join(words))
