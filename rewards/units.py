@@ -38,7 +38,7 @@ _CHANGES_VALUE = frozenset(
 _NEVER_IN_A_UNIT = _CHANGES_VALUE | frozenset(
     [
         *"and or to is are was were but if when unless except without plus minus times over divided".split(),
-        *"multiplied added subtracted less more fewer than least most".split(),
+        *"multiplied added subtracted less more fewer than least most score".split(),
         *FUNCTIONS,
         *GREEK,
         *"pi sqrt frac infinity infty".split(),
@@ -52,6 +52,7 @@ _SHORT_UNITS = frozenset(
 # With a space before them, and in plain text only: in mathematics they are variables.
 _LETTER_UNITS = frozenset("mgshl")
 _PRODUCT_LETTERS = frozenset("abcdwxyz")
+_VOWELS = frozenset("aeiouyäöüéèáàíóúæøå")
 
 _ALIASES = {"$": "dollar", "usd": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
 _ALIASES |= dict.fromkeys(("percent", "percentage", "pct"), "%") | dict.fromkeys(("degree", "degrees"), "°")
@@ -88,13 +89,13 @@ def starts_unit(word: str, attached: bool, letters: bool = False) -> bool:
     (True, True, False, False)
     """
     folded = word.casefold().rstrip(".")
-    if folded in _SHORT_UNITS:
+    if folded in _SHORT_UNITS or folded == "of" and not attached:
         return True
     if len(folded) == 1:
         return letters and not attached and word in _LETTER_UNITS
     if _PRODUCT_LETTERS.issuperset(folded) or not may_be_unit(folded):
         return False
-    return len(folded) >= (4 if attached else 3)
+    return len(folded) >= (4 if attached else 3) and not _VOWELS.isdisjoint(folded)
 
 
 def normalise_unit(words: Sequence[str]) -> tuple[str, ...]:
