@@ -16,6 +16,7 @@ from rewards.answers import (
     final_answer,
     score_against_answers,
 )
+from rewards.conversations import takes_conversations
 
 PARTIAL_CREDIT = 0.4
 MAX_STEPS = 10
@@ -35,8 +36,9 @@ _CONCLUSION = re.compile(
 )
 
 
+@takes_conversations
 def jaccard_correctness_reward(
-    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str | None], **columns: object
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[object], **columns: object
 ) -> list[float | None]:
     """In [0, 1]: 1.0 for the expected answer, else PARTIAL_CREDIT times the Jaccard similarity; None where it is None.
 
@@ -53,6 +55,7 @@ def jaccard_correctness_reward(
     return score_against_answers(completions, answer, _score_correctness)
 
 
+@takes_conversations
 def structure_reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """In [0, 1]: are the steps in the reasoning tags connected, long enough and punctuated? 0.0 without steps.
 
@@ -71,6 +74,7 @@ def structure_reward(prompts: Sequence[str], completions: Sequence[str], **colum
     return [_score_structure(extract_steps(completion)) for completion in completions]
 
 
+@takes_conversations
 def conciseness_reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """In [0, 1]: is the text in the reasoning tags clear, complete and tidy? 0.0 without such text.
 

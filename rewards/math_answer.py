@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 from rewards.math_latex import CLOSING, OPENING, SCALE, UNIT, Unreadable, split_tokens
 from rewards.math_numbers import Group, Value, add, match_all, multiply, ratio, same_value
-from rewards.math_value import read_value, variable
-from rewards.units import GREEK, SCALES, normalise_unit, units_agree
+from rewards.math_value import MAX_VALUES, read_value, variable
+from rewards.units import FUNCTIONS, GREEK, SCALES, normalise_unit, units_agree
 
-MAX_ITEMS = 40
 REFERENCE = 99  # the point at which the two sides of an equation are compared with those at another point
 
 _TURNED = {">": "<", ">=": "<="}
@@ -44,14 +43,14 @@ def read_items(text: str, point: int = 0) -> list[Item]:
     Raises:
         Unreadable: the text is not mathematics that is read here, or too large.
 
-    >>> [(item.name, item.value) for item in read_items("x = 5 or x = 1/2")]
+    >>> [(item.name, item.value) for item in read_items("x = 5, x = 1/2")]
     [('x', Fraction(5, 1)), ('x', Fraction(1, 2))]
     >>> [(item.value, item.unit, item.is_calculation) for item in read_items("47 + 38 cm")]
     [(Fraction(85, 1), ('cm',), True)]
     """
     pieces = _split(split_tokens(text), {","})
-    if len(pieces) > MAX_ITEMS:
-        raise Unreadable(f"more than {MAX_ITEMS} values")
+    if len(pieces) > MAX_VALUES:
+        raise Unreadable(f"more than {MAX_VALUES} values")
     items = [item for piece, _ in pieces for item in _read_piece(piece, point)]
     if len(items) == 1 and isinstance(items[0].value, Group) and items[0].value.kind == "{}":
         return [Item(value) for value in items[0].value.values]
@@ -114,7 +113,7 @@ def _read_piece(tokens: list[str], point: int) -> list[Item]:
 
 def _read_side(tokens: list[str], point: int, name: str = "", unit: tuple[str, ...] = (), scale: int = 1) -> list[Item]:
     values, operations = read_value(tokens, point)
-    written = "".join(tokens).lstrip("+-").removesuffix("°")
+    written = "".join(tokens).lstrip("+-")
     is_plain = _PLAIN_NUMBER.fullmatch(written) is not None
     is_whole = isinstance(values[0], Fraction) and values[0].denominator == 1
     is_division = is_plain and is_whole and _FRACTION.fullmatch(written) is not None  # "84/7" for 12
@@ -179,7 +178,8 @@ def _take_unit(tokens: list[str]) -> tuple[list[str], tuple[str, ...], int]:
     words = [] if before is None else [tokens[before]]
     tokens = tokens if before is None else tokens[:before] + tokens[before + 1 :]
     end = len(tokens)
-    while end and (tokens[end - 1].startswith(UNIT) or tokens[end - 1] in _CURRENCIES | {"%"}):
+    signs = _CURRENCIES | ({"%", "°"} if FUNCTIONS.isdisjoint(tokens) else {"%"})  # the sine is of 15 degrees
+    while end and (tokens[end - 1].startswith(UNIT) or tokens[end - 1] in signs):
         end -= 2 if end > 1 and tokens[end - 2] == "/" else 1
     words += [token.removeprefix(UNIT) for token in tokens[end:] if token != "/"]
     scale = 1

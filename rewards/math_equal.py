@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from rewards.answers import extract_answer, final_answer, score_against_answers
+from rewards.conversations import takes_conversations
 from rewards.math_answer import agree, read_items
 from rewards.math_latex import Unreadable, simplify_latex
 
@@ -14,6 +15,7 @@ _LONE_LETTER = re.compile(r"\(([a-zA-Z])\)")
 _PROSE = re.compile(r"(?=.*[a-z]{2}|.*[ap]\.m)(?!.*[0-9][a-z])[\w\s.,:;'()-]*", re.IGNORECASE)
 
 
+@takes_conversations
 def math_equal_reward(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[object], **columns: object
 ) -> list[float | None]:

@@ -36,7 +36,7 @@ _LEAD_IN = re.compile(
     r"(?:(?:the )?(?:final )?answer(?: is:?|:)|about|approximately|around|roughly|≈|\\approx|=)\s*", re.IGNORECASE
 )
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_WORDS = re.compile(r"[a-zA-Z][a-zA-Z' .-]*[a-zA-Z]")
+_WORDS = re.compile(r"(?=.*[a-zA-Z]{2})[a-zA-Z]+(?:[' .-]+[a-zA-Z]+)*")
 
 _SYMBOLS = {
     **{"**": "^", "·": "*", "⋅": "*", "×": "*", "÷": "/", "−": "-", "–": "-", "²": "^2", "³": "^3"},
@@ -73,7 +73,7 @@ def simplify_latex(text: str) -> str:
     r"""`text` in one way of writing: without delimiters, spacing, styles, a box around it and a final period.
 
     >>> simplify_latex(r"$\left(\dfrac12\right)\,\text{cm}$."), simplify_latex(r"\boxed{50\%}"), simplify_latex(r"\$5")
-    ('( \\frac12 ) cm', '50%', '$5')
+    ('(\\frac12 ) cm', '50%', '$5')
     """
     text = text.strip().strip("*`").strip().rstrip(" .;")
     text = text.replace("\\$", "\0")
@@ -161,7 +161,7 @@ def _is_unit(word: str, tokens: list[str], attached: bool) -> bool:
     if tokens[-1].startswith((UNIT, SCALE)):
         return may_be_unit(word)
     if tokens[-1] == "/":
-        return len(word) > 2 and starts_unit(word, attached)
+        return tokens[-2:-1] and tokens[-2].startswith(UNIT) or len(word) > 2 and starts_unit(word, attached)
     return starts_unit(word, attached)
 
 

@@ -4,7 +4,7 @@ Every number is bounded, so that nothing takes long or fills the memory. Functio
 and where there is no value.
 """
 
-import functools
+import threading
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ TOLERANCE = 1e-40  # relative, between numbers that are not both fractions
 # The value of an expression: a Fraction, a real or complex number of mpmath, or a Group.
 Value = Any
 
+_OF_THREAD = threading.local()
 _RECIPROCALS = {"sec": "cos", "csc": "sin", "cot": "tan"}
 _MPMATH_NAMES = {"log": "log10", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}
 
@@ -36,7 +37,14 @@ UNORDERED = frozenset(("{}", "cup"))
 
 
 def same_value(given: Value, expected: Value) -> bool:
-    """Whether two values are the same; the order counts, but for sets and unions."""
+    """Whether two values are the same; the order counts, but for sets and unions.
+
+    >>> same_value(power(Fraction(8), Fraction(1, 2)), multiply(Fraction(2), power(Fraction(2), Fraction(1, 2))))
+    True
+    >>> one, two = Fraction(1), Fraction(2)
+    >>> [same_value(Group(kind, (one, two)), Group(kind, (two, one))) for kind in ("{}", "()")]
+    [True, False]
+    """
     if isinstance(given, Group) and isinstance(expected, Group):
         if given.kind != expected.kind or len(given.values) != len(expected.values):
             return False
@@ -62,14 +70,14 @@ def match_all(given: tuple[Any, ...], expected: tuple[Any, ...], same: Callable[
     return not left
 
 
-@functools.cache
 def _arithmetic() -> Any:
-    """mpmath with a precision of our own, so that nobody else's is changed."""
-    from mpmath.ctx_mp import MPContext  # here: `import rewards` imports the standard library only
+    """mpmath with a precision of our own, so that nobody else's is changed; one for each thread: it has a state."""
+    if not hasattr(_OF_THREAD, "arithmetic"):
+        from mpmath.ctx_mp import MPContext  # here: `import rewards` imports the standard library only
 
-    arithmetic = MPContext()
-    arithmetic.dps = DIGITS
-    return arithmetic
+        _OF_THREAD.arithmetic = MPContext()
+        _OF_THREAD.arithmetic.dps = DIGITS
+    return _OF_THREAD.arithmetic
 
 
 def pi() -> Value:

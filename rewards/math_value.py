@@ -32,6 +32,7 @@ from rewards.units import FUNCTIONS, GREEK
 
 MAX_DEPTH = 20
 MAX_FACTORIAL = 300
+MAX_VALUES = 40  # in one pair of brackets
 
 _CIRCULAR = frozenset(("sin", "cos", "tan", "sec", "csc", "cot"))
 _UNKNOWN_FUNCTIONS = frozenset("fghFGH")  # "f(2)" is not f times 2
@@ -241,6 +242,8 @@ class _Reader:
             while not values or self.accept(","):
                 values.append(self.union())
         self.bars = bars
+        if len(values) > MAX_VALUES:
+            raise Unreadable(f"more than {MAX_VALUES} values")
         closing = self.take()
         if closing not in ((")", "]") if opening in ("(", "[") else (OPENING[opening],)):
             raise Unreadable(f"{opening!r} closed by {closing!r}")

@@ -44,10 +44,12 @@ _NEVER_IN_A_UNIT = _CHANGES_VALUE | frozenset(
         *"pi sqrt frac infinity infty".split(),
     ]
 )
-# Short units, which otherwise could be a product of variables, as "ab" is.
-_SHORT_UNITS = frozenset(
-    "km cm mm nm kg mg lb lbs oz ft in yd mi ml cl dl hr hrs min mins sec secs ms am pm th st nd rd mph kph kmh kb mb "
-    "gb tb hz khz mhz ghz kw kwh mw kj cal pts pt px usd eur gbp gm gms pct sq cu μm μs μl μg".split()
+# Short units, which otherwise could be a product of variables, as "ab" is. After a space, more of them are unambiguous.
+_ATTACHED_UNITS = frozenset(
+    "km cm mm kg mg lb lbs oz ft kb mb gb hz khz mhz ghz kw kwh kj mph kph kmh hrs mins secs th st nd rd μm".split()
+)
+_SHORT_UNITS = _ATTACHED_UNITS | frozenset(
+    "nm in yd mi ml cl dl hr min sec ms am pm tb mw cal pts pt px usd eur gbp gm gms pct sq cu μs μl μg of".split()
 )
 # With a space before them, and in plain text only: in mathematics they are variables.
 _LETTER_UNITS = frozenset("mgshl")
@@ -89,7 +91,7 @@ def starts_unit(word: str, attached: bool, letters: bool = False) -> bool:
     (True, True, False, False)
     """
     folded = word.casefold().rstrip(".")
-    if folded in _SHORT_UNITS or folded == "of" and not attached:
+    if folded in (_ATTACHED_UNITS if attached else _SHORT_UNITS):
         return True
     if len(folded) == 1:
         return letters and not attached and word in _LETTER_UNITS
