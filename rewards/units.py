@@ -30,20 +30,21 @@ _CHANGES_VALUE = frozenset(
         *_PARTS.split(),
         *(f"{part}s" for part in _PARTS.split()),
         *"half halves quarter quarters gross lakh lakhs crore crores mil mln mn bn".split(),
-        *"squared cubed root power factorial exponent doubled tripled halved double triple twice".split(),
+        *"squared cubed root factorial doubled tripled halved twice".split(),
         *"negative negated inverse reciprocal repeating recurring choose mod modulo not below".split(),
     ]
 )
 # Words that go on to another number, or take the first one back, and the names of mathematics.
 _NEVER_IN_A_UNIT = _CHANGES_VALUE | frozenset(
     [
-        *"and or to is are was were but if when unless except without plus minus times over divided".split(),
-        *"multiplied added subtracted less more fewer than least most score".split(),
+        *"and or but if unless except plus minus times divided multiplied added subtracted than".split(),
+        *"least most score".split(),
         *FUNCTIONS,
         *GREEK,
         *"pi sqrt frac infinity infty".split(),
     ]
 )
+_NEVER_FIRST = frozenset("is are was were to".split())  # "7 is wrong", but "7 miles to go"
 # Short units, which otherwise could be a product of variables, as "ab" is. After a space, more of them are unambiguous.
 _ATTACHED_UNITS = frozenset(
     "km cm mm kg mg lb lbs oz ft kb mb gb hz khz mhz ghz kw kwh kj mph kph kmh hrs mins secs th st nd rd μm".split()
@@ -95,7 +96,7 @@ def starts_unit(word: str, attached: bool, letters: bool = False) -> bool:
         return True
     if len(folded) == 1:
         return letters and not attached and word in _LETTER_UNITS
-    if _PRODUCT_LETTERS.issuperset(folded) or not may_be_unit(folded):
+    if _PRODUCT_LETTERS.issuperset(folded) or folded in _NEVER_FIRST or not may_be_unit(folded):
         return False
     return len(folded) >= (4 if attached else 3) and not _VOWELS.isdisjoint(folded)
 
