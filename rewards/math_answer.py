@@ -19,6 +19,7 @@ _FRACTION = re.compile(rf"({_INTEGER})/({_INTEGER})|frac\{{?{_INTEGER}\}}?\{{?{_
 _PLAIN_NUMBER = re.compile(
     rf"{_NUMBER}|(?:{_INTEGER})?(?:{_FRACTION.pattern})|{_NUMBER}\*10\^(?:\{{-?[0-9]+\}}|-?[0-9]+)|repeating.*"
 )
+_BRACKETED = re.compile(r"\([^()]*\)")
 # What is before the "=" of a solved equation: x, x_1, f(x), P(A), AB, (x,y).
 _NAME = re.compile(
     rf"(?:[a-zA-Z]|{'|'.join(sorted(GREEK))})(?:_[a-zA-Z0-9]+)?|[A-Z]{{2,3}}|[fghA-Z]\([a-zA-Z0-9,]+\)"
@@ -97,23 +98,24 @@ def _split(tokens: list[str], separators: frozenset[str] | set[str]) -> list[tup
 
 def _read_piece(tokens: list[str], point: int) -> list[Item]:
     tokens, unit, scale = _take_unit(tokens)
-    if depth_one := _split(tokens, {";"})[1:]:
-        raise Unreadable(f"{depth_one}")
     sides = _split(tokens, _RELATIONS)
     if len(sides) == 1:
-        return _read_side(tokens, point, unit=unit, scale=scale)
+        return _read_side(tokens, point, "", unit, scale)
     relations = [relation for _, relation in sides[1:]]
     parts = [part for part, _ in sides]
     if set(relations) == {"="}:
-        return _read_equation(parts, point, unit)
+        return _read_equation(parts, point, unit, scale)
+    if scale != 1:
+        raise Unreadable("a scale in a relation")
     if relations == ["in"] and (name := _name_of(parts[0])):
-        return _read_side(parts[1], point, name=name)
+        return _read_side(parts[1], point, name)
     return [_read_inequality(parts, relations, point)]
 
 
 def _read_side(tokens: list[str], point: int, name: str = "", unit: tuple[str, ...] = (), scale: int = 1) -> list[Item]:
     values, operations = read_value(tokens, point)
     written = "".join(tokens).lstrip("+-")
+    written = written[1:-1] if _BRACKETED.fullmatch(written) else written
     is_plain = _PLAIN_NUMBER.fullmatch(written) is not None
     is_whole = isinstance(values[0], Fraction) and values[0].denominator == 1
     is_division = is_plain and is_whole and _FRACTION.fullmatch(written) is not None  # "84/7" for 12
@@ -123,11 +125,11 @@ def _read_side(tokens: list[str], point: int, name: str = "", unit: tuple[str, .
     return [Item(value, name, unit, is_plain, calculates) for value in values]
 
 
-def _read_equation(sides: list[list[str]], point: int, unit: tuple[str, ...]) -> list[Item]:
+def _read_equation(sides: list[list[str]], point: int, unit: tuple[str, ...], scale: int) -> list[Item]:
     if len(sides) == 2 and not _name_of(sides[0]) and _name_of(sides[1]):
         sides = sides[::-1]  # 5 = x
     equation = None
-    if len(sides) == 2:
+    if len(sides) == 2 and scale == 1:
         try:
             equation = Group("equation", (ratio(_difference(sides, point), _difference(sides, REFERENCE)),))
         except Unreadable:  # "(x, y) = (1, 2)", or "5 = 5"
@@ -138,14 +140,19 @@ def _read_equation(sides: list[list[str]], point: int, unit: tuple[str, ...]) ->
     steps = [read_value(side, point)[0] for side in sides[1 if name else 0 :]]
     if any(len(step) != len(steps[-1]) or not all(map(same_value, step, steps[-1])) for step in steps):
         raise Unreadable("the sides of an equation are not equal")
-    return [item._replace(equation=equation) for item in _read_side(sides[-1], point, name=name, unit=unit)]
+    return [item._replace(equation=equation) for item in _read_side(sides[-1], point, name, unit, scale)]
 
 
 def _difference(sides: list[list[str]], point: int) -> Value:
-    (left, *more), (right, *others) = (read_value(side, point)[0] for side in sides)
-    if more or others:
-        raise Unreadable("a plus-minus sign in an equation")
+    left, right = _one_value_each(sides, point)
     return add(left, multiply(Fraction(-1), right))
+
+
+def _one_value_each(sides: list[list[str]], point: int) -> list[Value]:
+    values = [read_value(side, point)[0] for side in sides]
+    if any(len(alternatives) > 1 for alternatives in values):
+        raise Unreadable("a plus-minus sign in a relation")
+    return [alternatives[0] for alternatives in values]
 
 
 def _read_inequality(sides: list[list[str]], relations: list[str], point: int) -> Item:
@@ -155,7 +162,7 @@ def _read_inequality(sides: list[list[str]], relations: list[str], point: int) -
     elif "in" in relations or len({relation[0] for relation in relations}) > 1:
         raise Unreadable(f"the relations {relations}")
     names = [_name_of(side) for side in sides]
-    values = [read_value(side, point)[0][0] for side in sides]
+    values = _one_value_each(sides, point)
     infinity = variable("infty", point)
     if relations[0] != "!=" and len(sides) == 2 and bool(names[0]) != bool(names[1]):
         if names[0]:
@@ -174,7 +181,7 @@ def _name_of(tokens: list[str]) -> str:
 
 def _take_unit(tokens: list[str]) -> tuple[list[str], tuple[str, ...], int]:
     """The tokens without the unit before or after them, the unit, and the scale between the two."""
-    before = next((i for i, token in enumerate(tokens[:2]) if token in _CURRENCIES), None)
+    before = next((i for i, token in enumerate(tokens[:-1]) if token in _CURRENCIES), None)
     words = [] if before is None else [tokens[before]]
     tokens = tokens if before is None else tokens[:before] + tokens[before + 1 :]
     end = len(tokens)

@@ -21,6 +21,11 @@ def math_equal_reward(
 ) -> list[float | None]:
     r"""1.0 where the answer tags hold the value of the expected answer, else 0.0; None where that is None.
 
+    `math_equal` says what is equal.
+
+    Raises:
+        ValueError: `answer` has not one value for every completion, or one that is neither a text nor a number.
+
     >>> texts = ["0.5", r"\frac{1}{2}", r"\frac{\sqrt{4}}{4}", "2^{-1}", "0.33", "half"]
     >>> math_equal_reward(["?"] * 6, [f"<answer>{text}</answer>" for text in texts], answer=["1/2"] * 6)
     [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
@@ -36,6 +41,28 @@ def _score(completion: str, expected: str) -> float:
 
 
 def math_equal(given: str, expected: str) -> bool:
+    r"""Whether two answers are equal: the same text, or the same values as mathematics, in LaTeX or plain text.
+
+    Read are numbers, + - * / ^ !, roots, binomials, pi, e, i, sin, cos, tan and their relatives, ln, log (base 10),
+    exp, absolute values, variables, f(x), tuples, intervals, unions, sets, matrices, plus-minus signs, equations and
+    inequalities, and lists in any order. What cannot be read, or is longer than MAX_CHARS characters, equals the same
+    text only, up to the case of words. Nothing is ever evaluated as Python, and no text takes longer than 0.1 seconds.
+
+    - "0.33" is not 1/3, and a percentage is not converted. A unit agrees with none, and with itself.
+    - "x = 5" is 5, but 2x + 3 = 13 is not x = 5. Where the expected answer is an equation that is not solved for
+      anything, any multiple of it is equal.
+    - An answer is a value, not the task: where a number is expected, "47 + 38" and "84/7" are none. A root, a power or
+      a function of numbers is taken, and so is any form of an expression: (x+1)^2 for x^2 + 2x + 1. A policy that is
+      asked to simplify, factor or evaluate such a thing can repeat it.
+
+    Expressions with variables are compared at POINTS points, by the lemma that a polynomial other than 0 is seldom 0
+    (Schwartz 1980, doi:10.1145/322217.322225).
+
+    >>> math_equal(r"\frac{1}{3}\text{ meters}", "1/3"), math_equal("2", "2x"), math_equal("3 quarters", "3")
+    (True, False, False)
+    >>> math_equal(r"(0,1) \cup (2,3)", r"(2,3)\cup(0,1)"), math_equal("47 + 38", "85"), math_equal("85", "85")
+    (True, False, True)
+    """
     if max(len(given), len(expected)) > MAX_CHARS:
         return _as_text(given) == _as_text(expected)
     given, expected = simplify_latex(given), simplify_latex(expected)
@@ -48,5 +75,6 @@ def math_equal(given: str, expected: str) -> bool:
 
 
 def _as_text(text: str) -> str:
+    """`text` without the spaces beside signs, the brackets of "(C)", and the case of words; 2X is not 2x."""
     text = _LONE_LETTER.sub(r"\1", re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(text.split())))
     return text.casefold() if _PROSE.fullmatch(text) else text
