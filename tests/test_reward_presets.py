@@ -178,6 +178,33 @@ def test_full_marks_are_within_reach():
         assert sum(values) == pytest.approx(total), (preset, values)
 
 
+@pytest.mark.parametrize(
+    ("preset", "answer", "total"),
+    [
+        ("agent_tunix", "10", 4.0),
+        ("agent_tunix", "60", 5.25),
+        ("agent_tunix", "70", 5.5),
+        ("notebook", "60", 0.5),
+        ("notebook", "60 " * 8 + "72", 0.5),
+        ("gemma2_grpo", "60", 0.7),
+        ("gemma2_grpo", "60 " * 8 + "72", 0.7),
+    ],
+)
+def test_a_stuffed_wrong_answer_earns_what_the_docs_say(preset, answer, total):
+    """docs/rewards.md names these loopholes, which the formulas of the systems have."""
+    steps = [
+        f"Step {i}: First, second, third, wait, actually, therefore add {i} + 1 = 9, because then so."
+        for i in (1, 2, 3)
+    ]
+    text = (
+        " ".join(steps)
+        + " Correction: let me redo this, since 2 * 3 = 6 and calculate, compute, subtract, thus hence. "
+    )
+    completion = LAYOUT.format(text + "So it goes on and on. " * 10, answer)
+    stuffed = sum(weight * one(reward_fn, completion, "72") for reward_fn, weight in get_preset(preset))
+    assert stuffed == pytest.approx(total, abs=0.01)
+
+
 # Finding numbers
 
 
