@@ -15,7 +15,7 @@ _TURNED = {">": "<", ">=": "<="}
 _RELATIONS = frozenset(("=", "<", "<=", ">", ">=", "!=", "in"))
 _CURRENCIES = frozenset("$€£")
 _INTEGER, _NUMBER = r"[0-9]+(?:,[0-9]{3})*", r"(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)"
-_FRACTION = re.compile(rf"({_INTEGER})/({_INTEGER})|frac\{{?{_INTEGER}\}}?\{{?{_INTEGER}\}}?")
+_FRACTION = re.compile(rf"\{{?{_INTEGER}\}}?/\{{?{_INTEGER}\}}?|frac\{{?{_INTEGER}\}}?\{{?{_INTEGER}\}}?")
 _PLAIN_NUMBER = re.compile(
     rf"{_NUMBER}|(?:{_INTEGER})?(?:{_FRACTION.pattern})|{_NUMBER}\*10\^(?:\{{-?[0-9]+\}}|-?[0-9]+)|repeating.*"
 )
@@ -55,6 +55,8 @@ def read_items(text: str, point: int = 0) -> list[Item]:
     items = [item for piece, _ in pieces for item in _read_piece(piece, point)]
     if len(items) == 1 and isinstance(items[0].value, Group) and items[0].value.kind == "{}":
         return [Item(value) for value in items[0].value.values]
+    if len(items) > 1 and all(item.name == items[0].name != "" and _is_interval(item.value) for item in items):
+        return [Item(Group("cup", tuple(item.value for item in items)), items[0].name)]  # x < -1 or x > 1
     return items
 
 
@@ -70,6 +72,10 @@ def agree(given: list[Item], expected: list[Item]) -> bool:
     if any(len(several - {""}) > 1 for several in names) and {""} in names:
         return len(given) == len(expected) and all(map(_same_item, given, expected))
     return match_all(tuple(given), tuple(expected), _same_item)
+
+
+def _is_interval(value: Value) -> bool:
+    return isinstance(value, Group) and value.kind in ("()", "(]", "[)", "[]") and len(value.values) == 2
 
 
 def _same_item(given: Item, expected: Item) -> bool:

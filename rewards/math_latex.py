@@ -20,7 +20,7 @@ _REPLACEMENTS = [
         (r"\\\\(?:\[[^\[\]]*\])?", " ;; "),  # the end of a matrix's row
         (r"(?<=[0-9])(?:\{,\}|,\\!\s*|\\,(?=[0-9]{3}(?![0-9])))(?=[0-9])", ","),
         (r"\\(?:[()\[\],:;! ]|(?:q?quad|displaystyle|limits|[bB]igg?[lr]?|rm|bf)(?![a-zA-Z]))|~", " "),
-        (r"\\(?:left|right)(?![a-zA-Z])\.?", " "),
+        (r"\\(?:left|right)(?![a-zA-Z])\.?|\\(?:angle|triangle)(?![a-zA-Z])", " "),
         (r"(?<=\\)[dtc](?=frac(?![a-zA-Z])|binom(?![a-zA-Z]))", ""),
         (rf"\\begin{_MATRIX}(?:\{{[clr|]*\}})?", " [[ "),
         (rf"\\end{_MATRIX}", " ]] "),
@@ -171,7 +171,9 @@ def _split_word(word: str) -> list[str]:
         return [_COMMANDS[name]]
     if name in _NAMES:
         return [name]
-    if len(word) == 1 or _PRODUCT_LETTERS.issuperset(word):
+    if name.casefold() in ("inf", "infinity"):
+        return ["infty"]
+    if len(word) == 1 or _PRODUCT_LETTERS.issuperset(word) or re.fullmatch("[A-Z]{3}", word):
         return list(word)
     if word == name and len(name) == 2 and name.casefold() not in _NOT_A_PRODUCT:
         return list(name)

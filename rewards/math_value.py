@@ -183,6 +183,8 @@ class _Reader:
             return variable(token + self.subscript(), self.point) if self.peek() == "_" else self.mixed_number(token)
         if token == "[[":
             return self.matrix()
+        if token == "\\{" and self.accept("\\}"):
+            return Group("{}", ())
         if token in OPENING:
             return self.bracketed(token)
         if token == "|":

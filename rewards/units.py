@@ -41,7 +41,7 @@ _NEVER_IN_A_UNIT = _CHANGES_VALUE | frozenset(
         *"least most score".split(),
         *FUNCTIONS,
         *GREEK,
-        *"pi sqrt frac infinity infty".split(),
+        *"pi sqrt frac inf infinity infty".split(),
     ]
 )
 _NEVER_FIRST = frozenset("is are was were to".split())  # "7 is wrong", but "7 miles to go"
@@ -59,9 +59,10 @@ _VOWELS = frozenset("aeiouyäöüéèáàíóúæøå")
 
 _ALIASES = {"$": "dollar", "usd": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
 _ALIASES |= dict.fromkeys(("percent", "percentage", "pct"), "%") | dict.fromkeys(("degree", "degrees"), "°")
+_POWERS = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
 _SUPERSCRIPTS = str.maketrans({"²": "2", "³": "3", "^": None, "{": None, "}": None, "(": None, ")": None})
 # "miles" and "mile", "inches" and "inch", "glasses" and "glass"; too short a word ("ms", "s") is left alone.
-_WORD_ENDING = re.compile(r"(?<=\w\w)(?:es|(?<!s)s|e)\b")
+_WORD_ENDING = re.compile(r"(?<=[^\W\d]{2})(?:es|(?<!s)s|e)(?=[23]?\b)")
 _LETTERS = re.compile(r"[^\W\d_]+")
 
 
@@ -104,10 +105,12 @@ def starts_unit(word: str, attached: bool, letters: bool = False) -> bool:
 def normalise_unit(words: Sequence[str]) -> tuple[str, ...]:
     """The words of a unit without their plural, in one spelling.
 
-    >>> normalise_unit(["$"]), normalise_unit(["Inches"]), normalise_unit(["cm^{2}"])
-    (('dollar',), ('inch',), ('cm2',))
+    >>> normalise_unit(["$"]), normalise_unit(["Inches"]), normalise_unit(["cm^{2}"]), normalise_unit(["square", "cm"])
+    (('dollar',), ('inch',), ('cm2',), ('cm2',))
     """
     folded = [word.casefold().translate(_SUPERSCRIPTS).rstrip(".,!") for word in words]
+    if len(folded) > 1 and folded[0] in _POWERS:
+        folded = [_WORD_ENDING.sub("", folded[1]) + _POWERS[folded[0]], *folded[2:]]
     return tuple(_WORD_ENDING.sub("", _ALIASES.get(word, word)) for word in folded if word)
 
 
