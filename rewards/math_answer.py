@@ -15,7 +15,7 @@ _TURNED = {">": "<", ">=": "<="}
 _RELATIONS = frozenset(("=", "<", "<=", ">", ">=", "!=", "in"))
 _CURRENCIES = frozenset("$€£")
 _INTEGER, _NUMBER = r"[0-9]+(?:,[0-9]{3})*", r"(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)"
-_FRACTION = re.compile(rf"\{{?{_INTEGER}\}}?/\{{?{_INTEGER}\}}?|frac\{{?{_INTEGER}\}}?\{{?{_INTEGER}\}}?")
+_FRACTION = re.compile(rf"\{{?{_NUMBER}\}}?/\{{?{_NUMBER}\}}?|frac\{{?{_INTEGER}\}}?\{{?{_INTEGER}\}}?")
 _PLAIN_NUMBER = re.compile(
     rf"{_NUMBER}|(?:{_INTEGER})?(?:{_FRACTION.pattern})|{_NUMBER}\*10\^(?:\{{-?[0-9]+\}}|-?[0-9]+)|repeating.*"
 )

@@ -57,12 +57,26 @@ _LETTER_UNITS = frozenset("mgshl")
 _PRODUCT_LETTERS = frozenset("abcdwxyz")
 _VOWELS = frozenset("aeiouyäöüéèáàíóúæøå")
 
-_ALIASES = {"$": "dollar", "usd": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
-_ALIASES |= dict.fromkeys(("percent", "percentage", "pct"), "%") | dict.fromkeys(("degree", "degrees"), "°")
+_SPELLINGS = {
+    **{"dollar": "$ usd", "euro": "€ eur", "pound": "£ gbp", "yen": "¥", "rupe": "₹"},
+    **{"%": "percent percentag pct", "°": "degre"},
+    **{"mm": "millimeter millimetr", "cm": "centimeter centimetr", "m": "meter metr", "km": "kilometer kilometr"},
+    **{
+        "in": "inch",
+        "ft": "foot feet",
+        "yd": "yard",
+        "mi": "mil",
+        "g": "gram gm gms",
+        "kg": "kilogram",
+        "l": "liter litr",
+    },
+    **{"hr": "hour hrs h", "min": "minut mins", "sec": "second secs s"},
+}
+_ALIASES = {other: one for one, others in _SPELLINGS.items() for other in others.split()}
 _POWERS = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
 _SUPERSCRIPTS = str.maketrans({"²": "2", "³": "3", "^": None, "{": None, "}": None, "(": None, ")": None})
 # "miles" and "mile", "inches" and "inch", "glasses" and "glass"; too short a word ("ms", "s") is left alone.
-_WORD_ENDING = re.compile(r"(?<=[^\W\d]{2})(?:es|(?<!s)s|e)(?=[23]?\b)")
+_WORD_ENDING = re.compile(r"(?<=\w\w)(?:es|(?<!s)s|e)\b")
 _LETTERS = re.compile(r"[^\W\d_]+")
 
 
@@ -106,12 +120,20 @@ def normalise_unit(words: Sequence[str]) -> tuple[str, ...]:
     """The words of a unit without their plural, in one spelling.
 
     >>> normalise_unit(["$"]), normalise_unit(["Inches"]), normalise_unit(["cm^{2}"]), normalise_unit(["square", "cm"])
-    (('dollar',), ('inch',), ('cm2',), ('cm2',))
+    (('dollar',), ('in',), ('cm2',), ('cm2',))
     """
     folded = [word.casefold().translate(_SUPERSCRIPTS).rstrip(".,!") for word in words]
+    if folded[:2] == ["per", "cent"]:
+        folded[:2] = ["%"]
     if len(folded) > 1 and folded[0] in _POWERS:
-        folded = [_WORD_ENDING.sub("", folded[1]) + _POWERS[folded[0]], *folded[2:]]
-    return tuple(_WORD_ENDING.sub("", _ALIASES.get(word, word)) for word in folded if word)
+        folded[:2] = [folded[1] + _POWERS[folded[0]]]
+    return tuple(map(_in_one_spelling, filter(None, folded)))
+
+
+def _in_one_spelling(word: str) -> str:
+    stem = word.rstrip("23")
+    singular = _WORD_ENDING.sub("", stem)
+    return _ALIASES.get(stem, _ALIASES.get(singular, singular)) + word[len(stem) :]
 
 
 def units_agree(a: Sequence[str], b: Sequence[str]) -> bool:
