@@ -75,6 +75,10 @@ def math_equal(given: str, expected: str) -> bool:
 
 
 def _as_text(text: str) -> str:
-    """`text` without the spaces beside signs, the brackets of "(C)", and the case of words; 2X is not 2x."""
-    text = _LONE_LETTER.sub(r"\1", re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(text.split())))
+    """`text` without spaces beside signs, the brackets of "(C)", and the case of words.
+
+    >>> _as_text("(x + 1) ^2"), _as_text("New York"), _as_text("(C)"), _as_text("2X"), _as_text("32, 349")
+    ('(x+1)^2', 'new york', 'C', '2X', '32, 349')
+    """
+    text = _LONE_LETTER.sub(r"\1", re.sub(r"\s*([^\w\s,])\s*", r"\1", " ".join(text.split())))
     return text.casefold() if _PROSE.fullmatch(text) else text

@@ -36,6 +36,7 @@ _LEAD_IN = re.compile(
     r"(?:(?:the )?(?:final )?answer(?: is:?|:)|about|approximately|around|roughly|≈|\\approx|=)\s*", re.IGNORECASE
 )
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_SENTENCE = re.compile(r"(?<![\\a-zA-Z])(?:[a-zA-Z]{4}|[a-zA-Z]{2,} [a-zA-Z])")
 _WORDS = re.compile(r"(?=.*[a-zA-Z]{2})[a-zA-Z]+(?:[' .-]+[a-zA-Z]+)*")
 
 _SYMBOLS = {
@@ -131,20 +132,21 @@ def split_tokens(text: str) -> list[str]:
 
 
 def _unbox(text: str) -> str:
-    r"""The text in the last `\boxed{...}` where other words stand around it, else the text without its boxes."""
+    r"""`text` without its `\boxed{...}`, and without a sentence before a single one; as it is where there are more."""
     boxes = list(_BOXED.finditer(text))
-    for box in reversed(boxes):
-        depth = 1
-        for end in range(box.end(), len(text)):
-            depth += (text[end] == "{") - (text[end] == "}")
-            if depth == 0:
-                break
-        else:
+    if boxes and _SENTENCE.search(text[: boxes[-1].start()]):
+        if len(boxes) > 1:
             return text
-        around = text[: box.start()] + text[end + 1 :]
-        if re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{4}", around):
-            return text[box.end() : end]
-        text = f"{text[: box.start()]} {text[box.end() : end]} {text[end + 1 :]}"
+        text = text[boxes[0].start() :]
+        boxes = list(_BOXED.finditer(text))
+    for box in reversed(boxes):
+        depth, end = 1, box.end()
+        while depth and end < len(text):
+            depth += (text[end] == "{") - (text[end] == "}")
+            end += 1
+        if depth:
+            return text  # it is not closed
+        text = f"{text[: box.start()]} {text[box.end() : end - 1]} {text[end:]}"
     return text
 
 
@@ -161,7 +163,7 @@ def _is_unit(word: str, tokens: list[str], attached: bool) -> bool:
     if tokens[-1].startswith((UNIT, SCALE)):
         return may_be_unit(word)
     if tokens[-1] == "/":
-        return tokens[-2:-1] and tokens[-2].startswith(UNIT) or len(word) > 2 and starts_unit(word, attached)
+        return tokens[-2:][0].startswith(UNIT) or len(word) > 2 and starts_unit(word, attached)
     return starts_unit(word, attached)
 
 
