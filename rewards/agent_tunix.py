@@ -2,6 +2,8 @@
 
 Source: agent-tunix's README (kzhou003/agent-tunix), which follows the Tunix GRPO demo. Here a number is parsed by
 `rewards.answers`, so "-5" is -5 and "1,234" is 1234.
+
+What a policy can exploit: 5.0 of the 9.5 are for the tags, whatever they hold.
 """
 
 from collections.abc import Sequence

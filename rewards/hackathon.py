@@ -3,6 +3,9 @@
 Source: GauravKrv/tunix-hackathon, which weighs them 0.5, 0.3 and 0.2. Its `RewardComponent` and its composite with
 details are in `composite_reward.py`, its step and trajectory scores in `trajectory.py`. Here words are whole words, and
 "0.15" does not end a sentence.
+
+What a policy can exploit: structure and conciseness look at the form only, so half of the weighted sum is there without
+the right answer, and PARTIAL_CREDIT for words that the wrong one shares with it.
 """
 
 import re

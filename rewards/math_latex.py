@@ -77,7 +77,7 @@ def simplify_latex(text: str) -> str:
     ('(\\frac12 ) cm', '50%', '$5')
     """
     text = text.strip().strip("*`").strip().rstrip(" .;")
-    text = text.replace("\\$", "\0")
+    text = text.replace(_MARK, " ").replace("\\$", "\0")
     if text.count("$") != 1:  # a single one is a currency, a pair delimits mathematics
         text = text.replace("$", " ")
     text = _unbox(text.replace("\0", "$"))

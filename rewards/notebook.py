@@ -2,6 +2,8 @@
 
 Source: aabhimittal/Training-Reasoning-Models-with-Tunix-GRPO, whose README weighs them 0.3, 0.5 and 0.2. Here words are
 whole words ("also" is no "so", "address" no "add") and "0.15" does not end a sentence.
+
+What a policy can exploit: the tags and the words that the quality counts earn 0.3 + 0.2 without the right answer.
 """
 
 import re

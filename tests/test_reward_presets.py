@@ -99,6 +99,22 @@ PIECES += [
     "sin ",
     "\\",
 ]
+PIECES += [
+    "\\pm",
+    "\\begin{pmatrix}",
+    "\\\\",
+    "&",
+    "\\end{pmatrix}",
+    "\\cup",
+    "|",
+    "!",
+    "f(",
+    "°",
+    " and ",
+    "<",
+    "\\in",
+]
+PIECES += ["\\binom", "\\text{ cm}", "\\boxed{", ".\\overline{3}", "\\$", "\\,", " million", " quarters", ":", ";"]
 TEXT = st.text() | st.lists(st.sampled_from(PIECES)).map("".join)
 LAYOUT = "<reasoning>{}</reasoning> <answer>{}</answer>"
 
