@@ -154,13 +154,11 @@ def final_answer(solution: str) -> str:
     >>> final_answer("A heading starts with #### in Markdown")
     'A heading starts with #### in Markdown'
     """
-    last_line = solution.rstrip().rpartition("\n")[2].strip()
-    if last_line.startswith("####"):
-        return last_line.removeprefix("####").strip()
     _, marker, final = solution.rpartition("####")
     if marker and _MARKED_NUMBER.fullmatch(final.translate(_MINUS_SIGNS).strip()):
         return final.strip()
-    return solution
+    last_line = solution.rstrip().rpartition("\n")[2].strip()
+    return last_line.removeprefix("####").strip() if last_line.startswith("####") else solution
 
 
 def stated_number(answer: str) -> Fraction | None:

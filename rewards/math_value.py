@@ -31,6 +31,7 @@ from rewards.math_numbers import (
 from rewards.units import FUNCTIONS, GREEK
 
 MAX_DEPTH = 20
+MAX_ATOMS = 300  # numbers, variables and brackets read, those after a plus-minus sign twice
 MAX_FACTORIAL = 300
 MAX_VALUES = 40  # in one pair of brackets
 
@@ -80,7 +81,7 @@ class _Reader:
     def __init__(self, tokens: list[str], point: int) -> None:
         self.tokens = list(tokens)
         self.point = point
-        self.position = self.depth = self.operations = self.bars = 0
+        self.position = self.depth = self.operations = self.bars = self.atoms = 0
         self.plus_minus = 1  # what a plus-minus sign means at the moment ...
         self.has_plus_minus = self.in_circular = False  # ... and whether there was one
 
@@ -178,6 +179,9 @@ class _Reader:
         return multiply(value, multiply(pi(), Fraction(1, 180))) if self.in_circular else value
 
     def atom(self) -> Value:
+        self.atoms += 1
+        if self.atoms > MAX_ATOMS:
+            raise Unreadable(f"more than {MAX_ATOMS} numbers, variables and brackets")
         token = self.take()
         if token[0].isdecimal() or token[0] == "." and len(token) > 1:
             return variable(token + self.subscript(), self.point) if self.peek() == "_" else self.mixed_number(token)

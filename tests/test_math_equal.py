@@ -167,6 +167,7 @@ HOSTILE = [
     "e^\\pi+" * 40 + "1",
     "\\{" + ",".join(f"e^{i}" for i in range(60)) + "\\}",
     "\\pm" * 90 + "1",
+    "\\{(\\pm1," * 9 + "1" + ")\\}" * 9,  # each level doubles what is inside
     "__import__('os').system('false')",
     "{" * 150 + "}" * 150,
     "9" * 290,

@@ -184,6 +184,7 @@ def test_answers_match_as_a_teacher_would_judge(given_answer, expected, match):
         ("48 + 24 = 72. #### 72", "72"),
         ("48 + 24 = 72. #### -$1,234.50 ", "-$1,234.50"),
         ("#### 70\nno: #### 1/2", "1/2"),
+        ("#### 70 #### 72", "72"),
         ("a heading starts with #### in Markdown", "a heading starts with #### in Markdown"),
         ("#### Plan\nWrite a poem.", "#### Plan\nWrite a poem."),
         ("use #### 3 times", "use #### 3 times"),
