@@ -29,7 +29,7 @@ _REPLACEMENTS = [
         (r"\\%|\bpercent\b|\bpct\b", "%"),
         (r"(?<=[)\]])\s*U\s*(?=[(\[])|∪", " \\\\cup "),
         (r"(?<![a-zA-Z0-9])([0-9]*)\.([0-9]*)\\overline\s*\{([0-9]{1,40})\}", r" repeating{\1}{\2}{\3} "),
-        (r"\s*,?\s*(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])\s*", ", "),
+        (r"(?:, ?)?(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])", ", "),
     )
 ]
 _LEAD_IN = re.compile(
@@ -76,7 +76,7 @@ def simplify_latex(text: str) -> str:
     >>> simplify_latex(r"$\left(\dfrac12\right)\,\text{cm}$."), simplify_latex(r"\boxed{50\%}"), simplify_latex(r"\$5")
     ('(\\frac12 ) cm', '50%', '$5')
     """
-    text = text.strip().strip("*`").strip().rstrip(" .;")
+    text = " ".join(text.split()).strip("*` ").rstrip(" .;")
     text = text.replace(_MARK, " ").replace("\\$", "\0")
     if text.count("$") != 1:  # a single one is a currency, a pair delimits mathematics
         text = text.replace("$", " ")
@@ -85,7 +85,7 @@ def simplify_latex(text: str) -> str:
         text = pattern.sub(replacement, text)
     text = _STYLED.sub(_without_style, _STYLED.sub(_without_style, text))
     for pattern, replacement in _REPLACEMENTS[2:]:
-        text = pattern.sub(replacement, text)
+        text = pattern.sub(replacement, " ".join(text.split()))
     text = " ".join(text.split()).strip("*`").rstrip(" .;,")
     return text[lead_in.end() :] if (lead_in := _LEAD_IN.match(text)) else text
 
