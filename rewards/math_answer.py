@@ -146,6 +146,7 @@ def _read_equation(sides: list[list[str]], point: int, unit: tuple[str, ...], sc
     steps = [read_value(side, point)[0] for side in sides[1 if name else 0 :]]
     if any(len(step) != len(steps[-1]) or not all(map(same_value, step, steps[-1])) for step in steps):
         raise Unreadable("the sides of an equation are not equal")
+    name = name or "".join(sides[0])  # cos(0) of "cos(0) = 1"
     return [item._replace(equation=equation) for item in _read_side(sides[-1], point, name, unit, scale)]
 
 
