@@ -10,7 +10,9 @@ import pytest
 from tunix_torch import DataConfig
 from tunix_torch.config import KNOWN_DATASETS
 from tunix_torch.readers import load_rows, stream_rows
-from tunix_torch.sources import KNOWN, last_boxed, load_data, load_eval_rows, normalize_row, split_rows
+from tunix_torch.rows import QUESTION, answer_of
+from tunix_torch.shapes import COLUMNS, normalize_row
+from tunix_torch.sources import KNOWN, load_data, load_eval_rows
 
 ROWS = [{"question": f"{i} + 0?", "answer": str(i)} for i in range(10)]
 ARC = {
@@ -64,36 +66,6 @@ def test_missing_file_is_named(tmp_path):
         load_rows(str(tmp_path / "missing.jsonl"))
 
 
-@pytest.mark.parametrize("row", [{"question": "1 + 1?"}, {"question": "1 + 1?", "answer": " "}])
-def test_row_without_an_answer_is_named(tmp_path, row):
-    path = write(tmp_path / "a.jsonl", json.dumps({"question": "q", "answer": "1"}) + "\n" + json.dumps(row))
-    with pytest.raises(ValueError, match="row 2: no answer"):
-        load_data(DataConfig(data_path=path), seed=0)
-
-
-def test_row_without_a_question_is_named():
-    with pytest.raises(ValueError, match="row 7: no question"):
-        normalize_row({"answer": "1"}, 7, "file")
-
-
-def test_a_question_that_is_no_text_is_refused_rather_than_printed_into_a_prompt():
-    with pytest.raises(ValueError, match="row 1: the question is a list"):
-        normalize_row({"prompt": [{"role": "user", "content": "1 + 1?"}], "answer": "2"}, 1, "file")
-
-
-@pytest.mark.parametrize("column", ["answer", "answers", "expected_answers"])
-@pytest.mark.parametrize("question", ["question", "prompt"])
-def test_columns_by_any_of_their_names(question, column):
-    row = normalize_row({question: "1 + 1?", column: 2, "level": "easy"}, 1, "file")
-    assert (row["question"], row["answer"], row["level"]) == ("1 + 1?", "2", "easy")
-
-
-def test_gsm8k_answers_are_split_into_reasoning_and_answer():
-    row = normalize_row({"question": "q", "answer": "48/2 = 24 clips.\n48+24 = 72.\n#### 72"}, 1, "gsm8k")
-    assert row["answer"] == "72"
-    assert row["completion"] == "<reasoning>48/2 = 24 clips.\n48+24 = 72.</reasoning>\n<answer>72</answer>"
-
-
 def test_generated_rows_never_share_a_question_with_the_held_out_set():
     train, evaluation = load_data(DataConfig(), seed=3)
     assert len(evaluation) == 256 and len(train) == 4096
@@ -109,22 +81,6 @@ def test_a_file_in_another_encoding_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_bytes('{"question": "\u00e9"}'.encode("latin-1"))
     with pytest.raises(ValueError, match="val_data_path=.*a.jsonl.*not UTF-8"):
         load_rows(str(tmp_path / "a.jsonl"), setting="val_data_path")
-
-
-def test_a_list_of_one_answer_is_that_answer():
-    assert normalize_row({"question": "q", "answers": ["7"]}, 1, "file")["answer"] == "7"
-    with pytest.raises(ValueError, match="row 3: 2 answers"):
-        normalize_row({"question": "q", "answers": ["7", "8"]}, 3, "file")
-
-
-def test_an_answer_that_ends_in_a_bare_mark_is_no_answer():
-    with pytest.raises(ValueError, match="row 1: no answer"):
-        normalize_row({"question": "q", "answer": "48 + 24 = 72 ####"}, 1, "file")
-
-
-def test_a_completion_that_is_no_text_is_refused():
-    with pytest.raises(ValueError, match="row 2: the completion is a NoneType"):
-        normalize_row({"question": "q", "answer": "1", "completion": None}, 2, "file")
 
 
 # ---- files ----
@@ -231,7 +187,7 @@ def test_tfds_data_set_by_name_is_found_in_its_data_folder(tfds_folder, monkeypa
     config = DataConfig(data_path="tunix_arc", data_source="tfds", dataset="arc", num_eval_rows=5)
     train, evaluation = load_data(config, seed=0)
     assert len(train) == 4 and len(evaluation) == 1, "a name with --dataset: evaluated on its test split"
-    assert train[0]["answer"] == "A" and train[0]["question"].endswith("?\nA. iron\nB. salt")
+    assert answer_of(train[0]) == "A" and train[0][QUESTION].endswith("?\nA. iron\nB. salt")
 
 
 def test_tfds_mistakes_are_one_line(tfds_folder, tmp_path):
@@ -303,54 +259,7 @@ def test_missing_package_is_said_with_the_command(monkeypatch, source, package):
 
 
 def test_known_data_sets_are_those_of_the_config():
-    assert tuple(KNOWN) == KNOWN_DATASETS
-
-
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        (r"so \boxed{72}.", "72"),
-        (r"\boxed{1} and then $\boxed{\frac{1}{2}}$", r"\frac{1}{2}"),
-        (r"\boxed{\left\{ x : x > 0 \right\}}", r"\left\{ x : x > 0 \right\}"),
-        (r"\boxed{a \left\{ b}", r"a \left\{ b"),
-        (r"$\boxed {5}$", "5"),
-        (r"so $\boxed 2$ it is", "2"),
-        (r"\fbox{3}", "3"),
-        (r"no box", None),
-        (r"\boxed{never closed", None),
-    ],
-)
-def test_answer_is_what_the_last_box_holds(text, answer):
-    assert last_boxed(text) == answer
-
-
-def test_math_rows_keep_level_and_type_and_the_solution_is_the_demonstration():
-    row = normalize_row(MATH, 1, "math")
-    assert (row["question"], row["answer"], row["level"], row["type"]) == (
-        "Half of 1?",
-        r"\frac{1}{2}",
-        "Level 1",
-        "Algebra",
-    )
-    assert row["completion"].startswith("<reasoning>It is $") and "problem" not in row
-    assert normalize_row({**MATH, "answer": "0.5"}, 1, "math")["answer"] == "0.5"
-    with pytest.raises(ValueError, match=r"math, row 4: no answer.*boxed"):
-        normalize_row({**MATH, "solution": "It is clear."}, 4, "math")
-
-
-def test_arc_choices_stand_below_the_question_in_either_form():
-    as_list = [{"text": "iron", "label": "A"}, {"text": "salt", "label": "B"}]
-    rows = [normalize_row({**ARC, "choices": choices}, 1, "arc") for choices in (ARC["choices"], as_list)]
-    for row in rows:
-        assert row["question"] == "Which is a metal?\nA. iron\nB. salt" and row["answer"] == "A"
-    with pytest.raises(ValueError, match="arc, row 2: answerKey 'E' is none of the choices A, B"):
-        normalize_row({**ARC, "answerKey": "E"}, 2, "arc")
-
-
-@pytest.mark.parametrize("row", [ARC, MATH, {"question": "q", "answer": "so\n#### 7", "level": 3}])
-def test_normalizing_twice_changes_nothing(row):
-    once = normalize_row(row, 1, "file")
-    assert normalize_row(once, 1, "file") == once
+    assert tuple(KNOWN) == tuple(COLUMNS) == KNOWN_DATASETS
 
 
 @pytest.mark.parametrize(
@@ -375,7 +284,7 @@ def test_named_columns_take_the_place_of_those_looked_for(tmp_path, streaming):
     names = {"question_column": "query", "answer_column": "response", "streaming": streaming}
     train, _ = load_data(DataConfig(data_path=path, **names), seed=0)
     row = normalize_row(next(iter(train)), 1, "a")
-    assert (row["question"], row["answer"]) == ("1 + 1?", "2")
+    assert (row[QUESTION], answer_of(row)) == ("1 + 1?", "2")
     with pytest.raises(ValueError, match="question_column='task': not in .*a.jsonl, row 1, which has prompt, query"):
         load_data(DataConfig(data_path=path, **names | {"question_column": "task"}), seed=0)
 
@@ -408,7 +317,7 @@ def test_own_evaluation_rows_need_not_be_rows_of_the_data_set(tmp_path):
     (tmp_path / "own.jsonl").write_text('{"prompt": "2 + 2?", "answer": 4}')
     paths = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "own")}
     _, evaluation = load_data(DataConfig(dataset="gsm8k", data_path=paths["train"], val_data_path=paths["own"]), seed=0)
-    assert [row["answer"] for row in evaluation] == ["4"]
+    assert [answer_of(row) for row in evaluation] == [4]
 
 
 def test_kaggle_split_is_a_word_of_the_name_and_not_a_part_of_one(tmp_path):
@@ -426,7 +335,7 @@ def test_limits_hold_after_the_split(tmp_path):
     limited = load_data(DataConfig(data_path=path, train_fraction=0.5, num_train_samples=2, num_test_samples=1), seed=1)
     assert limited == (whole[0][:2], whole[1][:1])
     with pytest.raises(ValueError, match="train_fraction=0.05: leaves a part of 10 questions empty"):
-        split_rows(ROWS, 0.05, seed=0)
+        load_data(DataConfig(data_path=path, train_fraction=0.05), seed=0)
 
 
 def test_local_copy_of_a_known_data_set_is_not_evaluated_on_unless_asked(tmp_path):
@@ -521,5 +430,5 @@ def test_stream_reads_no_more_than_is_drawn_and_its_window(tmp_path, monkeypatch
 def test_wrong_stream_is_told_when_it_is_opened(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         load_data(DataConfig(data_path=str(tmp_path / "a.jsonl"), streaming=True), seed=0)
-    with pytest.raises(ValueError, match="no answer"):
-        load_data(DataConfig(data_path=write_rows(tmp_path / "b.jsonl", [{"question": "q"}]), streaming=True), seed=0)
+    with pytest.raises(ValueError, match="b.jsonl, row 1: no question"):
+        load_data(DataConfig(data_path=write_rows(tmp_path / "b.jsonl", [{"answer": "1"}]), streaming=True), seed=0)
