@@ -1,18 +1,23 @@
-"""Where rows come from: every source on copies made here, shapes, splits, streams, and one clear line for mistakes."""
+"""Where rows come from: every source on copies made here, splits, streams, and one clear line for mistakes."""
 
 import importlib.util
+import itertools
 import json
+import types
 
 import datasets
 import numpy as np
+import pandas
+import pyarrow
 import pytest
+import torch
 
 from tunix_torch import DataConfig
 from tunix_torch.config import KNOWN_DATASETS
 from tunix_torch.readers import load_rows, stream_rows
 from tunix_torch.rows import QUESTION, answer_of
 from tunix_torch.shapes import COLUMNS, normalize_row
-from tunix_torch.sources import KNOWN, load_data, load_eval_rows
+from tunix_torch.sources import KNOWN, evaluation_rows, load_data, load_eval_rows, training_rows
 
 ROWS = [{"question": f"{i} + 0?", "answer": str(i)} for i in range(10)]
 ARC = {
@@ -101,12 +106,192 @@ def test_csv_and_parquet_hold_the_same_rows_and_csv_keeps_the_text(tmp_path):
         ("a.csv", "question,answer\n1\n", "a.csv, line 2: expected the fields"),
         ("a.csv", "question,answer\n", "no rows"),
         ("a.csv", 'question,answer\n"1,2\n', "a.csv, line 2: not valid CSV"),
-        ("a.parquet", "question", "not a Parquet file"),
+        ("a.csv", "question,answer,question\n1,2,3\n", "a.csv, line 1: the column 'question' is there 2 times"),
+        ("a.parquet", "question", "a.parquet': damaged, or no .parquet file, after row 0"),
+        ("a.arrow", "question", "a.arrow': damaged, or no .arrow file, after row 0"),
+        ("a.jsonl.gz", "question", "a.jsonl.gz': damaged, or no .jsonl.gz file"),
+        (
+            "a.xlsx",
+            "PK",
+            "a.xlsx, line 1: not valid JSON: .*; files that are read end in .json, .jsonl, .csv, .tsv, .pa",
+        ),
     ],
 )
 def test_bad_tables_are_one_clear_line(tmp_path, name, text, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         load_rows(write(tmp_path / name, text))
+    assert "\n" not in str(error.value)
+
+
+TEXTS = {
+    ".jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
+    ".json": json.dumps(ROWS, indent=1),
+    ".csv": "question,answer\r\n" + "".join(f"{row['question']},{row['answer']}\r\n" for row in ROWS),
+    ".tsv": "question\tanswer\n" + "".join(f"{row['question']}\t{row['answer']}\n" for row in ROWS),
+}
+
+
+PACKED = {"": None, ".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+TABLES = (".parquet", ".arrow", "_file.arrow")
+
+
+@pytest.mark.parametrize("end, packed", [*itertools.product(TEXTS, PACKED), *itertools.product(TABLES, [""])])
+@pytest.mark.parametrize("capitals", [False, True])
+def test_every_format_is_read_in_capitals_compressed_and_with_a_byte_order_mark(tmp_path, end, packed, capitals):
+    path = tmp_path / (f"a{end}{packed}".upper() if capitals else f"a{end}{packed}")
+    table = datasets.Dataset.from_list(ROWS).data.table
+    if end in TEXTS:
+        with pyarrow.output_stream(path, PACKED[packed]) as file:
+            file.write(("\ufeff" + TEXTS[end]).encode())
+    elif end == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        new = pyarrow.ipc.new_stream if end == ".arrow" else pyarrow.ipc.new_file
+        with new(path, table.schema) as file:
+            file.write_table(table)
+    assert load_rows(str(path)) == ROWS and list(stream_rows(str(path))) == ROWS
+    assert len(load_data(DataConfig(data_path=str(path), train_fraction=0.5), seed=0)[0]) == 5
+
+
+@pytest.mark.parametrize("where", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("compression", ["none", "snappy"])
+def test_damaged_parquet_is_one_line_also_where_it_shows_late(tmp_path, where, cut, compression):
+    rows = [{"question": f"{i} + {i}?" * 9, "answer": str(2 * i)} for i in range(5000)]
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=500, compression=compression)
+    data = (tmp_path / "a.parquet").read_bytes()
+    i = int(len(data) * where)
+    (tmp_path / "a.parquet").write_bytes(data[:i] if cut else data[:i] + bytes([255]) * 3000 + data[i + 3000 :])
+    for load in (load_rows, lambda path: list(stream_rows(path))):
+        with pytest.raises(ValueError, match="a.parquet'.*(damaged|not UTF-8)") as error:
+            load(str(tmp_path / "a.parquet"))
+        assert "\n" not in str(error.value)
+
+
+def classes_and_short_numbers():
+    """Rows whose answer is a class, and numbers of 32 bits; and what they mean."""
+    features = datasets.Features(
+        {
+            "question": datasets.Value("string"),
+            "answer": datasets.ClassLabel(names=["no", "yes"]),
+            "number": datasets.Value("float32"),
+            "numbers": datasets.List(datasets.Value("float16")),
+            "nested": {"label": datasets.ClassLabel(names=["a"]), "text": datasets.Value("string")},
+        }
+    )
+    row = {"question": "1?", "answer": 1, "number": 0.1, "numbers": [0.1, None], "nested": {"label": 0, "text": "t"}}
+    meant = {**row, "answer": "yes", "nested": {"label": "a", "text": "t"}}
+    return datasets.Dataset.from_list([row], features), [meant]
+
+
+@pytest.mark.parametrize("kind", ["a.parquet", "a.arrow", "saved"])
+def test_classes_become_names_and_float32_what_was_meant(tmp_path, kind):
+    data, meant = classes_and_short_numbers()
+    path = str(tmp_path / kind)
+    if kind == "a.parquet":
+        data.to_parquet(path)
+    elif kind == "a.arrow":
+        with pyarrow.ipc.new_file(path, data.data.table.schema) as file:
+            file.write_table(data.data.table)
+    else:
+        data.save_to_disk(path)
+    assert load_rows(path) == meant and list(stream_rows(path)) == meant
+    assert answer_of(load_data(DataConfig(data_path=path), seed=0)[0][0]) == "yes"
+
+
+# ---- data sets that a caller has at hand ----
+
+
+class OfTorch(torch.utils.data.Dataset):
+    """Without an IndexError at its end."""
+
+    def __len__(self):
+        return len(ROWS)
+
+    def __getitem__(self, i):
+        return ROWS[i % len(ROWS)]
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return itertools.cycle(ROWS)
+
+
+class WithoutLength(torch.utils.data.Dataset):
+    def __getitem__(self, i):
+        return ROWS[0]
+
+
+COLUMNS_OF_ROWS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ROWS,
+        tuple(ROWS),
+        map(types.MappingProxyType, ROWS),
+        OfTorch(),
+        torch.utils.data.Subset(OfTorch(), range(len(ROWS))),
+        COLUMNS_OF_ROWS,
+        {name: np.array(values) for name, values in COLUMNS_OF_ROWS.items()},
+        pandas.DataFrame(ROWS),
+        pandas.DataFrame(ROWS, index=range(10, 20)),
+        datasets.Dataset.from_list(ROWS),
+        datasets.Dataset.from_list(ROWS).with_transform(lambda batch: batch),
+        datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS[:1])),
+        {"train": pandas.DataFrame(ROWS), "test": pandas.DataFrame(ROWS[:1])},
+        datasets.IterableDatasetDict(train=datasets.Dataset.from_list(ROWS).to_iterable_dataset()),
+    ],
+)
+def test_data_sets_of_every_kind_are_taken(rows):
+    assert list(training_rows(rows)) == ROWS
+
+
+def test_evaluation_takes_the_split_that_is_for_it_and_reads_a_stream_to_its_end():
+    train, test = datasets.Dataset.from_list(ROWS), datasets.Dataset.from_list(ROWS[:3])
+    for name in ("test", "validation"):
+        assert list(evaluation_rows(datasets.DatasetDict({"train": train, name: test}))) == ROWS[:3]
+    assert list(evaluation_rows(test.to_iterable_dataset())) == ROWS[:3]
+
+
+def split_into(*names):
+    return datasets.DatasetDict(dict.fromkeys(names, datasets.Dataset.from_list(ROWS)))
+
+
+@pytest.mark.parametrize(
+    "take, rows, message",
+    [
+        (training_rows, split_into("a", "b"), r"train_dataset: has the splits a, b; give one .* train_dataset\['a'\]"),
+        (
+            evaluation_rows,
+            split_into("train", "test", "validation"),
+            "eval_dataset: has the splits train, test, validat",
+        ),
+        (evaluation_rows, split_into("train"), "eval_dataset: has the splits train"),
+        (training_rows, "openai/gsm8k", "train_dataset='openai/gsm8k': expected a datasets.Dataset, a list of dicts"),
+        (training_rows, 7, "train_dataset=7: expected"),
+        (training_rows, ["1 + 1?"], "train_dataset, row 1: a str, expected a dict"),
+        (training_rows, [*ROWS, None], "train_dataset, row 11: a NoneType, expected a dict"),
+        (training_rows, ROWS[0], r"train_dataset\['question'\]='0 \+ 0\?': expected a column"),
+        (training_rows, {"question": ["a", "b"], "answer": ["1"]}, "different lengths: {'question': 2, 'answer': 1}"),
+        (training_rows, Endless(), "train_dataset: a Endless of PyTorch; give a stream as a datasets.IterableDataset"),
+        (training_rows, WithoutLength(), "train_dataset: a WithoutLength without a length"),
+    ],
+)
+def test_what_is_no_data_set_is_one_line(take, rows, message):
+    with pytest.raises(ValueError, match=message) as error:
+        take(rows)
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_of_a_data_frame_are_what_was_meant_and_its_empty_cells_none():
+    frame = pandas.DataFrame({"question": ["a", "b"], "n": np.array([0.1, np.nan], np.float32), "i": [1, 2]})
+    frame["text"], frame["big"] = ["x", None], pandas.array([2**60, None], dtype="Int64")
+    first, second = training_rows(frame)
+    assert first == {"question": "a", "n": 0.1, "i": 1, "text": "x", "big": 2**60}
+    assert second == {"question": "b", "n": None, "i": 2, "text": None, "big": None} and type(second["i"]) is int
 
 
 # ---- hubs ----

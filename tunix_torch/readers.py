@@ -254,7 +254,7 @@ def _read_file(path: Path, setting: str) -> Iterator[Row]:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}{hint}") from error
     except (pyarrow.ArrowException, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{setting}={str(path)!r}: can't be read after row {number}: {reason}") from error
+        raise ValueError(f"{setting}={str(path)!r}: damaged, or no {end} file, after row {number}: {reason}") from error
     if number == 0:
         raise ValueError(f"{path}: no rows")
 
