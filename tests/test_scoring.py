@@ -135,8 +135,11 @@ class Named:
 
 @pytest.mark.parametrize("workers", [None, 1])
 def test_a_function_gets_the_columns_that_it_names(workers):
-    functions = [only_named, functools.partial(scaled, 2.0), passing_on, adding, Named(), Named().later]
-    workers = workers and RewardWorkers(workers, [right])
+    functions = [only_named, functools.partial(scaled, 2.0), Named(), Named().later]
+    if workers is None:
+        functions += [passing_on, adding]  # no other process could import these by their names
+    else:
+        workers = RewardWorkers(workers, functions)
     try:
         assert call_rewards(functions, ROWS, COMPLETIONS, None, workers) == [[1.0, 0.0, 1.0, 1.0]] * len(functions)
     finally:
