@@ -228,6 +228,27 @@ def test_supervised_fine_tuning_is_the_default_and_takes_files(call, model_folde
     assert all("eval_loss" in row for row in rows if "eval_accuracy" in row)
 
 
+def test_supervised_fine_tuning_needs_no_answers(call, model_folder, tmp_path):
+    row = {
+        "prompt": [{"role": "user", "content": "Say hello."}],
+        "completion": [{"role": "assistant", "content": "Hi."}],
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"prompt": "1?", "completion": "1."}))
+    data = ["--data_path", tmp_path / "rows.jsonl", "--val_data_path", tmp_path / "rows.jsonl"]
+    flags = ["--model_name", model_folder, *SMALL, *data, "--eval_steps", "1"]
+    result = call(train, *flags, "--output_dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["eval_loss"] for row in logged if "eval_loss" in row]
+    assert len(losses) == 3 and not any("eval_accuracy" in row for row in logged)
+    assert f"{'loss':<24}{losses[0]:>10.4f}{losses[-1]:>10.4f}" in result.stdout
+    refused(
+        call(train, *flags, "--use_grpo", "--output_dir", tmp_path / "grpo"),
+        *("rows.jsonl, row 1: no answer", "'correctness_reward' takes 'answer'"),
+    )
+    assert not (tmp_path / "grpo").exists()
+
+
 def test_settings_of_gemma2_grpo_and_rewards_of_agent_tunix_on_a_part_of_a_file(
     call, model_folder, tmp_path, monkeypatch
 ):
@@ -319,7 +340,9 @@ def test_what_a_process_settles_at_its_start_is_refused_with_one_line(flags, wor
     "name, text, words",
     [
         ("rows.jsonl", '{"question": "1", "answer": "1"}\n{"question"', ["line 2", "not valid JSON"]),
-        ("rows.jsonl", '{"question": "1"}', ["row 1", "no answer"]),
+        ("rows.jsonl", '{"question": "1"}', ["rows.jsonl, row 1", "no completion", "no answer"]),
+        ("rows.jsonl", '{"text": "1"}', ["rows.jsonl, row 1", "no question", "it has text"]),
+        ("rows.jsonl", '{"question": "\\ud800", "answer": "1"}', ["rows.jsonl, row 1", "surrogates"]),
         ("settings.json", '{"epsillon": 0.1}', ["epsillon", "did you mean 'epsilon'"]),
         ("settings.json", '{"epsilon": 0.1,\n}', ["line 2", "not valid JSON"]),
         ("settings.yaml", "epsilon: [1", ["not valid YAML"]),
