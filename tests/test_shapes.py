@@ -17,6 +17,7 @@ from tunix_torch.rows import (
     columns_of,
     has_column,
     prompt_of,
+    with_answer,
 )
 from tunix_torch.shapes import completion_of, last_boxed, normalize_row
 
@@ -85,6 +86,13 @@ def test_a_row_without_a_column_that_another_has_gives_none_and_answers_are_adde
     assert columns["level"] == [None, None, 3, 3] and columns["answer"] == [None, None, 7, 7]
     assert columns["answers"] == [None, None, [7], [7]] and columns["expected_answers"] == [None, None, 7, 7]
     assert columns_of(rows[:1]) == {"question": ["a"]}
+
+
+@pytest.mark.parametrize("row", [{"answer": "so\n#### 7"}, {"answer": 7, "answers": [7]}, {"expected_answers": 7}, {}])
+def test_a_row_can_be_judged_by_another_answer(row):
+    other = with_answer(normal({"question": "q", **row}), "8")
+    assert has_column(other, "answer") and answer_text(other) == "8"
+    assert {tuple(columns_of([other])[name]) for name in ("answer", "answers", "expected_answers")} == {("8",)}
 
 
 # ---- the question ----

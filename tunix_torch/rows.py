@@ -43,6 +43,12 @@ def answer_of(row: Row) -> Any:
     return row.get("answer") if derived is None else json.loads(derived)
 
 
+def with_answer(row: Row, answer: Any) -> Row:
+    """The row with another expected answer, under each name that it has there: to judge by that instead."""
+    names = [name for name in ANSWER_COLUMNS if name == "answer" or name in row]
+    return row | dict.fromkeys(names, answer) | {ANSWER: json.dumps(answer), NO_ANSWER: ""}
+
+
 def answer_text(row: Row) -> str:
     """The expected answer as a text; "" where there is none."""
     answer = None if row.get(NO_ANSWER) else answer_of(row)
