@@ -136,7 +136,8 @@ def test_answers_of_a_data_set_are_classes_names_and_numbers_as_they_were_meant(
         + [{"question": "2?", "answer": None, "answers": [0.1], "level": 0}],
         datasets.Features(features),
     )
-    for kind in (rows, rows.with_format("torch"), rows.to_iterable_dataset()):
+    stream = rows.to_iterable_dataset()
+    for kind in (rows, rows.with_format("torch"), stream, stream.with_format("torch")):
         ready = list(itertools.islice(prepare_rows(kind, tokenizer, 40), 3))
         assert [answer_of(row) for row in ready] == ["yes", "yes", 0.1]
         assert [row["level"] for row in ready] == [0, 0, 0], "other columns are as they are"

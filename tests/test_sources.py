@@ -272,6 +272,8 @@ def split_into(*names):
         (evaluation_rows, split_into("train"), "eval_dataset: has the splits train"),
         (training_rows, "openai/gsm8k", "train_dataset='openai/gsm8k': expected a datasets.Dataset, a list of dicts"),
         (training_rows, 7, "train_dataset=7: expected"),
+        (training_rows, OfTorch, "train_dataset=<class .*OfTorch'>: expected"),
+        (training_rows, pandas.DataFrame([["1 + 1?", "2"]]), "train_dataset, row 1: a column is named 0"),
         (training_rows, ["1 + 1?"], "train_dataset, row 1: a str, expected a dict"),
         (training_rows, [*ROWS, None], "train_dataset, row 11: a NoneType, expected a dict"),
         (training_rows, ROWS[0], r"train_dataset\['question'\]='0 \+ 0\?': expected a column"),

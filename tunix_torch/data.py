@@ -123,7 +123,7 @@ def prepare_rows(
     last = COMPLETION_IDS if with_completions else PROMPT_IDS  # of what is added
     if isinstance(rows, datasets.IterableDataset):
         encoder.features = features_that_change(rows.features or {})
-        return PromptStream(rows, encoder, max_prompt_length, max_completion_length, overlong)
+        return PromptStream(rows.with_format(None), encoder, max_prompt_length, max_completion_length, overlong)
     if isinstance(rows, datasets.Dataset):
         if not len(rows) or last in rows.column_names:
             return rows

@@ -208,7 +208,7 @@ def _rows_at_hand(
         rows = {name: _cells(rows[name]) for name in rows.columns}
     if isinstance(rows, Mapping):
         rows = _rows_of_columns(rows, setting)
-    elif isinstance(rows, str | bytes) or not (hasattr(rows, "__iter__") or hasattr(rows, "__getitem__")):
+    elif isinstance(rows, str | bytes | type) or not (hasattr(rows, "__iter__") or hasattr(rows, "__getitem__")):
         raise ValueError(f"{setting}={rows!r:.80}: {_EXPECTED}")
     elif isinstance(rows, torch.utils.data.IterableDataset):
         hint = "give a stream as a datasets.IterableDataset, such as datasets.IterableDataset.from_generator(...)"
@@ -221,6 +221,9 @@ def _rows_at_hand(
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise ValueError(f"{setting}, row {number}: a {type(row).__name__}, expected a dict; {_EXPECTED}")
+        unnamed = next((name for name in row if not isinstance(name, str)), None)
+        if unnamed is not None:
+            raise ValueError(f"{setting}, row {number}: a column is named {unnamed!r}; names of columns are texts")
     return [dict(row) for row in rows]
 
 
