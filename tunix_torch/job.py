@@ -92,7 +92,8 @@ def build_trainer(
     model = load_model(model_config.model_name, torch_dtype(model_config.model_dtype))
     has_adapter = isinstance(model, PeftModel)
     if has_adapter and processes.is_first():
-        print(f"{model_config.model_name} is an adapter, rank {model_config.lora_rank}, which is trained further")
+        further = "" if args.reference == "base" else "; it is the reference policy, as it is now"
+        print(f"{model_config.model_name}: an adapter of rank {model_config.lora_rank}, trained further{further}")
     trainer = TunixTrainer(
         model,
         reward_funcs,
