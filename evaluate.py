@@ -28,10 +28,11 @@ from transformers.utils import logging as transformers_logging
 
 import rewards
 from tunix_torch import DataConfig, Sampler, SamplingParams, device, load_model, load_tokenizer, tiny
-from tunix_torch.data import Collator, Row, prepare_rows
+from tunix_torch.data import Collator, check_columns, prepare_rows
 from tunix_torch.evaluation import RIGHT, rows_at_once, sample_batches
 from tunix_torch.model import eos_token_ids, place
 from tunix_torch.results import JudgedCompletion, ResultsFile, summarize
+from tunix_torch.rows import PROMPT_IDS, Row, answer_text, question_of
 from tunix_torch.run_folder import find_system_message, newest_run
 from tunix_torch.scoring import call_rewards
 from tunix_torch.settings import require
@@ -115,7 +116,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 
 def load_questions(args: argparse.Namespace) -> list[Row]:
-    """Rows with `question` and `answer`.
+    """Rows with a question, normalized.
 
     Raises:
         ValueError: they can't be had, or a setting says something of data that is not given.
@@ -139,16 +140,16 @@ def load_questions(args: argparse.Namespace) -> list[Row]:
 def render_questions(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, system_message: str, max_prompt_length: int | None
 ) -> tuple[list[Row], list[int]]:
-    """The rows whose prompts are short enough, with `prompt` and `prompt_ids`, and their numbers in the data, from 1.
+    """The rows whose prompts are short enough, with their prompts, and their numbers in the data, from 1.
 
     Raises:
         ValueError: no prompt is.
     """
     rows = prepare_rows(rows, tokenizer, sys.maxsize, system_message=system_message)
     limit = max_prompt_length or sys.maxsize
-    numbered = [(row, number) for number, row in enumerate(rows, start=1) if len(row["prompt_ids"]) <= limit]
+    numbered = [(row, number) for number, row in enumerate(rows, start=1) if len(row[PROMPT_IDS]) <= limit]
     if len(numbered) < len(rows):
-        lengths = [len(row["prompt_ids"]) for row in rows]
+        lengths = [len(row[PROMPT_IDS]) for row in rows]
         shortest = f"every prompt is longer; the shortest has {min(lengths)} tokens"
         require(bool(numbered), "max_prompt_length", max_prompt_length, shortest)
         left_out = f"{len(rows) - len(numbered)} of {len(rows)} questions are left out"
@@ -169,7 +170,7 @@ def fingerprint_weights(model_path: str) -> str | None:
 
 def describe_settings(args: argparse.Namespace, model_path: str, system_message: str, rows: list[Row]) -> dict:
     """All that a result depends on, as it is kept beside the results."""
-    questions = json.dumps([[row["question"], row["answer"]] for row in rows])
+    questions = json.dumps([[question_of(row), answer_text(row)] for row in rows])
     settings = {name: value for name, value in vars(args).items() if name not in ("output_file", "device")}
     return settings | {
         "model_path": model_path,
@@ -224,13 +225,13 @@ def judge_batch(
     judged = []
     for i, text in enumerate(flat):
         row, copy = divmod(i, len(texts[0]))
-        answer, extracted = rows[row]["answer"], rewards.extract_answer(text)
+        answer, extracted = answer_text(rows[row]), rewards.extract_answer(text)
         right = values[judge][i] is not None and values[judge][i] >= RIGHT
         judged.append(
             JudgedCompletion(
                 row_number=row_numbers[row],
                 pass_number=copy + 1,
-                question=rows[row]["question"],
+                question=question_of(rows[row]),
                 answer=answer,
                 completion=text,
                 extracted_answer=extracted,
@@ -271,11 +272,11 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, float]:
         KeyboardInterrupt: after the metrics of what is done have been printed.
     """
     model_path = args.model_path or newest_run() or tiny.NAME
-    for name in (*args.rewards, args.judge):
-        rewards.find_reward(name)  # complains before anything is loaded
+    functions = [rewards.find_reward(name) for name in (*args.rewards, args.judge)]  # complains before all is loaded
     tokenizer = load_tokenizer(model_path)
     system_message = find_system_message(model_path) if args.system_message is None else args.system_message
     rows, row_numbers = render_questions(load_questions(args), tokenizer, system_message, args.max_prompt_length)
+    check_columns(functions, rows)
     params, passes = sampling_params(args), args.num_passes
     print(f"Model: {model_path}, on {device.describe()}")
     how = f"temperature {params.temperature:g}, top_k {params.top_k}, top_p {params.top_p:g}"
@@ -294,7 +295,7 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, float]:
 
     model = place(load_model(model_path)).eval()
     sampler = Sampler(model, eos_token_ids(model, tokenizer), tokenizer.pad_token_id)
-    collator = Collator(tokenizer.pad_token_id, max(len(row["prompt_ids"]) for row in rows))
+    collator = Collator(tokenizer.pad_token_id, max(len(row[PROMPT_IDS]) for row in rows))
     batches = sample_batches(
         sampler, tokenizer, rows, params, collator, args.batch_size, passes, args.seed, start=num_done
     )

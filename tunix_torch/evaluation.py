@@ -7,7 +7,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from . import device, processes
-from .data import Collator, Row, decode_completions
+from .data import Collator, decode_completions
+from .rows import Row
 from .sampler import Sampler, SamplingParams, draw_uniforms
 from .scoring import RewardFunc, call_rewards
 
@@ -54,7 +55,7 @@ def sample_batches(
     """Sample `num_completions` completions for each of N rows, a batch at a time.
 
     Args:
-        rows: N dicts with `prompt_ids`.
+        rows: N dicts from `prepare_rows`, of which the tokens are needed.
         batch_size: completions at a time; all batches have the same shape (the last is filled up by repeating a row).
             The completions of a question are drawn in several goes when there are more.
         start: leave out so many rows; a multiple of `rows_at_once`, so that the other batches are the same as without.
