@@ -229,7 +229,7 @@ def test_rewards_that_are_no_functions_are_refused(base, model_folder, tmp_path)
 
 def test_tokenizers_that_cannot_work_are_refused(base, tokenizer, tmp_path):
     tokenizer.add_tokens(["What is "])  # one more than the model has embeddings, and it occurs
-    with pytest.raises(ValueError, match="processing_class: a prompt has token .* resize_token_embeddings"):
+    with pytest.raises(ValueError, match="row 1: its token 108, 'What is ', has no embedding.*resize_token_embeddings"):
         make_trainer(base, tmp_path, processing_class=tokenizer)
     tokenizer.eos_token = tokenizer.pad_token = None
     with pytest.raises(ValueError, match="processing_class: .*neither a padding nor an EOS token"):

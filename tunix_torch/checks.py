@@ -24,21 +24,21 @@ PROBE_WIDTH = 4  # tokens
 # ---- what the user gives ----
 
 
-def check_rewards(functions: Any) -> None:
+def check_rewards(functions: Any, setting: str = "reward_funcs") -> None:
     """Reward functions must be functions.
 
     Raises:
-        ValueError: one is a name or a model.
+        ValueError: one is a name or a model; names `setting`.
     """
     for function in functions if isinstance(functions, Sequence) and not isinstance(functions, str) else [functions]:
         if isinstance(function, str):
             hint = "a name is not looked up here, and reward models are not taken; give the function itself"
-            raise ValueError(f"reward_funcs={function!r}: {hint}, such as rewards.find_reward('correctness')")
+            raise ValueError(f"{setting}={function!r}: {hint}, such as rewards.find_reward('correctness')")
         if isinstance(function, nn.Module):
             hint = "give a function (prompts, completions, **columns) -> list[float] that calls it"
-            raise ValueError(f"reward_funcs: a {type(function).__name__}, but reward models are not taken; {hint}")
+            raise ValueError(f"{setting}: a {type(function).__name__}, but reward models are not taken; {hint}")
         if function is not None and not callable(function):
-            raise ValueError(f"reward_funcs={function!r:.80}: a {type(function).__name__}, expected a function")
+            raise ValueError(f"{setting}={function!r:.80}: a {type(function).__name__}, expected a function")
 
 
 def check_peft_config(config: PeftConfig | None) -> None:
@@ -73,20 +73,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Non
         raise ValueError(
             "processing_class: neither the tokenizer nor the model's generation config has an EOS token, so no "
             "completion would ever end; set the tokenizer's eos_token"
-        )
-
-
-def check_token_ids(largest: int, model: nn.Module) -> None:
-    """Every token of the prompts must have an embedding.
-
-    Raises:
-        ValueError: one has none.
-    """
-    rows = base_model(model).get_input_embeddings().weight.shape[0]
-    if largest >= rows:
-        raise ValueError(
-            f"processing_class: a prompt has token {largest}, but the model has {rows} embeddings; call "
-            "model.resize_token_embeddings(len(tokenizer)) before, or give the model's own tokenizer"
         )
 
 

@@ -69,9 +69,7 @@ def render_prompt(
         return f"{messages[0]['content']}\n"
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (
-        Exception
-    ) as error:  # a template is a program of the model's maker, which says what it refuses in its own way
+    except Exception as error:  # a template is a program, and says in its own way what it refuses
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"the tokenizer's chat template refuses the question: {reason}") from error
 
@@ -121,6 +119,7 @@ def prepare_rows(
     max_completion_length: int | None = None,
     system_message: str = "",
     overlong: str = "drop",
+    num_embeddings: int | None = None,
 ) -> "list[Row] | datasets.Dataset | PromptStream":
     """Add the prompt, as text and tokens, and for SFT (`max_completion_length` given) the completion's tokens.
 
@@ -130,12 +129,15 @@ def prepare_rows(
     comes back is of the kind that came in: a list, a `Dataset` (its tokens are in the cache of `datasets`), or for an
     `IterableDataset` a `PromptStream`.
 
+    Args:
+        num_embeddings: of the model, which must have one for each token; None: not looked at.
+
     Raises:
-        ValueError: a row without a question, or for SFT without a completion; one that can't be rendered; every row is
-            too long, or one with `overlong` "raise".
+        ValueError: a row without a question, or for SFT without a completion; one that can't be rendered, or has a
+            token without an embedding; every row is too long, or one with `overlong` "raise".
     """
     with_completions = max_completion_length is not None
-    encoder = _Encoder(tokenizer, system_message, with_completions)
+    encoder = _Encoder(tokenizer, system_message, with_completions, num_embeddings)
     last = COMPLETION_IDS if with_completions else PROMPT_IDS  # of what is added
     if isinstance(rows, datasets.IterableDataset):
         encoder.features = features_that_change(rows.features or {})
@@ -202,6 +204,7 @@ class _Encoder:
     tokenizer: PreTrainedTokenizerBase
     system_message: str
     with_completions: bool
+    num_embeddings: int | None
     features: dict[str, Any] = field(default_factory=dict)  # of the data: see `readers.plain_row`
     recipe: str = field(default_factory=_recipe)  # part of what `datasets` finds its cache by
 
@@ -223,7 +226,19 @@ class _Encoder:
             ids = _token_ids(tokenizer, [completion_of(row) for row in rows], add_special_tokens=False)
             for i, row in enumerate(rows):
                 row[COMPLETION_IDS] = [*ids[i], end]
+        for row in rows:
+            self._check_ids(row, row[PROMPT_IDS] + row.get(COMPLETION_IDS, []))
         return rows
+
+    def _check_ids(self, row: Row, ids: list[int]) -> None:
+        """A tokenizer to which tokens were added may know some that the model has no embedding for."""
+        largest = max(ids, default=0)
+        if self.num_embeddings is not None and largest >= self.num_embeddings:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise ValueError(
+                f"{row[WHERE]}: its token {largest}, {token!r}, has no embedding: the model has {self.num_embeddings}. "
+                "Call model.resize_token_embeddings(len(tokenizer)) before, or give the model's own tokenizer"
+            )
 
     def _normalized(self, row: Row, number: int) -> Row:
         """A copy. Of answers that are classes or float32, the expected answer is the name, or the number as meant."""

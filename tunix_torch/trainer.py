@@ -132,6 +132,7 @@ class TunixTrainer(Trainer):
                 raise ValueError("processing_class=None: give the tokenizer of a model that is already loaded")
             processing_class = load_tokenizer(str(model))
         check_rewards(reward_funcs)
+        check_rewards(judge, "judge")
         if isinstance(model, str | Path):
             model = load_model(str(model))
         check_tokenizer(processing_class, model)
@@ -178,6 +179,7 @@ class TunixTrainer(Trainer):
             max_completion_length=completion_width,
             system_message=args.system_message,
             overlong=args.overlong_prompts,
+            num_embeddings=base_model(model).get_input_embeddings().weight.shape[0],
         )
         if isinstance(train_dataset, IterableDataset):
             require(args.max_steps > 0, "max_steps", args.max_steps, "streamed rows have no end: set it above 0")
