@@ -109,7 +109,7 @@ class ModelConfig:
         """
         for name, there in (("lora_rank", rank), ("lora_alpha", float(alpha)), ("lora_dropout", dropout)):
             given, default = getattr(self, name), getattr(type(self), name)
-            right = f"the adapter that is trained further, {self.model_name}, has {there!r}; leave it out"
+            right = f"the adapter that is trained further, {self.model_name}, has {there!r}; give that, or leave it out"
             require(given in (default, there), name, given, right)
             setattr(self, name, there)
 

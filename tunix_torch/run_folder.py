@@ -157,8 +157,10 @@ NOT_SAVED = (
 
 def _default_of(field: dataclasses.Field) -> Any:
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    if field.name == "accelerator_config":  # what `GRPOConfig` makes of None
-        return AcceleratorConfig(dispatch_batches=False).to_dict()
+    if field.name == "accelerator_config":  # what becomes of None
+        resolved = AcceleratorConfig(dispatch_batches=False).to_dict()
+        resolved.pop("use_configured_state")
+        return resolved
     return getattr(default, "value", default)  # of an enumeration
 
 
