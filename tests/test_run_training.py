@@ -171,7 +171,7 @@ def test_checkpoint_dir_resumes_from_the_newest(here, capsys, caplog):
 
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     run(*words)
-    assert "The run is finished: checkpoints/ckpts/checkpoint-2 is its last step, 2." in caplog.text
+    assert "The run is finished: checkpoints/ckpts/checkpoint-2 holds its last step, 2." in caplog.text
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
     (folder / "checkpoint-2" / "trainer_state.json").write_text('{"epoch"')  # as a crash would leave it

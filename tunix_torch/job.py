@@ -161,7 +161,11 @@ def train(
         newest = not names_folder(args.resume_from_checkpoint)
         # without a checkpoint after the last step, the final files alone say that it was taken
         if here and (finished or newest) and processes.of_first(lambda: _is_complete(trainer)):
-            trainer.train(resume_from_checkpoint=checkpoint if finished else str(output_dir))
+            if finished:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            else:
+                trainer.model.load_adapter(str(output_dir), trainer.model.active_adapters[0], is_trainable=True)
+                trainer.stay_finished(output_dir)
             if processes.is_first():
                 if not (output_dir / CURVES_FILE).is_file():
                     plot_training_curves(output_dir)

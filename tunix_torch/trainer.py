@@ -248,21 +248,21 @@ class TunixTrainer(Trainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         checkpoint = kwargs.get("resume_from_checkpoint")
         if checkpoint is not None and self.is_finished(checkpoint):
-            return self._stay_finished(checkpoint)
+            return self.stay_finished(checkpoint)
         if self.args.gradient_checkpointing:  # `transformers.Trainer` has just done it again, its own way
             checkpoint_layers(self.model, self.args.gradient_checkpointing_kwargs)
         return super()._inner_training_loop(*args, **kwargs)
 
-    def _stay_finished(self, checkpoint: str) -> TrainOutput:
-        """What resuming a finished run comes to: its weights, which are loaded, its state, and no step more."""
-        self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
+    def stay_finished(self, folder: str | Path) -> TrainOutput:
+        """What resuming a finished run comes to, when its weights are loaded: its state, and no step more."""
+        self.state = TrainerState.load_from_json(str(Path(folder) / STATE_FILE))
         self.state.is_world_process_zero = self.is_world_process_zero()
         self.state.is_local_process_zero = self.is_local_process_zero()
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
         self.is_in_train = False
         if processes.is_first():
-            done = f"The run is finished: {checkpoint} is its last step, {self.state.global_step}"
+            done = f"The run is finished: {folder} holds its last step, {self.state.global_step}"
             logger.warning("%s. Nothing is trained; more steps or epochs would go on from there.", done)
         return TrainOutput(self.state.global_step, math.nan, {})
 
