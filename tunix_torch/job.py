@@ -1,6 +1,5 @@
 """A whole job: model, data and rewards by their names; evaluate, train, evaluate, save."""
 
-import functools
 import logging
 import signal
 import sys
@@ -158,7 +157,7 @@ def train(
         args.eval_on_start = False  # the run that is resumed has done it
         here = Path(checkpoint).resolve().parent == output_dir.resolve()
         finished = processes.of_first(lambda: trainer.is_finished(checkpoint))
-        newest = not names_folder(args.resume_from_checkpoint)
+        newest = not names_folder(args.resume_from_checkpoint) and processes.num_hosts() == 1
         # without a checkpoint after the last step, the final files alone say that it was taken
         if here and (finished or newest) and processes.of_first(lambda: _is_complete(trainer)):
             if finished:
@@ -188,7 +187,7 @@ def train(
     if finished:
         begin()
     else:  # as late as can be: what fails before leaves an earlier run where it is
-        ready = [functools.partial(log_in, trainer), begin]
+        ready = [lambda: processes.of_first(lambda: log_in(trainer)), begin]
         trainer.callback_handler.callbacks[:0] = map(BeforeTraining, ready)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
