@@ -160,16 +160,7 @@ def train(
         newest = not names_folder(args.resume_from_checkpoint) and processes.num_hosts() == 1
         # without a checkpoint after the last step, the final files alone say that it was taken
         if here and (finished or newest) and processes.of_first(lambda: _is_complete(trainer)):
-            if finished:
-                trainer.train(resume_from_checkpoint=checkpoint)
-            else:
-                trainer.model.load_adapter(str(output_dir), trainer.model.active_adapters[0], is_trainable=True)
-                trainer.stay_finished(output_dir)
-            if processes.is_first():
-                if not (output_dir / CURVES_FILE).is_file():
-                    plot_training_curves(output_dir)
-                print(f"Adapter, metrics and curves: {output_dir}")
-            return trainer
+            return _leave_complete(trainer, checkpoint if finished else None)
 
     def begin() -> None:
         """Make the folder that of this run."""
@@ -184,9 +175,7 @@ def train(
             if checkpoint is not None and not finished:
                 print(f"Continuing from {checkpoint}", flush=True)
 
-    if finished:
-        begin()
-    else:  # as late as can be: what fails before leaves an earlier run where it is
+    if not finished:  # as late as can be: what fails before leaves an earlier run where it is
         ready = [lambda: processes.of_first(lambda: log_in(trainer)), begin]
         trainer.callback_handler.callbacks[:0] = map(BeforeTraining, ready)
     try:
@@ -202,6 +191,8 @@ def train(
             where = f"--resume_from_checkpoint latest continues from {get_latest_checkpoint(output_dir)}"
             print(f"\nStopped by SIGTERM after step {trainer.state.global_step}; {where}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
+    if finished:
+        begin()
     _write_final_files(trainer)
     if processes.is_first():
         seconds = time.perf_counter() - started
@@ -213,6 +204,21 @@ def _is_complete(trainer: TunixTrainer) -> bool:
     """Whether the folder holds the final files of a run that has no step left to do."""
     output_dir = trainer.args.output_dir
     return has_final_files(output_dir) and trainer.is_finished(output_dir)
+
+
+def _leave_complete(trainer: TunixTrainer, checkpoint: str | None) -> TunixTrainer:
+    """Give the trainer what a complete run came to: a checkpoint of its last step, or, with None, its final files."""
+    output_dir = Path(trainer.args.output_dir)
+    if checkpoint is not None:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    else:
+        trainer.model.load_adapter(str(output_dir), trainer.model.active_adapters[0], is_trainable=True)
+        trainer.stay_finished(output_dir)
+    if processes.is_first():
+        if not (output_dir / CURVES_FILE).is_file():
+            plot_training_curves(output_dir)
+        print(f"Adapter, metrics and curves: {output_dir}; resume_from_checkpoint=false begins a new run")
+    return trainer
 
 
 def _describe(trainer: TunixTrainer, model_name: str) -> None:

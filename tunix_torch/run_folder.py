@@ -200,8 +200,8 @@ def check_same_run(settings: dict[str, Any], checkpoint: str | Path) -> None:
         if now[name] != earlier[name] and not added:
             raise ValueError(
                 f"{name}={now[name]!r}: the run that would be resumed from {checkpoint} has {earlier[name]!r}; "
-                "give that, or begin a new run without resume_from_checkpoint (with "
-                f"model_name={checkpoint} it trains this adapter further)"
+                "give that, or begin a new run with resume_from_checkpoint=false (and "
+                f"model_name={checkpoint} to train this adapter further)"
             )
 
 
