@@ -99,10 +99,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("num_passes", "max_samples", "max_new_tokens", "max_prompt_length", "batch_size"):
         value = getattr(args, name)
         require(value is None or value >= 1, name, value, "must be at least 1")
+    require(math.isfinite(args.temperature), "temperature", args.temperature, "must be finite")
     for name in ("temperature", "top_k", "seed"):
         require(getattr(args, name) >= 0, name, getattr(args, name), "must not be negative")
     require(0 < args.top_p <= 1, "top_p", args.top_p, "must be in (0, 1]")
-    require(math.isfinite(args.temperature), "temperature", args.temperature, "must be finite")
     timeout = args.reward_timeout
     require(timeout is None or 0 < timeout < math.inf, "reward_timeout", timeout, "must be above 0, and finite")
     return args
