@@ -81,7 +81,8 @@ def check_output_file(name: str, file: Path | None) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`: a user's mistake becomes one line and exit code 2, Ctrl-C exit code 130.
+    """Run a script's `main`: a user's mistake becomes one line and exit code 2, a number that is not finite one line
+    and exit code 1, Ctrl-C exit code 130.
 
     TUNIX_DEBUG=1 shows the traceback. Modules may be imported from the folder where the user is.
     """
@@ -93,6 +94,11 @@ def run_script(main: Callable[[], None]) -> None:
         if os.environ.get("TUNIX_DEBUG") == "1":
             raise
         fail(str(error))
+    except FloatingPointError as error:  # training came upon a number that is not finite
+        if os.environ.get("TUNIX_DEBUG") == "1":
+            raise
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

@@ -89,8 +89,8 @@ def run(spec: Spec, folder: Path) -> Measurement:
 
     @functools.wraps(reference_policy)
     @contextlib.contextmanager
-    def timed_reference_policy(model: torch.nn.Module) -> Iterator[None]:
-        with watch.part("reference"), reference_policy(model):
+    def timed_reference_policy(*args: object) -> Iterator[None]:
+        with watch.part("reference"), reference_policy(*args):
             yield
 
     with (

@@ -78,6 +78,15 @@ def test_small_differences_of_large_rewards_are_not_rounded_away():
     assert advantages.tolist() == pytest.approx([-4 / 3, -1 / 3, 5 / 3], rel=1e-6)
 
 
+def test_what_rounding_makes_of_equal_rewards_is_no_difference():
+    """With epsilon 0 it was divided by itself: 0.1 + 0.2 got an advantage of 1.5 over 0.3."""
+    rewards = torch.tensor([0.3, 0.1 + 0.2, 0.3, 0.3, 1e8, 1e8 + 1e-7, 1e8, 1e8], dtype=torch.float64)
+    assert not compute_group_advantages(rewards, 4, epsilon=0.0).any()
+    barely = 1e8 + 2.0**-26 * torch.tensor([0.0, 17.0, 3.0, 5.0], dtype=torch.float64)
+    advantages = compute_group_advantages(barely, 4, epsilon=0.0)
+    assert advantages.mean().item() == pytest.approx(0, abs=1e-6) and advantages.std().item() == pytest.approx(1)
+
+
 def test_groups_do_not_touch_each_other():
     rewards = torch.tensor([1.0, 2.0, 4.0, 0.0, 0.0, 3.0])
     alone = torch.cat([compute_group_advantages(part, 3) for part in rewards.split(3)])
@@ -107,6 +116,16 @@ def test_kl_estimators_equal_their_definitions(policy, reference, estimator, cla
 
 
 @pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_beyond_the_clamp_the_gradient_is_zero_however_large_the_gap(estimator):
+    """exp overflowed at a gap of 88, and the gradient was 0 * inf, not a number."""
+    logps = -torch.tensor([[0.0, 10.0, 80.0, 90.0, 500.0]]).requires_grad_()
+    kl = per_token_kl(logps, torch.zeros(1, 5), estimator, clamp=5.0)
+    (gradient,) = torch.autograd.grad(kl.sum(), logps)
+    assert kl[0, 1:].abs().tolist() == [5.0] * 4
+    assert gradient[0, 1:].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_to_itself_is_zero(estimator):
     logps = -torch.rand(3, 5)
     assert not per_token_kl(logps, logps, estimator).any()
@@ -153,6 +172,14 @@ def test_weights_aggregate_as_the_modes_are_defined(lengths, mode):
     weights = aggregation_weights(torch.tensor(mask), mode, MAX_LENGTH).numpy()
     assert weights.dtype == np.float32 and ((weights > 0) == mask).all()
     np.testing.assert_allclose((values * weights).sum(), aggregate(values, mask, mode), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", LOSS_AGGREGATIONS)
+def test_batches_that_are_weighed_together_weigh_as_one(mode):
+    mask = torch.arange(6) < torch.tensor([[1], [6], [0], [3]])
+    whole = aggregation_weights(mask, mode, MAX_LENGTH)
+    parts = [aggregation_weights(part, mode, MAX_LENGTH, num_tokens=10, num_rows=3) for part in mask.split([1, 3])]
+    torch.testing.assert_close(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize("mode", LOSS_AGGREGATIONS)

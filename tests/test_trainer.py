@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch.utils.data import SequentialSampler
 from transformers import Gemma3ForCausalLM
 
 import tunix_torch.trainer
@@ -28,8 +29,20 @@ def digits_reward(prompts, completions, **columns):
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 
+def ends_early(prompts, completions, **columns):
+    return [1 / (1 + len(text)) for text in completions]
+
+
 def make_trainer(
-    model, output_dir, reward_funcs=digits_reward, callbacks=None, peft_config=None, rows=64, judge=None, **settings
+    model,
+    output_dir,
+    reward_funcs=digits_reward,
+    callbacks=None,
+    peft_config=None,
+    rows=64,
+    judge=None,
+    processing_class=None,
+    **settings,
 ):
     settings = {
         "max_steps": 3,
@@ -45,7 +58,7 @@ def make_trainer(
     } | settings
     args = GRPOConfig(output_dir=str(output_dir), **settings)
     train, evaluation = tiny.arithmetic_rows("train", rows), tiny.arithmetic_rows("test", 8)
-    return TunixTrainer(model, reward_funcs, args, train, evaluation, None, peft_config, callbacks, judge)
+    return TunixTrainer(model, reward_funcs, args, train, evaluation, processing_class, peft_config, callbacks, judge)
 
 
 def first_batch(trainer):
@@ -97,6 +110,37 @@ def test_micro_batches_give_the_loss_and_gradient_of_the_whole_batch(model_folde
         assert loss_in_parts.item() == pytest.approx(loss.item(), abs=1e-6)
         for name in whole:
             torch.testing.assert_close(in_parts[name], whole[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_grpo", [True, False])
+def test_accumulated_batches_give_the_gradient_of_one_batch(model_folder, tmp_path, use_grpo, monkeypatch):
+    """Each weighed its own tokens once, so that those of short batches counted for more: SFT was off by 205%."""
+    texts = ["3", "the answer is found by counting up from one", "12", "so it is 4"]
+    rows = [{"question": "How many?", "answer": "3", "completion": text} for text in texts]
+    settings = {"algorithm": "dapo", "generation_max_length": 48, "max_grad_norm": 0.0, "optim": "sgd", "max_steps": 1}
+    monkeypatch.setattr(TunixTrainer, "_get_train_sampler", lambda self, *_: SequentialSampler(self.train_dataset))
+    monkeypatch.setattr(tiny, "arithmetic_rows", lambda *_: rows)
+    changes, logs = [], []
+    for size, times in ((4, 1), (2, 2), (1, 4)):
+        trainer = make_trainer(
+            model_folder,
+            tmp_path / str(size),
+            ends_early,
+            use_grpo=use_grpo,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=times,
+            generation_temperature=2.0,
+            **settings,
+        )
+        before = lora_weights(trainer)
+        trainer.train()
+        changes.append({name: weight - before[name] for name, weight in lora_weights(trainer).items()})
+        logs.append(trainer.state.log_history[-2])
+    for change, log in zip(changes[1:], logs[1:], strict=True):
+        for name in changes[0]:
+            torch.testing.assert_close(change[name], changes[0][name], rtol=1e-4, atol=1e-7)
+        for name in {"loss", "grad_norm", "entropy", "pg_loss"} & log.keys():
+            assert log[name] == pytest.approx(logs[0][name], rel=1e-4, abs=1e-6), name
 
 
 def test_a_cpu_learns_at_once_from_as_many_rows_as_their_real_lengths_allow(model_folder, tmp_path, monkeypatch):
@@ -342,21 +386,21 @@ def test_a_model_that_is_not_whole_is_refused_rather_than_filled_in(model_folder
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_nan_in_the_policy_is_caught_with_its_group(model_folder, tmp_path, dropout):
+def test_nan_in_the_policy_is_caught_with_its_step_and_matrix(model_folder, tmp_path, dropout):
     lora = lora_config(ModelConfig(lora_rank=4, lora_dropout=dropout))
     trainer = make_trainer(model_folder, tmp_path, peft_config=lora)
     batch = first_batch(trainer)
     with torch.no_grad():
         next(p for name, p in trainer.model.named_parameters() if "lora_B" in name).fill_(float("nan"))
-    with pytest.raises(AssertionError, match="not finite.*rewards"):
+    with pytest.raises(FloatingPointError, match="step 1: .*lora_B.* is not finite"):
         trainer.update(batch)
 
 
-def test_changed_base_weights_are_caught_before_they_are_saved(model_folder, tmp_path):
+def test_changed_frozen_weights_are_caught_before_they_are_saved(model_folder, tmp_path):
     trainer = make_trainer(model_folder, tmp_path)
     with torch.no_grad():
         next(p for p in trainer.model.parameters() if not p.requires_grad).mul_(1.01)
-    with pytest.raises(AssertionError, match="base weights changed"):
+    with pytest.raises(AssertionError, match="frozen weights changed"):
         trainer.save_model()
 
 

@@ -84,7 +84,7 @@ def results(tmp_path_factory, model_folder):
     runs = {kind: run_job(kind, model_folder, root / kind, **settings) for kind in ("cpu", "xla")}
     resume = {**settings, "resume_from_checkpoint": str(root / "xla" / "checkpoint-3")}
     runs["resumed"] = run_job("xla", model_folder, root / "resumed", **resume)
-    return runs
+    return runs | {"adapter": str(root / "cpu")}
 
 
 pytestmark = pytest.mark.xla
@@ -160,6 +160,18 @@ def test_a_job_with_gradient_checkpointing_gives_what_the_cpu_gives_without(resu
     for name in ("loss", "kl"):
         assert logged(run, name) == pytest.approx(logged(results["cpu"], name)[:2], abs=1e-4)
     assert run["left_to_the_host"] == ["aten::_local_scalar_dense"]
+
+
+def test_an_adapter_that_is_trained_further_by_accumulated_batches_is_that_of_the_cpu(results, tmp_path):
+    settings = {"gradient_accumulation_steps": 2, "loss_aggregation": "token-mean", "max_steps": 4}
+    runs = [run_job(kind, results["adapter"], tmp_path / kind, **settings) for kind in ("cpu", "xla")]
+    assert runs[0]["completions"][:4] == runs[1]["completions"][:4]
+    for name in ("loss", "kl", "pg_loss", "grad_norm"):
+        assert logged(runs[1], name)[:2] == pytest.approx(logged(runs[0], name)[:2], abs=1e-3), name
+    assert logged(runs[1], "kl")[0] == pytest.approx(0, abs=1e-6) and logged(runs[1], "kl")[1] > 1e-6
+    counts = {row["step"]: row["compilations"] for row in runs[1]["log"]}
+    assert counts[2] == counts[4], counts
+    assert runs[1]["left_to_the_host"] == ["aten::_local_scalar_dense"]
 
 
 def test_gradient_checkpointing_is_refused_where_a_gradient_would_be_lost():

@@ -35,6 +35,7 @@ GEMMA3_SIZES = ("270m", "1b", "4b", "12b", "27b")
 DATA_SOURCES = ("huggingface", "tfds", "kaggle", "file")
 KNOWN_DATASETS = ("gsm8k", "math", "arc")
 OVERLONG_PROMPTS = ("drop", "raise")
+REFERENCES = ("start", "base")
 
 # Of `TrainingArguments`: what nobody would read, or `transformers.Trainer` alone, beside its own forward pass.
 NOT_FOR_US = (
@@ -266,8 +267,11 @@ class GRPOConfig(TrainingArguments):
     algorithm: str = setting("grpo", "grpo, gspo, dr_grpo, dapo or rloo")
     normalize_advantages: bool = setting(True, "divide by the group's standard deviation (dr_grpo and rloo never do)")
     advantage_epsilon: float = setting(1e-8, "added to that standard deviation")
-    use_kl_penalty: bool = setting(
-        True, "penalise KL from the reference policy, which is the model without its adapter"
+    use_kl_penalty: bool = setting(True, "penalise KL from the reference policy, see reference")
+    reference: str = setting(
+        "start",
+        "the reference policy: start, the policy as this run starts (a new LoRA: the base model), or base, the model "
+        "without its adapter",
     )
     kl_penalty_coef: float = setting(0.01, "weight of the KL penalty; 0: no reference is computed (also beta, kl_coef)")
     kl_estimator: str = setting("k3", "k1 (Tunix 'kl'), k2 ('mse_kl') or k3 ('low_var_kl')")
@@ -463,6 +467,7 @@ class GRPOConfig(TrainingArguments):
             require(value is None or value >= 1, name, value, "must be at least 1")
         for name, choices in (
             ("algorithm", ALGORITHMS),
+            ("reference", REFERENCES),
             ("overlong_prompts", OVERLONG_PROMPTS),
             ("kl_estimator", KL_ESTIMATORS),
             ("loss_aggregation", (None, *LOSS_AGGREGATIONS)),

@@ -44,6 +44,22 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     return tokenizer(list(prompts), add_special_tokens=tokenizer.chat_template is None)["input_ids"]
 
 
+def decode_completions(
+    tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, mask: torch.Tensor, eos_token_ids: Sequence[int]
+) -> list[str]:
+    """The texts of completions without padding, BOS and the token that ended each of them.
+
+    Other special tokens stay: `<answer>` may be one, and reward functions look for it.
+
+    Args:
+        ids, mask: (B, C) int64 and bool, on the host; the mask is True up to a completion's end.
+    """
+    left_out = (tokenizer.pad_token_id, tokenizer.bos_token_id)
+    rows = [row[:length] for row, length in zip(ids.tolist(), mask.sum(dim=1).tolist(), strict=True)]
+    rows = [row[:-1] if row and row[-1] in eos_token_ids else row for row in rows]
+    return tokenizer.batch_decode([[token for token in row if token not in left_out] for row in rows])
+
+
 def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
     """Token ids of many texts, from the cache folder where the same tokenizer has seen the same texts before."""
 

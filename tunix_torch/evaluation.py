@@ -8,7 +8,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from . import device, processes
-from .data import Collator, Row
+from .data import Collator, Row, decode_completions
 from .sampler import Sampler, SamplingParams, draw_uniforms
 from .scoring import RewardFunc, call_rewards, name_of
 
@@ -80,8 +80,8 @@ def sample_batches(
             uniforms = draw_uniforms((seed, 0), numbers, params.max_new_tokens)
             rollout = sampler.sample(prompt_ids, prompt_mask, copies, params, uniforms)
             count = len(part) * copies
-            decoded = tokenizer.batch_decode(rollout.completion_ids[:count].tolist(), skip_special_tokens=True)
-            counted = rollout.completion_mask[:count].sum(-1).tolist()
+            ids, mask = rollout.completion_ids[:count].cpu(), rollout.completion_mask[:count].cpu()
+            decoded, counted = decode_completions(tokenizer, ids, mask, sampler.eos_token_ids), mask.sum(-1).tolist()
             for i in range(len(part)):
                 texts[i] += decoded[i * copies : (i + 1) * copies]
                 lengths[i] += counted[i * copies : (i + 1) * copies]

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .config import KL_ESTIMATORS, LOSS_AGGREGATIONS
 
+LARGEST_EXPONENT = 80.0  # exp of it is about 1e35: finite in float32, and above any clamp
+ROUNDING = 8 * 2.0**-52  # relative: rewards that differ by less are equal, but for the rounding of a weighted total
+
 
 def compute_group_advantages(
     rewards: Tensor, group_size: int, algorithm: str = "grpo", normalize: bool = True, epsilon: float = 1e-8
@@ -25,7 +28,8 @@ def compute_group_advantages(
         group_size: G, at least 2.
 
     Returns:
-        (B,) float32, on the device of `rewards`; computed in float64. Exactly 0 where a group's rewards are equal.
+        (B,) float32, on the device of `rewards`; computed in float64. Exactly 0 where a group's rewards are equal, or
+        differ by no more than float64 rounds (0.1 + 0.2 and 0.3).
 
     Raises:
         ValueError: `group_size` is below 2 or does not divide B, or `rewards` is not one-dimensional.
@@ -33,13 +37,14 @@ def compute_group_advantages(
     if rewards.ndim != 1 or group_size < 2 or rewards.shape[0] % group_size:
         raise ValueError(f"rewards of shape {tuple(rewards.shape)} are not groups of {group_size}, at least 2, rows")
     grouped = rewards.double().view(-1, group_size)  # (N, G)
-    mean = grouped.mean(dim=1, keepdim=True)
-    centred = grouped - mean
+    centred = grouped - grouped.mean(dim=1, keepdim=True)
+    centred = centred - centred.mean(dim=1, keepdim=True)  # what the first subtraction rounded
     if algorithm == "rloo":
         centred = centred * (group_size / (group_size - 1))  # r - (sum - r) / (G - 1)
     elif normalize and algorithm != "dr_grpo":
-        centred = centred / (grouped.std(dim=1, keepdim=True) + epsilon)
-    equal = (grouped == grouped[:, :1]).all(dim=1, keepdim=True)  # the mean of equal numbers may be off by rounding
+        centred = centred / (centred.std(dim=1, keepdim=True) + epsilon)
+    spread = grouped.amax(dim=1, keepdim=True) - grouped.amin(dim=1, keepdim=True)
+    equal = spread <= ROUNDING * grouped.abs().amax(dim=1, keepdim=True)  # their mean may be off by as much
     return torch.where(equal, 0.0, centred).flatten().float()
 
 
@@ -47,9 +52,11 @@ def per_token_kl(logps: Tensor, ref_logps: Tensor, estimator: str, clamp: float 
     """KL(policy || reference) estimated at each token, (B, C); see http://joschu.net/blog/kl-approx.html.
 
     k1: log-ratio; k2: half its square; k3: exp(-log-ratio) - 1 + log-ratio, never negative. (google-tunix calls them
-    "kl", "mse_kl" and "low_var_kl".) `clamp` limits the estimate's absolute value.
+    "kl", "mse_kl" and "low_var_kl".) `clamp` limits the estimate's absolute value; where it does, the gradient is 0.
     """
     difference = ref_logps - logps
+    if clamp is not None:  # beyond this, exp overflows, and the gradient would be 0 * inf
+        difference = difference.clamp(max=LARGEST_EXPONENT)
     if estimator == "k1":
         kl = -difference
     elif estimator == "k2":
@@ -61,11 +68,18 @@ def per_token_kl(logps: Tensor, ref_logps: Tensor, estimator: str, clamp: float 
     return kl if clamp is None else kl.clamp(-clamp, clamp)
 
 
-def aggregation_weights(completion_mask: Tensor, mode: str, max_length: int) -> Tensor:
+def aggregation_weights(
+    completion_mask: Tensor,
+    mode: str,
+    max_length: int,
+    num_tokens: float | None = None,
+    num_rows: float | None = None,
+) -> Tensor:
     """The weight of each token in the loss, so that loss = sum(per_token_loss * weights) for every mode.
 
-    Weights are computed once for the whole batch; so micro-batches add up to exactly what the whole batch gives.
-    Rows without any token do not count as rows.
+    Weights are computed once for all that an optimizer step learns from; so micro-batches, batches that are
+    accumulated, and processes add up to exactly what one whole batch gives. Rows without any token do not count as
+    rows.
 
     Args:
         completion_mask: (B, C) bool.
@@ -77,15 +91,17 @@ def aggregation_weights(completion_mask: Tensor, mode: str, max_length: int) -> 
             sequence-mean-token-sum-norm: sum of everything divided by the number of rows.
             The last two are the same number; google-tunix keeps both names, so both are taken here.
         max_length: the longest completion allowed (not the longest that occurs).
+        num_tokens, num_rows: how many all batches of the optimizer step have together; None: those of this mask.
 
     Returns:
         (B, C) float32.
     """
     mask = completion_mask.float()
     lengths = mask.sum(dim=-1, keepdim=True)  # (B, 1)
-    num_rows = (lengths > 0).sum().clamp(min=1)
+    num_tokens = max(1.0, float(mask.sum()) if num_tokens is None else num_tokens)
+    num_rows = max(1.0, float((lengths > 0).sum()) if num_rows is None else num_rows)
     if mode == "token-mean":
-        return mask / mask.sum().clamp(min=1)
+        return mask / num_tokens
     if mode == "sequence-mean-token-mean":
         return mask / lengths.clamp(min=1) / num_rows
     if mode == "sequence-mean-token-scale":

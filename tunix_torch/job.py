@@ -9,7 +9,7 @@ from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 import rewards
@@ -90,7 +90,8 @@ def build_trainer(
     has_adapter = isinstance(model, PeftModel)
     if has_adapter and processes.is_first():
         lora = f"rank {model_config.lora_rank}, alpha {model_config.lora_alpha:g}"
-        print(f"{model_config.model_name} is an adapter, {lora}, which is trained further")
+        further = "" if args.reference == "base" else "; it is the reference policy, as it is now"
+        print(f"{model_config.model_name}: an adapter ({lora}), trained further{further}")
     trainer = TunixTrainer(
         model,
         reward_funcs,
@@ -212,7 +213,7 @@ def _leave_complete(trainer: TunixTrainer, checkpoint: str | None) -> TunixTrain
     if checkpoint is not None:
         trainer.train(resume_from_checkpoint=checkpoint)
     else:
-        trainer.model.load_adapter(str(output_dir), trainer.model.active_adapters[0], is_trainable=True)
+        set_peft_model_state_dict(trainer.model, load_peft_weights(str(output_dir)), trainer.model.active_adapters[0])
         trainer.stay_finished(output_dir)
     if processes.is_first():
         if not (output_dir / CURVES_FILE).is_file():

@@ -49,6 +49,11 @@ def sum_up(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     return dict(zip(names, columns.sum(dim=0).tolist(), strict=True))
 
 
+def add_up(numbers: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Each number, summed over the batches of an optimizer step."""
+    return {name: sum(of_batch[name] for of_batch in numbers) for name in numbers[0]}
+
+
 def learning_metrics(first: dict[str, float], last: dict[str, float], has_reference: bool) -> dict[str, float]:
     """What is logged of the first and the last pass over a batch (see `learning.learn`)."""
     weight, tokens = max(last["weight"], 1e-12), max(last["tokens"], 1.0)
@@ -62,7 +67,7 @@ def learning_metrics(first: dict[str, float], last: dict[str, float], has_refere
 
 
 def broken_invariant(
-    parts: Sequence[dict[str, Tensor]], first: dict[str, float], exact: bool, at_base: bool, dropout: bool
+    parts: Sequence[dict[str, Tensor]], first: dict[str, float], exact: bool, at_reference: bool, dropout: bool
 ) -> tuple[str, int] | None:
     """What is wrong with the first pass over a batch, and the first row where it is; or None.
 
@@ -70,7 +75,7 @@ def broken_invariant(
         parts: what `TunixTrainer.learning_pass` returned.
         first: their `sum_up`.
         exact: the model computes in float32, so tolerances are narrow.
-        at_base: the policy has not left the reference yet, so the KL must be 0.
+        at_reference: the policy has not left the reference yet, so the KL must be 0.
         dropout: makes the learning pass differ from sampling on purpose; only finite it must be.
     """
 
@@ -86,8 +91,8 @@ def broken_invariant(
         elif first["sampler_gap"] > 0.2 * max(first["tokens"], 1.0):  # bfloat16: on average only
             most = sampler_gap.max() * (1 - 1e-6)
             checks.append((sampler_gap, most, "sampler and learner disagree by up to {:.3g} on a log-probability"))
-        if exact and at_base:
-            message = "the reference policy is not the base model: KL {:.3g} before any step"
+        if exact and at_reference:
+            message = "the policy has not learned yet, but its KL from the reference policy is {:.3g}"
             checks.append((column("row_largest_kl"), 1e-4, message))
     for values, limit, message in checks:
         broken = ~(values <= limit)  # not a number is broken

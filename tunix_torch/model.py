@@ -139,7 +139,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer: the tokenizer's, the chat template's, those of the model's generation config."""
     configured = base_model(model).generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
+    configured = configured if isinstance(configured, list | tuple) else [configured]
     return sorted({*configured, tokenizer.eos_token_id, end_of_turn_id(tokenizer)} - {None})
 
 
@@ -168,12 +168,25 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel |
         return load_base_model(name, dtype)
     resolve_model_name(name)  # complains when the folder has no weights
     base, weights = load_base_model(base_name, dtype), Path(name) / "adapter_model.safetensors"
+    saved: dict[str, int] = {}  # rows of each saved matrix
     with _hub_errors(name):
-        model = PeftModel.from_pretrained(base, name)
         if weights.is_file():
             with safe_open(weights, framework="pt") as file:
-                _require_all(name, set(get_peft_model_state_dict(model)) - set(file.keys()))
+                saved = {key: file.get_slice(key).get_shape()[0] for key in file.keys()}
+        _resize_embeddings(base, saved)
+        model = PeftModel.from_pretrained(base, name)
+        if saved:
+            _require_all(name, set(get_peft_model_state_dict(model, save_embedding_layers=False)) - set(saved))
     return model
+
+
+def _resize_embeddings(base: PreTrainedModel, saved: dict[str, int]) -> None:
+    """Give the embeddings as many rows as those have that were saved with an adapter, whose run added tokens."""
+    embeddings = base.get_input_embeddings()
+    place = next(module for module, found in base.named_modules() if found is embeddings)
+    rows = saved.get(f"base_model.model.{place}.weight", embeddings.weight.shape[0])
+    if rows != embeddings.weight.shape[0]:
+        base.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
@@ -196,12 +209,20 @@ def place(model: nn.Module) -> nn.Module:
         merge_lora(model)
     if device.KIND == "cpu":
         speed_up_layers(model)
-    base.tie_weights()
     if base.config.get_text_config().tie_word_embeddings:
-        assert base.get_output_embeddings().weight is base.get_input_embeddings().weight, "embeddings came untied"
+        _tie_embeddings(base)
     if device.has_mesh():
         shard_model(model, base.config.get_text_config().num_key_value_heads)
     return model
+
+
+def _tie_embeddings(base: PreTrainedModel) -> None:
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    if isinstance(head, BaseTunerLayer):  # Transformers can't tie what PEFT has wrapped
+        head.get_base_layer().weight = embeddings.weight
+    else:
+        base.tie_weights()
+    assert head.weight is embeddings.weight, "embeddings came untied"
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -243,11 +264,26 @@ def text_config(model: nn.Module) -> PretrainedConfig:
 
 
 @contextlib.contextmanager
-def reference_policy(model: nn.Module) -> Iterator[None]:
-    """Within this context the model is the reference policy: adapter off, no gradient."""
+def reference_policy(model: nn.Module, start: dict[str, Tensor] | None = None) -> Iterator[None]:
+    """Within this context the model is the reference policy, without gradient.
+
+    Args:
+        start: the adapter's matrices by parameter name, as they were when the run began; None: the adapter is off.
+    """
     assert isinstance(model, PeftModel), "the reference policy is the model without its adapter, and there is none"
-    with torch.no_grad(), model.disable_adapter():
-        yield
+    parameters = dict(model.named_parameters())
+    learning = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    now = {name: parameters[name].data for name in start or {}}
+    try:
+        with torch.no_grad(), contextlib.nullcontext() if start else model.disable_adapter():
+            for name, weight in (start or {}).items():
+                parameters[name].data = weight
+            yield
+    finally:
+        for name, weight in now.items():
+            parameters[name].data = weight
+        for name, learns in learning.items():  # PEFT lets all matrices of an adapter learn that is switched on
+            parameters[name].requires_grad_(learns)
 
 
 def hidden_states(

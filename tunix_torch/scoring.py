@@ -19,8 +19,22 @@ RewardFunc = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | N
 
 
 def name_of(function: RewardFunc) -> str:
-    """The name under which a reward function is logged."""
+    """The name of a reward function; of a `functools.partial` that of its function, of an object that of its class."""
+    while isinstance(function, functools.partial):
+        function = function.func
     return getattr(function, "__name__", type(function).__name__)
+
+
+def names_of(functions: Sequence[RewardFunc]) -> list[str]:
+    """The names under which reward functions are logged: where several have one name, "name", "name_2" and so on."""
+    names: list[str] = []
+    for function in functions:
+        name, count = name_of(function), 1
+        while name in names:
+            count += 1
+            name = f"{name_of(function)}_{count}"
+        names.append(name)
+    return names
 
 
 def columns_of(rows: Sequence[dict[str, Any]], copies: int = 1) -> dict[str, list[Any]]:

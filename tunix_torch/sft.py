@@ -17,8 +17,9 @@ from .logprobs import token_logps
 def sft_batch(inputs: dict[str, Any], num_tokens: int) -> TrainBatch:
     """What `Collator` made of rows with completions, on the device: one completion a prompt (G = 1, B = N).
 
-    The loss is -sum(logps * token_weights): every token weighs the same, those of prompts nothing. It is the mean over
-    `num_tokens`: all that are learnt from in this step, those of other processes too.
+    The loss is -sum(logps * token_weights): every token weighs the same, those of prompts nothing. It is this batch's
+    share of the mean over `num_tokens`: all that the optimizer step learns from, in accumulated batches and in other
+    processes too.
     """
     tensors = {name: value.to(device.torch_device()) for name, value in inputs.items() if name != "rows"}
     mask = tensors["completion_mask"]

@@ -30,16 +30,37 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from . import device, processes
+from .adapter import (
+    KEEPS_BASE,
+    adapter_weights,
+    changes_nothing,
+    choose_adapter,
+    embedding_weights,
+    has_new_embeddings,
+    load_reference,
+    make_trainable,
+    save_adapter,
+    save_reference,
+)
 from .batch import PromptBatch, Rollout, TrainBatch
 from .beforehand import blamed_on, check_reporting
 from .callbacks import EarlyStoppingCallback, OwnIntervals
 from .checkpoint import STATE_FILE, check_same_scale, fingerprint, is_finished
+from .checks import (
+    check_finite,
+    check_gradient_norm,
+    check_head,
+    check_peft_config,
+    check_rewards,
+    check_tokenizer,
+    has_dropout,
+)
 from .config import GRPOConfig, ModelConfig
-from .data import Collator, PromptStream, Row, prepare_rows
+from .data import Collator, PromptStream, Row, decode_completions, prepare_rows
 from .evaluation import Answers, answer
 from .grpo import aggregation_weights, compute_group_advantages
 from .learning import learn, logps_without_gradient, may_pack, micro_batches, rehearsals
-from .metrics import broken_invariant, learning_metrics, rollout_metrics, sum_up
+from .metrics import add_up, broken_invariant, learning_metrics, rollout_metrics, sum_up
 from .model import (
     add_lora,
     base_model,
@@ -56,7 +77,7 @@ from .record import FOLDER, record_step
 from .reward_workers import RewardWorkers
 from .run_folder import settings_of
 from .sampler import Sampler, SamplingParams, draw_uniforms
-from .scoring import RewardFunc, is_async, name_of, score_completions
+from .scoring import RewardFunc, is_async, names_of, score_completions
 from .settings import require
 from .sft import completion_loss, learn_completions, sft_batch
 
@@ -110,26 +131,30 @@ class TunixTrainer(Trainer):
             if not isinstance(model, str | Path):
                 raise ValueError("processing_class=None: give the tokenizer of a model that is already loaded")
             processing_class = load_tokenizer(str(model))
-        if processing_class.pad_token_id is None:
-            processing_class.pad_token = processing_class.eos_token
+        check_rewards(reward_funcs)
         if isinstance(model, str | Path):
             model = load_model(str(model))
+        check_tokenizer(processing_class, model)
         set_seed(args.seed)  # before the LoRA draws its first weights
         if not isinstance(model, PeftModel):
+            check_peft_config(peft_config)  # before it changes the model
             model = add_lora(model, peft_config or lora_config(ModelConfig()))
         elif peft_config is not None:
             raise ValueError("peft_config: the model has a LoRA already; leave peft_config out, or give the base model")
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:  # a loaded adapter comes frozen, and in the type of the base weights
-                parameter.data = parameter.data.float()
-                parameter.requires_grad_(True)
+        self._adapter = choose_adapter(model)
+        check_peft_config(model.peft_config[self._adapter])
+        make_trainable(adapter_weights(model, self._adapter))
+        if base_model(model).is_gradient_checkpointing:  # switched on by the user, or by an earlier trainer
+            args.gradient_checkpointing = True
         processes.check_same(lambda: _facts(model, args, train_dataset, eval_dataset))
         place(model)
         if args.gradient_checkpointing:
             checkpoint_layers(model, args.gradient_checkpointing_kwargs)
         processes.keep_frozen_out_of_ddp(model)
 
+        check_head(model)
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or [])
+        self.reward_names = names_of(self.reward_funcs)
         self.judge = judge or next(iter(self.reward_funcs), None)
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_funcs), dtype=torch.float64)
         self.sampling = SamplingParams(
@@ -177,11 +202,12 @@ class TunixTrainer(Trainer):
         self._reward_workers: RewardWorkers | None = None  # while it trains
         self._rows_drawn = (-1, 0)  # (optimizer step, rows drawn in it so far)
         self._rehearsed = False
-        self._starts_at_base = all(
-            float(p.detach().abs().sum()) == 0 for name, p in model.named_parameters() if "lora_B" in name
-        )
-        self._base_fingerprint = self._fingerprint_base()
+        self._step_inputs: list[dict[str, Any]] = []  # the batches of rows that an optimizer step learns from
+        self._waiting: list[TrainBatch] = []  # of these, what has been sampled and not learned from yet
+        self._learned: list[tuple[dict[str, float], dict[str, float]]] = []  # and the numbers of the others
+        self._new_embeddings = has_new_embeddings(model)
         self.validate_grpo_setup()
+        self._begin_run()
 
     # ---- what is checked before the first step ----
 
@@ -216,6 +242,12 @@ class TunixTrainer(Trainer):
             raise ValueError(
                 f"per_device_train_batch_size={prompts}: prompts are spread over fsdp={fsdp}; give a multiple of that"
             )
+        init = self.model.peft_config[self._adapter].init_lora_weights
+        if args.reference == "base" and args.beta > 0 and init not in KEEPS_BASE:
+            raise ValueError(
+                f"reference='base': init_lora_weights={init!r} has changed the base weights, so the model without its "
+                "adapter is not the base model; leave reference out"
+            )
         trainable = [name for name, p in self.model.named_parameters() if p.requires_grad]
         other = [name for name in trainable if "lora_" not in name]
         if other or not trainable:
@@ -223,11 +255,28 @@ class TunixTrainer(Trainer):
                 f"peft_config: only LoRA matrices can be trained, but {other[:1] or 'nothing'} is trainable"
             )
 
-    def _fingerprint_base(self) -> list[float]:
-        """A number a base weight, which changes with it: the reference policy must stay the base model."""
+    def _fingerprint_frozen(self) -> list[float]:
+        """A number for each frozen weight, which changes with it: nothing but the LoRA may learn."""
+        weights = dict(self.model.named_parameters())
         with torch.no_grad():
-            sums = [p.float().abs().sum() for p in self.model.parameters() if not p.requires_grad]
-        return torch.stack(sums).tolist()
+            return torch.stack([weights[name].float().abs().sum() for name in self._frozen]).tolist()
+
+    def _begin_run(self, checkpoint: str | None = None) -> None:
+        """Keep what stays as it is while a run lasts: frozen weights, and the reference policy.
+
+        The reference is the model without its adapter where that is the policy as the run starts; else the adapter's
+        matrices as they are now. A run that goes on from a checkpoint has its reference there.
+        """
+        self._frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+        self._fingerprint = self._fingerprint_frozen()
+        weights = adapter_weights(self.model, self._adapter)
+        silent = changes_nothing(weights)
+        self._reference: dict[str, Tensor] | None = None
+        if checkpoint is not None:
+            self._reference = load_reference(checkpoint, self.args.device)
+        elif self.args.reference == "start" and self.args.beta > 0 and not silent:
+            self._reference = {name: weight.detach().clone() for name, weight in weights.items()}
+        self._starts_at_reference = silent or self._reference is not None
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """See `transformers.Trainer.train`. The processes that call reward functions live as long as it runs."""
@@ -251,6 +300,7 @@ class TunixTrainer(Trainer):
             return self.stay_finished(checkpoint)
         if self.args.gradient_checkpointing:  # `transformers.Trainer` has just done it again, its own way
             checkpoint_layers(self.model, self.args.gradient_checkpointing_kwargs)
+        self._begin_run(kwargs.get("resume_from_checkpoint"))
         return super()._inner_training_loop(*args, **kwargs)
 
     def stay_finished(self, folder: str | Path) -> TrainOutput:
@@ -289,19 +339,41 @@ class TunixTrainer(Trainer):
 
     # ---- one step ----
 
+    def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Tensor | int | None]:
+        """See `transformers.Trainer.get_batch_samples`. The batches of one optimizer step are remembered, since each
+        token's weight depends on how many all of them have."""
+        batches, num_items = super().get_batch_samples(*args)
+        self._step_inputs, self._learned = list(batches), []
+        return batches, num_items
+
+    def _batches_with(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """All batches of the optimizer step that this one belongs to; itself where it came another way."""
+        return self._step_inputs if any(batch is inputs for batch in self._step_inputs) else [inputs]
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One rollout batch, or with SFT one batch of rows: forward and backward. Returns the loss, detached."""
+        """One rollout batch, or with SFT one batch of rows: forward and backward. Returns its share of the loss of
+        the optimizer step, detached."""
         processes.check_same(lambda: {"prompts of this step": processes.digest([inputs["prompt_ids"]])})
-        if self.args.use_grpo:
-            return self.grpo_training_step(PromptBatch(**inputs).to(self.args.device))
-        with span("learning"):
-            return self._sft_step(inputs)
+        self._put_optimizer("train")
+        if not self.args.use_grpo:
+            with span("learning"):
+                return self._sft_step(inputs)
+        batches = self._batches_with(inputs)
+        if len(batches) > 1 and inputs is batches[0]:
+            self._waiting = self._collect_together(batches)
+        return self.grpo_training_step(PromptBatch(**inputs).to(self.args.device))
+
+    def _collect_together(self, inputs: list[dict[str, Any]]) -> list[TrainBatch]:
+        """The batches that one optimizer step accumulates, whose tokens are weighed together, as those of one batch."""
+        batches = [self.collect(PromptBatch(**columns).to(self.args.device)) for columns in inputs]
+        weights = self._token_weights([batch.completion_mask.cpu() for batch in batches])
+        return [replace(batch, token_weights=w) for batch, w in zip(batches, weights, strict=True)]
 
     def grpo_training_step(self, prompts: PromptBatch) -> Tensor:
-        """Sample, score, learn. Returns the loss, detached."""
-        batch = self.collect(prompts)
+        """Sample, score, learn. Returns the loss, detached. Of accumulated batches, the first has had all sampled."""
+        batch = self._waiting.pop(0) if self._waiting else self.collect(prompts)
         if not self._rehearsed:
             self._rehearse(batch)
         with span("learning"):
@@ -317,19 +389,23 @@ class TunixTrainer(Trainer):
         seconds = time.perf_counter() - started
         batch = self._begin_train_batch(prompts, rollout)  # an accelerator works on this while rewards are computed
         with span("scoring"):
-            texts = self.processing_class.batch_decode(ids.tolist(), skip_special_tokens=True)
+            texts = decode_completions(self.processing_class, ids, mask, self.sampler.eos_token_ids)
             rewards = processes.of_first(lambda: self.compute_rewards_for_completions(prompts, texts).tolist())
             self._rewards = torch.tensor(rewards, dtype=torch.float64)  # (B, R)
         totals = (self._rewards * self.reward_weights).nansum(dim=1)  # (B,)
-        names, group = [name_of(function) for function in self.reward_funcs], args.num_completions_per_prompt
+        if not totals.isfinite().all():
+            raise ValueError(f"reward_weights={args.reward_weights}: the weighted total of {texts[0]!r:.80} overflows")
+        names, group = self.reward_names, args.num_completions_per_prompt
         ids, mask, rewards, everyones = map(processes.gather_rows, (ids, mask, self._rewards, totals))
         metrics = rollout_metrics(ids, mask, rewards, everyones, names, group, self.sampler.eos_token_ids)
         self._record(metrics | {"rollout_tokens_per_second": int(mask.sum()) / seconds})
         if metrics["frac_reward_zero_std"] == 1.0 and processes.is_first():
             logger.warning(
                 "Step %d: within every group all rewards are equal, so there is nothing to learn from this batch. "
-                "The questions are too easy or too hard, or the temperature is too low.",
+                "The questions are too easy or too hard, the temperature is too low, or the reward functions do not "
+                "find what they look for in completions such as %.200r",
                 self.state.global_step + 1,
+                texts[0],
             )
         return self._with_rewards(batch, totals)
 
@@ -342,26 +418,37 @@ class TunixTrainer(Trainer):
         args, mask = self.args, rollout.completion_mask.cpu()
         # Where nothing is compiled, the columns in which all rows are padding are left out.
         width = mask.shape[1] if device.KIND == "xla" else max(1, int(mask.any(dim=0).sum()))
-        everyones = processes.gather_rows(mask)
-        weights = processes.own_rows(aggregation_weights(everyones, args.aggregation, args.generation_max_length))
         batch = TrainBatch(
             prompt_ids=prompts.prompt_ids,
             prompt_mask=prompts.prompt_mask,
             completion_ids=rollout.completion_ids[:, :width],
             completion_mask=rollout.completion_mask[:, :width],
             advantages=torch.zeros(len(mask), device=args.device),
-            token_weights=weights[:, :width].to(args.device),
+            token_weights=self._token_weights([mask])[0][:, :width],
             sampler_logps=rollout.sampler_logps[:, :width],
             lengths=mask.sum(dim=1) if may_pack(args) else None,
         )
         self._add_logps(batch)
         return batch
 
+    def _token_weights(self, masks: Sequence[Tensor]) -> list[Tensor]:
+        """The weight in the loss of every token of an optimizer step, among all of them, in other processes too.
+
+        Args:
+            masks: of each batch, (B, C) bool, on the host.
+
+        Returns:
+            for each batch (B, C) float32, on the device.
+        """
+        counts = {"num_tokens": sum(int(m.sum()) for m in masks), "num_rows": sum(int(m.any(1).sum()) for m in masks)}
+        mode, longest, counts = self.args.aggregation, self.args.generation_max_length, processes.sum_numbers(counts)
+        return [aggregation_weights(mask, mode, longest, **counts).to(self.args.device) for mask in masks]
+
     def _add_logps(self, batch: TrainBatch) -> None:
         """Those of the reference and of the policy before it learns, where the loss needs them."""
         args = self.args
         if args.beta > 0:
-            with span("reference"), reference_policy(self.model):
+            with span("reference"), reference_policy(self.model, self._reference):
                 batch.ref_per_token_logps = logps_without_gradient(self.model, batch, args)
         if args.num_iterations > 1:
             with span("old policy"):
@@ -383,7 +470,7 @@ class TunixTrainer(Trainer):
 
     def update(self, batch: TrainBatch) -> Tensor:
         """Learn from a batch: `num_iterations` passes, each in micro-batches. Returns the last pass's loss, detached,
-        over the rows of all processes.
+        over the rows of all processes; with accumulated batches, its share of their loss.
 
         The gradient of the last pass is left for `transformers.Trainer`, which clips it and steps the optimizer;
         between passes that is done here.
@@ -399,10 +486,14 @@ class TunixTrainer(Trainer):
         first, last = (processes.sum_numbers(sum_up(p)) for p in (first_pass, parts))  # second time the host waits
         self._check_first_pass(first_pass, first)
         seconds = time.perf_counter() - started
-        speed = {"learning_tokens_per_second": last["tokens"] * args.num_iterations / seconds}
-        self._record(learning_metrics(first, last, args.beta > 0) | speed)
+        self._record({"learning_tokens_per_second": last["tokens"] * args.num_iterations / seconds})
+        self._learned.append((first, last))
+        if self.accelerator.sync_gradients:  # the last batch of the optimizer step
+            firsts, lasts = zip(*self._learned, strict=True)
+            self._record(learning_metrics(add_up(firsts), add_up(lasts), args.beta > 0))
+            self._learned = []
         # by way of one dimension: XLA takes a 0 without any for a constant, which would be another graph
-        loss = torch.tensor([last["loss"] / self.current_gradient_accumulation_steps], device=args.device)[0]
+        loss = torch.tensor([last["loss"]], device=args.device)[0]
         device.sync()
         return loss
 
@@ -414,7 +505,7 @@ class TunixTrainer(Trainer):
         return parts
 
     def _backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+        self.accelerator.backward(loss)
 
     def _sum_gradients(self) -> None:
         """Over processes, once an optimizer step. DDP's own hooks sleep: no forward pass goes through its wrapper."""
@@ -423,11 +514,27 @@ class TunixTrainer(Trainer):
 
     def optimizer_step(self) -> None:
         """Clip the gradient, step, and forget the gradient: as `transformers.Trainer` does after a batch."""
-        if self.args.max_grad_norm > 0:
-            self._clip_grad_norm(self.model)
+        norm = self._clip_grad_norm(self.model) if self.args.max_grad_norm > 0 else None
+        self._get_grad_norm(self.model, norm)
         self.optimizer.step()
         device.sync()
         self.model.zero_grad()
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:
+        """The gradient's norm, before clipping; looked at before the optimizer may step.
+
+        Raises:
+            FloatingPointError: it is not finite.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not device.is_recording():
+            check_gradient_norm(float(norm), self.model, self.state.global_step + 1)
+        return norm
+
+    def _put_optimizer(self, mode: str) -> None:
+        """Schedule-free optimizers hold other weights while they learn ("train") than they give in the end ("eval")."""
+        if callable(getattr(self.optimizer, mode, None)):
+            getattr(self.optimizer, mode)()
 
     def _save_record(self, batch: TrainBatch, parts: list[dict[str, Tensor]]) -> None:
         """Keep the first `save_batches` steps for the cross-check."""
@@ -483,12 +590,12 @@ class TunixTrainer(Trainer):
     def _sft_step(self, inputs: dict[str, Any]) -> Tensor:
         self.model.train()
         started = time.perf_counter()
-        tokens = sum(processes.gather(int(inputs["completion_mask"].sum())))
-        loss = learn_completions(self.model, sft_batch(inputs, tokens), self.args, self._backward)
+        counts = {"step": sum(int(batch["completion_mask"].sum()) for batch in self._batches_with(inputs))}
+        tokens = processes.sum_numbers(counts | {"batch": int(inputs["completion_mask"].sum())})
+        loss = learn_completions(self.model, sft_batch(inputs, tokens["step"]), self.args, self._backward)
         self._sum_gradients()
-        self._record({"learning_tokens_per_second": tokens / (time.perf_counter() - started)})
-        # its share of the loss, of which Trainer logs the mean over processes
-        return loss / self.current_gradient_accumulation_steps * processes.count()
+        self._record({"learning_tokens_per_second": tokens["batch"] / (time.perf_counter() - started)})
+        return loss * processes.count()  # Trainer logs the mean over processes
 
     # ---- evaluation ----
 
@@ -504,6 +611,7 @@ class TunixTrainer(Trainer):
         and with SFT `eval_loss`.
         """
         device.sync()  # as in `collect`
+        self._put_optimizer("eval")
         args, started = self.args, time.perf_counter()
         rows = self.eval_dataset if eval_dataset is None else list(eval_dataset)
         if not rows:
@@ -545,17 +653,17 @@ class TunixTrainer(Trainer):
     def _check_first_pass(self, parts: list[dict[str, Tensor]], first: dict[str, float]) -> None:
         """What holds before the first optimizer step on a batch, whatever the model and the data."""
         exact = base_model(self.model).dtype == torch.float32
-        at_base = self._starts_at_base and self.state.global_step == 0
-        dropout = any(config.lora_dropout for config in self.model.peft_config.values())
-        broken = broken_invariant(parts, first, exact, at_base, dropout)
+        at_reference = self._starts_at_reference and self.state.global_step == 0
+        broken = broken_invariant(parts, first, exact, at_reference, has_dropout(self.model))
         if broken is not None:
+            check_finite(adapter_weights(self.model, self._adapter), f"step {self.state.global_step + 1}")
             message, row = broken
             raise AssertionError(f"{message}; {self._describe_group(row // self.args.num_completions_per_prompt)}")
 
     def _describe_group(self, group: int) -> str:
         size = self.args.num_completions_per_prompt
-        names = [name_of(function) for function in self.reward_funcs]
-        return f"group {group} has rewards {names}: {self._rewards[group * size : (group + 1) * size].tolist()}"
+        rewards = self._rewards[group * size : (group + 1) * size].tolist()
+        return f"group {group} has rewards {self.reward_names}: {rewards}"
 
     def _record(self, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
@@ -580,17 +688,28 @@ class TunixTrainer(Trainer):
 
         All hosts of a mesh gather what the first writes, here and below.
         """
-        fingerprint = self._fingerprint_base()
-        assert fingerprint == self._base_fingerprint, "base weights changed: the reference is not the base model"
-        adapter = {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
+        assert self._fingerprint_frozen() == self._fingerprint, "frozen weights changed: only the LoRA may learn"
+        self._put_optimizer("eval")
+        weights = adapter_weights(self.model, self._adapter)
+        if self._new_embeddings:
+            weights |= embedding_weights(self.model)
+        weights = {name: weight.detach().cpu() for name, weight in weights.items()}
+        check_finite(weights, f"step {self.state.global_step}")
         if self.args.should_save:
             output_dir = output_dir or self.args.output_dir
-            self.model.save_pretrained(output_dir, state_dict=adapter)
+            save_adapter(self.model, self._adapter, weights, output_dir, self._new_embeddings)
             self.processing_class.save_pretrained(output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        states = enumerate(self.optimizer.state_dict()["state"].values())
+        moments = {f"{name} of optimizer state {i}": value for i, state in states for name, value in state.items()}
+        check_finite(moments, f"step {self.state.global_step}")
+        if self._reference is not None:
+            reference = {name: weight.cpu() for name, weight in self._reference.items()}
+            if self.args.should_save:
+                save_reference(reference, output_dir)
         with processes.folder_to_write(output_dir) as folder:
             super()._save_optimizer_and_scheduler(folder)
 
@@ -601,7 +720,10 @@ class TunixTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         processes.check_same(lambda: {f"files in {resume_from_checkpoint}": fingerprint(resume_from_checkpoint)})
         check_same_scale(self.model.peft_config, resume_from_checkpoint)
+        learning = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in self.model.named_parameters():  # PEFT lets all matrices learn that it loads
+            parameter.requires_grad_(learning[name])
 
 
 def _facts(model: nn.Module, args: GRPOConfig, *datasets: object) -> dict[str, Any]:

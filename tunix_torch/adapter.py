@@ -1,0 +1,121 @@
+"""The LoRA that learns: which of a model's adapters it is, its matrices, and its files in PEFT's layout."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from .model import adapters_in_use, base_model
+
+REFERENCE_FILE = "reference.safetensors"  # of a checkpoint whose reference policy has an adapter of its own
+# Values of `init_lora_weights` that leave the base weights as they are.
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+# ---- which one, and its matrices ----
+
+
+def choose_adapter(model: PeftModel) -> str:
+    """The name of the one adapter that acts, which is the one that learns.
+
+    Raises:
+        ValueError: it is no LoRA, none acts, or several do.
+    """
+    for name, config in model.peft_config.items():
+        if not isinstance(config, LoraConfig):
+            raise ValueError(
+                f"model: its adapter {name!r} has a {type(config).__name__}, and only a LoRA can be trained"
+            )
+    active = adapters_in_use(model)
+    if not active:
+        hint = "call model.unmerge_adapter() or model.enable_adapter_layers(), or give the base model"
+        raise ValueError(f"model: its adapter is merged into the weights or disabled, so it can't learn; {hint}")
+    if len(active) > 1:
+        raise ValueError(f"model: the adapters {', '.join(active)} act together; choose one by model.set_adapter(NAME)")
+    return active[0]
+
+
+def adapter_weights(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """The matrices of one adapter by their parameter names, frozen ones too."""
+
+    def belongs(name: str) -> bool:  # "...q_proj.lora_A.default.weight", "...lora_embedding_B.default"
+        parts = name.split(".")
+        return any(part.startswith("lora_") and after == adapter for part, after in zip(parts, parts[1:], strict=False))
+
+    return {name: parameter for name, parameter in model.named_parameters() if belongs(name)}
+
+
+def make_trainable(weights: dict[str, nn.Parameter]) -> None:
+    """Bring an adapter's matrices into float32. Where all of them are frozen, as after loading, let all learn.
+
+    A matrix that the user froze, while others learn, stays frozen.
+    """
+    all_frozen = not any(weight.requires_grad for weight in weights.values())
+    for weight in weights.values():
+        weight.data = weight.data.float()  # an adapter is loaded in the type of the base weights
+        weight.requires_grad_(weight.requires_grad or all_frozen)
+
+
+def changes_nothing(weights: dict[str, nn.Parameter]) -> bool:
+    """Whether the model computes the same with these matrices as without: all B are 0, or all A are.
+
+    Summed, as the hosts of a mesh can't reduce booleans together on the CPU.
+    """
+    sides = ([w for name, w in weights.items() if f"lora_{s}" in name or f"embedding_{s}" in name] for s in "BA")
+    return any(all(float(weight.detach().abs().sum()) == 0 for weight in side) for side in sides)
+
+
+# ---- files ----
+
+
+def embedding_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of the embeddings and, where it is not tied to them, of the head, by parameter name."""
+    base = base_model(model)
+    places = {id(layer.weight) for layer in (base.get_input_embeddings(), base.get_output_embeddings())}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in places}
+
+
+def has_new_embeddings(model: nn.Module) -> bool:
+    """Whether the embeddings have another number of rows than those of the base model's folder.
+
+    Without a folder on this machine, or a copy in the hub's cache, it can't be known, and they count as unchanged.
+    """
+    base = base_model(model)
+    try:
+        config = AutoConfig.from_pretrained(base.name_or_path, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+    return base.get_input_embeddings().weight.shape[0] != config.get_text_config().vocab_size
+
+
+def save_adapter(
+    model: PeftModel, adapter: str, weights: dict[str, Tensor], folder: str | Path, embeddings: bool
+) -> None:
+    """Write one adapter into a folder in PEFT's layout: its matrices and its config; not in a folder of its name.
+
+    Args:
+        weights: on the host, by parameter name: those of the adapter and, with `embeddings`, of the embeddings too.
+    """
+    folder = Path(folder)
+    model.save_pretrained(
+        str(folder), state_dict=weights, selected_adapters=[adapter], save_embedding_layers=embeddings
+    )
+    if adapter != "default":  # PEFT gives it a folder of its own, in which neither Transformers nor our loading looks
+        for file in (folder / adapter).iterdir():
+            shutil.move(file, folder / file.name)
+        (folder / adapter).rmdir()
+
+
+def save_reference(weights: dict[str, Tensor], checkpoint: str | Path) -> None:
+    """Keep the reference policy's matrices, by parameter name, in a checkpoint."""
+    save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, Path(checkpoint) / REFERENCE_FILE)
+
+
+def load_reference(checkpoint: str | Path, device: torch.device) -> dict[str, Tensor] | None:
+    """What `save_reference` kept; None: the reference policy of that run is the model without its adapter."""
+    file = Path(checkpoint) / REFERENCE_FILE
+    return {name: weight.to(device) for name, weight in load_file(file).items()} if file.is_file() else None

@@ -1,0 +1,175 @@
+"""What can be told of a model, a tokenizer and rewards before training, and of numbers before they are kept."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
+
+from .adapter import KEEPS_BASE
+from .attention import attention_masks
+from .model import base_model, eos_token_ids, logits, text_config
+
+# Values of `init_lora_weights` that change the base weights. Loading an adapter computes the same again only of these
+# two; of the others (pissa_niter, corda, loftq, lora_ga) it depends on chance or on data.
+CHANGES_BASE_AGAIN = ("pissa", "olora")
+HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of logits, in units of their standard deviation
+PROBE_WIDTH = 4  # tokens
+
+
+# ---- what the user gives ----
+
+
+def check_rewards(functions: Any) -> None:
+    """Reward functions must be functions.
+
+    Raises:
+        ValueError: one is a name or a model.
+    """
+    for function in functions if isinstance(functions, Sequence) and not isinstance(functions, str) else [functions]:
+        if isinstance(function, str):
+            hint = "a name is not looked up here, and reward models are not taken; give the function itself"
+            raise ValueError(f"reward_funcs={function!r}: {hint}, such as rewards.find_reward('correctness')")
+        if isinstance(function, nn.Module):
+            hint = "give a function (prompts, completions, **columns) -> list[float] that calls it"
+            raise ValueError(f"reward_funcs: a {type(function).__name__}, but reward models are not taken; {hint}")
+        if function is not None and not callable(function):
+            raise ValueError(f"reward_funcs={function!r:.80}: a {type(function).__name__}, expected a function")
+
+
+def check_peft_config(config: PeftConfig | None) -> None:
+    """Only a LoRA can be trained, and one that can be loaded again.
+
+    Raises:
+        ValueError: it is another kind, or its initialisation changes the base weights by chance or by data.
+    """
+    if config is None:
+        return
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"peft_config: a {type(config).__name__}, and only a LoRA can be trained; give a LoraConfig")
+    init = config.init_lora_weights
+    if init not in (*KEEPS_BASE, *CHANGES_BASE_AGAIN):
+        raise ValueError(
+            f"peft_config: init_lora_weights={init!r} changes the base weights in a way that loading the saved adapter "
+            f"can't repeat; choose one of {', '.join(map(repr, (*KEEPS_BASE, *CHANGES_BASE_AGAIN)))}"
+        )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+    """See that there are tokens to pad with and to end with. A missing padding token becomes the EOS token.
+
+    Raises:
+        ValueError: neither can be had.
+    """
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ValueError("processing_class: the tokenizer has neither a padding nor an EOS token; set its pad_token")
+    if not eos_token_ids(model, tokenizer):
+        raise ValueError(
+            "processing_class: neither the tokenizer nor the model's generation config has an EOS token, so no "
+            "completion would ever end; set the tokenizer's eos_token"
+        )
+
+
+def check_token_ids(largest: int, model: nn.Module) -> None:
+    """Every token of the prompts must have an embedding.
+
+    Raises:
+        ValueError: one has none.
+    """
+    rows = base_model(model).get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise ValueError(
+            f"processing_class: a prompt has token {largest}, but the model has {rows} embeddings; call "
+            "model.resize_token_embeddings(len(tokenizer)) before, or give the model's own tokenizer"
+        )
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Compare the logits that the library computes from hidden states with those of the model's own forward.
+
+    Random hidden states take the place of the decoder's own, so that nothing but the head is compared.
+
+    Raises:
+        ValueError: they differ: the model does something to its logits that is not known here, as Granite and Cohere,
+            which scale them.
+    """
+    base, config = base_model(model), text_config(model)
+    decoder, place, dtype = base.get_decoder(), base.device, base.dtype
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, PROBE_WIDTH, config.hidden_size, generator=generator).to(place, dtype)
+    ids = torch.zeros(1, PROBE_WIDTH, dtype=torch.int64, device=place)
+    slots = torch.arange(PROBE_WIDTH, device=place)
+    masks = attention_masks(config, torch.ones_like(ids, dtype=torch.bool), slots, dtype)
+    expected = logits(model, hidden).cpu()
+
+    def replace(module: nn.Module, inputs: Any, output: ModelOutput) -> ModelOutput:
+        output.last_hidden_state = hidden
+        return output
+
+    hook = decoder.register_forward_hook(replace)
+    try:
+        own = base(input_ids=ids, attention_mask=masks, position_ids=slots[None], use_cache=False).logits.float().cpu()
+    finally:
+        hook.remove()
+    difference, spread = float((own - expected).abs().max()), float(own.std())
+    if not difference <= HEAD_TOLERANCE.get(dtype, 0.1) * spread:
+        raise ValueError(
+            f"model_type={config.model_type!r}: the logits of its own forward differ from those of its head by up to "
+            f"{difference:.2g}, so log-probabilities would be wrong; take a model without a scale on its logits"
+        )
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether any part of the model drops values while it learns."""
+    layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    settings = text_config(model).to_dict().items()  # attention takes its own as a number
+    return layers or any("dropout" in name and isinstance(value, float) and value > 0 for name, value in settings)
+
+
+# ---- numbers ----
+
+
+def check_gradient_norm(norm: float, model: nn.Module, step: int) -> None:
+    """A gradient must be finite before the optimizer may step.
+
+    Raises:
+        FloatingPointError: `norm` is not; names the step and a matrix.
+    """
+    if math.isfinite(norm):
+        return
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    named = next((name for name, gradient in gradients.items() if math.isnan(_zero_if_finite(gradient))), None)
+    where = f"that of {named} is not finite" if named else "it is too large for float32"
+    raise FloatingPointError(
+        f"step {step}: the gradient's norm is {norm}: {where}; the optimizer has not stepped, and nothing is saved. "
+        "Checkpoints of earlier steps are whole: resume from one, with a lower learning_rate in a new run"
+    )
+
+
+def _zero_if_finite(tensor: Tensor) -> Tensor:
+    """0 where all of a tensor's numbers are finite, else NaN, (). A sum: the hosts of a mesh share it on any device."""
+    return (tensor.detach() * 0).sum()
+
+
+def check_finite(weights: Mapping[str, Tensor], when: str) -> None:
+    """Weights and moments that are kept, or have been learned with, must be finite; numbers are left out.
+
+    Raises:
+        FloatingPointError: one is not; names `when` and the matrix.
+    """
+    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor) and value.ndim}
+    if not tensors or float(torch.stack([_zero_if_finite(value) for value in tensors.values()]).sum()) == 0:
+        return  # the host has waited once
+    for name, value in tensors.items():
+        if math.isnan(_zero_if_finite(value)):
+            raise FloatingPointError(
+                f"{when}: {name} is not finite; nothing is saved. Checkpoints of earlier steps are whole: resume from "
+                "one. A learning_rate that is too high, or an adam_epsilon of 0, makes weights that are not finite"
+            )
