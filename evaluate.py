@@ -29,12 +29,13 @@ from transformers.utils import logging as transformers_logging
 
 import rewards
 from tunix_torch import DataConfig, Sampler, SamplingParams, device, load_model, load_tokenizer, tiny
-from tunix_torch.data import Collator, Row, prepare_rows
+from tunix_torch.data import Collator, check_columns, prepare_rows
 from tunix_torch.evaluation import is_right, rows_at_once, sample_batches, takes_answer, votes_by_class
 from tunix_torch.model import eos_token_ids, place
 from tunix_torch.results import JudgedCompletion, ResultsFile, summarize
+from tunix_torch.rows import PROMPT_IDS, Row, answer_text, question_of
 from tunix_torch.run_folder import find_system_message, newest_run
-from tunix_torch.scoring import RewardFunc, call_rewards, name_of
+from tunix_torch.scoring import call_rewards
 from tunix_torch.settings import require
 from tunix_torch.sources import load_eval_rows
 
@@ -140,41 +141,19 @@ def data_config(args: argparse.Namespace) -> DataConfig:
     )
 
 
-def load_questions(config: DataConfig, judge: RewardFunc) -> list[Row]:
-    """Rows with `question`, and `answer` where the judge needs one.
-
-    Raises:
-        ValueError: they can't be had, or one lacks an answer.
-    """
-    rows = load_eval_rows(config, "data_path")
-    unanswered = [number for number, row in enumerate(rows, start=1) if row.get("answer") is None]
-    if unanswered and takes_answer(judge):
-        name, value = (
-            ("dataset", config.dataset) if config.val_data_path is None else ("data_path", config.val_data_path)
-        )
-        right = f"row {unanswered[0]} has no answer, and {name_of(judge)}, the judge, needs one"
-        raise ValueError(f"{name}={value!r}: {right}; give answer_column, or a judge that doesn't")
-    return rows
-
-
-def answer_of(row: Row) -> str | None:
-    """The expected answer as a text, whatever type the data have for it."""
-    return None if row.get("answer") is None else str(row["answer"])
-
-
 def render_questions(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, system_message: str, max_prompt_length: int | None
 ) -> tuple[list[Row], list[int]]:
-    """The rows whose prompts are short enough, with `prompt` and `prompt_ids`, and their numbers in the data, from 1.
+    """The rows whose prompts are short enough, with their prompts, and their numbers in the data, from 1.
 
     Raises:
         ValueError: no prompt is.
     """
     rows = prepare_rows(rows, tokenizer, sys.maxsize, system_message=system_message)
     limit = max_prompt_length or sys.maxsize
-    numbered = [(row, number) for number, row in enumerate(rows, start=1) if len(row["prompt_ids"]) <= limit]
+    numbered = [(row, number) for number, row in enumerate(rows, start=1) if len(row[PROMPT_IDS]) <= limit]
     if len(numbered) < len(rows):
-        lengths = [len(row["prompt_ids"]) for row in rows]
+        lengths = [len(row[PROMPT_IDS]) for row in rows]
         shortest = f"every prompt is longer; the shortest has {min(lengths)} tokens"
         require(bool(numbered), "max_prompt_length", max_prompt_length, shortest)
         left_out = f"{len(rows) - len(numbered)} of {len(rows)} questions are left out"
@@ -197,7 +176,7 @@ def describe_settings(
     args: argparse.Namespace, model_path: str, system_message: str, rows: list[Row], votes_by: str
 ) -> dict:
     """All that a result depends on, as it is kept beside the results."""
-    questions = json.dumps([[row["question"], answer_of(row)] for row in rows])
+    questions = json.dumps([[question_of(row), answer_text(row)] for row in rows])
     settings = {name: value for name, value in vars(args).items() if name not in ("output_file", "device")}
     return settings | {
         "model_path": model_path,
@@ -259,13 +238,13 @@ def judge_batch(
     judged = []
     for i, text in enumerate(flat):
         row, copy = divmod(i, len(texts[0]))
-        answer, extracted = answer_of(rows[row]), answers[row][copy]
+        answer, extracted = answer_text(rows[row]), answers[row][copy]
         right = is_right(values[judge][i])
         judged.append(
             JudgedCompletion(
                 row_number=row_numbers[row],
                 pass_number=copy + 1,
-                question=rows[row]["question"],
+                question=question_of(rows[row]),
                 answer=answer,
                 completion=text,
                 extracted_answer=extracted,
@@ -308,13 +287,13 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, float]:
     model_path = args.model_path or newest_run() or tiny.NAME
     config = data_config(args)
     args.judge, args.rewards = config.judge_in_force, args.rewards or [config.right_answers, "format"]
-    for name in (*args.rewards, args.judge):
-        rewards.find_reward(name)  # complains before anything is loaded
-    judge = rewards.find_reward(args.judge)
+    functions = [rewards.find_reward(name) for name in (*args.rewards, args.judge)]  # complains before all is loaded
+    judge = functions[-1]
     tokenizer = load_tokenizer(model_path)
     system_message = find_system_message(model_path) if args.system_message is None else args.system_message
-    questions = load_questions(config, judge)
+    questions = load_eval_rows(config, "data_path")
     rows, row_numbers = render_questions(questions, tokenizer, system_message, args.max_prompt_length)
+    check_columns(functions, rows)
     params, passes = sampling_params(args), args.num_passes
     print(f"Model: {model_path}, on {device.describe()}")
     votes_by = args.judge if takes_answer(judge) else "text"
@@ -337,7 +316,7 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, float]:
 
     model = place(load_model(model_path)).eval()
     sampler = Sampler(model, eos_token_ids(model, tokenizer), tokenizer.pad_token_id)
-    collator = Collator(tokenizer.pad_token_id, max(len(row["prompt_ids"]) for row in rows))
+    collator = Collator(tokenizer.pad_token_id, max(len(row[PROMPT_IDS]) for row in rows))
     batches = sample_batches(
         sampler, tokenizer, rows, params, collator, args.batch_size, passes, args.seed, start=num_done
     )

@@ -52,11 +52,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         raise ValueError(
             f"val_fraction={args.val_fraction}: {args.num_val} of {args.count} rows; both files need at least one"
         )
-    args.format = args.format or ("jsonl" if args.output and Path(args.output).suffix == ".jsonl" else "json")
+    args.format = args.format or ("jsonl" if args.output and Path(args.output).suffix.lower() == ".jsonl" else "json")
     args.output = Path(args.output or f"reasoning_training_data.{args.format}")
     args.val_output = args.output.with_name(f"{args.output.stem}_val{args.output.suffix}") if args.num_val else None
-    if args.format == "json" and args.output.suffix != ".json":
-        raise ValueError(f"output={str(args.output)!r}: a JSON list has to end in .json; or give --format jsonl")
+    endings = {"json": (".json",), "jsonl": (".jsonl", ".json")}[args.format]  # by which `load_rows` reads it right
+    if args.output.suffix.lower() not in endings:
+        what = "a JSON list has to end in .json; or give --format jsonl and a name in .jsonl"
+        what = what if args.format == "json" else "an object a line has to end in .jsonl"
+        raise ValueError(f"output={str(args.output)!r}: {what}")
     for path in filter(None, (args.output, args.val_output)):
         check_new_file(path)
     return args

@@ -8,8 +8,9 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import utils
 
@@ -24,8 +25,10 @@ from tunix_torch import Sampler, SamplingParams, device, load_model, load_tokeni
 from tunix_torch.data import Collator, encode_prompts, render_prompt
 from tunix_torch.evaluation import sample_texts
 from tunix_torch.model import eos_token_ids, place
-from tunix_torch.readers import load_rows
+from tunix_torch.readers import FORMATS, format_of, load_rows, open_text
+from tunix_torch.rows import PROMPT_IDS, QUESTION, TURNS, prompt_of
 from tunix_torch.run_folder import find_system_message, newest_run
+from tunix_torch.shapes import normalize_row
 
 PROMPT_TEMPLATES = {
     "alpaca": (
@@ -37,12 +40,16 @@ PROMPT_TEMPLATES = {
 }
 BATCH_ROWS = 64  # completions at a time
 
+Question = str | Sequence[Mapping[str, Any]]  # a text, or messages
+
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: utils.fail(message)
     parser.add_argument("--question", help="one question")
-    parser.add_argument("--questions_file", help="many: .txt with one a line, or .json / .jsonl with a question column")
+    parser.add_argument(
+        "--questions_file", help="many: .txt with one a line, or a question column of .json, .jsonl, .csv ..."
+    )
     parser.add_argument(
         "--model_path",
         help="model or adapter folder, or hub id (default: newest run under ./outputs, else the tiny model)",
@@ -83,39 +90,49 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def load_questions(args: argparse.Namespace) -> list[str]:
+def load_questions(args: argparse.Namespace) -> list[Question]:
     """The questions of the command line.
 
     Raises:
-        ValueError: the file is missing, empty, or has a row without a question.
+        ValueError: the file is missing, empty, can't be read, or has a row without a question.
     """
     if args.question is not None:
-        questions = [args.question]
-    elif not Path(args.questions_file).is_file():
-        raise ValueError(f"questions_file={args.questions_file!r}: no such file")
-    elif Path(args.questions_file).suffix in (".json", ".jsonl"):
-        rows = load_rows(args.questions_file)
-        questions = [row.get("question") or row.get("prompt") for row in rows]
+        rows = [normalize_row({"question": args.question}, 1, "--question")]
+    elif format_of(Path(args.questions_file)) is None:
+        rows = read_lines(Path(args.questions_file))
     else:
-        questions = Path(args.questions_file).read_text(encoding="utf-8").splitlines()
-        questions = [line for line in questions if line.strip()]
-    for number, question in enumerate(questions, start=1):
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"question {number} is empty")
-    if not questions:
+        rows = load_rows(args.questions_file, setting="questions_file")
+        rows = [normalize_row(row, number, args.questions_file) for number, row in enumerate(rows, start=1)]
+    if not rows:
         raise ValueError(f"questions_file={args.questions_file!r}: no questions")
-    return questions
+    return [prompt_of(row) if row[TURNS] else row[QUESTION] for row in rows]
 
 
-def build_prompt(tokenizer: PreTrainedTokenizerBase, template: str, question: str, system_message: str) -> str:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A row for each line of a text that isn't blank."""
+    if not path.is_file():
+        raise ValueError(f"questions_file={str(path)!r}: no such file")
+    try:
+        with open_text(path) as file:
+            lines = [line.removesuffix("\n").removesuffix("\r") for line in file]
+    except UnicodeDecodeError as error:
+        known = f"a text with a question a line, or {', '.join(FORMATS)} with a column"
+        raise ValueError(f"questions_file={str(path)!r}: not UTF-8: {error}; expected {known}") from error
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    return [normalize_row({"question": line}, number, f"{path}") for number, line in numbered]
+
+
+def build_prompt(tokenizer: PreTrainedTokenizerBase, template: str, question: Question, system_message: str) -> str:
     """The text that the model sees, without a BOS token for the templates that are plain text."""
     if template == "default":
         return render_prompt(tokenizer, question, system_message)
+    if not isinstance(question, str):
+        raise ValueError(f"prompt_template={template!r}: is for texts; messages are rendered by the default")
     content = f"{system_message}\n\n{question}" if system_message else question
     return PROMPT_TEMPLATES[template].format(content=content)
 
 
-def answer(args: argparse.Namespace, questions: list[str], model_path: str) -> list[dict[str, object]]:
+def answer(args: argparse.Namespace, questions: list[Question], model_path: str) -> list[dict[str, object]]:
     """Sample answers. Returns a dict a question: "question", "prompt", and "completions" (texts)."""
     tokenizer = load_tokenizer(model_path)
     system_message = find_system_message(model_path) if args.system_message is None else args.system_message
@@ -129,7 +146,7 @@ def answer(args: argparse.Namespace, questions: list[str], model_path: str) -> l
     params = SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     if not args.do_sample:
         params = SamplingParams(args.max_new_tokens, temperature=0.0)
-    rows = [{"prompt_ids": ids} for ids in encoded]
+    rows = [{PROMPT_IDS: ids} for ids in encoded]
     collator = Collator(tokenizer.pad_token_id, max(map(len, encoded)))
     texts, _ = sample_texts(sampler, tokenizer, rows, params, collator, BATCH_ROWS, args.num_samples, args.seed)
     return [
@@ -151,7 +168,8 @@ def reasoning_steps(completion: str) -> list[str]:
 
 def show(result: dict[str, object], show_prompt: bool) -> None:
     """Print a question with its answers."""
-    print(f"\nQuestion: {result['question']}")
+    question = result["question"]
+    print(f"\nQuestion: {question if isinstance(question, str) else question[-1]['content']}")
     if show_prompt:
         print(f"Prompt:\n{result['prompt']}")
     for number, completion in enumerate(result["completions"], start=1):

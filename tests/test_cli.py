@@ -228,6 +228,27 @@ def test_supervised_fine_tuning_is_the_default_and_takes_files(call, model_folde
     assert all("eval_loss" in row for row in rows if "eval_accuracy" in row)
 
 
+def test_supervised_fine_tuning_needs_no_answers(call, model_folder, tmp_path):
+    row = {
+        "prompt": [{"role": "user", "content": "Say hello."}],
+        "completion": [{"role": "assistant", "content": "Hi."}],
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"prompt": "1?", "completion": "1."}))
+    data = ["--data_path", tmp_path / "rows.jsonl", "--val_data_path", tmp_path / "rows.jsonl"]
+    flags = ["--model_name", model_folder, *SMALL, *data, "--eval_steps", "1"]
+    result = call(train, *flags, "--output_dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["eval_loss"] for row in logged if "eval_loss" in row]
+    assert len(losses) == 3 and not any("eval_accuracy" in row for row in logged)
+    assert f"{'loss':<24}{losses[0]:>10.4f}{losses[-1]:>10.4f}" in result.stdout
+    refused(
+        call(train, *flags, "--use_grpo", "--output_dir", tmp_path / "grpo"),
+        *("rows.jsonl, row 1: no answer", "'correctness_reward' takes 'answer'"),
+    )
+    assert not (tmp_path / "grpo").exists()
+
+
 def test_settings_of_gemma2_grpo_and_rewards_of_agent_tunix_on_a_part_of_a_file(
     call, model_folder, tmp_path, monkeypatch
 ):
@@ -328,7 +349,9 @@ def test_what_a_process_settles_at_its_start_is_refused_with_one_line(flags, wor
     "name, text, words",
     [
         ("rows.jsonl", '{"question": "1", "answer": "1"}\n{"question"', ["line 2", "not valid JSON"]),
-        ("rows.jsonl", '{"question": "1"}', ["row 1", "no answer"]),
+        ("rows.jsonl", '{"question": "1"}', ["rows.jsonl, row 1", "no completion", "no answer"]),
+        ("rows.jsonl", '{"text": "1"}', ["rows.jsonl, row 1", "no question", "it has text"]),
+        ("rows.jsonl", '{"question": "\\ud800", "answer": "1"}', ["rows.jsonl, row 1", "surrogates"]),
         ("settings.json", '{"epsillon": 0.1}', ["epsillon", "did you mean 'epsilon'"]),
         ("settings.json", '{"epsilon": 0.1,\n}', ["line 2", "not valid JSON"]),
         ("settings.yaml", "epsilon: [1", ["not valid YAML"]),
@@ -387,6 +410,49 @@ def test_inference_numbers_the_steps_and_writes_a_file(trained, tmp_path):
     refused(again, "nothing is overwritten")
 
 
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("q.csv", "\ufeffanswer,question\r\n2,1 + 1?\r\n", ["1 + 1?"]),
+        ("Q.JSONL", '\ufeff{"prompt": "1 + 1?"}\n', ["1 + 1?"]),
+        ("q.txt", "\ufeffa\u2028b\x85c?\r\n\r\n  2 + 2?\n", ["a\u2028b\x85c?", "  2 + 2?"]),
+        ("questions", "1 + 1?", ["1 + 1?"]),
+        ("q.json", json.dumps([{"question": "?", "choices": ["x", "y"], "answer": 0}]), ["?\nA. x\nB. y"]),
+        ("q.jsonl", json.dumps({"prompt": [{"role": "user", "content": "?"}]}), [[{"role": "user", "content": "?"}]]),
+    ],
+)
+def test_inference_asks_the_question_column_or_a_line(name, text, expected, tmp_path):
+    (tmp_path / name).write_bytes(text.encode())
+    args = inference.parse_args(["--questions_file", str(tmp_path / name)])
+    assert inference.load_questions(args) == expected
+
+
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        ("q.csv", b"a,b\n1,2\n", ["q.csv, row 1", "no question", "it has a, b"]),
+        ("q.txt", b"\xff\xfe1", ["q.txt", "not UTF-8", ".csv"]),
+        ("q.txt", b"\n \n", ["q.txt", "no questions"]),
+        ("q.parquet", b"PAR1", ["q.parquet", "damaged"]),
+        ("q.jsonl", b'{"question": "\\ud800"}', ["q.jsonl, row 1", "surrogates"]),
+        ("q.jsonl", b'{"question": " "}', ["q.jsonl, row 1", "blank"]),
+    ],
+)
+def test_inference_refuses_a_file_without_questions_with_one_line(name, text, words, call, tmp_path):
+    (tmp_path / name).write_bytes(text)
+    refused(call(inference, "--questions_file", tmp_path / name), *words)
+
+
+def test_inference_renders_messages(call, model_folder, tmp_path):
+    turns = (("user", "1?"), ("assistant", "2"), ("user", "So?"))
+    messages = [{"role": role, "content": content} for role, content in turns]
+    (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": messages}))
+    flags = ["--model_path", model_folder, "--questions_file", tmp_path / "q.jsonl", "--max_new_tokens", "2"]
+    result = call(inference, *flags, "--show_prompt", "--system_message", "Think.")
+    assert "Question: So?" in result.stdout and "user\nThink.\n\n1?<end_of_turn>" in result.stdout, result.stderr
+    refused(call(inference, *flags, "--prompt_template", "alpaca"), "prompt_template='alpaca'", "is for texts")
+
+
 def test_inference_takes_the_newest_run_else_the_tiny_model(trained, cache, tmp_path):
     question = ["--question", "What is 1 + 1?", "--max_new_tokens", "4", "--no_do_sample"]
     assert "Model: tiny" in run("inference.py", *question, cwd=tmp_path, cache=cache).stdout
@@ -412,6 +478,8 @@ def test_inference_knows_the_prompt_templates(template, call, model_folder):
         (["--questions_file", "missing.txt"], ["missing.txt", "no such file"]),
         (["--question", "1", "--top_p", "high"], ["top_p", "high"]),
         (["--question", "1", "--prompt_template", "gpt"], ["prompt_template", "gpt"]),
+        (["--question", "half \udcff"], ["--question", "surrogates"]),
+        (["--question", " "], ["--question", "blank"]),
     ],
 )
 def test_inference_refuses_wrong_input_with_one_line(flags, words, call):

@@ -9,10 +9,22 @@ from transformers import PreTrainedTokenizerFast
 
 from tunix_torch import GRPOConfig, TunixTrainer, data, tiny
 from tunix_torch.callbacks import MetricsFile
-from tunix_torch.data import Collator, end_of_turn_id, prepare_rows, render_prompt
-from tunix_torch.scoring import columns_of
+from tunix_torch.data import Collator, check_columns, end_of_turn_id, prepare_rows, render_prompt
+from tunix_torch.rows import COMPLETION_IDS, PROMPT, PROMPT_IDS, answer_of, columns_of
 
 ROWS = [{"question": "1" * (1 + i % 7), "answer": str(i)} for i in range(50)]
+
+
+def as_list(rows):
+    return list(rows)
+
+
+def on_disk(rows):
+    return datasets.Dataset.from_list(rows)
+
+
+def as_stream(rows):
+    return datasets.IterableDataset.from_generator(rows.__iter__)
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +43,8 @@ def test_long_prompts_are_left_out_and_counted_never_cut(tokenizer, caplog):
 
 def test_prompts_begin_with_one_bos_and_end_with_the_models_turn(tokenizer):
     row = prepare_rows([{"question": "1 + 1?", "answer": "2"}], tokenizer, 64, system_message="Think.")[0]
-    assert row["prompt_ids"].count(tokenizer.bos_token_id) == 1
-    assert row["prompt"].endswith("<start_of_turn>model\n") and "Think.\n\n1 + 1?" in row["prompt"]
+    assert row[PROMPT_IDS].count(tokenizer.bos_token_id) == 1
+    assert row[PROMPT].endswith("<start_of_turn>model\n") and "Think.\n\n1 + 1?" in row[PROMPT]
 
 
 def test_tokenizer_without_a_chat_template_gets_plain_text():
@@ -44,8 +56,8 @@ def test_tokenizer_without_a_chat_template_gets_plain_text():
 
 def test_completions_for_supervised_training_end_with_the_turn(tokenizer):
     row = prepare_rows([{"question": "1 + 1?", "answer": "2"}], tokenizer, 64, max_completion_length=64)[0]
-    assert row["completion_ids"][-1] == tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    assert tokenizer.decode(row["completion_ids"][:-1]) == "<reasoning></reasoning>\n<answer>2</answer>"
+    assert row[COMPLETION_IDS][-1] == tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert tokenizer.decode(row[COMPLETION_IDS][:-1]) == "<reasoning></reasoning>\n<answer>2</answer>"
 
 
 def test_collator_pads_prompts_left_and_completions_right(tokenizer):
@@ -56,26 +68,115 @@ def test_collator_pads_prompts_left_and_completions_right(tokenizer):
     assert [row["answer"] for row in batch["rows"]] == ["1", "12"]
 
 
-def test_rewards_see_none_where_a_row_lacks_a_column():
-    rows = [{"prompt": "p", "answer": "1"}, {"prompt": "p", "answer": "2", "level": 3}]
-    assert columns_of(rows, 2)["level"] == [None, None, 3, 3]
-    with pytest.raises(ValueError, match="column 'completions'"):
-        columns_of([{"prompt": "p", "answer": "1", "completions": "x"}])
+# ---- messages ----
+
+ASKED = [{"role": "user", "content": "1 + 1?"}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+TURNS = [*ASKED, {"role": "assistant", "content": "3"}, {"role": "user", "content": "Really?"}]
+
+
+def test_messages_are_rendered_with_the_chat_template(tokenizer):
+    def render(messages, system_message=""):
+        return prepare_rows([{"prompt": messages}], tokenizer, 90, system_message=system_message)[0][PROMPT]
+
+    assert render(ASKED) == render_prompt(tokenizer, "1 + 1?")
+    assert render(ASKED, "Think.") == render_prompt(tokenizer, "1 + 1?", "Think."), "before the question"
+    turns = ["user\n1 + 1?", "model\n3", "user\nReally?"]
+    expected = "".join(f"<start_of_turn>{turn}<end_of_turn>\n" for turn in turns)
+    assert render(TURNS) == f"<bos>{expected}<start_of_turn>model\n"
+    assert render(TURNS, "Think.") == render(TURNS).replace("1 + 1?", "Think.\n\n1 + 1?"), "the first of the user's"
+    assert render([SYSTEM, *ASKED], "Think.") == render([SYSTEM, *ASKED]), "they have an instruction of their own"
+    assert TURNS[0] == ASKED[0] == {"role": "user", "content": "1 + 1?"}, "and stay as they are"
+
+
+def test_messages_that_can_not_be_rendered_are_named_with_their_row():
+    plain, gemma2 = tiny.make_tokenizer(), tiny.make_tokenizer()
+    plain.chat_template = None
+    gemma2.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        + gemma2.chat_template
+    )
+    rows = [{"prompt": ASKED}, {"prompt": [SYSTEM, *ASKED]}]
+    with pytest.raises(ValueError, match="data set, row 1: .*no chat template"):
+        prepare_rows(rows, plain, 64)
+    with pytest.raises(ValueError, match="data set, row 2: .*chat template refuses .*: System role not supported"):
+        prepare_rows(rows, gemma2, 64)
+    with pytest.raises(ValueError, match="data set, row 2: the question is a dict"):
+        prepare_rows([*rows[:1], {"prompt": ASKED[0]}], gemma2, 64)
+
+
+# ---- columns ----
+
+
+@pytest.mark.parametrize("kind", ["list", "on disk"])
+def test_rows_with_columns_named_like_ours_are_not_taken_for_prepared_ones(tokenizer, kind):
+    rows = [{"question": "1?", "answer": "1", "prompt_ids": [7], "completion_ids": "x", "prompt_mask": None}] * 2
+    ready = prepare_rows(rows if kind == "list" else datasets.Dataset.from_list(rows), tokenizer, 40, 60)
+    assert ready[0][PROMPT_IDS] == tokenizer(ready[0][PROMPT], add_special_tokens=False)["input_ids"]
+    assert columns_of(list(ready))["prompt_ids"] == [[7], [7]]
+    assert list(prepare_rows(ready, tokenizer, 40)) == list(ready), "ours are"
+    batch = Collator(tokenizer.pad_token_id, 40, 60)(ready)
+    assert batch["rows"][0]["completion_ids"] == "x" and batch["completion_ids"].shape[0] == 2
+
+
+def test_rows_prepared_for_rollouts_are_prepared_anew_for_supervised_training(tokenizer):
+    ready = prepare_rows(ROWS, tokenizer, 40)
+    assert prepare_rows(ready, tokenizer, 40, 64) == prepare_rows(ROWS, tokenizer, 40, 64)
+
+
+def test_answers_of_a_data_set_are_classes_names_and_numbers_as_they_were_meant(tokenizer):
+    features = {
+        "question": datasets.Value("string"),
+        "answer": datasets.ClassLabel(names=["no", "yes"]),
+        "answers": datasets.List(datasets.Value("float32")),
+        "level": datasets.ClassLabel(names=["easy"]),
+    }
+    rows = datasets.Dataset.from_list(
+        [{"question": "1?", "answer": 1, "answers": None, "level": 0}] * 2
+        + [{"question": "2?", "answer": None, "answers": [0.1], "level": 0}],
+        datasets.Features(features),
+    )
+    stream = rows.to_iterable_dataset()
+    for kind in (rows, rows.with_format("torch"), stream, stream.with_format("torch")):
+        ready = list(itertools.islice(prepare_rows(kind, tokenizer, 40), 3))
+        assert [answer_of(row) for row in ready] == ["yes", "yes", 0.1]
+        assert [row["level"] for row in ready] == [0, 0, 0], "other columns are as they are"
+
+
+@pytest.mark.parametrize("kind", [as_list, on_disk])
+def test_an_answer_that_comes_after_many_rows_without_one_has_its_type(tokenizer, kind):
+    rows = [{"question": "1?", "answers": None, "solved": None}] * 1500 + [
+        {"question": "1?", "answers": [7], "solved": 7}
+    ]
+    ready = prepare_rows(kind(rows), tokenizer, 40)
+    assert answer_of(ready[0]) is None and answer_of(ready[1500]) == 7
+    with pytest.raises(
+        ValueError, match="data set, row 1: no answer.* The judge 'needs' takes 'answer'; give the param"
+    ):
+        check_columns([needs], ready, "judge")
+
+
+def needs(completions, answer, **columns):
+    return [float(a == "2") for a in answer]
+
+
+def test_what_a_function_lacks_is_seen_before_it_is_called(tokenizer):
+    def by_level(completions, level):
+        return level
+
+    for kind in (as_list, on_disk):
+        ready = prepare_rows(kind(ROWS), tokenizer, 40)
+        check_columns([needs], ready)
+        with pytest.raises(
+            ValueError, match="data set, row 1: no column 'level'. The reward function 'by_level' takes"
+        ):
+            check_columns([needs, by_level], ready)
+        bad = prepare_rows(kind([{**row, "completions": "x"} for row in ROWS]), tokenizer, 40)
+        with pytest.raises(ValueError, match="column 'completions' of the data set: reward functions get something"):
+            check_columns([needs], bad)
 
 
 # ---- overlong prompts ----
-
-
-def as_list(rows):
-    return list(rows)
-
-
-def on_disk(rows):
-    return datasets.Dataset.from_list(rows)
-
-
-def as_stream(rows):
-    return datasets.IterableDataset.from_generator(rows.__iter__)
 
 
 @pytest.mark.parametrize("kind", [as_list, on_disk, as_stream])
@@ -84,7 +185,9 @@ def test_lists_data_sets_and_streams_give_the_same_prompts(tokenizer, kind, comp
     rows = [*ROWS[:5], {"question": "1" * 99, "answer": "7"}, {"question": "2", "answer": "8" * 99}, *ROWS[5:]]
     expected = prepare_rows(rows, tokenizer, 40, completion_width)
     got = prepare_rows(kind(rows), tokenizer, 40, completion_width)
-    assert list(itertools.islice(got, len(expected))) == expected
+    got = list(itertools.islice(got, len(expected)))
+    assert got == [{name: row[name] for name in got[0]} for row in expected]  # reasoning is not kept on disk
+    assert columns_of(got) == columns_of(expected)
     assert len(expected) == len(rows) - 1 - (completion_width is not None)
 
 
@@ -140,8 +243,8 @@ def test_another_tokenizer_or_instruction_finds_no_tokens_of_the_first(tokenizer
     plain.chat_template = None
     for one, message in ((tokenizer, ""), (other, ""), (plain, ""), (tokenizer, "Think.")):
         rows = prepare_rows(ROWS, one, 60, system_message=message)
-        ids = [data.encode_prompts(one, [row["prompt"]])[0] for row in rows]
-        assert [row["prompt_ids"] for row in rows] == ids
+        ids = [data.encode_prompts(one, [row[PROMPT]])[0] for row in rows]
+        assert [row[PROMPT_IDS] for row in rows] == ids
 
 
 def test_data_set_on_disk_is_tokenised_once_and_stays_on_disk(tokenizer, monkeypatch, tmp_path):
@@ -194,14 +297,15 @@ def test_overlong_prompts_of_a_stream_are_counted_warned_of_once_or_raised(token
 
 
 def test_stream_names_a_bad_row(tokenizer):
-    with pytest.raises(ValueError, match="row 2: no answer"):
-        list(prepare_rows(as_stream([ROWS[0], {"question": "q"}]), tokenizer, 20))
+    with pytest.raises(ValueError, match="row 2: no question"):
+        list(prepare_rows(as_stream([ROWS[0], {"answer": "a"}]), tokenizer, 20))
 
 
-def make_trainer(model_folder, folder, train, evaluation=None, **settings):
-    def reward(prompts, completions, **columns):
-        return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+def digits(prompts, completions, **columns):
+    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
+
+def make_trainer(model_folder, folder, train, evaluation=None, reward=digits, **settings):
     settings = {
         "max_steps": 4,
         "per_device_train_batch_size": 4,
@@ -250,3 +354,91 @@ def test_trainer_raises_overlong_prompts_when_asked(model_folder, tmp_path):
     rows = [*ROWS, {"question": "1" * 90, "answer": "1"}]
     with pytest.raises(ValueError, match="1 of 51 rows"):
         make_trainer(model_folder, tmp_path, rows, overlong_prompts="raise")
+
+
+# ---- what people bring ----
+
+
+def test_the_quick_start_of_trl_runs(model_folder, tmp_path):
+    """Rows of prompts only, and a reward that takes completions and **kwargs."""
+
+    def reward(completions, **kwargs):
+        assert kwargs.keys() == {"prompts", "prompt", "question"}
+        return [float(len(set(completion))) for completion in completions]
+
+    rows = datasets.Dataset.from_dict({"prompt": [f"Say {i}." for i in range(8)]})
+    trainer = make_trainer(model_folder, tmp_path, rows, rows.select([0, 1]), reward, max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2 and "eval_accuracy" in trainer.evaluate()
+
+
+@pytest.mark.parametrize("kind", [as_list, on_disk, as_stream])
+def test_messages_train_and_rewards_get_messages(model_folder, tmp_path, kind):
+    seen = []
+
+    def reward(prompts, completions):
+        assert all(prompt in (ASKED, TURNS) for prompt in prompts)
+        assert all([message["role"] for message in completion] == ["assistant"] for completion in completions)
+        seen.extend(prompts)
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    rows = kind([{"prompt": ASKED}, {"prompt": TURNS}] * 2)
+    trainer = make_trainer(model_folder, tmp_path, rows, rows, reward, max_steps=1, max_prompt_length=90)
+    trainer.train()
+    assert len(seen) == 16 and seen.count(TURNS) == 8
+
+
+def test_texts_and_messages_may_be_mixed(model_folder, tmp_path):
+    def reward(prompts, completions, **columns):
+        kinds = {(isinstance(p, str), isinstance(c, str)) for p, c in zip(prompts, completions, strict=True)}
+        assert kinds == {(True, True), (False, False)}
+        return [float(len(completion)) for completion in completions]
+
+    rows = [{"prompt": ASKED}, {"question": "1 + 1?", "answer": 2}] * 2
+    make_trainer(model_folder, tmp_path, rows, None, reward, max_steps=1).train()
+
+
+@pytest.mark.parametrize("messages", [False, True])
+@pytest.mark.parametrize("kind", [as_list, on_disk, as_stream])
+def test_supervised_training_takes_a_prompt_and_a_completion(model_folder, tmp_path, kind, messages):
+    rows = [{"prompt": "1 + 1?", "completion": "So 2."}] * 4
+    if messages:
+        rows = [{"prompt": ASKED, "completion": [{"role": "assistant", "content": "So 2."}]}] * 4
+    trainer = make_trainer(model_folder, tmp_path, kind(rows), kind(rows[:2]), None, use_grpo=False, max_steps=1)
+    text = make_trainer(model_folder, tmp_path, ROWS, None, None, use_grpo=False).processing_class
+    (row, *_) = itertools.islice(trainer.train_dataset, 1)
+    assert text.decode(row[COMPLETION_IDS]) == "So 2.<end_of_turn>" and row[PROMPT] == render_prompt(text, "1 + 1?")
+    trainer.train()
+    assert trainer.evaluate().keys() - {"epoch"} == {"eval_loss", "eval_runtime"}
+
+
+@pytest.mark.parametrize(
+    "rows, settings, message",
+    [
+        ([{"question": "q"}], {"reward": needs}, "row 1: no answer.*The reward function 'needs' takes 'answer'"),
+        ([{"question": "q"}], {"use_grpo": False}, "row 1: no completion to learn from"),
+        ([{"question": "q", "answer": {"a": 1}}], {"reward": needs}, "row 1: the answer is a dict.*'needs' takes"),
+        ([{"question": "half \ud83d"}], {}, "row 1: the question has"),
+        ([{"question": "q", "prompts": 1}], {}, "column 'prompts' of the data set"),
+        ([], {}, "there are only 0 training rows"),
+    ],
+)
+def test_rows_that_can_not_be_trained_on_are_one_line(model_folder, tmp_path, rows, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model_folder, tmp_path, rows * 4, **settings)
+
+
+def test_evaluation_rows_have_what_the_judge_takes(model_folder, tmp_path):
+    with pytest.raises(ValueError, match="data set, row 1: no answer.*The judge 'needs' takes 'answer'"):
+        make_trainer(model_folder, tmp_path, None, [{"question": "q"}], needs)
+    trainer = make_trainer(model_folder, tmp_path, None, ROWS[:2], needs)
+    with pytest.raises(ValueError, match="data set, row 1: no answer.*The judge 'needs' takes 'answer'"):
+        trainer.evaluate([{"question": "q"}])
+    rows = datasets.Dataset.from_list([{"question": "q", "answer": 2}])
+    assert trainer.evaluate(datasets.DatasetDict(test=rows))["eval_accuracy"] == 0.0
+
+
+def test_a_stream_without_what_a_reward_takes_is_named_when_it_is_called(model_folder, tmp_path):
+    rows = as_stream([{"question": "q"}] * 4)
+    with pytest.raises(ValueError, match="data set, row 1: no answer.*The reward function 'needs' takes 'answer'"):
+        make_trainer(model_folder, tmp_path, rows, None, needs).train()

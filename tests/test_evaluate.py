@@ -278,19 +278,12 @@ def test_it_judges_by_what_train_py_judges_by(command, model_folder, monkeypatch
         evaluate.main([*flags, "--output_file", "m.jsonl", "--judge", "correctness"])
 
 
-def test_a_question_without_an_answer_needs_a_judge_that_needs_none(tmp_path, monkeypatch):
-    rows = [{"question": "1 + 1?", "answer": 2, "prompt": "1 + 1?"}, {"question": "Why?", "prompt": "Why?"}]
-    (tmp_path / "judge_of_nothing.py").write_text("def short(completions, **_):\n    return [1.0] * len(completions)\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(evaluate, "load_eval_rows", lambda config, name: rows)
-    config, judge = DataConfig(val_data_path="rows.jsonl"), rewards.find_reward("judge_of_nothing.short")
-    with pytest.raises(
-        ValueError, match="data_path='rows.jsonl': row 2 has no answer, and correctness_reward, the judge"
-    ):
-        evaluate.load_questions(config, rewards.find_reward("correctness"))
-    assert evaluate.load_questions(config, judge) == rows
-    batch = evaluate.judge_batch(rows, [1, 2], [["a"], ["b"]], [[1], [1]], "judge_of_nothing.short", ["format"])
-    assert [c.answer for c in batch] == ["2", None] and all(c.right for c in batch)
+def test_a_question_without_an_answer_needs_a_judge_that_needs_none(command, rows_file):
+    rows_file.write_text('{"question": "1 + 1?", "answer": 2}\n{"question": "Why?"}\n')
+    with pytest.raises(ValueError, match="row 2: no answer.*'correctness_reward' takes 'answer'"):
+        command()
+    command("--judge", "test_evaluate_rewards.length_is_even", "--rewards", "format", "--output_file", "r.jsonl")
+    assert [c.answer for c in read("r.jsonl")] == ["2", ""]
 
 
 def test_votes_of_a_judge_that_takes_no_answer_are_equal_where_answers_are():

@@ -19,7 +19,8 @@ from rewards.reasoning_coherence_reward import _judge_equations
 from training_data import DIFFICULTIES, TEMPLATES, Question, common_sense_questions
 from training_data.code_questions import run as run_traced
 from tunix_torch.readers import load_rows
-from tunix_torch.sources import normalize_row
+from tunix_torch.rows import QUESTION, answer_of
+from tunix_torch.shapes import completion_of, normalize_row
 
 ROOT = Path(__file__).parent.parent
 TYPES = ["math", "logic", "science", "common_sense", "code"]
@@ -59,7 +60,7 @@ def test_json_is_what_the_library_loads_and_statistics_are_printed(tmp_path):
     assert [list(row) for row in rows] == [COLUMNS] * 90
     for number, row in enumerate(rows, start=1):
         normal_row = normalize_row(row, number, "file")
-        assert (normal_row["question"], normal_row["answer"]) == (row["question"], row["answer"])
+        assert (normal_row[QUESTION], answer_of(normal_row)) == (row["question"], row["answer"])
     assert re.search(r"^math +6 +6 +6 +18$", result.stdout, re.MULTILINE)
     assert re.search(r"^all +30 +30 +30 +90$", result.stdout, re.MULTILINE)
     mean = sum(len(row["question"]) for row in rows) / 90
@@ -76,7 +77,7 @@ def test_jsonl_with_reasoning_makes_demonstrations_for_sft(tmp_path):
     assert {row["type"] for row in rows} == {"code", "math"}
     for number, row in enumerate(rows, start=1):
         assert list(row) == [*COLUMNS, "reasoning"]
-        completion = normalize_row(row, number, "file")["completion"]
+        completion = completion_of(normalize_row(row, number, "file"))
         assert format_reward([""], [completion]) == [1.0]
         assert extract_reasoning(completion) == row["reasoning"] and extract_answer(completion) == row["answer"]
 
@@ -114,6 +115,8 @@ def test_same_seed_same_bytes_whatever_the_hash_seed_and_other_seeds_differ(tmp_
         (["--difficulty", "easy,easy"], ["difficulty='easy,easy'", "at most once"]),
         (["--format", "csv"], ["--format", "csv"]),
         (["--format", "json", "--output", "rows.jsonl"], ["output='rows.jsonl'", ".json", "--format jsonl"]),
+        (["--format", "jsonl", "--output", "rows.csv"], ["output='rows.csv'", "an object a line", ".jsonl"]),
+        (["--output", "rows.csv"], ["output='rows.csv'", ".json"]),
         (["--val_fraction", "1"], ["val_fraction=1.0", "[0, 1)"]),
         (["--val_fraction", "nan"], ["val_fraction=nan", "[0, 1)"]),
         (["--count", "3", "--val_fraction", "0.1"], ["val_fraction=0.1", "0 of 3 rows"]),

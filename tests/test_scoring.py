@@ -1,6 +1,7 @@
 """Calling reward functions: plain, async, slow, by name and by dotted path."""
 
 import asyncio
+import functools
 import time
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import rewards
 from tunix_torch import DataConfig, GRPOConfig
 from tunix_torch.job import choose_rewards
+from tunix_torch.reward_workers import RewardWorkers
 from tunix_torch.scoring import call_rewards, score_completions
 
 ROWS = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "2 + 2?", "answer": "4"}]
@@ -94,6 +96,99 @@ def test_what_is_no_list_of_numbers_is_refused_with_the_functions_name(values):
 
     with pytest.raises(ValueError, match="'careless' returned .*expected numbers"):
         call_rewards([careless], ROWS, COMPLETIONS)
+
+
+# ---- what a function takes ----
+
+
+def only_named(completions, answer):
+    return right(None, completions, answer)
+
+
+def scaled(by, /, completions, answer):
+    return [by * value / 2 for value in only_named(completions, answer)]
+
+
+def with_default(completions, level=None):
+    return [float(level is None)] * len(completions)
+
+
+@functools.wraps(only_named)
+def passing_on(*arguments, **columns):
+    assert columns.keys() == {"completions", "answer"}
+    return only_named(*arguments, **columns)
+
+
+@functools.wraps(only_named)
+def adding(prompts, **columns):
+    assert prompts and columns.keys() == {"completions", "answer"}
+    return only_named(**columns)
+
+
+class Named:
+    def __call__(self, completions, answer):
+        return only_named(completions, answer)
+
+    async def later(self, completions, answer):
+        return only_named(completions, answer)
+
+
+@pytest.mark.parametrize("workers", [None, 1])
+def test_a_function_gets_the_columns_that_it_names(workers):
+    functions = [only_named, functools.partial(scaled, 2.0), Named(), Named().later]
+    if workers is None:
+        functions += [passing_on, adding]  # no other process could import these by their names
+    else:
+        workers = RewardWorkers(workers, functions)
+    try:
+        assert call_rewards(functions, ROWS, COMPLETIONS, None, workers) == [[1.0, 0.0, 1.0, 1.0]] * len(functions)
+    finally:
+        if workers:
+            workers.close()
+
+
+def test_a_parameter_with_a_default_keeps_it_where_no_row_has_such_a_column():
+    assert call_rewards([with_default], ROWS, COMPLETIONS) == [[1.0] * 4]
+    rows = [{**ROWS[0], "level": 1}, ROWS[1]]
+    assert call_rewards([with_default], rows, COMPLETIONS) == [[0.0] * 4]
+
+
+def by_level(completions, level, **columns):
+    return level
+
+
+def nothing():
+    return []
+
+
+@pytest.mark.parametrize(
+    "function, rows, message",
+    [
+        (
+            by_level,
+            ROWS,
+            "row 1: no column 'level'. The reward function 'by_level' takes 'level'; it has prompt, a",
+        ),
+        (by_level, [{**ROWS[0], "level": 1}, ROWS[1]], "row 2: no column 'level'"),
+        (right, [ROWS[0], {"prompt": "?"}], "row 2: no answer. .*'right' takes 'answer'; give the parameter a default"),
+        (passing_on, [{"prompt": "?", "answers": None}], "row 1: no answer. .*'only_named' takes 'answer'"),
+        (right, [{**ROWS[0], "prompts": 1}], "column 'prompts' of the data set"),
+        (nothing, ROWS, "'nothing' takes neither prompts nor completions nor a column"),
+        (len, ROWS, "'len' takes 'obj' by position; it is called by names"),
+    ],
+)
+def test_what_a_function_can_not_be_called_with_is_one_line(function, rows, message):
+    with pytest.raises(ValueError, match=message):
+        call_rewards([some, function], rows, COMPLETIONS)
+
+
+def test_a_function_that_changes_its_columns_changes_them_for_itself_only():
+    def careless(completions, answer, **columns):
+        completions.clear()
+        answer[0] = "9"
+        return [0.0] * 4
+
+    assert call_rewards([careless, right], ROWS, COMPLETIONS)[1] == [1.0, 0.0, 1.0, 1.0]
 
 
 def test_a_completion_that_nobody_judges_is_named():

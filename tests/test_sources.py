@@ -1,16 +1,23 @@
-"""Where rows come from: every source on copies made here, shapes, splits, streams, and one clear line for mistakes."""
+"""Where rows come from: every source on copies made here, splits, streams, and one clear line for mistakes."""
 
 import importlib.util
+import itertools
 import json
+import types
 
 import datasets
 import numpy as np
+import pandas
+import pyarrow
 import pytest
+import torch
 
 from tunix_torch import DataConfig
 from tunix_torch.config import KNOWN_DATASETS
 from tunix_torch.readers import load_rows, stream_rows
-from tunix_torch.sources import KNOWN, last_boxed, load_data, load_eval_rows, normalize_row, split_rows
+from tunix_torch.rows import QUESTION, answer_of
+from tunix_torch.shapes import COLUMNS, normalize_row
+from tunix_torch.sources import KNOWN, evaluation_rows, load_data, load_eval_rows, training_rows
 
 ROWS = [{"question": f"{i} + 0?", "answer": str(i)} for i in range(10)]
 ARC = {
@@ -64,36 +71,6 @@ def test_missing_file_is_named(tmp_path):
         load_rows(str(tmp_path / "missing.jsonl"))
 
 
-@pytest.mark.parametrize("row", [{"question": "1 + 1?"}, {"question": "1 + 1?", "answer": " "}])
-def test_row_without_an_answer_is_named(tmp_path, row):
-    path = write(tmp_path / "a.jsonl", json.dumps({"question": "q", "answer": "1"}) + "\n" + json.dumps(row))
-    with pytest.raises(ValueError, match="row 2: no answer"):
-        load_data(DataConfig(data_path=path), seed=0)
-
-
-def test_row_without_a_question_is_named():
-    with pytest.raises(ValueError, match="row 7: no question"):
-        normalize_row({"answer": "1"}, 7, "file")
-
-
-def test_a_question_that_is_no_text_is_refused_rather_than_printed_into_a_prompt():
-    with pytest.raises(ValueError, match="row 1: the question is a list"):
-        normalize_row({"prompt": [{"role": "user", "content": "1 + 1?"}], "answer": "2"}, 1, "file")
-
-
-@pytest.mark.parametrize("column", ["answer", "answers", "expected_answers"])
-@pytest.mark.parametrize("question", ["question", "prompt"])
-def test_columns_by_any_of_their_names(question, column):
-    row = normalize_row({question: "1 + 1?", column: 2, "level": "easy"}, 1, "file")
-    assert (row["question"], row["answer"], row["level"]) == ("1 + 1?", "2", "easy")
-
-
-def test_gsm8k_answers_are_split_into_reasoning_and_answer():
-    row = normalize_row({"question": "q", "answer": "48/2 = 24 clips.\n48+24 = 72.\n#### 72"}, 1, "gsm8k")
-    assert row["answer"] == "72"
-    assert row["completion"] == "<reasoning>48/2 = 24 clips.\n48+24 = 72.</reasoning>\n<answer>72</answer>"
-
-
 def test_generated_rows_never_share_a_question_with_the_held_out_set():
     train, evaluation = load_data(DataConfig(), seed=3)
     assert len(evaluation) == 256 and len(train) == 4096
@@ -109,22 +86,6 @@ def test_a_file_in_another_encoding_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_bytes('{"question": "\u00e9"}'.encode("latin-1"))
     with pytest.raises(ValueError, match="val_data_path=.*a.jsonl.*not UTF-8"):
         load_rows(str(tmp_path / "a.jsonl"), setting="val_data_path")
-
-
-def test_a_list_of_one_answer_is_that_answer():
-    assert normalize_row({"question": "q", "answers": ["7"]}, 1, "file")["answer"] == "7"
-    with pytest.raises(ValueError, match="row 3: 2 answers"):
-        normalize_row({"question": "q", "answers": ["7", "8"]}, 3, "file")
-
-
-def test_an_answer_that_ends_in_a_bare_mark_is_no_answer():
-    with pytest.raises(ValueError, match="row 1: no answer"):
-        normalize_row({"question": "q", "answer": "48 + 24 = 72 ####"}, 1, "file")
-
-
-def test_a_completion_that_is_no_text_is_refused():
-    with pytest.raises(ValueError, match="row 2: the completion is a NoneType"):
-        normalize_row({"question": "q", "answer": "1", "completion": None}, 2, "file")
 
 
 # ---- files ----
@@ -145,12 +106,194 @@ def test_csv_and_parquet_hold_the_same_rows_and_csv_keeps_the_text(tmp_path):
         ("a.csv", "question,answer\n1\n", "a.csv, line 2: expected the fields"),
         ("a.csv", "question,answer\n", "no rows"),
         ("a.csv", 'question,answer\n"1,2\n', "a.csv, line 2: not valid CSV"),
-        ("a.parquet", "question", "not a Parquet file"),
+        ("a.csv", "question,answer,question\n1,2,3\n", "a.csv, line 1: the column 'question' is there 2 times"),
+        ("a.parquet", "question", "a.parquet': damaged, or no .parquet file, after row 0"),
+        ("a.arrow", "question", "a.arrow': damaged, or no .arrow file, after row 0"),
+        ("a.jsonl.gz", "question", "a.jsonl.gz': damaged, or no .jsonl.gz file"),
+        (
+            "a.xlsx",
+            "PK",
+            "a.xlsx, line 1: not valid JSON: .*; files that are read end in .json, .jsonl, .csv, .tsv, .pa",
+        ),
     ],
 )
 def test_bad_tables_are_one_clear_line(tmp_path, name, text, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         load_rows(write(tmp_path / name, text))
+    assert "\n" not in str(error.value)
+
+
+TEXTS = {
+    ".jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
+    ".json": json.dumps(ROWS, indent=1),
+    ".csv": "question,answer\r\n" + "".join(f"{row['question']},{row['answer']}\r\n" for row in ROWS),
+    ".tsv": "question\tanswer\n" + "".join(f"{row['question']}\t{row['answer']}\n" for row in ROWS),
+}
+
+
+PACKED = {"": None, ".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+TABLES = (".parquet", ".arrow", "_file.arrow")
+
+
+@pytest.mark.parametrize("end, packed", [*itertools.product(TEXTS, PACKED), *itertools.product(TABLES, [""])])
+@pytest.mark.parametrize("capitals", [False, True])
+def test_every_format_is_read_in_capitals_compressed_and_with_a_byte_order_mark(tmp_path, end, packed, capitals):
+    path = tmp_path / (f"a{end}{packed}".upper() if capitals else f"a{end}{packed}")
+    table = datasets.Dataset.from_list(ROWS).data.table
+    if end in TEXTS:
+        with pyarrow.output_stream(path, PACKED[packed]) as file:
+            file.write(("\ufeff" + TEXTS[end]).encode())
+    elif end == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        new = pyarrow.ipc.new_stream if end == ".arrow" else pyarrow.ipc.new_file
+        with new(path, table.schema) as file:
+            file.write_table(table)
+    assert load_rows(str(path)) == ROWS and list(stream_rows(str(path))) == ROWS
+    assert len(load_data(DataConfig(data_path=str(path), train_fraction=0.5), seed=0)[0]) == 5
+
+
+@pytest.mark.parametrize("where", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("compression", ["none", "snappy"])
+def test_damaged_parquet_is_one_line_also_where_it_shows_late(tmp_path, where, cut, compression):
+    rows = [{"question": f"{i} + {i}?" * 9, "answer": str(2 * i)} for i in range(5000)]
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=500, compression=compression)
+    data = (tmp_path / "a.parquet").read_bytes()
+    i = int(len(data) * where)
+    (tmp_path / "a.parquet").write_bytes(data[:i] if cut else data[:i] + bytes([255]) * 3000 + data[i + 3000 :])
+    for load in (load_rows, lambda path: list(stream_rows(path))):
+        with pytest.raises(ValueError, match="a.parquet'.*(damaged|not UTF-8)") as error:
+            load(str(tmp_path / "a.parquet"))
+        assert "\n" not in str(error.value)
+
+
+def classes_and_short_numbers():
+    """Rows whose answer is a class, and numbers of 32 bits; and what they mean."""
+    features = datasets.Features(
+        {
+            "question": datasets.Value("string"),
+            "answer": datasets.ClassLabel(names=["no", "yes"]),
+            "number": datasets.Value("float32"),
+            "numbers": datasets.List(datasets.Value("float16")),
+            "nested": {"label": datasets.ClassLabel(names=["a"]), "text": datasets.Value("string")},
+        }
+    )
+    row = {"question": "1?", "answer": 1, "number": 0.1, "numbers": [0.1, None], "nested": {"label": 0, "text": "t"}}
+    meant = {**row, "answer": "yes", "nested": {"label": "a", "text": "t"}}
+    return datasets.Dataset.from_list([row], features), [meant]
+
+
+@pytest.mark.parametrize("kind", ["a.parquet", "a.arrow", "saved"])
+def test_classes_become_names_and_float32_what_was_meant(tmp_path, kind):
+    data, meant = classes_and_short_numbers()
+    path = str(tmp_path / kind)
+    if kind == "a.parquet":
+        data.to_parquet(path)
+    elif kind == "a.arrow":
+        with pyarrow.ipc.new_file(path, data.data.table.schema) as file:
+            file.write_table(data.data.table)
+    else:
+        data.save_to_disk(path)
+    assert load_rows(path) == meant and list(stream_rows(path)) == meant
+    assert answer_of(load_data(DataConfig(data_path=path), seed=0)[0][0]) == "yes"
+
+
+# ---- data sets that a caller has at hand ----
+
+
+class OfTorch(torch.utils.data.Dataset):
+    """Without an IndexError at its end."""
+
+    def __len__(self):
+        return len(ROWS)
+
+    def __getitem__(self, i):
+        return ROWS[i % len(ROWS)]
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return itertools.cycle(ROWS)
+
+
+class WithoutLength(torch.utils.data.Dataset):
+    def __getitem__(self, i):
+        return ROWS[0]
+
+
+COLUMNS_OF_ROWS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ROWS,
+        tuple(ROWS),
+        map(types.MappingProxyType, ROWS),
+        OfTorch(),
+        torch.utils.data.Subset(OfTorch(), range(len(ROWS))),
+        COLUMNS_OF_ROWS,
+        {name: np.array(values) for name, values in COLUMNS_OF_ROWS.items()},
+        pandas.DataFrame(ROWS),
+        pandas.DataFrame(ROWS, index=range(10, 20)),
+        datasets.Dataset.from_list(ROWS),
+        datasets.Dataset.from_list(ROWS).with_transform(lambda batch: batch),
+        datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS[:1])),
+        {"train": pandas.DataFrame(ROWS), "test": pandas.DataFrame(ROWS[:1])},
+        datasets.IterableDatasetDict(train=datasets.Dataset.from_list(ROWS).to_iterable_dataset()),
+    ],
+)
+def test_data_sets_of_every_kind_are_taken(rows):
+    assert list(training_rows(rows)) == ROWS
+
+
+def test_evaluation_takes_the_split_that_is_for_it_and_reads_a_stream_to_its_end():
+    train, test = datasets.Dataset.from_list(ROWS), datasets.Dataset.from_list(ROWS[:3])
+    for name in ("test", "validation"):
+        assert list(evaluation_rows(datasets.DatasetDict({"train": train, name: test}))) == ROWS[:3]
+    assert list(evaluation_rows(test.to_iterable_dataset())) == ROWS[:3]
+
+
+def split_into(*names):
+    return datasets.DatasetDict(dict.fromkeys(names, datasets.Dataset.from_list(ROWS)))
+
+
+@pytest.mark.parametrize(
+    "take, rows, message",
+    [
+        (training_rows, split_into("a", "b"), r"train_dataset: has the splits a, b; give one .* train_dataset\['a'\]"),
+        (
+            evaluation_rows,
+            split_into("train", "test", "validation"),
+            "eval_dataset: has the splits train, test, validat",
+        ),
+        (evaluation_rows, split_into("train"), "eval_dataset: has the splits train"),
+        (training_rows, "openai/gsm8k", "train_dataset='openai/gsm8k': expected a datasets.Dataset, a list of dicts"),
+        (training_rows, 7, "train_dataset=7: expected"),
+        (training_rows, OfTorch, "train_dataset=<class .*OfTorch'>: expected"),
+        (training_rows, pandas.DataFrame([["1 + 1?", "2"]]), "train_dataset, row 1: a column is named 0"),
+        (training_rows, ["1 + 1?"], "train_dataset, row 1: a str, expected a dict"),
+        (training_rows, [*ROWS, None], "train_dataset, row 11: a NoneType, expected a dict"),
+        (training_rows, ROWS[0], r"train_dataset\['question'\]='0 \+ 0\?': expected a column"),
+        (training_rows, {"question": ["a", "b"], "answer": ["1"]}, "different lengths: {'question': 2, 'answer': 1}"),
+        (training_rows, Endless(), "train_dataset: a Endless of PyTorch; give a stream as a datasets.IterableDataset"),
+        (training_rows, WithoutLength(), "train_dataset: a WithoutLength without a length"),
+    ],
+)
+def test_what_is_no_data_set_is_one_line(take, rows, message):
+    with pytest.raises(ValueError, match=message) as error:
+        take(rows)
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_of_a_data_frame_are_what_was_meant_and_its_empty_cells_none():
+    frame = pandas.DataFrame({"question": ["a", "b"], "n": np.array([0.1, np.nan], np.float32), "i": [1, 2]})
+    frame["text"], frame["big"] = ["x", None], pandas.array([2**60, None], dtype="Int64")
+    first, second = training_rows(frame)
+    assert first == {"question": "a", "n": 0.1, "i": 1, "text": "x", "big": 2**60}
+    assert second == {"question": "b", "n": None, "i": 2, "text": None, "big": None} and type(second["i"]) is int
 
 
 # ---- hubs ----
@@ -231,7 +374,7 @@ def test_tfds_data_set_by_name_is_found_in_its_data_folder(tfds_folder, monkeypa
     config = DataConfig(data_path="tunix_arc", data_source="tfds", dataset="arc", num_eval_rows=5)
     train, evaluation = load_data(config, seed=0)
     assert len(train) == 4 and len(evaluation) == 1, "a name with --dataset: evaluated on its test split"
-    assert train[0]["answer"] == "A" and train[0]["question"].endswith("?\nA. iron\nB. salt")
+    assert answer_of(train[0]) == "A" and train[0][QUESTION].endswith("?\nA. iron\nB. salt")
 
 
 def test_tfds_mistakes_are_one_line(tfds_folder, tmp_path):
@@ -303,54 +446,7 @@ def test_missing_package_is_said_with_the_command(monkeypatch, source, package):
 
 
 def test_known_data_sets_are_those_of_the_config():
-    assert tuple(KNOWN) == KNOWN_DATASETS
-
-
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        (r"so \boxed{72}.", "72"),
-        (r"\boxed{1} and then $\boxed{\frac{1}{2}}$", r"\frac{1}{2}"),
-        (r"\boxed{\left\{ x : x > 0 \right\}}", r"\left\{ x : x > 0 \right\}"),
-        (r"\boxed{a \left\{ b}", r"a \left\{ b"),
-        (r"$\boxed {5}$", "5"),
-        (r"so $\boxed 2$ it is", "2"),
-        (r"\fbox{3}", "3"),
-        (r"no box", None),
-        (r"\boxed{never closed", None),
-    ],
-)
-def test_answer_is_what_the_last_box_holds(text, answer):
-    assert last_boxed(text) == answer
-
-
-def test_math_rows_keep_level_and_type_and_the_solution_is_the_demonstration():
-    row = normalize_row(MATH, 1, "math")
-    assert (row["question"], row["answer"], row["level"], row["type"]) == (
-        "Half of 1?",
-        r"\frac{1}{2}",
-        "Level 1",
-        "Algebra",
-    )
-    assert row["completion"].startswith("<reasoning>It is $") and "problem" not in row
-    assert normalize_row({**MATH, "answer": "0.5"}, 1, "math")["answer"] == "0.5"
-    with pytest.raises(ValueError, match=r"math, row 4: no answer.*boxed"):
-        normalize_row({**MATH, "solution": "It is clear."}, 4, "math")
-
-
-def test_arc_choices_stand_below_the_question_in_either_form():
-    as_list = [{"text": "iron", "label": "A"}, {"text": "salt", "label": "B"}]
-    rows = [normalize_row({**ARC, "choices": choices}, 1, "arc") for choices in (ARC["choices"], as_list)]
-    for row in rows:
-        assert row["question"] == "Which is a metal?\nA. iron\nB. salt" and row["answer"] == "A"
-    with pytest.raises(ValueError, match="arc, row 2: answerKey 'E' is none of the choices A, B"):
-        normalize_row({**ARC, "answerKey": "E"}, 2, "arc")
-
-
-@pytest.mark.parametrize("row", [ARC, MATH, {"question": "q", "answer": "so\n#### 7", "level": 3}])
-def test_normalizing_twice_changes_nothing(row):
-    once = normalize_row(row, 1, "file")
-    assert normalize_row(once, 1, "file") == once
+    assert tuple(KNOWN) == tuple(COLUMNS) == KNOWN_DATASETS
 
 
 @pytest.mark.parametrize(
@@ -375,7 +471,7 @@ def test_named_columns_take_the_place_of_those_looked_for(tmp_path, streaming):
     names = {"question_column": "query", "answer_column": "response", "streaming": streaming}
     train, _ = load_data(DataConfig(data_path=path, **names), seed=0)
     row = normalize_row(next(iter(train)), 1, "a")
-    assert (row["question"], row["answer"]) == ("1 + 1?", "2")
+    assert (row[QUESTION], answer_of(row)) == ("1 + 1?", "2")
     with pytest.raises(ValueError, match="question_column='task': not in .*a.jsonl, row 1, which has prompt, query"):
         load_data(DataConfig(data_path=path, **names | {"question_column": "task"}), seed=0)
 
@@ -408,7 +504,7 @@ def test_own_evaluation_rows_need_not_be_rows_of_the_data_set(tmp_path):
     (tmp_path / "own.jsonl").write_text('{"prompt": "2 + 2?", "answer": 4}')
     paths = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "own")}
     _, evaluation = load_data(DataConfig(dataset="gsm8k", data_path=paths["train"], val_data_path=paths["own"]), seed=0)
-    assert [row["answer"] for row in evaluation] == ["4"]
+    assert [answer_of(row) for row in evaluation] == [4]
 
 
 def test_kaggle_split_is_a_word_of_the_name_and_not_a_part_of_one(tmp_path):
@@ -426,7 +522,7 @@ def test_limits_hold_after_the_split(tmp_path):
     limited = load_data(DataConfig(data_path=path, train_fraction=0.5, num_train_samples=2, num_test_samples=1), seed=1)
     assert limited == (whole[0][:2], whole[1][:1])
     with pytest.raises(ValueError, match="train_fraction=0.05: leaves a part of 10 questions empty"):
-        split_rows(ROWS, 0.05, seed=0)
+        load_data(DataConfig(data_path=path, train_fraction=0.05), seed=0)
 
 
 def test_local_copy_of_a_known_data_set_is_not_evaluated_on_unless_asked(tmp_path):
@@ -521,5 +617,5 @@ def test_stream_reads_no_more_than_is_drawn_and_its_window(tmp_path, monkeypatch
 def test_wrong_stream_is_told_when_it_is_opened(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         load_data(DataConfig(data_path=str(tmp_path / "a.jsonl"), streaming=True), seed=0)
-    with pytest.raises(ValueError, match="no answer"):
-        load_data(DataConfig(data_path=write_rows(tmp_path / "b.jsonl", [{"question": "q"}]), streaming=True), seed=0)
+    with pytest.raises(ValueError, match="b.jsonl, row 1: no question"):
+        load_data(DataConfig(data_path=write_rows(tmp_path / "b.jsonl", [{"answer": "1"}]), streaming=True), seed=0)

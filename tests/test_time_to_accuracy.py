@@ -76,6 +76,7 @@ def test_inputs_are_those_of_train_py_and_trl_tokenises_prompts_as_ours_does(cac
 
     from tunix_torch import DataConfig, GRPOConfig
     from tunix_torch.data import prepare_rows
+    from tunix_torch.rows import PROMPT_IDS
     from tunix_torch.sources import load_data
 
     monkeypatch.setenv("TUNIX_CACHE", cache)
@@ -91,8 +92,8 @@ def test_inputs_are_those_of_train_py_and_trl_tokenises_prompts_as_ours_does(cac
     assert len(rows) % GRPOConfig(output_dir=str(tmp_path), batch_size=32).per_device_train_batch_size == 0
     ours = prepare_rows(rows[:50], tokenizer, job.prompt_length, overlong="raise")
     theirs = tokenizer(text=[row[PROMPT] for row in rows[:50]])["input_ids"]  # as in GRPOTrainer
-    assert [row["prompt_ids"] for row in ours] == theirs
-    assert [row["prompt_ids"] for row in prepare_rows(expected[:50], tokenizer, job.prompt_length)] == theirs
+    assert [row[PROMPT_IDS] for row in ours] == theirs
+    assert [row[PROMPT_IDS] for row in prepare_rows(expected[:50], tokenizer, job.prompt_length)] == theirs
     assert (tmp_path / "model" / "model.safetensors").is_file() and (folder / ROWS_FILE).is_file()
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 @dataclass
 class PromptBatch:
-    """N prompts, e.g. `rows[0] == {"prompt": "<start_of_turn>user...", "answer": "72"}`."""
+    """N prompts, e.g. `rows[0] == {"question": "6 x 12?", "answer": "72", "tunix/prompt": "<start_of..."}`."""
 
     prompt_ids: Tensor  # (N, P) int64
     prompt_mask: Tensor  # (N, P) bool, False at padding
-    rows: list[dict[str, Any]]  # N rows of the data set: "prompt" (the text) and its other columns
+    rows: list[dict[str, Any]]  # N rows of the data set: its own columns, and what is derived from them (`rows.py`)
 
     def to(self, device: torch.device) -> "PromptBatch":
         return replace(self, prompt_ids=self.prompt_ids.to(device), prompt_mask=self.prompt_mask.to(device))

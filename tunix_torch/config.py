@@ -146,8 +146,8 @@ class DataConfig:
 
     data_path: str | None = setting(
         None,
-        "training rows: a .json, .jsonl, .csv or .parquet file, a Hugging Face or TFDS data set or its folder, or a "
-        "Kaggle handle (also dataset_name); none: those of `dataset`, or generated arithmetic",
+        "training rows: a .json, .jsonl, .csv, .tsv, .parquet or .arrow file, a Hugging Face or TFDS data set or its "
+        "folder, or a Kaggle handle (also dataset_name); none: those of `dataset`, or generated arithmetic",
     )
     val_data_path: str | None = setting(
         None,

@@ -1,13 +1,16 @@
 """Rows -> prompts of fixed width: rendered, tokenised once, and those that are too long left out; then batches.
 
 `prepare_rows` takes a list of rows, a `datasets.Dataset`, which stays on disk, or a stream. Supervised fine-tuning
-takes the row's `completion` too. `sources.py` says what a row is.
+takes the row's `completion` too. `shapes.py` says what a row may look like, `rows.py` what is added to it.
 """
 
+import functools
+import hashlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -18,25 +21,59 @@ from transformers import PreTrainedTokenizerBase
 
 from . import device, tiny
 from .model import end_of_turn_id
-from .readers import Row
-from .sources import normalize_row
+from .readers import features_that_change, plain_row
+from .rows import (
+    ANSWER,
+    COMPLETION_IDS,
+    NO_ANSWER,
+    PREFIX,
+    PROMPT,
+    PROMPT_IDS,
+    QUESTION,
+    TURNS,
+    WHERE,
+    Row,
+    prompt_of,
+)
+from .scoring import RewardFunc, require_columns, required_columns
+from .shapes import completion_of, normalize_row
 
 logger = logging.getLogger(__name__)
+
+ADDED = dict.fromkeys((WHERE, QUESTION, TURNS, ANSWER, NO_ANSWER, PROMPT), datasets.Value("string"))
+ADDED |= dict.fromkeys((PROMPT_IDS, COMPLETION_IDS), datasets.List(datasets.Value("int32")))
 
 CACHED_CHARACTERS = 1_000_000  # of texts; fewer are tokenised in less time than looking after a file is worth
 CHUNK = 32  # rows of a stream that are tokenised at once
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, question: str, system_message: str = "") -> str:
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, question: str | Sequence[Mapping[str, Any]], system_message: str = ""
+) -> str:
     """The question as the text that the model sees: the tokenizer's chat template, else the plain question.
 
-    The instruction is put before the question, in the user's turn, as Gemma has no turn for it.
+    The instruction is put before the question, in the user's turn, as Gemma has no turn for it. A question may also be
+    messages (see `shapes.check_messages`); the instruction is for the first of the user, unless they have their own.
+
+    Raises:
+        ValueError: messages without a chat template, or that it refuses.
     """
-    content = f"{system_message}\n\n{question}" if system_message else question
+    if not isinstance(question, str) and tokenizer.chat_template is None:
+        raise ValueError("the question is a list of messages, and this tokenizer has no chat template to render them")
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(map(dict, question))
+    messages = [{name: part for name, part in message.items() if part is not None} for message in messages]
+    if system_message and all(message["role"] != "system" for message in messages):
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"] = f"{system_message}\n\n{first['content']}"
     if tokenizer.chat_template is None:
-        return f"{content}\n"
-    messages = [{"role": "user", "content": content}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return f"{messages[0]['content']}\n"
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (
+        Exception
+    ) as error:  # a template is a program of the model's maker, which says what it refuses in its own way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the tokenizer's chat template refuses the question: {reason}") from error
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
@@ -85,38 +122,77 @@ def prepare_rows(
     system_message: str = "",
     overlong: str = "drop",
 ) -> "list[Row] | datasets.Dataset | PromptStream":
-    """Add `prompt` (the rendered text) and `prompt_ids`; and `completion_ids` for SFT (`max_completion_length` given).
+    """Add the prompt, as text and tokens, and for SFT (`max_completion_length` given) the completion's tokens.
 
-    Prompts that are too long are never cut: their rows are left out and counted in a warning, or with `overlong`
-    "raise" are an error. Rows with completions that are too long are left out. Rows that have `prompt_ids` already
-    are taken as they are. What comes back is of the kind that came in: a list, a `Dataset` (its tokens are in the
-    cache of `datasets`), or for an `IterableDataset` a `PromptStream`.
+    They are under names of their own (see `rows.py`): the data's columns stay as they are. Prompts that are too long
+    are never cut: their rows are left out and counted in a warning, or with `overlong` "raise" are an error. Rows with
+    completions that are too long are left out. Rows that this function has returned before are taken as they are. What
+    comes back is of the kind that came in: a list, a `Dataset` (its tokens are in the cache of `datasets`), or for an
+    `IterableDataset` a `PromptStream`.
 
     Raises:
-        ValueError: a row without a question or an answer, every row is too long, or one with `overlong` "raise".
+        ValueError: a row without a question, or for SFT without a completion; one that can't be rendered; every row is
+            too long, or one with `overlong` "raise".
     """
-    encoder = _Encoder(tokenizer, system_message, max_completion_length is not None)
+    with_completions = max_completion_length is not None
+    encoder = _Encoder(tokenizer, system_message, with_completions)
+    last = COMPLETION_IDS if with_completions else PROMPT_IDS  # of what is added
     if isinstance(rows, datasets.IterableDataset):
-        return PromptStream(rows, encoder, max_prompt_length, max_completion_length, overlong)
+        encoder.features = features_that_change(rows.features or {})
+        return PromptStream(rows.with_format(None), encoder, max_prompt_length, max_completion_length, overlong)
     if isinstance(rows, datasets.Dataset):
-        if not len(rows) or "prompt_ids" in rows.column_names:
+        if not len(rows) or last in rows.column_names:
             return rows
+        rows = rows.with_format(None)
+        encoder.features = features_that_change(rows.features)
+        added = {name: kind for name, kind in ADDED.items() if with_completions or name != COMPLETION_IDS}
         ready = rows.map(
             encoder.encode_columns,
             batched=True,
             with_indices=True,
-            remove_columns=rows.column_names,
+            features=datasets.Features({**rows.features, **added}),
             desc="Tokenising",
         )
     else:
         rows = list(rows)
-        if not rows or "prompt_ids" in rows[0]:
+        if not rows or last in rows[0]:
             return rows
         ready = encoder.encode(rows, range(1, len(rows) + 1))
-    ready = _leave_out_long(ready, "prompt_ids", "max_prompt_length", max_prompt_length, overlong)
+    ready = _leave_out_long(ready, PROMPT_IDS, "max_prompt_length", max_prompt_length, overlong)
     if max_completion_length is not None:
-        ready = _leave_out_long(ready, "completion_ids", "generation_max_length", max_completion_length)
+        ready = _leave_out_long(ready, COMPLETION_IDS, "generation_max_length", max_completion_length)
     return ready
+
+
+def check_columns(
+    functions: Sequence[RewardFunc],
+    rows: "Sequence[Row] | datasets.Dataset | PromptStream",
+    what: str = "reward function",
+) -> None:
+    """See that every row has what reward functions take; of a stream, that is seen when they are called.
+
+    Args:
+        rows: from `prepare_rows`.
+
+    Raises:
+        ValueError: see `require_columns`.
+    """
+    if isinstance(rows, PromptStream):
+        return
+    names = None
+    if isinstance(rows, datasets.Dataset):
+        names = [name for name in rows.column_names if not name.startswith(PREFIX)]
+        needed = {WHERE, NO_ANSWER, ANSWER}.union(*map(required_columns, functions))
+        tables = rows.select_columns([name for name in rows.column_names if name in needed]).with_format("arrow")
+        rows = itertools.chain.from_iterable(table.to_pylist() for table in tables.iter(1000))
+    require_columns(functions, rows, what, names)
+
+
+@functools.cache
+def _recipe() -> str:
+    """Changes with the files that make prompts of rows, so that nothing made by others is found in a cache."""
+    files = [Path(__file__).with_name(name) for name in ("data.py", "shapes.py", "rows.py", "readers.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @dataclass
@@ -126,26 +202,39 @@ class _Encoder:
     tokenizer: PreTrainedTokenizerBase
     system_message: str
     with_completions: bool
+    features: dict[str, Any] = field(default_factory=dict)  # of the data: see `readers.plain_row`
+    recipe: str = field(default_factory=_recipe)  # part of what `datasets` finds its cache by
 
     def encode(self, rows: Sequence[Row], numbers: Sequence[int]) -> list[Row]:
         tokenizer = self.tokenizer
-        rows = [normalize_row(row, number, "data set") for row, number in zip(rows, numbers, strict=True)]
-        prompts = [render_prompt(tokenizer, row["question"], self.system_message) for row in rows]
+        rows = [self._normalized(row, number) for row, number in zip(rows, numbers, strict=True)]
+        for row in rows:
+            question = prompt_of(row) if row[TURNS] else row[QUESTION]
+            try:
+                row[PROMPT] = render_prompt(tokenizer, question, self.system_message)
+            except ValueError as error:
+                raise ValueError(f"{row[WHERE]}: {error}") from error
+        prompts = [row[PROMPT] for row in rows]
         ids = _token_ids(tokenizer, prompts, add_special_tokens=tokenizer.chat_template is None)
         for i, row in enumerate(rows):
-            row |= {"prompt": prompts[i], "prompt_ids": ids[i]}
+            row[PROMPT_IDS] = ids[i]
         if self.with_completions:
             end = end_of_turn_id(tokenizer)
-            ids = _token_ids(tokenizer, [row["completion"] for row in rows], add_special_tokens=False)
+            ids = _token_ids(tokenizer, [completion_of(row) for row in rows], add_special_tokens=False)
             for i, row in enumerate(rows):
-                row["completion_ids"] = [*ids[i], end]
+                row[COMPLETION_IDS] = [*ids[i], end]
         return rows
 
+    def _normalized(self, row: Row, number: int) -> Row:
+        """A copy. Of answers that are classes or float32, the expected answer is the name, or the number as meant."""
+        normal = normalize_row(plain_row(row, self.features) if self.features else row, number, "data set")
+        return {**normal, **row}
+
     def encode_columns(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        """For `datasets.Dataset.map`."""
+        """For `datasets.Dataset.map`: the columns to add."""
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         rows = self.encode(rows, [index + 1 for index in indices])
-        return {name: [row.get(name) for row in rows] for name in dict.fromkeys(itertools.chain(*rows))}
+        return {name: [row[name] for row in rows] for name in ADDED if name in rows[0]}
 
 
 def _leave_out_long(
@@ -159,7 +248,7 @@ def _leave_out_long(
     short = [i for i, length in enumerate(lengths) if length <= limit]
     if len(short) == len(lengths):
         return rows
-    what = column.removesuffix("_ids")
+    what = column.removeprefix(PREFIX).removesuffix("_ids")
     report = f"{len(lengths) - len(short)} of {len(lengths)} rows have a {what} longer than {setting}={limit} tokens"
     if overlong == "raise":
         first = next(i for i, length in enumerate(lengths) if length > limit)
@@ -181,7 +270,7 @@ class PromptStream(torch.utils.data.IterableDataset):
         num_overlong: those left out because prompt or completion was too long.
 
     Raises:
-        ValueError: when iterated over: a row without a question or an answer, an epoch in which no row fits, or an
+        ValueError: when iterated over: a row without a question, an epoch in which no row fits, or an
             overlong prompt where `overlong` is "raise".
     """
 
@@ -215,12 +304,12 @@ class PromptStream(torch.utils.data.IterableDataset):
                 )
 
     def _fits(self, row: Row) -> bool:
-        length, limit = len(row["prompt_ids"]), self.max_prompt_length
+        length, limit = len(row[PROMPT_IDS]), self.max_prompt_length
         what = f"a prompt of {length} tokens, longer than max_prompt_length={limit}"
         if length > limit and self.overlong == "raise":
             raise ValueError(f"row {self.num_rows} of the stream has {what}: raise max_prompt_length")
         if length <= limit and self.max_completion_length is not None:
-            length, limit = len(row["completion_ids"]), self.max_completion_length
+            length, limit = len(row[COMPLETION_IDS]), self.max_completion_length
             what = f"a completion of {length} tokens, longer than generation_max_length={limit}"
         if length <= limit:
             return True
@@ -243,14 +332,14 @@ class Collator:
     max_completion_length: int | None = None
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        prompt_ids, prompt_mask = self._pad([row["prompt_ids"] for row in rows], self.max_prompt_length, left=True)
+        prompt_ids, prompt_mask = self._pad([row[PROMPT_IDS] for row in rows], self.max_prompt_length, left=True)
         batch = {
             "prompt_ids": prompt_ids,
             "prompt_mask": prompt_mask,
-            "rows": [{k: v for k, v in row.items() if k not in ("prompt_ids", "completion_ids")} for row in rows],
+            "rows": [{k: v for k, v in row.items() if k not in (PROMPT_IDS, COMPLETION_IDS)} for row in rows],
         }
         if self.max_completion_length is not None:
-            completions = [row["completion_ids"] for row in rows]
+            completions = [row[COMPLETION_IDS] for row in rows]
             ids, mask = self._pad(completions, self.max_completion_length, left=False)
             batch |= {"completion_ids": ids, "completion_mask": mask}
         return batch

@@ -8,11 +8,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from . import device, processes
-from .data import Collator, Row, decode_completions
+from .data import Collator, decode_completions
+from .rows import ANSWER_COLUMNS, Row, with_answer
 from .sampler import Sampler, SamplingParams, draw_uniforms
 from .scoring import RewardFunc, call_rewards, name_of
 
-ANSWER_COLUMNS = ("answer", "answers", "expected_answers")  # under which reward functions get the expected answer
 RIGHT = 1.0  # an answer is right where the judging reward function's value is at least this
 
 
@@ -56,7 +56,7 @@ def sample_batches(
     """Sample `num_completions` completions for each of N rows, a batch at a time.
 
     Args:
-        rows: N dicts with `prompt_ids`.
+        rows: N dicts from `prepare_rows`, of which the tokens are needed.
         batch_size: completions at a time; all batches have the same shape (the last is filled up by repeating a row).
             The completions of a question are drawn in several goes when there are more.
         start: leave out so many rows; a multiple of `rows_at_once`, so that the other batches are the same as without.
@@ -177,8 +177,7 @@ def votes_by_class(
                 first = next(iter(answers))
                 votes[i][first] = first
                 del answers[first]
-                expected = {name: first for name in ANSWER_COLUMNS if name == "answer" or name in rows[i]}
-                asked += [rows[i] | expected] * len(answers)
+                asked += [with_answer(rows[i], first)] * len(answers)
                 pairs += [(i, text) for text in answers]
         for (i, text), row, value in zip(pairs, asked, _values(judge, asked, pairs, waiting, timeout), strict=True):
             if is_right(value):

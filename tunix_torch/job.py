@@ -21,6 +21,7 @@ from .checkpoint import has_final_files
 from .config import DataConfig, GRPOConfig, ModelConfig
 from .model import base_model_name, load_model, load_tokenizer, lora_config, torch_dtype
 from .nested import GRPOTrainingConfig
+from .rows import answer_text, has_column, question_of
 from .run_folder import (
     CONFIG_FILE,
     CURVES_FILE,
@@ -34,7 +35,7 @@ from .run_folder import (
     set_aside_previous_run,
     settings_of,
 )
-from .scoring import RewardFunc, name_of
+from .scoring import RewardFunc, name_of, require_columns
 from .settings import require
 from .sources import load_data
 from .trainer import TunixTrainer
@@ -74,6 +75,13 @@ def build_trainer(
     reward_funcs = choose_rewards(data_config, args)
     judge = rewards.find_reward(data_config.judge_in_force)
     train_rows, eval_rows = load_data(data_config, args.seed)
+    if args.use_grpo and isinstance(train_rows, list):  # before a large model is loaded
+        require_columns(reward_funcs, train_rows)
+    unanswered = bool(eval_rows) and not any(has_column(row, "answer") for row in eval_rows)
+    if unanswered and not args.use_grpo and data_config.judge is None:
+        reward_funcs, judge, args.reward_weights = [], None, None  # of completions that are learned the loss is enough
+    elif eval_rows:
+        require_columns([judge], eval_rows, "judge")
     tokenizer = load_tokenizer(model_config.model_name)
     for name, value in (
         ("early_stopping_patience", args.early_stopping_patience),
@@ -250,23 +258,26 @@ def _write_final_files(trainer: TunixTrainer) -> None:
 
 def evaluations(trainer: TunixTrainer) -> list[dict[str, float]]:
     """The logged evaluations, oldest first; one without anything when there was none."""
-    return [row for row in trainer.state.log_history if "eval_accuracy" in row] or [{"step": -1}]
+    return [row for row in trainer.state.log_history if "eval_runtime" in row] or [{"step": -1}]
 
 
 def print_comparison(trainer: TunixTrainer) -> None:
-    """Accuracy before and after, and a few answers of each."""
+    """Accuracy before and after, and a few answers of each; the loss where nothing is judged."""
     rows = evaluations(trainer)
     names = [name for name in rows[0] if name == "eval_accuracy" or name.startswith("eval_mean@")]
     print(f"\n{'on held-out questions':<24}{'before':>10}{'after':>10}")
     for name in names:
         label = "greedy pass@1" if name == "eval_accuracy" else f"{name.removeprefix('eval_')} (sampled)"
         print(f"{label:<24}{rows[0][name]:>10.1%}{rows[-1][name]:>10.1%}")
+    if trainer.judge is None:
+        print(f"{'loss':<24}{rows[0]['eval_loss']:>10.4f}{rows[-1]['eval_loss']:>10.4f}")
+        return
     first, last = trainer.first_answers, trainer.last_answers
     if last is None:  # a finished run that is resumed was evaluated by another process
         return
     changed = [i for i in range(len(last.right)) if first.right[i] != last.right[i]]
     for i in (changed or list(range(len(last.right))))[:NUM_SHOWN]:
-        print(f"\n{trainer.eval_dataset[i]['question']}  (answer: {trainer.eval_dataset[i].get('answer')})")
+        print(f"\n{question_of(trainer.eval_dataset[i])}  (answer: {answer_text(trainer.eval_dataset[i])})")
         for label, answers in (("before", first), ("after", last)):
             if label == "before" and first is last:
                 continue  # a resumed run has not seen what was answered before

@@ -2,21 +2,24 @@
 
 import contextlib
 import csv
+import functools
 import importlib.util
+import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 
-FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+from .rows import Row
 
-Row = dict[str, Any]
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # endings, and Arrow's names of what they mean
 
 
 def load_rows(
@@ -26,7 +29,9 @@ def load_rows(
     setting: str = "data_path",
     source: str | None = None,
 ) -> list[Row]:
-    """Rows of a file (.json: a list, or one object a line; .jsonl, .csv, .parquet) or of a data set.
+    """Rows of a file (.json: a list, or one object a line; see `FORMATS`) or of a data set.
+
+    Numbers of classes become the classes' names, and float32's 0.1 becomes 0.1.
 
     Args:
         path: a file; a Hugging Face id or folder; a TFDS name or prepared folder; a Kaggle handle or folder.
@@ -55,13 +60,15 @@ def stream_rows(
     A .json file that holds a list is read as a whole all the same.
     """
     if _source_of(path, source) == "huggingface":
-        return _open_huggingface(path, config_name, split, setting, streaming=True)
+        stream = _open_huggingface(path, config_name, split, setting, streaming=True)
+        changing = features_that_change(stream.features or {})
+        return stream.map(functools.partial(plain_row, features=changing)) if changing else stream
     settings = {"path": path, "config_name": config_name, "split": split, "setting": setting, "source": source}
     return datasets.IterableDataset.from_generator(_iterate, gen_kwargs=settings)
 
 
 def _source_of(path: str, source: str | None) -> str:
-    is_file = Path(path).suffix in FILE_SUFFIXES or (source is None and Path(path).is_file())
+    is_file = format_of(Path(path)) is not None or (source is None and Path(path).is_file())
     return "file" if is_file else source or "huggingface"
 
 
@@ -74,7 +81,40 @@ def _iterate(path: str, config_name: str | None, split: str, setting: str, sourc
     elif source == "kaggle":
         yield from _read_kaggle(path, config_name, split, setting)
     else:
-        yield from map(dict, _open_huggingface(path, config_name, split, setting, streaming=False))
+        data = _open_huggingface(path, config_name, split, setting, streaming=False)
+        changing = features_that_change(data.features)
+        yield from (plain_row(dict(row), changing) for row in data)
+
+
+def features_that_change(features: dict[str, Any]) -> dict[str, Any]:
+    """Those of a data set's features whose values `plain_row` changes."""
+
+    def changes(feature: Any) -> bool:
+        if isinstance(feature, dict):
+            return any(map(changes, feature.values()))
+        if isinstance(feature, datasets.List | datasets.LargeList):
+            return changes(feature.feature)
+        short = isinstance(feature, datasets.Value) and feature.dtype in ("float32", "float16")
+        return short or isinstance(feature, datasets.ClassLabel)
+
+    return {name: feature for name, feature in features.items() if changes(feature)}
+
+
+def plain_row(row: Row, features: dict[str, Any]) -> Row:
+    """The row with names in place of numbers of classes, and float32 and float16 numbers as short as they are meant."""
+
+    def plain(value: Any, feature: Any) -> Any:
+        if isinstance(feature, datasets.ClassLabel) and isinstance(value, int):
+            return feature.int2str(value) if value >= 0 else None
+        if isinstance(feature, datasets.Value) and feature.dtype in ("float32", "float16") and value is not None:
+            return float(str(np.dtype(feature.dtype).type(value)))
+        if isinstance(feature, dict) and isinstance(value, dict):
+            return {name: plain(part, feature.get(name)) for name, part in value.items()}
+        if isinstance(feature, datasets.List | datasets.LargeList) and isinstance(value, list):
+            return [plain(part, feature.feature) for part in value]
+        return value
+
+    return row | {name: plain(row[name], feature) for name, feature in features.items() if name in row}
 
 
 @contextlib.contextmanager
@@ -139,6 +179,8 @@ def _read_tfds(path: str, config_name: str | None, split: str, setting: str) -> 
             return feature.int2str(int(value)) if value >= 0 else None
         if isinstance(value, bytes):
             return value.decode("utf-8")
+        if isinstance(value, np.floating):
+            return float(str(value))
         return value.item() if isinstance(value, np.generic) else value
 
     for row in data:
@@ -165,10 +207,10 @@ def _read_kaggle(path: str, config_name: str | None, split: str, setting: str) -
 
         with _loading("Kaggle", path, config_name, split, setting):
             folder = Path(kagglehub.dataset_download(path))
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix in FILE_SUFFIXES]
+    files = [file for file in sorted(folder.rglob("*")) if format_of(file) is not None]
     if config_name:
         files = [file for file in files if _names(file, folder, config_name)]
-    chosen = [file for file in files if file.stem.lower() == split.lower()]
+    chosen = [file for file in files if file.name.lower().removesuffix(format_of(file)) == split.lower()]
     chosen = chosen or [file for file in files if _names(file, folder, split)]
     if not chosen and len(files) == 1 and split == "train":
         chosen = files
@@ -189,10 +231,17 @@ def _names(file: Path, folder: Path, word: str) -> bool:
     return re.search(rf"(?<![a-z0-9]){re.escape(word.lower())}(?![a-z0-9])", name) is not None
 
 
+def format_of(path: Path) -> str | None:
+    """How a file's name ends, in small letters, if it is of a format that is read: ".csv", ".jsonl.gz"."""
+    return next((end for end in READERS if path.name.lower().endswith(end)), None)
+
+
 def _read_file(path: Path, setting: str) -> Iterator[Row]:
     if not path.is_file():
         raise ValueError(f"{setting}={str(path)!r}: no such file")
-    read = {".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}.get(path.suffix, _read_json_lines)
+    end = format_of(path)
+    read = READERS[end or ".jsonl"]
+    hint = "" if end else f"; files that are read end in {', '.join(FORMATS)}; of texts also {', '.join(COMPRESSED)}"
     number = 0
     try:
         for number, row in enumerate(read(path), start=1):
@@ -200,44 +249,60 @@ def _read_file(path: Path, setting: str) -> Iterator[Row]:
                 raise ValueError(f'{path}, row {number}: expected an object such as {{"question": ..., "answer": ...}}')
             yield row
     except UnicodeDecodeError as error:
-        raise ValueError(f"{setting}={str(path)!r}: not UTF-8: {error}") from error
+        raise ValueError(f"{setting}={str(path)!r}: not UTF-8: {error}{hint}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}{hint}") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{setting}={str(path)!r}: damaged, or no {end} file, after row {number}: {reason}") from error
     if number == 0:
         raise ValueError(f"{path}: no rows")
 
 
+def open_text(path: Path, newline: str = "\n") -> io.TextIOWrapper:
+    """A text file, compressed or not, whose lines end at newlines only; a byte order mark at its start is left out."""
+    stream = pyarrow.input_stream(str(path), COMPRESSED.get(path.suffix.lower()))
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
+
+
 def _read_json(path: Path) -> Iterator[Any]:
     whole, whole_error = None, None
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        whole_error = error
+    with open_text(path) as file:
+        try:
+            whole = json.loads(file.read())
+        except json.JSONDecodeError as error:
+            whole_error = error
     yield from whole if isinstance(whole, list) else _read_json_lines(path, whole_error)
 
 
 def _read_json_lines(path: Path, whole_error: json.JSONDecodeError | None = None) -> Iterator[Any]:
-    with path.open(encoding="utf-8", newline="\n") as file:  # other line ends also stand within strings
+    with open_text(path) as file:  # other line ends also stand within strings
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                problem = whole_error if whole_error is not None and number == 1 else None
-                at = (problem.lineno, problem.msg) if problem else (number, error.msg)
-                raise ValueError(f"{path}, line {at[0]}: not valid JSON: {at[1]}") from error
+                if whole_error is not None and number == 1:
+                    raise whole_error from None
+                error.lineno = number
+                raise
             yield row
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path, dialect: str = "excel") -> Iterator[Row]:
     """All values stay the text that they are in the file: 007 is not 7, and 5 is not 5.0."""
-    with path.open(encoding="utf-8-sig", newline="") as file:  # Excel begins with a mark
-        reader = csv.DictReader(file, strict=True)
+    with open_text(path, newline="") as file:
+        reader = csv.DictReader(file, dialect=dialect, strict=True)
         try:
+            names = reader.fieldnames or []
+            twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+            if twice:
+                raise ValueError(f"{path}, line 1: the column {twice[0]!r} is there {names.count(twice[0])} times")
             for row in reader:
                 if None in row or None in row.values():
-                    fields = ", ".join(reader.fieldnames)
                     raise ValueError(
-                        f"{path}, line {reader.reader.line_num}: expected the fields {fields}, one value each"
+                        f"{path}, line {reader.reader.line_num}: expected the fields {', '.join(names)}, one value each"
                     )
                 yield row
         except csv.Error as error:
@@ -245,9 +310,39 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a Parquet file: {error}") from error
-    for batch in file.iter_batches(batch_size=1000):
-        yield from batch.to_pylist()
+    with pyarrow.parquet.ParquetFile(path) as file:
+        yield from _rows_of(file.iter_batches(batch_size=1000), file.schema_arrow)
+
+
+def _read_arrow(path: Path) -> Iterator[Row]:
+    """Either of Arrow's formats: a file, or as `datasets` writes them a stream."""
+    with pyarrow.memory_map(str(path)) as source:
+        try:
+            reader = pyarrow.ipc.open_file(source)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        except pyarrow.ArrowInvalid:
+            source.seek(0)
+            reader = batches = pyarrow.ipc.open_stream(source)
+        yield from _rows_of(batches, reader.schema)
+
+
+def _rows_of(batches: Iterator[pyarrow.RecordBatch], schema: pyarrow.Schema) -> Iterator[Row]:
+    features = {}
+    for field in schema:
+        try:
+            features |= datasets.Features.from_arrow_schema(pyarrow.schema([field], schema.metadata))
+        except ValueError:  # a type that `datasets` doesn't know: neither classes nor numbers
+            continue
+    changing = features_that_change(features)
+    for batch in batches:
+        yield from (plain_row(row, changing) for row in batch.to_pylist())
+
+
+_TEXTS: dict[str, Callable[[Path], Iterator[Any]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".csv": _read_csv,
+    ".tsv": functools.partial(_read_csv, dialect="excel-tab"),
+}
+FORMATS = _TEXTS | {".parquet": _read_parquet, ".arrow": _read_arrow}
+READERS = FORMATS | {end + packed: read for end, read in _TEXTS.items() for packed in COMPRESSED}

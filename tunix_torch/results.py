@@ -23,7 +23,7 @@ class JudgedCompletion:
     row_number: int  # of the question in the data, from 1
     pass_number: int  # of the completion among those of its question, from 1
     question: str
-    answer: str | None  # the expected one
+    answer: str  # the expected one; "" where there is none
     completion: str
     extracted_answer: str | None
     vote: str | None  # what it votes for in the majority vote, equal for equal answers: see `votes_by_class`

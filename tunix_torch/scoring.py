@@ -1,4 +1,4 @@
-"""Call reward functions and check what they return."""
+"""Call reward functions with the columns that they take, and check what they return."""
 
 import concurrent.futures
 import functools
@@ -6,15 +6,18 @@ import inspect
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .reward_workers import RewardWorkers, awaited
+from .rows import ANSWER_COLUMNS, NO_ANSWER, TURNS, WHERE, Row, columns_of, has_column, own_columns, prompt_of
 
-# (prompts, completions, **columns) -> one value a completion, or None where the function does not apply; may be async
+# (prompts, completions, **columns) -> one value a completion, or None where the function does not apply; may be async.
+# A function without **columns gets those that it names. Where the data's prompt is a list of messages, a completion is
+# one too, as in TRL: [{"role": "assistant", "content": "..."}]
 RewardFunc = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
 
@@ -37,21 +40,67 @@ def names_of(functions: Sequence[RewardFunc]) -> list[str]:
     return names
 
 
-def columns_of(rows: Sequence[dict[str, Any]], copies: int = 1) -> dict[str, list[Any]]:
-    """The rows' columns as lists, each value `copies` times; `answers` and `expected_answers` are `answer` again.
-
-    A row that lacks a column which another one has gets None there.
+def _parameters(function: RewardFunc) -> tuple[set[str], set[str] | None]:
+    """The names that it can't be called without, and those that it takes; None: it takes any.
 
     Raises:
-        ValueError: a column is called as what reward functions get besides the columns.
+        ValueError: it takes something by position only.
     """
-    names = {name: None for row in rows for name in row}  # in order
-    for name in ("prompts", "completions"):
-        if name in names:
-            raise ValueError(f"column {name!r} of the data set: reward functions get something else by this name")
-    own = ("prompt", "prompt_ids", "completion", "completion_ids")
-    columns = {name: [row.get(name) for row in rows for _ in range(copies)] for name in names if name not in own}
-    return columns | {"answers": columns["answer"], "expected_answers": columns["answer"]}
+    try:
+        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+    except ValueError:  # some that are not written in Python have none
+        return set(), None
+    for p in parameters:
+        if p.kind == p.POSITIONAL_ONLY and p.default is p.empty:
+            raise ValueError(
+                f"reward function {name_of(function)!r} takes {p.name!r} by position; it is called by names"
+            )
+    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    taken, required = {p.name for p in by_name}, {p.name for p in by_name if p.default is p.empty}
+    if all(p.kind != p.VAR_KEYWORD for p in parameters):
+        return required, taken
+    wrapped = getattr(function, "__wrapped__", None)  # a decorator passes on what it is given, and may add to it
+    if wrapped is None:
+        return required, None
+    more_required, more = _parameters(wrapped)
+    return required | more_required.intersection(ANSWER_COLUMNS), None if more is None else taken | more
+
+
+def required_columns(function: RewardFunc) -> set[str]:
+    """The columns of the data that a reward function can't be called without."""
+    return _parameters(function)[0] - {"prompts", "completions"}
+
+
+def require_columns(
+    functions: Sequence[RewardFunc],
+    rows: Iterable[Row],
+    what: str = "reward function",
+    names: Sequence[str] | None = None,
+) -> None:
+    """See that rows have the columns that reward functions can't be called without.
+
+    Args:
+        what: the functions are, for the message.
+        names: of all the data's columns, if the rows have only some; for the message.
+
+    Raises:
+        ValueError: a row lacks one, or has no expected answer where one is taken; or a column is called as what reward
+            functions get besides the columns.
+    """
+    needs = [(function, sorted(required_columns(function))) for function in functions]
+    for number, row in enumerate(rows, start=1):
+        where = row.get(WHERE, f"row {number}")
+        for name in ("prompts", "completions"):
+            if name in row or name in (names or ()):
+                raise ValueError(f"column {name!r} of the data set: reward functions get something else by this name")
+        for function, columns in needs:
+            lacking = next((name for name in columns if not has_column(row, name)), None)
+            if lacking is None:
+                continue
+            why, hint = f"no column {lacking!r}", f"it has {', '.join(names or own_columns([row]))}"
+            if lacking in ANSWER_COLUMNS:
+                why, hint = row.get(NO_ANSWER) or "no answer", "give the parameter a default if it can do without"
+            raise ValueError(f"{where}: {why}. The {what} {name_of(function)!r} takes {lacking!r}; {hint}")
 
 
 def score_completions(
@@ -96,15 +145,28 @@ def call_rewards(
         R lists of B values, None where a function does not apply.
 
     Raises:
-        ValueError: a function returned the wrong number of values or something that is no finite number, or took
-            longer than `timeout`. An exception of the function itself passes through.
+        ValueError: a row lacks a column that a function takes; a function returned the wrong number of values or
+            something that is no finite number, or took longer than `timeout`. An exception of the function itself
+            passes through.
     """
+    require_columns(functions, rows)
     copies = len(completions) // len(rows)
-    prompts = [row["prompt"] for row in rows for _ in range(copies)]
-    columns = {"prompts": prompts} | columns_of(rows, copies)
+    each = [row for row in rows for _ in range(copies)]
+    columns = columns_of(list(rows), copies) | {
+        "prompts": [prompt_of(row) for row in each],
+        "completions": [
+            [{"role": "assistant", "content": text}] if row.get(TURNS) else text
+            for row, text in zip(each, completions, strict=True)
+        ],
+    }
     calls: list[Callable[[], Any]] = []
     for function in functions:
-        arguments = columns | {"completions": list(completions)}
+        taken = _parameters(function)[1]
+        arguments = {name: list(column) for name, column in columns.items() if taken is None or name in taken}
+        if not arguments:
+            raise ValueError(
+                f"reward function {name_of(function)!r} takes neither prompts nor completions nor a column"
+            )
         if workers is None or is_async(function):
             calls.append(functools.partial(function, **arguments))
         else:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from . import device, processes
 from .batch import TrainBatch
 from .config import GRPOConfig
-from .data import Collator, Row
+from .data import Collator
 from .learning import micro_batches
 from .logprobs import token_logps
+from .rows import Row
 
 
 def sft_batch(inputs: dict[str, Any], num_tokens: int) -> TrainBatch:

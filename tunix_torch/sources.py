@@ -1,48 +1,47 @@
-"""Training and evaluation rows: data sets known by name, columns, splits, streams; `readers.py` reads them.
+"""Training and evaluation rows: of a job's settings (`load_data`), or as a caller has them at hand.
 
-A row is a dict with a question (`prompt` or `question`) and an answer (`answer`, `answers` or `expected_answers`, which
-are the same column). Also understood, by their columns: GSM8K ("... #### 72"), MATH (`problem`, and `solution` with a
-\\boxed{...}) and ARC (`question`, `choices`, `answerKey`).
+`readers.py` reads them, `shapes.py` says what a row may look like.
 """
 
 import functools
 import random
-import re
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
+import numpy as np
+import pandas
+import torch
 
 from . import tiny
 from .config import DataConfig
-from .readers import Row, load_rows, stream_rows
+from .readers import load_rows, stream_rows
+from .rows import QUESTION, Row
 from .settings import require
+from .shapes import normalize_row
 
-QUESTION_COLUMNS = ("prompt", "question")
-ANSWER_COLUMNS = ("answer", "answers", "expected_answers")
 NUM_GENERATED_ROWS = 4096
 SHUFFLE_BUFFER = 1000  # rows of a stream that are held back, so that they can be drawn in another order
 
 
 @dataclass(frozen=True)
 class KnownDataset:
-    """Where `--dataset` finds a data set, as (name, configuration), and the columns of its rows."""
+    """Where `--dataset` finds a data set, as (name, configuration); `shapes.COLUMNS` has the columns of its rows."""
 
     huggingface: tuple[str, str | None]
     tfds: tuple[str, str | None] | None
-    columns: tuple[str, ...]
 
 
 KNOWN = {
-    "gsm8k": KnownDataset(("openai/gsm8k", "main"), ("gsm8k", None), ("question", "answer")),
-    "math": KnownDataset(("DigitalLearningGmbH/MATH-lighteval", None), None, ("problem", "solution")),
-    "arc": KnownDataset(
-        ("allenai/ai2_arc", "ARC-Challenge"), ("ai2_arc", "ARC-Challenge"), ("question", "choices", "answerKey")
-    ),
+    "gsm8k": KnownDataset(("openai/gsm8k", "main"), ("gsm8k", None)),
+    "math": KnownDataset(("DigitalLearningGmbH/MATH-lighteval", None), None),
+    "arc": KnownDataset(("allenai/ai2_arc", "ARC-Challenge"), ("ai2_arc", "ARC-Challenge")),
 }
 
 
-# ---- training and evaluation rows ----
+# ---- those that a job's settings name ----
 
 
 def load_data(config: DataConfig, seed: int) -> tuple[list[Row] | datasets.IterableDataset, list[Row]]:
@@ -50,7 +49,8 @@ def load_data(config: DataConfig, seed: int) -> tuple[list[Row] | datasets.Itera
 
     Evaluation rows are those of `val_data_path`; else, with `train_fraction`, the rest of the training rows; else the
     test split of `dataset`, unless `data_path` is a local copy of it. With `streaming` the training rows are read as
-    they are drawn, shuffled by `seed` within a window that moves along.
+    they are drawn, shuffled by `seed` within a window that moves along. All but generated rows are normalized, see
+    `normalize_row`.
 
     Raises:
         ValueError: settings that exclude each other; see also `load_rows` and `normalize_row`.
@@ -96,12 +96,12 @@ def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], 
     Raises:
         ValueError: a part would be empty.
     """
-    questions = list(dict.fromkeys(row["question"] for row in rows))
+    questions = list(dict.fromkeys(row[QUESTION] for row in rows))
     count = int(len(questions) * fraction)
     if not 0 < count < len(questions):
         raise ValueError(f"train_fraction={fraction}: leaves a part of {len(questions)} questions empty")
     chosen = set(random.Random(f"split {seed}").sample(questions, count))
-    return [row for row in rows if row["question"] in chosen], [row for row in rows if row["question"] not in chosen]
+    return [row for row in rows if row[QUESTION] in chosen], [row for row in rows if row[QUESTION] not in chosen]
 
 
 def _check(config: DataConfig) -> None:
@@ -138,9 +138,8 @@ def _load(config: DataConfig, path: str | None, split: str, setting: str, any_sh
     place, config_name = _place(config, path)
     setting = setting if path is not None else f"dataset={config.dataset!r}: data_path"
     rows = load_rows(place, config_name, split, setting, config.data_source)
-    rows = [_map_columns(row, f"{place}, row {i}", config) for i, row in enumerate(rows, start=1)]
-    dataset = None if any_shape else config.dataset
-    return [normalize_row(row, number, place, dataset) for number, row in enumerate(rows, start=1)]
+    normalize = _normalizer(config, place, None if any_shape else config.dataset)
+    return [normalize(row, index) for index, row in enumerate(rows)]
 
 
 def _stream(config: DataConfig, seed: int) -> datasets.IterableDataset:
@@ -149,125 +148,109 @@ def _stream(config: DataConfig, seed: int) -> datasets.IterableDataset:
     stream = stream_rows(place, config_name, config.dataset_split, setting, config.data_source)
     if config.num_train_rows is not None:
         stream = stream.take(config.num_train_rows)
+    normalize = _normalizer(config, place, config.dataset)
     first = next(iter(stream), None)  # a wrong path or column is told now, not at the first step
     if first is None:
         raise ValueError(f"{setting}={place!r}: no rows")
-    normalize_row(_map_columns(first, f"{place}, row 1", config), 1, place, config.dataset)
-    adapt = functools.partial(_adapt, where=f"{place}, a row of the stream", config=config)
-    return stream.map(adapt).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    normalize(first, 0)
+    return stream.map(normalize, with_indices=True).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
 
 
-def _adapt(row: Row, where: str, config: DataConfig) -> Row:
-    row = _map_columns(row, where, config)
-    if config.dataset is not None:
-        _require_shape(row, where, config.dataset)
-    return row
+def _normalizer(config: DataConfig, place: str, dataset: str | None) -> functools.partial:
+    """`(row, index) -> row` by the settings; a partial of a function at the top of a module, as streams are hashed."""
+    columns = {"question_column": config.question_column, "answer_column": config.answer_column}
+    return functools.partial(_normalize, source=place, dataset=dataset, **columns)
 
 
-# ---- columns ----
+def _normalize(row: Row, index: int, **settings: Any) -> Row:
+    return normalize_row(row, index + 1, **settings)
 
 
-def normalize_row(row: Row, number: int, source: str, dataset: str | None = None) -> Row:
-    """One row with `question`, `answer` (str) and, where the data has one, `completion`; other columns are kept.
+# ---- those that a caller has at hand ----
+
+
+def training_rows(rows: Any) -> list[Row] | datasets.Dataset | datasets.IterableDataset:
+    """What a trainer was given to train on: a `datasets.Dataset` or stream as it is, all else as a list of dicts.
 
     Args:
-        dataset: gsm8k, math or arc: the row must have its columns.
+        rows: also a sequence or iterator of dicts, a dict of columns, a pandas DataFrame, a PyTorch data set with a
+            length, or a dict of splits such as a `datasets.DatasetDict`, of which "train" is taken.
 
     Raises:
-        ValueError: no question, no answer, or not a row of `dataset`; names the row.
+        ValueError: it is none of these.
     """
-    where = f"{source}, row {number}"
-    if dataset is not None:
-        _require_shape(row, where, dataset)
-    row = _from_arc(row, where) if _has(row, KNOWN["arc"].columns) else row
-    row = _from_math(row) if _has(row, KNOWN["math"].columns) else row
-    question = next((row[name] for name in QUESTION_COLUMNS if row.get(name)), None)
-    answer = next((row[name] for name in ANSWER_COLUMNS if row.get(name) is not None), None)
-    if question is None:
-        raise ValueError(f"{where}: no question; expected a column named prompt or question")
-    if not isinstance(question, str):
-        raise ValueError(f"{where}: the question is a {type(question).__name__}, expected a text")
-    if isinstance(answer, list):
-        if len(answer) != 1:
-            raise ValueError(f"{where}: {len(answer)} answers; expected one")
-        answer = answer[0]
-    reasoning, mark, final = ("", "", "") if answer is None else str(answer).rpartition("####")
-    if not final.strip():
-        boxed = ", or \\boxed{...} in the solution" if "solution" in row else ""
-        raise ValueError(f"{where}: no answer; expected a column named {', '.join(ANSWER_COLUMNS)}{boxed}")
-    result = {name: value for name, value in row.items() if name not in QUESTION_COLUMNS + ANSWER_COLUMNS}
-    result["question"], result["answer"] = question, final.strip()
-    if "completion" not in result:
-        reasoning = reasoning if mark else row.get("reasoning") or row.get("solution") or ""
-        result["completion"] = f"<reasoning>{str(reasoning).strip()}</reasoning>\n<answer>{final.strip()}</answer>"
-    if not isinstance(result["completion"], str):
-        kind = type(result["completion"]).__name__
-        raise ValueError(f"{where}: the completion is a {kind}, expected a text")
-    return result
+    return _rows_at_hand(rows, "train_dataset", ("train",))
 
 
-def _has(row: Row, columns: tuple[str, ...]) -> bool:
-    return all(row.get(name) is not None for name in columns)
+def evaluation_rows(rows: Any) -> list[Row] | datasets.Dataset:
+    """Likewise to evaluate on. Of a dict of splits "test" or "validation" is taken; a stream is read to its end."""
+    rows = _rows_at_hand(rows, "eval_dataset", ("test", "validation"))
+    if not isinstance(rows, datasets.IterableDataset):
+        return rows
+    return list(rows) if rows.features is None else datasets.Dataset.from_list(list(rows), rows.features)
 
 
-def _require_shape(row: Row, where: str, dataset: str) -> None:
-    missing = [name for name in KNOWN[dataset].columns if row.get(name) is None]
-    if missing:
-        names = ", ".join(name for name, value in row.items() if value is not None)
-        raise ValueError(f"{where}: no row of dataset={dataset!r}: no column {missing[0]!r}; it has {names}")
-    if dataset == "gsm8k" and "####" not in str(row["answer"]):
-        raise ValueError(f"{where}: no row of dataset='gsm8k': no '####' before the final answer")
+def _rows_at_hand(
+    rows: Any, setting: str, splits: Sequence[str]
+) -> list[Row] | datasets.Dataset | datasets.IterableDataset:
+    """See `training_rows`. `splits`: the names of which a dict of splits must have exactly one."""
+    if isinstance(rows, Mapping) and any(map(_is_split, rows.values())):
+        found = [name for name in splits if name in rows]
+        if len(found) != 1:
+            right = f"give one of them, such as {setting}[{found[0] if found else next(iter(rows))!r}]"
+            raise ValueError(f"{setting}: has the splits {', '.join(map(str, rows))}; {right}")
+        return _rows_at_hand(rows[found[0]], setting, splits)
+    if isinstance(rows, datasets.Dataset):
+        return list(rows) if rows.format["type"] == "custom" else rows  # made by the user's function as they are read
+    if isinstance(rows, datasets.IterableDataset):
+        return rows
+    if isinstance(rows, pandas.DataFrame):
+        rows = {name: _cells(rows[name]) for name in rows.columns}
+    if isinstance(rows, Mapping):
+        rows = _rows_of_columns(rows, setting)
+    elif isinstance(rows, str | bytes | type) or not (hasattr(rows, "__iter__") or hasattr(rows, "__getitem__")):
+        raise ValueError(f"{setting}={rows!r:.80}: {_EXPECTED}")
+    elif isinstance(rows, torch.utils.data.IterableDataset):
+        hint = "give a stream as a datasets.IterableDataset, such as datasets.IterableDataset.from_generator(...)"
+        raise ValueError(f"{setting}: a {type(rows).__name__} of PyTorch; {hint}")
+    elif not hasattr(rows, "__iter__"):  # by its length, as not all raise an IndexError at their end
+        if not isinstance(rows, Sized):
+            raise ValueError(f"{setting}: a {type(rows).__name__} without a length; {_EXPECTED}")
+        rows = [rows[i] for i in range(len(rows))]
+    rows = list(rows)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{setting}, row {number}: a {type(row).__name__}, expected a dict; {_EXPECTED}")
+        unnamed = next((name for name in row if not isinstance(name, str)), None)
+        if unnamed is not None:
+            raise ValueError(f"{setting}, row {number}: a column is named {unnamed!r}; names of columns are texts")
+    return [dict(row) for row in rows]
 
 
-def _map_columns(row: Row, where: str, config: DataConfig) -> Row:
-    """The columns that the user names take the place of those that are looked for; they also stay as they are."""
-    for setting, column, names in (
-        ("question_column", config.question_column, QUESTION_COLUMNS),
-        ("answer_column", config.answer_column, ANSWER_COLUMNS),
-    ):
-        if column is not None and column not in row:
-            raise ValueError(f"{setting}={column!r}: not in {where}, which has {', '.join(row)}")
-        if column is not None:
-            row = {**row, **dict.fromkeys(names), setting.removesuffix("_column"): row[column]}
-    return row
+_EXPECTED = (
+    "expected a datasets.Dataset, a list of dicts, a dict of columns or a pandas DataFrame, with a column prompt or "
+    "question"
+)
 
 
-def _from_arc(row: Row, where: str) -> Row:
-    """ARC: the labelled choices go below the question, and the answer is the right one's label."""
-    choices, key = row["choices"], str(row["answerKey"])
-    if isinstance(choices, dict):  # Hugging Face and TFDS: a list a column
-        choices = [
-            {"text": text, "label": label} for text, label in zip(choices["text"], choices["label"], strict=True)
-        ]
-    labels = [str(choice["label"]) for choice in choices]
-    if key not in labels:
-        raise ValueError(f"{where}: answerKey {key!r} is none of the choices {', '.join(labels)}")
-    lines = [f"{label}. {choice['text']}" for label, choice in zip(labels, choices, strict=True)]
-    rest = {name: value for name, value in row.items() if name not in (*ANSWER_COLUMNS, "answerKey")}
-    return {**rest, "question": "\n".join([str(row["question"]), *lines]), "answer": key}
+def _is_split(value: Any) -> bool:
+    return isinstance(value, datasets.Dataset | datasets.IterableDataset | torch.utils.data.Dataset | pandas.DataFrame)
 
 
-def _from_math(row: Row) -> Row:
-    """MATH: the answer is what the solution puts into its last box, unless the row has it in a column."""
-    rest = {name: value for name, value in row.items() if name != "problem"}
-    if not any(row.get(name) for name in QUESTION_COLUMNS):
-        rest["question"] = row["problem"]
-    if not any(row.get(name) is not None for name in ANSWER_COLUMNS):
-        rest["answer"] = last_boxed(row["solution"])
-    return rest
+def _cells(column: pandas.Series) -> list[Any]:
+    """The values as Python's, None where pandas has none."""
+    if column.dtype in (np.float32, np.float16):
+        values = [float(str(value)) for value in column.to_numpy()]
+    else:
+        values = column.tolist()
+    return [None if empty else value for value, empty in zip(values, column.isna(), strict=True)]
 
 
-def last_boxed(text: str) -> str | None:
-    """What the last \\boxed{...} (or \\fbox{...}, or `\\boxed 2`) of a LaTeX text holds; None: there is none."""
-    found = [match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*", text)]
-    if not found:
-        return None
-    rest = text[found[-1] :]
-    if not rest.startswith("{"):
-        return rest.partition("$")[0].strip()
-    depth = 0
-    for match in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # \{ and \} are no braces
-        depth += {"{": 1, "}": -1}.get(match.group(), 0)
-        if depth == 0 and match.group() == "}":
-            return rest[1 : match.start()]
-    return None
+def _rows_of_columns(columns: Mapping[str, Any], setting: str) -> list[Row]:
+    for name, values in columns.items():
+        if isinstance(values, str) or not isinstance(values, Sized):
+            raise ValueError(f"{setting}[{name!r}]={values!r:.80}: expected a column, a list of values; {_EXPECTED}")
+    lengths = {str(name): len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{setting}: columns of different lengths: {lengths}")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

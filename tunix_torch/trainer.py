@@ -56,7 +56,7 @@ from .checks import (
     has_dropout,
 )
 from .config import GRPOConfig, ModelConfig
-from .data import Collator, PromptStream, Row, decode_completions, prepare_rows
+from .data import Collator, PromptStream, check_columns, decode_completions, prepare_rows
 from .evaluation import Answers, answer
 from .grpo import aggregation_weights, compute_group_advantages
 from .learning import learn, logps_without_gradient, may_pack, micro_batches, rehearsals
@@ -80,6 +80,7 @@ from .sampler import Sampler, SamplingParams, draw_uniforms
 from .scoring import RewardFunc, is_async, names_of, score_completions
 from .settings import require
 from .sft import completion_loss, learn_completions, sft_batch
+from .sources import evaluation_rows, training_rows
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +101,10 @@ class TunixTrainer(Trainer):
         reward_funcs: one function or several, `(prompts, completions, **columns) -> list[float | None]`; None: does
             not apply to this row. They may be `async`. Needed unless `args.use_grpo` is False.
         args: settings.
-        train_dataset, eval_dataset: rows with prompt / question and answer: a list of dicts or a `datasets.Dataset`;
-            for training also a `datasets.IterableDataset`, with `args.max_steps`.
+        train_dataset, eval_dataset: rows with a prompt or question, and an answer where a reward function or the judge
+            takes one: a list of dicts, a `datasets.Dataset`, or what else `training_rows` takes; for training also a
+            `datasets.IterableDataset`, with `args.max_steps`. Of a `datasets.DatasetDict` the split train, and test or
+            validation.
         processing_class: the tokenizer; by default the model's own, when `model` is a name.
         peft_config: of the LoRA put on a model that has none; default: rank 16 on all projections.
         judge: the reward function that decides at evaluation: an answer is right where its value is at least 1. By
@@ -116,8 +119,8 @@ class TunixTrainer(Trainer):
         model: str | Path | PreTrainedModel | PeftModel,
         reward_funcs: RewardFunc | Sequence[RewardFunc] | None = None,
         args: GRPOConfig | None = None,
-        train_dataset: Sequence[Row] | IterableDataset | None = None,
-        eval_dataset: Sequence[Row] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -127,6 +130,8 @@ class TunixTrainer(Trainer):
         if not isinstance(args, GRPOConfig):
             raise ValueError(f"args: expected a GRPOConfig, which takes the same fields, got a {type(args).__name__}")
         check_reporting(args.report_to)
+        train_dataset = None if train_dataset is None else training_rows(train_dataset)
+        eval_dataset = None if eval_dataset is None else evaluation_rows(eval_dataset)
         if processing_class is None:
             if not isinstance(model, str | Path):
                 raise ValueError("processing_class=None: give the tokenizer of a model that is already loaded")
@@ -183,6 +188,12 @@ class TunixTrainer(Trainer):
             require(args.max_steps > 0, "max_steps", args.max_steps, "streamed rows have no end: set it above 0")
             workers = args.dataloader_num_workers
             require(workers == 0, "dataloader_num_workers", workers, "each would read the whole stream: set it to 0")
+        train_rows = None if train_dataset is None else self._prepare(train_dataset)
+        eval_rows = None if eval_dataset is None else list(self._prepare(eval_dataset))
+        if args.use_grpo and train_rows is not None:
+            check_columns(self.reward_funcs, train_rows)
+        if self.judge is not None and eval_rows is not None:
+            check_columns([self.judge], eval_rows, "judge")
         patience = args.early_stopping_patience
         early_stopping = [] if patience is None else [EarlyStoppingCallback(patience)]
         profiling = [] if args.profile_step is None else [ProfileStep(args.profile_step)]
@@ -190,8 +201,8 @@ class TunixTrainer(Trainer):
             model=model,
             args=args,
             data_collator=Collator(processing_class.pad_token_id, args.max_prompt_length, completion_width),
-            train_dataset=None if train_dataset is None else self._prepare(train_dataset),
-            eval_dataset=None if eval_dataset is None else self._prepare(list(eval_dataset)),
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
             processing_class=processing_class,
             callbacks=[OwnIntervals(), *(callbacks or []), *early_stopping, *profiling, _EndGraphWithOptimizer()],
         )
@@ -601,7 +612,7 @@ class TunixTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Sequence[Row] | None = None,
+        eval_dataset: Any = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -613,10 +624,12 @@ class TunixTrainer(Trainer):
         device.sync()  # as in `collect`
         self._put_optimizer("eval")
         args, started = self.args, time.perf_counter()
-        rows = self.eval_dataset if eval_dataset is None else list(eval_dataset)
+        rows = (self.eval_dataset or []) if eval_dataset is None else evaluation_rows(eval_dataset)
         if not rows:
             raise ValueError("eval_dataset: there are no rows to evaluate on")
-        rows = self._prepare(rows)
+        rows = list(self._prepare(rows))
+        if self.judge is not None:
+            check_columns([self.judge], rows, "judge")
         metrics = {}
         if self.judge is not None:
             answer_rows = functools.partial(

@@ -1,0 +1,310 @@
+"""One row: its columns stay as they are, and question, answer and completion are found in every shape that is known."""
+
+import datetime
+from decimal import Decimal
+
+import numpy as np
+import pytest
+import torch
+
+from tunix_torch.rows import (
+    NO_ANSWER,
+    PREFIX,
+    QUESTION,
+    WHERE,
+    answer_of,
+    answer_text,
+    columns_of,
+    has_column,
+    prompt_of,
+    with_answer,
+)
+from tunix_torch.shapes import completion_of, last_boxed, normalize_row
+
+ARC = {
+    "question": "Which is a metal?",
+    "choices": {"text": ["iron", "salt"], "label": ["A", "B"]},
+    "answerKey": "A",
+}
+ARC_IN_ROWS = {**ARC, "choices": [{"text": "iron", "label": "1"}, {"text": "salt", "label": "2"}], "answerKey": "2"}
+MATH = {"problem": "Half of 1?", "solution": r"It is $\boxed{\frac{1}{2}}$.", "level": "Level 1", "type": "Algebra"}
+MMLU = {"question": "2 + 2?", "subject": "arithmetic", "choices": ["3", "4", "5", "6"], "answer": 1}
+ASKED = [{"role": "user", "content": "1 + 1?"}]
+
+
+def normal(row, **settings):
+    return normalize_row(row, 1, "file", **settings)
+
+
+def no_answer(row):
+    """Why the row has no expected answer; nobody can have asked for it."""
+    row = normal(row)
+    assert not has_column(row, "answer") and answer_text(row) == ""
+    return row[NO_ANSWER]
+
+
+# ---- the data's own columns ----
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "1 + 1?", "question": "another", "answer": 72, "answers": ["x"], "expected_answers": {"a": 1}},
+        {"question": "q", "answer": "so\n#### 7", "prompt_ids": [1], "completion_ids": [2], "completion": None},
+        {"prompt": ASKED, "answer": {"value": 7}, "level": None},
+        {"question": "q", "answers": ["7", "8"], "solution": 3},
+        ARC,
+        MATH,
+        MMLU,
+    ],
+)
+def test_no_column_is_ever_replaced_and_twice_is_as_once(row):
+    once = normal(row)
+    assert {name: value for name, value in once.items() if not name.startswith(PREFIX)} == row
+    assert normalize_row(once, 2, "elsewhere") == once
+
+
+@pytest.mark.parametrize("column", ["answer", "answers", "expected_answers"])
+@pytest.mark.parametrize("question", ["question", "prompt"])
+def test_columns_by_any_of_their_names(question, column):
+    row = normal({question: "1 + 1?", column: 2, "level": "easy"})
+    assert (row[QUESTION], answer_of(row), row["level"]) == ("1 + 1?", 2, "easy")
+    columns = columns_of([row], copies=2)
+    names = {question, "question", "answer", "answers", "expected_answers", "level"}
+    assert columns.keys() == names and columns["expected_answers"] == columns["answer"] == [2, 2]
+    assert columns["question"] == ["1 + 1?"] * 2
+
+
+def test_rewards_get_each_column_of_several_that_say_the_same():
+    data = {"prompt": "1 + 1?", "question": "more", "answer": "2", "answers": ["two", "2"], "expected_answers": 3}
+    assert columns_of([normal(data)]) == {name: [value] for name, value in data.items()}
+
+
+def test_a_row_without_a_column_that_another_has_gives_none_and_answers_are_added_where_there_are_some():
+    rows = [normal({"question": "a"}), normal({"question": "b", "answers": [7], "level": 3})]
+    columns = columns_of(rows, 2)
+    assert columns["level"] == [None, None, 3, 3] and columns["answer"] == [None, None, 7, 7]
+    assert columns["answers"] == [None, None, [7], [7]] and columns["expected_answers"] == [None, None, 7, 7]
+    assert columns_of(rows[:1]) == {"question": ["a"]}
+
+
+@pytest.mark.parametrize("row", [{"answer": "so\n#### 7"}, {"answer": 7, "answers": [7]}, {"expected_answers": 7}, {}])
+def test_a_row_can_be_judged_by_another_answer(row):
+    other = with_answer(normal({"question": "q", **row}), "8")
+    assert has_column(other, "answer") and answer_text(other) == "8"
+    assert {tuple(columns_of([other])[name]) for name in ("answer", "answers", "expected_answers")} == {("8",)}
+
+
+# ---- the question ----
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (
+            {"answer": "1", "text": "q"},
+            "row 1: no question; expected a column named prompt or question; it has answer, t",
+        ),
+        ({"messages": ASKED}, "no question.*put the messages before the answer into prompt"),
+        ({"question": " \n\u3000"}, "row 1: the question is blank"),
+        ({"prompt": 7}, "row 1: the question is a int, expected a text or a list of messages"),
+        ({"prompt": float("nan")}, "row 1: the question is a float"),
+        ({"question": "half \ud83d"}, r"row 1: the question has '\\ud83d' at character 6"),
+        ({"prompt": []}, "row 1: the question is an empty list"),
+        ({"prompt": ["1 + 1?"]}, "message 1 of the question is a str"),
+        (
+            {"prompt": [*ASKED, {"role": "robot", "content": "x"}]},
+            "message 2 .* has the role 'robot'; known are system",
+        ),
+        ({"prompt": [{"role": "user", "content": None}]}, "message 1 .* has no text: its content is a NoneType"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1 .* no text: its content is a list"),
+        ({"prompt": [{"role": "user", "content": " "}]}, "message 1 of the question is blank"),
+        ({"prompt": [{"role": "user", "content": "\udc00"}]}, r"row 1: message 1 of the question has '\\udc00'"),
+        ({"prompt": [*ASKED, {"role": "assistant", "content": "x"}]}, "the last message .* is the assistant's"),
+    ],
+)
+def test_a_question_that_is_none_is_named_with_its_row(row, message):
+    with pytest.raises(ValueError, match=message):
+        normal(row)
+
+
+@pytest.mark.parametrize("name", ["prompt", "question", "query"])
+@pytest.mark.parametrize("kind", [list, tuple, np.array])  # pandas has arrays
+def test_messages_are_questions_and_rewards_get_them_as_they_are(name, kind):
+    messages = [{"role": "system", "content": "Be brief."}, *ASKED]
+    row = normal({name: kind(messages)}, question_column=name if name == "query" else None)
+    assert row[QUESTION] == "1 + 1?" and prompt_of(row) == messages
+
+
+# ---- the answer ----
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [72, 0, 0.1, -1.5, True, "72", " 72 ", "1/2", np.float32(0.1), np.int64(7), Decimal("1.50"), datetime.date.max],
+)
+def test_the_expected_answer_has_the_value_and_type_of_the_data(answer):
+    row = normal({"question": "q", "answer": answer})
+    assert answer_of(row) == answer and type(answer_of(row)) is type(answer)
+    assert answer_text(row) == str(answer).strip()
+
+
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        (["7"], "7"),
+        ([7], 7),
+        ((0.5,), 0.5),
+        (np.array([0.1], dtype=np.float32), 0.1),
+        (np.array([7]), 7),
+        (torch.tensor(7), 7),
+        (torch.tensor([7]), 7),
+    ],
+)
+def test_a_list_of_one_answer_is_that_answer(answer, expected):
+    for column in ("answer", "answers"):
+        found = answer_of(normal({"question": "q", column: answer}))
+        assert found == expected and str(found) == str(expected)
+
+
+@pytest.mark.parametrize(
+    "row, why",
+    [
+        ({}, "no answer; expected a column named answer, answers, expected_answers"),
+        ({"answer": None}, "no answer"),
+        ({"answer": " "}, "no answer"),
+        ({"answer": "48 + 24 = 72 ####"}, "no answer"),
+        ({"answer": {"value": 7}}, "the answer is a dict, expected a text or a number"),
+        ({"answer": b"7"}, "the answer is a bytes"),
+        ({"answer": float("nan")}, "the answer is NaN"),
+        ({"answer": np.float32("nan")}, "the answer is NaN"),
+        ({"answers": ["7", "8"]}, "2 answers; expected one"),
+        ({"answers": []}, "0 answers; expected one"),
+        ({"answers": [float("nan")]}, "the answer is NaN"),
+        ({"answer": "\ud800"}, r"the text has '\ud800'"),
+        ({"choices": ["3", "4"], "answer": 2}, "answer 2 is none of the choices A, B"),
+        ({"choices": ["3", "4"], "answer": -1}, "answer -1 is none of the choices A, B"),
+    ],
+)
+def test_a_row_without_an_answer_is_taken_and_remembers_why(row, why):
+    assert why in no_answer({"question": "q", **row})
+    assert normal({"question": "q", **row})[WHERE] == "file, row 1"
+
+
+@pytest.mark.parametrize(
+    "text, final, reasoning",
+    [
+        ("48/2 = 24 clips.\n48+24 = 72.\n#### 72", "72", "48/2 = 24 clips.\n48+24 = 72."),
+        ("48+24 = 72. #### 72\n", "72", "48+24 = 72."),
+        ("#### -$1,234.50", "-$1,234.50", ""),
+        ("so #### 1/2", "1/2", "so"),
+        ("so #### .5%", ".5%", "so"),
+        ("so\n  #### x + 1", "x + 1", "so"),
+        ("a #### b #### 3", "3", "a #### b"),
+        ("Write #### before the heading", "Write #### before the heading", ""),
+        ("#### 72\nThe end.", "#### 72\nThe end.", ""),
+        ("A ###### heading, or #### 5 times", "A ###### heading, or #### 5 times", ""),
+    ],
+)
+def test_gsm8k_answers_are_cut_at_their_mark_and_prose_is_not(text, final, reasoning):
+    row = normal({"question": "q", "answer": text})
+    assert answer_of(row) == final
+    assert completion_of(row) == f"<reasoning>{reasoning}</reasoning>\n<answer>{final}</answer>"
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (r"so \boxed{72}.", "72"),
+        (r"\boxed{1} and then $\boxed{\frac{1}{2}}$", r"\frac{1}{2}"),
+        (r"\boxed{\left\{ x : x > 0 \right\}}", r"\left\{ x : x > 0 \right\}"),
+        (r"\boxed{a \left\{ b}", r"a \left\{ b"),
+        (r"$\boxed {5}$", "5"),
+        (r"so $\boxed 2$ it is", "2"),
+        (r"\fbox{3}", "3"),
+        (r"no box", None),
+        (r"\boxed{never closed", None),
+    ],
+)
+def test_answer_is_what_the_last_box_holds(text, answer):
+    assert last_boxed(text) == answer
+
+
+def test_math_rows_have_their_problem_and_what_the_solution_boxes():
+    row = normal(MATH)
+    assert (row[QUESTION], answer_of(row)) == ("Half of 1?", r"\frac{1}{2}")
+    assert completion_of(row) == rf"<reasoning>{MATH['solution']}</reasoning>" + "\n" + r"<answer>\frac{1}{2}</answer>"
+    assert answer_of(normal({**MATH, "answer": "0.5"})) == "0.5"
+    assert r"or \boxed{...} in the solution" in no_answer({**MATH, "solution": "It is clear."})
+
+
+@pytest.mark.parametrize(
+    "row, asked, answer",
+    [
+        (ARC, "A. iron\nB. salt", "A"),
+        (ARC_IN_ROWS, "1. iron\n2. salt", "2"),
+        (MMLU, "A. 3\nB. 4\nC. 5\nD. 6", "B"),
+        ({**MMLU, "answer": "D"}, "A. 3\nB. 4\nC. 5\nD. 6", "D"),  # a ClassLabel
+        ({**MMLU, "answer": "6"}, "A. 3\nB. 4\nC. 5\nD. 6", "D"),
+        ({"question": "?", "options": np.array(["x", "y"]), "answer": "B"}, "A. x\nB. y", "B"),  # MMLU-Pro
+        ({"question": "?", "options": {"A": "x", "B": "y", "C": None}, "answer": "y"}, "A. x\nB. y", "B"),  # MedQA
+    ],
+)
+def test_choices_stand_below_the_question_and_the_answer_is_a_label(row, asked, answer):
+    found = normal(row)
+    assert found[QUESTION] == f"{row['question']}\n{asked}" and answer_of(found) == answer
+    assert columns_of([found])["question"] == [row["question"]] and columns_of([found])["answer"] == [answer]
+
+
+def test_choices_that_can_not_be_shown_are_refused_or_left_alone():
+    assert "answerKey 'E' is none of the choices A, B" in no_answer({**ARC, "answerKey": "E"})
+    for choices, message in ((["a"] * 27, "up to 26 choices"), ([{"a": 1}, "b"], "choices that are texts")):
+        with pytest.raises(ValueError, match=f"row 1: .*{message}"):
+            normal({**MMLU, "choices": choices})
+    with pytest.raises(ValueError, match="row 1: 2 choices with 1 labels"):
+        normal({**ARC, "choices": {"text": ["iron", "salt"], "label": ["A"]}})
+    shown = {"prompt": "2 + 2?\nA. 3\nB. 4", "choices": ["3", "4"], "answer": "B"}  # by whoever wrote the prompt
+    assert (normal(shown)[QUESTION], answer_of(normal(shown))) == (shown["prompt"], "B")
+
+
+def test_named_columns_decide_what_is_asked_and_expected_and_all_stay():
+    data = {"prompt": 17, "query": "1 + 1?", "response": "so\n#### 2", "answer": "no", "answers": "never"}
+    row = normal(data, question_column="query", answer_column="response")
+    assert (row[QUESTION], answer_of(row)) == ("1 + 1?", "2")
+    seen = {**data, "question": "1 + 1?", "answer": "2", "expected_answers": "2"}
+    assert columns_of([row]) == {name: [value] for name, value in seen.items()}
+    with pytest.raises(ValueError, match="answer_column='reply': not in file, row 1, which has prompt, query"):
+        normal(data, answer_column="reply")
+
+
+# ---- completions for supervised fine-tuning ----
+
+
+@pytest.mark.parametrize(
+    "row, completion",
+    [
+        ({"completion": "So 2.", "answer": 2}, "So 2."),
+        ({"completion": [{"role": "assistant", "content": "So 2."}]}, "So 2."),
+        ({"answer": 2}, "<reasoning></reasoning>\n<answer>2</answer>"),
+        ({"answer": np.float32(0.1), "reasoning": " r "}, "<reasoning>r</reasoning>\n<answer>0.1</answer>"),
+    ],
+)
+def test_completions_are_the_datas_own_or_made_of_reasoning_and_answer(row, completion):
+    assert completion_of(normal({"question": "1 + 1?", **row})) == completion
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({}, "row 1: no completion to learn from, and none can be made: no answer"),
+        ({"answers": ["1", "2"]}, "none can be made: 2 answers"),
+        ({"completion": None, "answer": 2}, "row 1: the completion is a NoneType"),
+        ({"completion": []}, "row 1: the completion is a list, expected a text or one message of the assistant"),
+        ({"completion": ASKED}, "row 1: the completion is a list"),
+        ({"completion": ASKED * 2}, "row 1: the completion is a list"),
+        ({"completion": "\udfff"}, r"row 1: the completion has '\\udfff'"),
+    ],
+)
+def test_a_row_without_a_completion_is_named(row, message):
+    with pytest.raises(ValueError, match=message):
+        completion_of(normal({"question": "q", **row}))
