@@ -1,8 +1,10 @@
 """Reward functions: pure, standard library only, `(prompts, completions, **columns) -> list[float | None]`.
 
-All need nothing but a completion (and, for correctness, the `answer` column). `REWARDS` names this project's own, with
-values in [0, 1]; `PRESET_REWARDS` those of other systems, in ranges of their own, and `math_equal`; `PRESETS` puts
-rewards together as those systems do. `math_equal_reward` imports mpmath when it first needs it.
+All need nothing but a completion, which is a text or a list of messages, and for correctness the `answer` column, of
+texts or numbers. `docs/rewards.md` says what each pays for and what a policy can exploit.
+
+`REWARDS` names this project's own, with values in [0, 1]; `PRESET_REWARDS` those of other systems, in ranges of their
+own, and `math_equal`, which imports mpmath when it first needs it; `PRESETS` puts rewards together as those systems do.
 """
 
 import difflib

@@ -2,6 +2,8 @@
 
 Source: agent-tunix's README (kzhou003/agent-tunix), which follows the Tunix GRPO demo. Here a number is parsed by
 `rewards.answers`, so "-5" is -5 and "1,234" is 1234.
+
+What a policy can exploit: 5.0 of the 9.5 are for the tags, whatever they hold.
 """
 
 from collections.abc import Sequence
@@ -16,10 +18,12 @@ from rewards.answers import (
     parse_number,
     score_against_answers,
 )
+from rewards.conversations import takes_conversations
 
 TAGS = REASONING_TAGS + ANSWER_TAGS
 
 
+@takes_conversations
 def match_format_exactly(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """3.0 for a reasoning part and then an answer part, neither of them empty, else 0.0.
 
@@ -31,6 +35,7 @@ def match_format_exactly(prompts: Sequence[str], completions: Sequence[str], **c
     return [3.0 if _has_exact_format(completion.strip()) else 0.0 for completion in completions]
 
 
+@takes_conversations
 def match_format_approximately(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """In [-2, 2]: for each of the four tags 0.5 if it occurs exactly once, else -0.5.
 
@@ -40,29 +45,34 @@ def match_format_approximately(prompts: Sequence[str], completions: Sequence[str
     return [sum(0.5 if completion.count(tag) == 1 else -0.5 for tag in TAGS) for completion in completions]
 
 
+@takes_conversations
 def check_answer(
-    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str | None], **columns: object
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[object], **columns: object
 ) -> list[float | None]:
     """In [-1, 3]: how near the text in the answer tags is to the expected answer; None where that is None.
 
-    3.0 the same text; 1.5 the same but for white space around it; 0.5 a number within 10% of the expected one; 0.25
-    within 20%; -1.0 another number; -0.5 one of the two is not a number; 0.0 no answer at all. Another way to write the
-    expected number is within 10% of it (`check_numbers` adds what it deserves), and within 10% of 0 is only 0.
+    3.0 the same text; 1.5 the same but for white space around it, or exactly the expected number written in another way
+    (agent-tunix gives that 0.5, as it does a near miss); 0.5 a number within 10% of the expected one; 0.25 within 20%;
+    -1.0 another number; -0.5 one of the two is not a number; 0.0 no answer at all. Within 10% of 0 is only 0.
+
+    A policy can earn 0.5 for a guess that is near, and with `check_numbers` 1.5 more for any text in the tags whose
+    first number is right.
 
     Raises:
         ValueError: `answer` has not one value for every completion.
 
     >>> texts = ["72", " 72", "72.0", "70", "60", "27", "many"]
     >>> check_answer(["?"] * 7, [f"<answer>{text}</answer>" for text in texts], answer=["72"] * 7)
-    [3.0, 1.5, 0.5, 0.5, 0.25, -1.0, -0.5]
+    [3.0, 1.5, 1.5, 0.5, 0.25, -1.0, -0.5]
     >>> check_answer(["?"] * 3, ["72", "<answer>-5</answer>", "<answer>72</answer>"], answer=["72", "5", None])
     [0.0, -1.0, None]
     """
     return score_against_answers(completions, answer, _score_answer)
 
 
+@takes_conversations
 def check_numbers(
-    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str | None], **columns: object
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[object], **columns: object
 ) -> list[float | None]:
     """1.5 where the first number in the answer tags is exactly the expected one, else 0.0; None where that is None.
 
@@ -97,6 +107,8 @@ def _score_answer(completion: str, expected: str) -> float:
     if given_number is None or expected_number is None:
         return -0.5
     difference = abs(given_number - expected_number)
+    if difference == 0:
+        return 1.5
     if difference <= abs(expected_number) * Fraction(1, 10):
         return 0.5
     return 0.25 if difference <= abs(expected_number) * Fraction(1, 5) else -1.0

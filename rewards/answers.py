@@ -4,10 +4,15 @@ A completion has the form `<reasoning>...</reasoning> <answer>...</answer>`. Not
 time taken is linear in its length.
 """
 
+import decimal
+import math
+import numbers
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
+
+from rewards.units import SCALES, changes_value, may_be_unit, normalise_unit, starts_unit, units_agree
 
 REASONING_TAGS = ("<reasoning>", "</reasoning>")
 ANSWER_TAGS = ("<answer>", "</answer>")
@@ -16,16 +21,6 @@ ANSWER_TAGS = ("<answer>", "</answer>")
 MAX_NUMBER_CHARS = 200
 # Digits with or without thousands separators, or a bare ".5".
 DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
-
-_SCALES = {
-    "dozen": 12,
-    "hundred": 100,
-    "thousand": 1_000,
-    "million": 1_000_000,
-    "billion": 1_000_000_000,
-    "trillion": 1_000_000_000_000,
-}
-_UNIT_ALIASES = {"$": "dollar", "usd": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "percent": "%"}
 
 STEP_END = re.compile(r"\n|(?<=[.!?])\s")  # a step of reasoning is a line or a sentence
 # A calculation, counted at its operator: "2 + 3 * 4" has two, "$4 x 2" one.
@@ -37,28 +32,26 @@ _NUMBER = re.compile(
     rf"(?:(?<![\w)%])(?P<sign>-)[$€£¥₹]?)?(?<!\w)(?P<digits>{DECIMAL}(?:e[+-]?[0-9]{{1,3}})?)(?![0-9])"
 )
 
-# One number and nothing else but a lead-in, a currency sign and a unit. The exponent has at most three digits, since
-# an exact 1e999999999 would fill the memory; the denominator is not zero. A unit starts with a letter or a sign, not
-# with "and" or "is" ("5 and a half" is not 5, "7 is wrong" not 7), and its only digits are the 2 and 3 of "m2", "cm^3".
+# One number and nothing else but a lead-in, a currency sign and words after it; `units.py` says which make a unit. The
+# exponent has at most three digits, since an exact 1e999999999 would fill the memory; the denominator is not zero. The
+# only digits of a unit are the 2 and 3 of "m2", "cm^3".
+_WORD = r"(?:[%°$€£¥₹][^\W\d_]*|[µμ]?[^\W\d_]+(?:['’.·-][^\W\d_]+)*)(?:\^?[23]|[²³])?"
 _QUANTITY = re.compile(
     rf"""
-    (?:(?:(?:the\ )?(?:final\ )?answer\ is:?|about|approximately|around|roughly|=)\ ?)?
+    (?:(?:(?:the\ )?(?:final\ )?answer(?:\ is:?|:)|about|approximately|around|roughly|=)\ ?)?
     (?P<prefix>[+-]?(?:[$€£¥₹]\ ?)?|[$€£¥₹]\ ?[+-])
     (?:
         (?:(?P<whole>[0-9]+)\ )?(?P<fraction>[0-9]+\ ?/\ ?0*[1-9][0-9]*)
       | (?P<decimal>{DECIMAL}(?:e[+-]?[0-9]{{1,3}})?)
     )
-    (?:[ -]?(?P<scale>{"|".join(_SCALES)})s?\b)?
-    (?P<unit>
-        \ ?/?\ ?(?=[a-z%°μ$€£¥₹])(?!(?:and|or|to|is|are|was|not|plus|minus|times)\b)[^\s0-9]+[23]?(?:\ [^\s0-9]+[23]?)*
-    )?
+    (?:[ -]?(?P<scale>{"|".join(SCALES)})s?\b)?
+    (?P<space>[ ]?)(?P<unit>(?:/[ ]?)?\(?{_WORD}\)?[.,!]?(?:(?:[ ]|[ ]?/[ ]?)\(?{_WORD}\)?[.,!]?)*)?
     """,
     re.VERBOSE,
 )
+# What may follow a GSM8K solution's marker on a line with other text before it.
+_MARKED_NUMBER = re.compile(r"[-+]?[$€£¥₹]?[-+]?[0-9][0-9,]*(?:\.[0-9]+)?(?: ?/ ?[0-9]+)?|[-+]?[$€£¥₹]?[-+]?\.[0-9]+")
 _MINUS_SIGNS = str.maketrans("\u2212\u2013", "--")
-_SUPERSCRIPTS = str.maketrans({"²": "2", "³": "3", "^": None})
-# "miles" and "mile", "inches" and "inch", "glasses" and "glass"; too short a word ("ms", "s") is left alone.
-_WORD_ENDING = re.compile(r"(?<=\w\w)(?:es|(?<!s)s|e)\b")
 
 
 class _Quantity(NamedTuple):
@@ -113,9 +106,10 @@ def parse_number(text: str) -> Fraction | None:
 
     A sign, thousands separators, a currency sign, a fraction, a mixed number, an exponent, a scale word ("3 million"),
     a unit after it, a short lead-in ("about", "the answer is") and a final period are understood; of a GSM8K solution
-    only what follows the last "####" counts (Cobbe et al. 2021, arXiv:2110.14168). A percentage is the number before
-    its sign. Other words in front ("Apollo 11"), a second number ("between 3 and 5"), a zero denominator, an exponent
-    of four digits, or more than MAX_NUMBER_CHARS characters: None.
+    only what follows the "####" counts (Cobbe et al. 2021, arXiv:2110.14168). A percentage is the number before
+    its sign. Other words in front ("Apollo 11"), a word after it that changes the value ("3 quarters"), a variable
+    ("2x"), a second number ("between 3 and 5"), a division without a remainder ("84/7" is a task, not its answer), a
+    zero denominator, an exponent of four digits, or more than MAX_NUMBER_CHARS characters: None.
 
     >>> parse_number("$1,234.50"), parse_number("-1 1/2"), parse_number("50%")
     (Fraction(2469, 2), Fraction(-3, 2), Fraction(50, 1))
@@ -123,8 +117,8 @@ def parse_number(text: str) -> Fraction | None:
     Fraction(72, 1)
     >>> parse_number("**72**"), parse_number(r"\boxed{72}")
     (Fraction(72, 1), Fraction(72, 1))
-    >>> [parse_number(text) for text in ("between 3 and 5", "1/0", "1e999999999", "many", "7 is wrong")]
-    [None, None, None, None, None]
+    >>> [parse_number(text) for text in ("between 3 and 5", "1/0", "3 quarters", "2x", "7 is wrong", "84/7")]
+    [None, None, None, None, None, None]
     """
     quantity = _parse_quantity(_normalise(text))
     return None if quantity is None else quantity.value
@@ -150,22 +144,65 @@ def find_numbers(text: str) -> list[Fraction]:
 
 
 def final_answer(solution: str) -> str:
-    """What follows the last "####" of a GSM8K solution, stripped; a text without it as it is.
+    """What follows the "####" of a GSM8K solution, stripped; a text without such a marker as it is.
 
-    >>> final_answer("48 + 24 = 72\\n#### 72"), final_answer(" 72")
-    ('72', ' 72')
+    A marker counts where it begins the last line of the text, or where what follows the last one is a number that ends
+    the text. Any other "####" is part of the answer.
+
+    >>> final_answer("48 + 24 = 72\\n#### 72"), final_answer("48 + 24 = 72. #### 72"), final_answer(" 72")
+    ('72', '72', ' 72')
+    >>> final_answer("A heading starts with #### in Markdown")
+    'A heading starts with #### in Markdown'
     """
     _, marker, final = solution.rpartition("####")
-    return final.strip() if marker else solution
+    if marker and _MARKED_NUMBER.fullmatch(final.translate(_MINUS_SIGNS).strip()):
+        return final.strip()
+    last_line = solution.rstrip().rpartition("\n")[2].strip()
+    return last_line.removeprefix("####").strip() if last_line.startswith("####") else solution
+
+
+def stated_number(answer: str) -> Fraction | None:
+    """The one number that an answer states: alone, in a sentence without another one, or after the last "=".
+
+    None where there are several, as in a list, a date or a time, or where a word makes it another number.
+
+    >>> stated_number("150 × 4 = 600"), stated_number("She pays $600 in all.")
+    (Fraction(600, 1), Fraction(600, 1))
+    >>> [stated_number(text) for text in ("1 2 3 600", "12:30", "2024-05-06", "3 quarters of it", "none")]
+    [None, None, None, None, None]
+    """
+    number = parse_number(answer)
+    if number is not None:
+        return number
+    found = find_numbers(answer.rpartition("=")[2])
+    return found[0] if len(found) == 1 and not changes_value(answer.rpartition("=")[2]) else None
+
+
+def answer_text(answer: object) -> str | None:
+    """An expected answer of a data set as text: texts as they are, numbers as Python writes them, None as None.
+
+    Raises:
+        ValueError: it is anything else, such as a list or NaN.
+
+    >>> answer_text("72"), answer_text(72), answer_text(145.0), answer_text(0.1), answer_text(None)
+    ('72', '72', '145.0', '0.1', None)
+    """
+    if answer is None or isinstance(answer, str):
+        return answer
+    if not isinstance(answer, (numbers.Real, decimal.Decimal)):
+        raise ValueError(f"answer={answer!r:.60}: is a {type(answer).__name__}, expected a text, a number or None")
+    if not math.isfinite(answer):
+        raise ValueError(f"answer={answer}: expected a finite number, a text or None")
+    return str(answer)
 
 
 def score_against_answers(
-    completions: Sequence[str], answer: Sequence[str | None], score: Callable[[str, str], float]
+    completions: Sequence[str], answer: Sequence[object], score: Callable[[str, str], float]
 ) -> list[float | None]:
-    """`score(completion, expected)` of every row, None where the expected answer is None.
+    """`score(completion, expected)` of every row, None where the expected answer is None. A number counts as its text.
 
     Raises:
-        ValueError: `answer` has not one value for every completion.
+        ValueError: `answer` has not one value for every completion, or one that `answer_text` refuses.
     """
     if len(answer) != len(completions):
         raise ValueError(
@@ -173,7 +210,7 @@ def score_against_answers(
         )
     return [
         None if expected is None else score(completion, expected)
-        for completion, expected in zip(completions, answer, strict=True)
+        for completion, expected in zip(completions, map(answer_text, answer), strict=True)
     ]
 
 
@@ -194,8 +231,7 @@ def answers_match(given: str, expected: str) -> bool:
     given_quantity, expected_quantity = _parse_quantity(given), _parse_quantity(expected)
     if given_quantity is None or expected_quantity is None:
         return given == expected
-    units_agree = all(a == b for a, b in zip(given_quantity.unit, expected_quantity.unit, strict=False))
-    return given_quantity.value == expected_quantity.value and units_agree
+    return given_quantity.value == expected_quantity.value and units_agree(given_quantity.unit, expected_quantity.unit)
 
 
 def _last_between(text: str, opening: str, closing: str) -> str | None:
@@ -207,7 +243,7 @@ def _last_between(text: str, opening: str, closing: str) -> str | None:
 
 
 def _normalise(text: str) -> str:
-    final = text.rpartition("####")[2].translate(_MINUS_SIGNS)
+    final = final_answer(text).translate(_MINUS_SIGNS)
     final = " ".join(final.casefold().split()).strip("*` ").rstrip(" .,;")  # Markdown's bold and code
     if final.startswith("\\boxed{") and final.endswith("}"):  # LaTeX
         final = final[len("\\boxed{") : -1].strip()
@@ -218,8 +254,19 @@ def _parse_quantity(text: str) -> _Quantity | None:
     match = _QUANTITY.fullmatch(text) if len(text) <= MAX_NUMBER_CHARS else None
     if match is None:
         return None
-    number = match["fraction"] or match["decimal"]
-    value = Fraction(number.replace(",", "").replace(" ", "")) + int(match["whole"] or 0)
-    value *= _SCALES.get(match["scale"], 1) * (-1 if "-" in match["prefix"] else 1)
-    unit = f"{match['prefix'].strip('+- ')} {match['unit'] or ''}".translate(_SUPERSCRIPTS)
-    return _Quantity(value, tuple(_WORD_ENDING.sub("", _UNIT_ALIASES.get(word, word)) for word in unit.split()))
+    number = (match["fraction"] or match["decimal"]).replace(",", "").replace(" ", "")
+    value = Fraction(number)
+    if match["fraction"] and value.denominator == 1:
+        return None  # "84/7" is a task, 12 its answer
+    value += int(match["whole"] or 0)
+    value *= SCALES.get(match["scale"], 1) * (-1 if "-" in match["prefix"] else 1)
+    words = (match["unit"] or "").replace("(", "").replace(")", "").split()
+    if words and not _is_unit(words, attached=not match["space"] and match["scale"] is None):
+        return None
+    return _Quantity(value, normalise_unit([match["prefix"].strip("+- "), *words]))
+
+
+def _is_unit(words: list[str], attached: bool) -> bool:
+    first = re.match(r"/?([^\W\d_²³]*)", words[0])[1]
+    begins = words[0][0] in "/%°$€£¥₹" or starts_unit(first, attached, letters=True)
+    return begins and may_be_unit(" ".join(words))

@@ -54,6 +54,8 @@ def composite_reward(components: Sequence[RewardComponent]) -> RewardFn:
     that row's sum (the other weights stay as they are); where no component applies the value is None. A plain weighted
     sum of rewards is what DeepSeek-R1 (arXiv:2501.12948) and TRL's `reward_weights` use.
 
+    Components get the completions as they come, texts or lists of messages; the rewards of this package take both.
+
     Raises:
         ValueError: no components, or two with one name; and, from the function returned, what `score_with_breakdown`
             raises.

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 
 from rewards.answers import answers_match, extract_answer, score_against_answers
+from rewards.conversations import takes_conversations
 
 
+@takes_conversations
 def correctness_reward(
-    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str | None], **columns: object
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[object], **columns: object
 ) -> list[float | None]:
     """1.0 where the answer tags hold the expected answer, 0.0 where not, None where the expected answer is None.
 

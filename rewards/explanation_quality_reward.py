@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 
 from rewards.answers import extract_reasoning
+from rewards.conversations import takes_conversations
 
 MIN_WORDS = 20  # full reward from here ...
 MAX_WORDS = 150  # ... to here
 ZERO_WORDS = 300  # nothing from here on
 
 
+@takes_conversations
 def explanation_quality_reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """In [0, 1]: a length factor times the share of distinct word trigrams of the text in the reasoning tags.
 

@@ -4,11 +4,13 @@ import re
 from collections.abc import Sequence
 
 from rewards.answers import ANSWER_TAGS, REASONING_TAGS
+from rewards.conversations import takes_conversations
 
 TAGS = REASONING_TAGS + ANSWER_TAGS
 _LAYOUT = re.compile(r"\s*<reasoning>(.*?)</reasoning>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 
 
+@takes_conversations
 def format_reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """In [0, 1]: 1.0 for exactly `<reasoning>...</reasoning> <answer>...</answer>`, else 0.1 for each tag present once.
 

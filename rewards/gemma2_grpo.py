@@ -2,6 +2,10 @@
 
 Source: mlvpatel/gemma2-grpo-reasoning, whose README weighs the first three 0.25, 0.30 and 0.45 and adds the bonuses as
 they are. Here words are whole words ("also" is no "so", "awaiting" no "wait").
+
+What a policy can exploit: a completion with both parts, stuffed with the words, steps and phrases that logic and the
+bonuses count, earns 0.25 + 0.30 + 0.10 + 0.05 = 0.70 with a wrong answer, as much as a short right one earns with 0.25
+and 0.45. That is the system's formula. Where it matters, weigh gemma2_accuracy more.
 """
 
 import re
@@ -14,9 +18,11 @@ from rewards.answers import (
     answers_match,
     extract_answer,
     extract_reasoning,
-    find_numbers,
+    parse_number,
     score_against_answers,
+    stated_number,
 )
+from rewards.conversations import takes_conversations
 
 TRANSITIONS = frozenset(
     "therefore because since so thus hence first second third then next finally "
@@ -41,6 +47,7 @@ _STEP_NUMBER = re.compile(r"\bstep ?#?([0-9]{1,3})\b")
 _EQUALS = re.compile(r"=|\bequals?\b")
 
 
+@takes_conversations
 def gemma2_format_reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """In [0, 1]: 1.0 for a reasoning part and then an answer part, 0.5 in the wrong order, 0.3 for one part, else 0.0.
 
@@ -51,6 +58,7 @@ def gemma2_format_reward(prompts: Sequence[str], completions: Sequence[str], **c
     return [_score_format(completion) for completion in completions]
 
 
+@takes_conversations
 def gemma2_logic_reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """In [0, 1]: the sum of four parts about the text in the reasoning tags; 0.0 without such text.
 
@@ -66,13 +74,17 @@ def gemma2_logic_reward(prompts: Sequence[str], completions: Sequence[str], **co
     return [_score_logic(completion) for completion in completions]
 
 
+@takes_conversations
 def gemma2_accuracy_reward(
-    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str | None], **columns: object
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[object], **columns: object
 ) -> list[float | None]:
-    """In [0, 1]: how near the last number in the answer tags is to the expected one; None where that is None.
+    """In [0, 1]: how near the number that the answer tags state is to the expected one; None where that is None.
 
-    1.0 exactly the same; 0.9 within 1%; 0.5 within 10%; else 0.0. The expected number is the last of the expected
-    answer; without any, `answers_match` decides.
+    1.0 exactly the same; 0.9 within 1%; 0.5 within 10%; else 0.0. `stated_number` says which number that is; the system
+    itself takes the last one of any text. Where the expected answer is not one number (a date, a time, a list, words),
+    `answers_match` decides.
+
+    A policy can earn 0.9 or 0.5 for a guess that is near.
 
     Raises:
         ValueError: `answer` has not one value for every completion.
@@ -84,6 +96,7 @@ def gemma2_accuracy_reward(
     return score_against_answers(completions, answer, _score_accuracy)
 
 
+@takes_conversations
 def gemma2_self_correction_bonus(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """In [0, 0.1]: 0.03 for each different phrase of CORRECTIONS in the completion, at most 0.10.
 
@@ -97,6 +110,7 @@ def gemma2_self_correction_bonus(prompts: Sequence[str], completions: Sequence[s
     return [min(3 * len(set(found)), 10) / 100 for found in phrases]
 
 
+@takes_conversations
 def gemma2_length_bonus(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """In [0, 0.05]: 0.05 for 100 to 400 words in the completion, 0.02 for 50 to 99 or 401 to 600, else 0.0.
 
@@ -128,17 +142,18 @@ def _score_accuracy(completion: str, expected: str) -> float:
     given = extract_answer(completion)
     if given is None:
         return 0.0
-    given_numbers, expected_numbers = find_numbers(given), find_numbers(expected)
-    if not expected_numbers:
+    expected_number = parse_number(expected)
+    if expected_number is None:
         return float(answers_match(given, expected))
-    if not given_numbers:
+    given_number = stated_number(given)
+    if given_number is None:
         return 0.0
-    difference = abs(given_numbers[-1] - expected_numbers[-1])
+    difference = abs(given_number - expected_number)
     if difference == 0:
         return 1.0
-    if difference * 100 <= abs(expected_numbers[-1]):
+    if difference * 100 <= abs(expected_number):
         return 0.9
-    return 0.5 if difference * 10 <= abs(expected_numbers[-1]) else 0.0
+    return 0.5 if difference * 10 <= abs(expected_number) else 0.0
 
 
 def _score_length(num_words: int) -> float:

@@ -3,6 +3,9 @@
 Source: GauravKrv/tunix-hackathon, which weighs them 0.5, 0.3 and 0.2. Its `RewardComponent` and its composite with
 details are in `composite_reward.py`, its step and trajectory scores in `trajectory.py`. Here words are whole words, and
 "0.15" does not end a sentence.
+
+What a policy can exploit: structure and conciseness look at the form only, so half of the weighted sum is there without
+the right answer, and PARTIAL_CREDIT for words that the wrong one shares with it.
 """
 
 import re
@@ -16,6 +19,7 @@ from rewards.answers import (
     final_answer,
     score_against_answers,
 )
+from rewards.conversations import takes_conversations
 
 PARTIAL_CREDIT = 0.4
 MAX_STEPS = 10
@@ -35,8 +39,9 @@ _CONCLUSION = re.compile(
 )
 
 
+@takes_conversations
 def jaccard_correctness_reward(
-    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str | None], **columns: object
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[object], **columns: object
 ) -> list[float | None]:
     """In [0, 1]: 1.0 for the expected answer, else PARTIAL_CREDIT times the Jaccard similarity; None where it is None.
 
@@ -53,6 +58,7 @@ def jaccard_correctness_reward(
     return score_against_answers(completions, answer, _score_correctness)
 
 
+@takes_conversations
 def structure_reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """In [0, 1]: are the steps in the reasoning tags connected, long enough and punctuated? 0.0 without steps.
 
@@ -71,6 +77,7 @@ def structure_reward(prompts: Sequence[str], completions: Sequence[str], **colum
     return [_score_structure(extract_steps(completion)) for completion in completions]
 
 
+@takes_conversations
 def conciseness_reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """In [0, 1]: is the text in the reasoning tags clear, complete and tidy? 0.0 without such text.
 

@@ -1,179 +1,89 @@
-r"""Read the value of a mathematical expression, in plain text or LaTeX.
+r"""Compute the value of one mathematical expression from its tokens.
 
-The text is never given to eval(), on which sympy's parser of plain text is built, nor to a symbolic simplifier, which
-may run for ever. A small parser computes as it reads: exactly in fractions where that is possible, otherwise to DIGITS
-digits in mpmath, sympy's arithmetic. The length of the text, the depth of its brackets and every number on the way are
+Nothing is given to eval(), on which sympy's parser of plain text is built, nor to a symbolic simplifier, which may run
+for ever. A small parser computes as it reads: exactly in fractions where that is possible, otherwise in
+mpmath, sympy's arithmetic. The length of the text, the depth of its brackets and every number on the way are
 bounded, so reading takes milliseconds.
 """
 
-import functools
+import math
 import re
 import zlib
 from fractions import Fraction
-from typing import Any, NamedTuple
 
-from rewards.answers import DECIMAL
-
-MAX_CHARS = 300
-MAX_DEPTH = 20
-MAX_BITS = 4096  # of a fraction's numerator and denominator
-DIGITS = 120
-LARGEST = 1e30  # the size of a number that is not a fraction is at most that, and at least 1 / LARGEST ...
-ZERO = 1e-60  # ... or so small that it is 0 but for rounding
-TOLERANCE = 1e-40  # relative, between numbers that are not both fractions
-
-# The value of an expression: a Fraction, or a real or complex number of mpmath.
-Value = Any
-
-_COSMETICS = re.compile(
-    r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,;:! ]|\$|(?<=\\)[dt](?=frac)|\^\s*(?:\\circ|\{\s*\\circ\s*\})"
+from rewards.math_latex import CLOSING, OPENING, Unreadable
+from rewards.math_numbers import (
+    Group,
+    Value,
+    absolute,
+    add,
+    apply,
+    digits_of,
+    euler,
+    imaginary_unit,
+    keep,
+    multiply,
+    pi,
+    power,
+    ratio,
+    root,
 )
-_TEXT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}")
-_BARE_FRACTION = re.compile(r"\\frac\s*([0-9])\s*([0-9])")
-_BARE_ROOT = re.compile(r"\\sqrt\s*([0-9])")
-_LEFT_SIDE = re.compile(r"\s*[a-zA-Z]\s*=(?!=)")
+from rewards.units import FUNCTIONS, GREEK
 
-_TOKEN = re.compile(rf"(?P<number>{DECIMAL})|(?P<name>\\?[a-zA-Z]+)|(?P<sign>\*\*|\\[{{}}]|\S)")
-_SYNONYMS = {
-    "**": "^",
-    "\\cdot": "*",
-    "\\times": "*",
-    "×": "*",
-    "·": "*",
-    "\\div": "/",
-    "÷": "/",
-    "\u2212": "-",
-    "\u2013": "-",
-    "π": "pi",
-    "√": "sqrt",
-}
-_FUNCTIONS = frozenset(("sin", "cos", "tan", "ln", "log"))
-_KEYWORDS = _FUNCTIONS | {"pi", "sqrt", "frac"}
-_GREEK = frozenset(("alpha", "beta", "gamma", "theta", "lambda", "mu", "phi", "infty"))
-_PRODUCT_LETTERS = frozenset("abcxyz")  # "xy" is x times y, but "dog" is not "god"
-_BRACKETS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
+MAX_DEPTH = 20
+MAX_ATOMS = 300  # numbers, variables and brackets read, those after a plus-minus sign twice
+MAX_FACTORIAL = 300
+MAX_VALUES = 40  # in one pair of brackets
+
+_CIRCULAR = frozenset(("sin", "cos", "tan", "sec", "csc", "cot"))
+_UNKNOWN_FUNCTIONS = frozenset("fghFGH")  # "f(2)" is not f times 2
+_STARTS_VALUE = frozenset("( [ { [[ sqrt frac binom repeating pi infty".split()) | FUNCTIONS | GREEK
 
 
-class Unreadable(Exception):
-    """The text is not mathematics that is read here, or too large."""
+def read_value(tokens: list[str], point: int = 0) -> tuple[list[Value], int]:
+    r"""The values of an expression, its variables having those that belong to `point`, and how much it calculates.
 
-
-class Values(NamedTuple):
-    """The value of an expression, or those of a tuple or list with its brackets."""
-
-    values: list[Value]
-    brackets: tuple[str, str]  # ("", "") for an expression and for a list without brackets
-
-
-def simplify_latex(text: str) -> str:
-    r"""`text` without what only changes its looks, and of `x = 5` the right side.
-
-    >>> simplify_latex(r"$x = \left(\dfrac12\right)\,\text{cm}$."), simplify_latex(r"\boxed{50\%}")
-    ('(\\frac{1}{2})cm', '50%')
-    """
-    text = _TEXT.sub(r"\1", _COSMETICS.sub("", text)).replace("\\%", "%")
-    text = _BARE_ROOT.sub(r"\\sqrt{\1}", _BARE_FRACTION.sub(r"\\frac{\1}{\2}", text)).strip("*` \n").rstrip(" .;")
-    if text.startswith("\\boxed{") and text.endswith("}"):
-        text = text[len("\\boxed{") : -1]
-    left = _LEFT_SIDE.match(text)
-    return (text[left.end() :] if left else text).strip()
-
-
-def read_values(text: str, point: int = 0) -> Values:
-    r"""The values that `text` states, its variables having the values that belong to `point`.
+    The values are two where the tokens have a plus-minus sign. What is counted is sums, products and quotients, except
+    fractions that are written as such.
 
     Raises:
-        Unreadable: the text is not mathematics that is read here, or too large.
+        Unreadable: the tokens are not mathematics that is read here, or a number on the way is too large.
 
-    >>> read_values("1 + 2 * 3^2")
-    Values(values=[Fraction(19, 1)], brackets=('', ''))
-    >>> read_values(r"(1\frac{1}{2}, -2)")
-    Values(values=[Fraction(3, 2), Fraction(-2, 1)], brackets=('(', ')'))
-    >>> read_values("9^9^9")
+    >>> from rewards.math_latex import split_tokens
+    >>> read_value(split_tokens("1 + 2 * 3^2")), read_value(split_tokens(r"1\frac{1}{2}"))
+    (([Fraction(19, 1)], 2), ([Fraction(3, 2)], 0))
+    >>> read_value(split_tokens(r"\pm 2")), read_value(split_tokens("[1, 2)"))
+    (([Fraction(2, 1), Fraction(-2, 1)], 0), ([Group(kind='[)', values=(Fraction(1, 1), Fraction(2, 1)))], 0))
+    >>> read_value(split_tokens("9^9^9"))
     Traceback (most recent call last):
-    rewards.math_value.Unreadable: a number of more than 4096 bits
+    rewards.math_latex.Unreadable: a number of more than 4096 bits
     """
-    if len(text) > MAX_CHARS:
-        raise Unreadable(f"more than {MAX_CHARS} characters")
-    tokens = _split_tokens(text)
-    if len(tokens) > 2 and tokens[0] in _BRACKETS and tokens[-1] in _BRACKETS.values():
-        pieces = _split_at_commas(tokens[1:-1])
-        if len(pieces) > 1:  # one piece in brackets is an expression like any other
-            return Values([_Reader(piece, point).read() for piece in pieces], (tokens[0], tokens[-1]))
-    return Values([_Reader(piece, point).read() for piece in _split_at_commas(tokens)], ("", ""))
+    reader = _Reader(tokens, point)
+    values = reader.alternatives()
+    if reader.position < len(tokens):
+        raise Unreadable(f"{reader.peek()!r} where the expression should end")
+    return values, reader.operations
 
 
-def agree(given: Values, expected: Values) -> bool:
-    """Whether the values are the same; the order counts in round and square brackets only.
-
-    >>> agree(read_values("1, 2"), read_values("2, 1")), agree(read_values("(1, 2)"), read_values("(2, 1)"))
-    (True, False)
-    >>> agree(read_values("sqrt(8)"), read_values("2 sqrt(2)")), agree(read_values("1/3"), read_values("0.333"))
-    (True, False)
-    """
-    if given.brackets != expected.brackets or len(given.values) != len(expected.values):
-        return False
-    if given.brackets[0] in ("(", "["):
-        return all(map(_same, given.values, expected.values))
-    left = list(expected.values)
-    for value in given.values:
-        index = next((i for i, other in enumerate(left) if _same(value, other)), None)
-        if index is None:
-            return False
-        del left[index]
-    return True
-
-
-def _split_tokens(text: str) -> list[str]:
-    r"""Numbers, signs, and names without their backslash; a product of letters letter by letter.
-
-    >>> _split_tokens(r"2xy + \frac{\pi}{1,000}")
-    ['2', 'x', 'y', '+', 'frac', '{', 'pi', '}', '{', '1,000', '}']
-    """
-    tokens = []
-    for match in _TOKEN.finditer(text):
-        token = _SYNONYMS.get(match[0], match[0])
-        name = token.removeprefix("\\")
-        if match["name"] is None or token != match[0]:
-            tokens.append(token)
-        elif name in _KEYWORDS or name in _GREEK:
-            tokens.append(name)
-        elif len(token) == 1 or _PRODUCT_LETTERS.issuperset(token):
-            tokens.extend(token)
-        else:
-            raise Unreadable(f"the word {token!r}")
-    return tokens
-
-
-def _split_at_commas(tokens: list[str]) -> list[list[str]]:
-    pieces: list[list[str]] = [[]]
-    depth = 0
-    for token in tokens:
-        depth += (token in _BRACKETS) - (token in _BRACKETS.values())
-        if token == "," and depth == 0:
-            pieces.append([])
-        else:
-            pieces[-1].append(token)
-    return pieces
+def variable(name: str, point: int) -> Fraction:
+    """In [-2, 2], not 0; different for every name and point, negative at odd points."""
+    size = Fraction(zlib.crc32(f"{name} {point}".encode()) % 999_983 + 1, 500_009)
+    return -size if point % 2 else size
 
 
 class _Reader:
     """Computes the value of one expression while reading it, by recursive descent.
 
-    sum: product (("+" | "-") product)*;  product: power (("*" | "/" | nothing) power)*;  power: atom ("^" power)?
+    union: sum ("cup" sum)*;  sum: product (("+" | "-") product)*;  product: power (("*" | "/" | nothing) power)*;
+    power: atom ("!" | "°")* ("^" power)?
     """
 
     def __init__(self, tokens: list[str], point: int) -> None:
-        self.tokens = tokens
+        self.tokens = list(tokens)
         self.point = point
-        self.position = 0
-        self.depth = 0
-
-    def read(self) -> Value:
-        value = self.sum()
-        if self.position < len(self.tokens):
-            raise Unreadable(f"{self.peek()!r} where the expression should end")
-        return value
+        self.position = self.depth = self.operations = self.bars = self.atoms = 0
+        self.plus_minus = 1  # what a plus-minus sign means at the moment ...
+        self.has_plus_minus = self.in_circular = False  # ... and whether there was one
 
     def peek(self) -> str:
         return self.tokens[self.position] if self.position < len(self.tokens) else ""
@@ -191,187 +101,256 @@ class _Reader:
         self.position += 1
         return True
 
+    def alternatives(self) -> list[Value]:
+        start, self.has_plus_minus = self.position, False
+        values = [self.union()]
+        if self.has_plus_minus:
+            self.position, self.plus_minus = start, -1
+            values.append(self.union())
+            self.plus_minus = 1
+        return values
+
+    def union(self) -> Value:
+        values = [self.sum()]
+        while self.accept("cup"):
+            values.append(self.sum())
+        if len(values) > 1 and not all(isinstance(value, Group) for value in values):
+            raise Unreadable("a union of numbers")
+        return values[0] if len(values) == 1 else Group("cup", tuple(values))
+
+    def sign(self) -> int:
+        token = self.take()
+        if token in ("+-", "-+"):
+            self.has_plus_minus = True
+            return self.plus_minus if token == "+-" else -self.plus_minus
+        return 1 if token == "+" else -1
+
     def sum(self) -> Value:
         value = self.product()
-        while self.peek() in ("+", "-"):
-            operator = self.take()
-            term = self.product()
-            value = _add(value, term if operator == "+" else _multiply(Fraction(-1), term))
+        while self.peek() in ("+", "-", "+-", "-+"):
+            self.operations += 1
+            sign = self.sign()
+            value = add(value, multiply(Fraction(sign), self.product()))
         return value
 
     def product(self) -> Value:
         value = self.signed()
         while True:
             if self.accept("*"):
-                value = _multiply(value, self.signed())
+                value = multiply(value, self.signed())
             elif self.accept("/"):
-                value = _multiply(value, _power(self.signed(), Fraction(-1)))
-            elif self.peek() in ("(", "[", "{") or self.peek()[:1].isalpha():  # "2x", "2(x + 1)", but not "2 3"
-                value = _multiply(value, self.power())
+                value = ratio(value, self.signed())
+            elif self.starts_value():  # "2x", "2(x + 1)", but not "2 3"
+                value = multiply(value, self.power())
             else:
                 return value
+            self.operations += 1
+
+    def starts_value(self) -> bool:
+        token = self.peek()
+        return token in _STARTS_VALUE or _is_letter(token) or token == "|" and not self.bars
 
     def signed(self) -> Value:
         sign = 1
-        while self.peek() in ("+", "-"):
-            sign *= -1 if self.take() == "-" else 1
-        return _multiply(Fraction(sign), self.power())
+        while self.peek() in ("+", "-", "+-", "-+"):
+            sign *= self.sign()
+        value = self.power()
+        return value if sign == 1 else multiply(Fraction(sign), value)
 
     def power(self) -> Value:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Unreadable(f"deeper than {MAX_DEPTH}")
         value = self.atom()
+        while self.peek() in ("!", "°"):
+            value = self.factorial(value) if self.take() == "!" else self.degrees(value)
         if self.accept("^"):
-            value = _power(value, self.signed())
+            value = power(value, self.signed())
         self.depth -= 1
         return value
 
+    def factorial(self, value: Value) -> Value:
+        self.operations += 1
+        if isinstance(value, Fraction) and value.denominator == 1 and 0 <= value <= MAX_FACTORIAL:
+            return keep(Fraction(math.factorial(value.numerator)))
+        return self.unknown("!", [value])
+
+    def degrees(self, value: Value) -> Value:
+        return multiply(value, multiply(pi(), Fraction(1, 180))) if self.in_circular else value
+
     def atom(self) -> Value:
+        self.atoms += 1
+        if self.atoms > MAX_ATOMS:
+            raise Unreadable(f"more than {MAX_ATOMS} numbers, variables and brackets")
         token = self.take()
         if token[0].isdecimal() or token[0] == "." and len(token) > 1:
-            return self.mixed_number(token)
-        if token in ("(", "[", "{"):
+            return variable(token + self.subscript(), self.point) if self.peek() == "_" else self.mixed_number(token)
+        if token == "[[":
+            return self.matrix()
+        if token == "\\{" and self.accept("\\}"):
+            return Group("{}", ())
+        if token in OPENING:
+            return self.bracketed(token)
+        if token == "|":
+            self.bars += 1
             value = self.sum()
-            self.take(_BRACKETS[token])
-            return value
+            self.take("|")
+            self.bars -= 1
+            return absolute(value)
         if token == "sqrt":
             index = Fraction(2)
             if self.accept("["):
                 index = self.sum()
                 self.take("]")
-            return _root(self.atom(), index)
+            return root(self.atom(), index)
         if token == "frac":
-            return _multiply(self.group(), _power(self.group(), Fraction(-1)))
-        if token in _FUNCTIONS:
+            return ratio(self.argument(), self.argument())
+        if token == "binom":
+            self.operations += 1
+            return self.choose(self.argument(), self.argument())
+        if token == "repeating":
+            return self.repeating_decimal()
+        if token in FUNCTIONS:
             return self.function(token)
         if token == "pi":
-            return +_arithmetic().pi
-        if token == "e":
-            return +_arithmetic().e
-        if token in _GREEK or len(token) == 1 and token.isascii() and token.isalpha():
-            return _variable(token, self.point)
+            return pi()
+        if token == "emptyset":
+            return Group("{}", ())
+        if token in ("e", "i") and self.peek() != "_":
+            return euler() if token == "e" else imaginary_unit()
+        if token in _UNKNOWN_FUNCTIONS and self.peek() == "(":
+            self.take()
+            return self.unknown(token, self.until_closed("(")[0])
+        if token in GREEK or token == "infty" or _is_letter(token):
+            return variable(token + self.subscript(), self.point)
         raise Unreadable(f"{token!r} where a value should stand")
 
-    def group(self) -> Value:
-        if self.peek() != "{":
+    def bracketed(self, opening: str) -> Value:
+        values, closing = self.until_closed(opening)
+        if opening == "\\{" or opening == "{" and len(values) > 1:
+            return Group("{}", tuple(values))
+        if len(values) == 1 and closing == OPENING[opening]:
+            return values[0]
+        if len(values) == 1:
+            raise Unreadable(f"{opening!r} closed by {closing!r}")
+        return Group("()" if opening == "<<" else opening + closing, tuple(values))
+
+    def until_closed(self, opening: str) -> tuple[list[Value], str]:
+        """The values between commas, and the closing bracket, which for "(" and "[" may be either of the two."""
+        bars, self.bars, values = self.bars, 0, []
+        if opening == "\\{" or opening == "{" and self.has_comma_before("}"):
+            plus_minus = self.plus_minus, self.has_plus_minus  # in a set, each plus-minus sign makes two elements
+            self.plus_minus = 1
+            while not values or self.accept(","):
+                values.extend(self.alternatives())
+            self.plus_minus, self.has_plus_minus = plus_minus
+        else:
+            while not values or self.accept(","):
+                values.append(self.union())
+        self.bars = bars
+        if len(values) > MAX_VALUES:
+            raise Unreadable(f"more than {MAX_VALUES} values")
+        closing = self.take()
+        if closing not in ((")", "]") if opening in ("(", "[") else (OPENING[opening],)):
+            raise Unreadable(f"{opening!r} closed by {closing!r}")
+        return values, closing
+
+    def has_comma_before(self, closing: str) -> bool:
+        depth = 0
+        for token in self.tokens[self.position :]:
+            if depth == 0 and token in (",", closing):
+                return token == ","
+            depth += (token in OPENING) - (token in CLOSING)
+        return False
+
+    def matrix(self) -> Group:
+        rows: list[list[Value]] = [[]]
+        while True:
+            rows[-1].append(self.sum())
+            separator = self.take()
+            if separator == ";;" and self.peek() != "]]":
+                rows.append([])
+            elif separator == "]]" or separator == ";;" and self.accept("]]"):
+                return Group("matrix", tuple(Group("row", tuple(row)) for row in rows))
+            elif separator != "&":
+                raise Unreadable(f"{separator!r} in a matrix")
+
+    def argument(self) -> Value:
+        r"""What follows \frac: a group in braces, or else one digit or letter."""
+        token = self.peek()
+        if token.isdecimal() and len(token) > 1:  # \frac12
+            self.tokens[self.position : self.position + 1] = [token[0], token[1:]]
+        elif token != "{" and not token.isdecimal() and not _is_letter(token) and token != "pi":
             raise Unreadable("an argument without braces")
         return self.atom()
 
+    def subscript(self) -> str:
+        """The subscript of a variable or of a number in another base, as a part of its name."""
+        if not self.accept("_"):
+            return ""
+        if not self.accept("{"):
+            return "_" + self.take()
+        end = self.tokens.index("}", self.position) if "}" in self.tokens[self.position :] else len(self.tokens)
+        name = "_" + "".join(self.tokens[self.position : end])
+        self.position = end
+        self.take("}")
+        return name
+
     def mixed_number(self, token: str) -> Fraction:
         r"""The number `token`, and the fraction after it: "1 1/2" and "1\frac{1}{2}" are 3/2."""
-        after = self.tokens[self.position : self.position + 7]
-        parts = after[:3:2] if after[1:2] == ["/"] else after[2:6:3]
-        layout = after[1:2] == ["/"] or [*after[:2], *after[3:5], *after[6:]] == ["frac", "{", "}", "{", "}"]
-        if layout and len(parts) == 2 and all(re.fullmatch("[0-9]+", part) for part in (token, *parts)):
-            numerator, denominator = map(int, parts)
-            if numerator < denominator:
-                self.position += 3 if after[1] == "/" else 7
-                return _keep(_to_fraction(token) + Fraction(numerator, denominator))
-        return _keep(_to_fraction(token))
+        after = " ".join(self.tokens[self.position : self.position + 7])
+        written = re.match(r"([0-9]+) / ([0-9]+)(?= |$)", after)
+        written = written or re.match(r"frac (?:\{ )?([0-9]+)(?: \})? (?:\{ )?([0-9]+)(?: \})?(?= |$)", after)
+        written = written or re.match(r"frac ([0-9])([0-9])(?= |$)", after)
+        if written and token.isdecimal() and int(written[1]) < int(written[2]):
+            self.position += written[0].count(" ") + 1
+            return keep(_to_fraction(token) + Fraction(int(written[1]), int(written[2])))
+        return keep(_to_fraction(token))
+
+    def repeating_decimal(self) -> Fraction:
+        parts = []
+        for _ in range(3):
+            self.take("{")
+            parts.append("" if self.peek() == "}" else self.take())
+            self.take("}")
+        whole, start, period = parts
+        fixed = Fraction(int(whole + start or 0), 10 ** len(start))
+        return keep(fixed + Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(start)))
+
+    def choose(self, n: Value, k: Value) -> Value:
+        whole = all(isinstance(x, Fraction) and x.denominator == 1 and 0 <= x <= MAX_FACTORIAL for x in (n, k))
+        return Fraction(math.comb(n.numerator, k.numerator)) if whole else self.unknown("binom", [n, k])
+
+    def unknown(self, name: str, arguments: list[Value]) -> Fraction:
+        """The value at these arguments of a function of which only the name is known."""
+        if any(isinstance(argument, Group) for argument in arguments):
+            raise Unreadable(f"{name!r} of several values at once")
+        texts = map(digits_of, arguments)
+        return variable(f"{name}({','.join(texts)})", self.point)
 
     def function(self, name: str) -> Value:
         exponent = base = None
         if name == "log" and self.accept("_"):
-            base = self.atom()
+            base = self.argument()
         if self.accept("^"):
             exponent = self.atom()  # \sin^2 x
             if not isinstance(exponent, Fraction) or exponent < 1:  # \sin^{-1} is no power
                 raise Unreadable(f"{name}^{exponent}")
-        bracketed = self.peek() in ("(", "{", "[")
-        argument = self.atom() if bracketed else self.power()
-        while not bracketed and (self.peek() == "pi" or len(self.peek()) == 1 and self.peek().isalpha()):
-            argument = _multiply(argument, self.power())  # \sin 2x
-        value = _apply(name, argument)
+        outside, self.in_circular = self.in_circular, name in _CIRCULAR
+        is_bracketed = self.peek() in ("(", "{", "[")
+        argument = self.power() if not is_bracketed else self.atom()
+        while not is_bracketed and (self.peek() == "pi" or _is_letter(self.peek())):
+            argument = multiply(argument, self.power())  # \sin 2x
+        self.in_circular = outside
+        value = apply(name, argument)
         if base is not None:
-            value = _multiply(_apply("ln", argument), _power(_apply("ln", base), Fraction(-1)))
-        return value if exponent is None else _power(value, exponent)
+            value = ratio(apply("ln", argument), apply("ln", base))
+        return value if exponent is None else power(value, exponent)
+
+
+def _is_letter(token: str) -> bool:
+    return len(token) == 1 and token.isascii() and token.isalpha()
 
 
 def _to_fraction(token: str) -> Fraction:
     return Fraction(token.replace(",", ""))
-
-
-@functools.cache
-def _arithmetic() -> Any:
-    """mpmath with a precision of our own, so that nobody else's is changed."""
-    from mpmath.ctx_mp import MPContext  # here: `import rewards` imports the standard library only
-
-    arithmetic = MPContext()
-    arithmetic.dps = DIGITS
-    return arithmetic
-
-
-def _variable(name: str, point: int) -> Fraction:
-    """In [-2, 2], not 0; different for every name and point, negative at odd points."""
-    size = Fraction(zlib.crc32(f"{name} {point}".encode()) % 999_983 + 1, 500_009)
-    return -size if point % 2 else size
-
-
-def _inexact(value: Value) -> Value:
-    return _arithmetic().mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
-
-
-def _keep(value: Value) -> Value:
-    """`value`, if it is not too large to go on with."""
-    if isinstance(value, Fraction):
-        if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
-            raise Unreadable(f"a number of more than {MAX_BITS} bits")
-        return value
-    size = abs(value)
-    if size < ZERO:
-        return Fraction(0)
-    if not 1 / LARGEST <= size <= LARGEST:  # nor NaN
-        raise Unreadable("a number too large or too small")
-    return value
-
-
-def _same(given: Value, expected: Value) -> bool:
-    if isinstance(given, Fraction) and isinstance(expected, Fraction):
-        return given == expected
-    given, expected = _inexact(given), _inexact(expected)
-    return bool(abs(given - expected) <= TOLERANCE * max(abs(given), abs(expected)))
-
-
-def _add(a: Value, b: Value) -> Value:
-    exact = isinstance(a, Fraction) and isinstance(b, Fraction)
-    return _keep(a + b if exact else _inexact(a) + _inexact(b))
-
-
-def _multiply(a: Value, b: Value) -> Value:
-    exact = isinstance(a, Fraction) and isinstance(b, Fraction)
-    return _keep(a * b if exact else _inexact(a) * _inexact(b))
-
-
-def _power(base: Value, exponent: Value) -> Value:
-    if base == 0:
-        if isinstance(exponent, Fraction) and exponent > 0:
-            return Fraction(0)
-        raise Unreadable("a power of 0")
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
-        bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-        if abs(exponent) * bits > MAX_BITS:
-            raise Unreadable(f"a number of more than {MAX_BITS} bits")
-        return base**exponent.numerator
-    base, exponent = _inexact(base), _inexact(exponent)
-    if abs(exponent) * (abs(_arithmetic().ln(abs(base))) + 1) > MAX_BITS:
-        raise Unreadable("a power too large or too small")
-    return _keep(_arithmetic().power(base, exponent))
-
-
-def _root(value: Value, index: Value) -> Value:
-    if not isinstance(index, Fraction) or index.denominator != 1 or not 2 <= index <= MAX_DEPTH:
-        raise Unreadable(f"a root of index {index}")
-    if isinstance(value, Fraction) and value < 0 and index % 2:
-        return _multiply(Fraction(-1), _power(-value, 1 / index))
-    return _power(value, 1 / index)
-
-
-def _apply(name: str, argument: Value) -> Value:
-    if name in ("ln", "log") and argument == 0:
-        raise Unreadable("a logarithm of 0")
-    argument = _inexact(argument)
-    if abs(argument) > LARGEST:
-        raise Unreadable("an argument too large")
-    function = {"log": "log10"}.get(name, name)
-    return _keep(getattr(_arithmetic(), function)(argument))

@@ -2,6 +2,8 @@
 
 Source: aabhimittal/Training-Reasoning-Models-with-Tunix-GRPO, whose README weighs them 0.3, 0.5 and 0.2. Here words are
 whole words ("also" is no "so", "address" no "add") and "0.15" does not end a sentence.
+
+What a policy can exploit: the tags and the words that the quality counts earn 0.3 + 0.2 without the right answer.
 """
 
 import re
@@ -17,9 +19,12 @@ from rewards.answers import (
     final_answer,
     parse_number,
     score_against_answers,
+    stated_number,
 )
+from rewards.conversations import takes_conversations
 
 TOLERANCE = Fraction(1, 100)
+MAX_ANSWER_WORDS = 20
 STEP_WORDS = frozenset("first then next finally step therefore so because".split())
 _WORD = re.compile(r"-?[0-9]+(?:[.,][0-9]+)*|[^\W0-9]+")
 # One mark of mathematics each.
@@ -33,6 +38,7 @@ _MATHEMATICS = [
 ]
 
 
+@takes_conversations
 def notebook_format_reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """In [0, 1]: 0.5 for a reasoning part and 0.5 for an answer part, wherever they stand.
 
@@ -45,24 +51,29 @@ def notebook_format_reward(prompts: Sequence[str], completions: Sequence[str], *
     ]
 
 
+@takes_conversations
 def notebook_correctness_reward(
-    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str | None], **columns: object
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[object], **columns: object
 ) -> list[float | None]:
     """In [0, 1]: 1.0 for the expected answer, 0.7 for an answer that contains it, else 0.0; None where that is None.
 
     The expected answer is the same by `answers_match`, or a number less than TOLERANCE away, whatever its unit.
-    Containing means as whole words.
+    Containing means as whole words, in an answer of at most MAX_ANSWER_WORDS words; a number has to be the only one
+    that the answer states (`stated_number`). The notebook itself pays 0.7 wherever the text occurs, so for "0 1 2 3".
+
+    A policy can still earn 0.7 by putting several words into one answer, as in "yes or no".
 
     Raises:
         ValueError: `answer` has not one value for every completion.
 
-    >>> texts = ["36", "36.001", "The total is 36 dollars.", "136", ""]
-    >>> notebook_correctness_reward(["?"] * 5, [f"<answer>{text}</answer>" for text in texts], answer=["36"] * 5)
-    [1.0, 1.0, 0.7, 0.0, 0.0]
+    >>> texts = ["36", "36.001", "The total is 36 dollars.", "36 or 37", "136", ""]
+    >>> notebook_correctness_reward(["?"] * 6, [f"<answer>{text}</answer>" for text in texts], answer=["36"] * 6)
+    [1.0, 1.0, 0.7, 0.0, 0.0, 0.0]
     """
     return score_against_answers(completions, answer, _score_correctness)
 
 
+@takes_conversations
 def notebook_reasoning_quality_reward(
     prompts: Sequence[str], completions: Sequence[str], **columns: object
 ) -> list[float]:
@@ -90,8 +101,11 @@ def _score_correctness(completion: str, expected: str) -> float:
         return 1.0
     if answers_match(given, expected):
         return 1.0
-    words = _as_words(final_answer(expected))
-    return 0.7 if words.strip() and words in _as_words(given) else 0.0
+    if expected_number is not None:
+        return 0.7 if stated_number(given) == expected_number else 0.0
+    words, given_words = _as_words(final_answer(expected)), _as_words(given)
+    contains = words.strip() and words in given_words and len(given_words.split()) <= MAX_ANSWER_WORDS
+    return 0.7 if contains else 0.0
 
 
 def _as_words(text: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from rewards.answers import DECIMAL, MAX_NUMBER_CHARS, STEP_END, extract_reasoning
+from rewards.conversations import takes_conversations
 
 FULL_STEPS = 3
 FULL_TRANSITIONS = 2
@@ -21,6 +22,7 @@ _TERM = re.compile(rf"([-+*/])\s*(-?{DECIMAL})\s*")
 _TERMS = re.compile(rf"(?:{_TERM.pattern})+")
 
 
+@takes_conversations
 def reasoning_coherence_reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """In [0, 1]: the sum of four quarters about the text in the reasoning tags; 0.0 without such text.
 

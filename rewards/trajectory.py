@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rewards.answers import REASONING_TAGS, extract_steps
 from rewards.composite_reward import RewardBreakdown, RewardComponent, RewardFn, score_with_breakdown
+from rewards.conversations import completion_text
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def score_trajectory(
     ([1.0, 0.5], 0.75, 1.0)
     """
     _check_discount(discount)
-    steps = score_steps(step_components, prompt, extract_steps(completion), columns)
+    steps = score_steps(step_components, prompt, extract_steps(completion_text(completion)), columns)
     discounted = [None if step.total is None else discount**i * step.total for i, step in enumerate(steps)]
     whole = None
     if trajectory_components:

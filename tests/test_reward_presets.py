@@ -1,11 +1,8 @@
-"""The rewards of the other systems: their numbers hold, no text raises or hangs, and mathematics is judged by value."""
+"""The rewards of the other systems: their numbers hold, and no text raises, hangs or leaves the range."""
 
 import math
-import subprocess
-import sys
 import time
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -32,7 +29,6 @@ from rewards import (
     jaccard_correctness_reward,
     match_format_approximately,
     match_format_exactly,
-    math_equal_reward,
     notebook_correctness_reward,
     notebook_format_reward,
     notebook_reasoning_quality_reward,
@@ -43,10 +39,8 @@ from rewards import (
     structure_reward,
     trajectory_reward,
 )
-from rewards.math_equal import POINTS
-from rewards.math_value import MAX_CHARS, Unreadable, read_values
+from rewards.math_equal import MAX_CHARS
 
-ROOT = Path(__file__).resolve().parent.parent
 RANGES = {
     "match_format_exactly": (0, 3),
     "match_format_approximately": (-2, 2),
@@ -105,19 +99,24 @@ PIECES += [
     "sin ",
     "\\",
 ]
+PIECES += [
+    "\\pm",
+    "\\begin{pmatrix}",
+    "\\\\",
+    "&",
+    "\\end{pmatrix}",
+    "\\cup",
+    "|",
+    "!",
+    "f(",
+    "°",
+    " and ",
+    "<",
+    "\\in",
+]
+PIECES += ["\\binom", "\\text{ cm}", "\\boxed{", ".\\overline{3}", "\\$", "\\,", " million", " quarters", ":", ";"]
 TEXT = st.text() | st.lists(st.sampled_from(PIECES)).map("".join)
 LAYOUT = "<reasoning>{}</reasoning> <answer>{}</answer>"
-MATHEMATICS = st.recursive(
-    st.sampled_from(["0", "1", "2", "7", "0.5", "100", "x", "y", "e", "\\pi", "1\\frac{1}{2}"]),
-    lambda inner: st.one_of(
-        st.tuples(inner, st.sampled_from(["+", "-", "*", "/", "^", ""]), inner).map(lambda t: "({}{}{})".format(*t)),
-        inner.map("\\sqrt{{{}}}".format),
-        inner.map("\\sin({})".format),
-        inner.map("\\ln({})".format),
-        st.tuples(inner, inner).map(lambda t: "\\frac{{{}}}{{{}}}".format(*t)),
-    ),
-    max_leaves=12,
-)
 
 
 def one(reward_fn, completion, expected=None):
@@ -195,6 +194,33 @@ def test_full_marks_are_within_reach():
         assert sum(values) == pytest.approx(total), (preset, values)
 
 
+@pytest.mark.parametrize(
+    ("preset", "answer", "total"),
+    [
+        ("agent_tunix", "10", 4.0),
+        ("agent_tunix", "60", 5.25),
+        ("agent_tunix", "70", 5.5),
+        ("notebook", "60", 0.5),
+        ("notebook", "60 " * 8 + "72", 0.5),
+        ("gemma2_grpo", "60", 0.7),
+        ("gemma2_grpo", "60 " * 8 + "72", 0.7),
+    ],
+)
+def test_a_stuffed_wrong_answer_earns_what_the_docs_say(preset, answer, total):
+    """docs/rewards.md names these loopholes, which the formulas of the systems have."""
+    steps = [
+        f"Step {i}: First, second, third, wait, actually, therefore add {i} + 1 = 9, because then so."
+        for i in (1, 2, 3)
+    ]
+    text = (
+        " ".join(steps)
+        + " Correction: let me redo this, since 2 * 3 = 6 and calculate, compute, subtract, thus hence. "
+    )
+    completion = LAYOUT.format(text + "So it goes on and on. " * 10, answer)
+    stuffed = sum(weight * one(reward_fn, completion, "72") for reward_fn, weight in get_preset(preset))
+    assert stuffed == pytest.approx(total, abs=0.01)
+
+
 # Finding numbers
 
 
@@ -248,8 +274,11 @@ def test_agent_tunix_judges_the_format(completion, exactly, approximately):
         (" 72\n", "72", 1.5),
         ("72", " 72", 1.5),
         ("New York", "New York", 3.0),
-        ("72.0", "72", 0.5),
-        ("1,234", "1234", 0.5),
+        ("72.0", "72", 1.5),
+        ("145", "145.0", 1.5),
+        ("145", 145.0, 1.5),
+        ("1,234", "1234", 1.5),
+        ("$72", "72", 1.5),
         ("110", "100", 0.5),
         ("90", "100", 0.5),
         ("89.9", "100", 0.25),
@@ -258,7 +287,7 @@ def test_agent_tunix_judges_the_format(completion, exactly, approximately):
         ("120.1", "100", -1.0),
         ("-5", "5", -1.0),
         ("0.1", "0", -1.0),
-        ("0.0", "0", 0.5),
+        ("0.0", "0", 1.5),
         ("many", "72", -0.5),
         ("Boston", "New York", -0.5),
         ("", "72", 0.0),
@@ -310,6 +339,11 @@ def test_notebook_format_counts_the_parts():
         ("New york", "New York", 1.0),
         ("in New York, I think", "New York", 0.7),
         ("that makes 36 in all", "#### 36", 0.7),
+        ("12 * 3 = 36", "36", 0.7),
+        (" ".join(map(str, range(201))), "36", 0.0),
+        ("36, 37 or 38", "36", 0.0),
+        ("36 quarters of it", "36", 0.0),
+        ("Paris " * 30 + "New York", "New York", 0.0),
         ("-36 or so", "36", 0.0),
         ("1 3 6", "36", 0.0),
         ("between 3 and 6", "36", 0.0),
@@ -391,6 +425,15 @@ def test_gemma2_logic_is_the_documented_sum(reasoning, reward):
         ("1,234", "1234", 1.0),
         ("150 × 4 = 600", "600", 1.0),
         ("600 of 700", "600", 0.0),
+        ("600 of 700", "700", 0.0),
+        ("She pays 600 dollars.", "600", 1.0),
+        (" ".join(map(str, range(601))), "600", 0.0),
+        ("1 2 3", "7, 5, 3", 0.0),
+        ("7, 5, 3", "7, 5, 3", 1.0),
+        ("9:45", "8:45", 0.0),
+        ("8:45", "8:45", 1.0),
+        ("2023-01-06", "2024-05-06", 0.0),
+        ("12:45", "45", 0.0),
         ("606", "600", 0.9),
         ("594", "600", 0.9),
         ("607", "600", 0.5),
@@ -458,155 +501,6 @@ def test_conciseness_prefers_clear_complete_and_tidy_text():
     rewards_of = [one(conciseness_reward, f"<reasoning>{text}</reasoning>") for text in (good, *worse)]
     assert all(0.0 < reward < rewards_of[0] for reward in rewards_of[1:])
     assert one(conciseness_reward, good) == 0.0
-
-
-# Mathematics
-
-
-@pytest.mark.parametrize(
-    ("given_answer", "expected", "equal"),
-    [
-        ("1/2", "0.5", True),
-        ("\\frac{1}{2}", "0.5", True),
-        ("\\dfrac12", "1/2", True),
-        ("$\\left(\\frac{1}{2}\\right)$", "#### 0.5", True),
-        ("\\boxed{\\frac{3}{4}}", "0.75", True),
-        ("-\\frac{1}{2}", "-0.5", True),
-        ("1\\frac{1}{2}", "1.5", True),
-        ("1 1/2", "\\frac{3}{2}", True),
-        ("-1\\frac{1}{2}", "-0.5", False),
-        ("2\\frac{x}{3}", "2x/3", True),
-        ("1,000 + 234", "1234", True),
-        ("0.333", "1/3", False),
-        ("0." + "3" * 60, "\\frac{1}{3}", False),
-        ("2^10", "1024", True),
-        ("2**10", "1024", True),
-        ("-2^2", "-4", True),
-        ("(-2)^2", "4", True),
-        ("2^{3^2}", "512", True),
-        ("2^3^2", "512", True),
-        ("2^{-1}", "0.5", True),
-        ("\\sqrt{8}", "2\\sqrt{2}", True),
-        ("\\sqrt8", "2 √2", True),
-        ("sqrt(2)/2", "1/sqrt(2)", True),
-        ("\\sqrt[3]{-8}", "-2", True),
-        ("\\sqrt{2}", "1.41421356237", False),
-        ("(\\sqrt{2}+1)(\\sqrt{2}-1)", "1", True),
-        ("\\sqrt{-4}", "2\\sqrt{-1}", True),
-        ("2\\pi", "π·2", True),
-        ("\\pi", "3.14159", False),
-        ("\\pi", "22/7", False),
-        ("\\sin(\\pi)", "0", True),
-        ("\\sin 2x", "2 \\sin x \\cos x", True),
-        ("\\sin^2 x + \\cos^2 x", "1", True),
-        ("sin(x)^2", "\\sin^2 x", True),
-        ("\\log_2 8", "3", True),
-        ("\\log 1000", "3", True),
-        ("\\ln(e^2)", "2", True),
-        ("(x+1)^2", "x^2+2x+1", True),
-        ("(x+1)^2", "x^2+1", False),
-        ("xy + 2", "2 + yx", True),
-        ("\\frac{x^2-1}{x-1}", "x+1", True),
-        ("\\sqrt{x^2}", "x", False),
-        ("x", "y", False),
-        ("x = 5", "5", True),
-        ("x=5", "y=5.0", True),
-        ("90^\\circ", "90", True),
-        ("5\\text{ cm}", "5 cm", True),
-        ("5\\text{ cm}", "5 km", False),
-        ("50\\%", "50%", True),
-        ("50\\%", "\\frac{1}{2}", False),
-        ("(1, \\frac{1}{2})", "(1, 0.5)", True),
-        ("(0.5, 1)", "(1, 0.5)", False),
-        ("[1, 2)", "[1.0, 2)", True),
-        ("[1, 2)", "(1, 2)", False),
-        ("(-\\infty, 3]", "(-\\infty, 6/2]", True),
-        ("2, 1", "1, \\frac{4}{2}", True),
-        ("\\{2, 1\\}", "\\{1, 2\\}", True),
-        ("\\{1, 1\\}", "\\{1, 2\\}", False),
-        ("1, 2", "1, 2, 3", False),
-        ("New York", "new york", True),
-        ("dog", "god", False),
-        ("A", "B", False),
-        ("1/0", "1/0", True),
-        ("1/0", "2/0", False),
-        ("0^0", "1", False),
-        ("2 3", "6", False),
-        ("1 +", "1", False),
-        ("", "0", False),
-    ],
-)
-def test_mathematics_is_judged_by_value(given_answer, expected, equal):
-    assert answered(math_equal_reward, given_answer, expected) == float(equal)
-
-
-@pytest.mark.parametrize(
-    "bomb",
-    [
-        "9^9^9^9",
-        "9**9**9",
-        "(" * 60 + "1" + ")" * 60,
-        "2^" * 100 + "2",
-        "((((9^99)^99)^99)^99)",
-        "(((x+9)^99)^99)^99",
-        "e^{e^{e^{e^9}}}",
-        "-" * 250 + "1",
-        "10^{10^{10}}",
-        "\\sqrt[1000000000]{2}",
-        "2^{0.0000000001}^{-99}",
-        "\\sin(10^{99}\\pi)",
-        "\\ln(\\ln(\\ln(2)))",
-        "1/(\\sqrt{2}-\\sqrt{2})",
-        "__import__('os').system('false')",
-        "{" * 150 + "}" * 150,
-        "9" * 290,
-    ],
-)
-def test_no_mathematics_hangs_raises_or_is_run(bomb):
-    start = time.perf_counter()
-    assert answered(math_equal_reward, bomb, bomb + "+1") == 0.0
-    assert answered(math_equal_reward, bomb, "\\sqrt{2}") == 0.0
-    assert time.perf_counter() - start < 1.0  # measured: below 0.05 s
-
-
-@settings(deadline=None)
-@given(MATHEMATICS, st.sampled_from(["({})", "{}+0", "1*{}", "\\frac{{{}}}{{1}}", "{}-1+1"]))
-def test_a_neutral_element_changes_no_value(expression, written_otherwise):
-    try:
-        for point in range(POINTS):
-            read_values(expression, point)
-            read_values(written_otherwise.format(expression), point)
-    except Unreadable:
-        return
-    assert answered(math_equal_reward, written_otherwise.format(expression), expression) == 1.0
-
-
-@given(st.fractions(max_denominator=10**6), st.fractions(max_denominator=10**6))
-@settings(deadline=None)
-def test_a_fraction_in_latex_equals_itself_only(fraction, other):
-    written = f"\\frac{{{fraction.numerator}}}{{{fraction.denominator}}}"
-    assert answered(math_equal_reward, written, str(fraction)) == 1.0
-    assert answered(math_equal_reward, written, f"\\frac{{{other.numerator}}}{{{other.denominator}}}") == (
-        float(fraction == other)
-    )
-
-
-def test_every_variable_has_a_value_of_its_own():
-    letters = "abcdfghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"  # no "e"
-    for point in range(POINTS):
-        values = [read_values(letter, point).values[0] for letter in letters]
-        assert len({abs(value) for value in values}) == len(letters)
-        assert 0 not in values
-
-
-def test_mpmath_is_imported_late_and_keeps_its_precision():
-    code = (
-        "import sys, rewards; assert 'mpmath' not in sys.modules\n"
-        "rewards.math_equal_reward(['?'], ['<answer>sqrt(2)</answer>'], answer=['2'])\n"
-        "import mpmath; print(mpmath.mp.dps)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "15"
 
 
 # Presets and names

@@ -10,10 +10,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rewards import (
+    PRESET_REWARDS,
     REWARDS,
     RewardBreakdown,
     RewardComponent,
@@ -28,9 +29,12 @@ from rewards import (
     parse_number,
     reasoning_coherence_reward,
     score_with_breakdown,
+    trajectory_reward,
 )
+from rewards.answers import final_answer
 
 ROOT = Path(__file__).resolve().parent.parent
+ALL_REWARDS = REWARDS | PRESET_REWARDS
 MODULES = ["rewards"] + [f"rewards.{path.stem}" for path in (ROOT / "rewards").glob("*.py") if path.stem != "__init__"]
 
 # Arbitrary text almost never holds a tag or a number, so half of it is assembled from such pieces.
@@ -79,6 +83,12 @@ def test_docstring_examples_hold(name):
         ("9 m^2", 9),
         ("9 µm", 9),
         ("72 clips in all.", 72),
+        ("18 apples", 18),
+        ("18 more apples", 18),
+        ("3 pairs", 3),
+        ("5 percent", 5),
+        ("5 (apples)", 5),
+        ("72 m", 72),
         ("about 5 apples", 5),
         ("The answer is 5.", 5),
         ("= 5", 5),
@@ -95,6 +105,27 @@ def test_one_stated_number_is_parsed_exactly(text, number):
 @pytest.mark.parametrize(
     "text",
     ["", "many", "between 3 and 5", "3, 5", "3-5", "3 5", "5 and a half", "12:30", "1.2.3", "5/6/2024", "1,23", "--5"]
+    + [
+        "3 quarters",
+        "3 halves",
+        "7 thirds",
+        "5 squared",
+        "5 cubed",
+        "5 factorial",
+        "half of 5",
+        "5 dozen or so",
+        "5 hundredths",
+    ]
+    + [
+        "0.3 repeating",
+        "5 doubled",
+        "5 sevenths of it",
+        "5 out of six",
+        "5 less than ten",
+        "5 at most",
+        "2 hundred five",
+    ]
+    + ["2x", "2 x", "2x+y", "4a-2", "2xy", "3ab", "4sqrt2", "2pi", "2 sin x", "5k", "84/7", "4/2", "5 apples or six"]
     + ["Apollo 11", "B5", "2^10", "5²", "5½", "2 + 3", "1/0", "0/0", "1e9999", "1e999999999", "9" * 5000, "nan", "inf"],
 )
 def test_what_is_not_one_number_is_none(text):
@@ -127,6 +158,12 @@ def test_what_is_not_one_number_is_none(text):
         ("50%", "50 km", False),
         ("50%", "0.5", False),
         ("5 million", "5", False),
+        ("3 quarters", "3", False),
+        ("3", "3 quarters", False),
+        ("5 squared", "5", False),
+        ("2x", "2", False),
+        ("47 + 38", "85", False),
+        ("84/7", "12", False),
         ("between 3 and 5", "3", False),
         ("Between 3  and 5.", "between 3 and 5", True),
         ("Apollo 11", "Apollo 13", False),
@@ -136,6 +173,27 @@ def test_what_is_not_one_number_is_none(text):
 )
 def test_answers_match_as_a_teacher_would_judge(given_answer, expected, match):
     assert answers_match(given_answer, expected) is match
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("48 + 24 = 72\n#### 72", "72"),
+        ("48 + 24 = 72\n#### 72\n\n", "72"),
+        ("#### the answer is 72", "the answer is 72"),
+        ("48 + 24 = 72. #### 72", "72"),
+        ("48 + 24 = 72. #### -$1,234.50 ", "-$1,234.50"),
+        ("#### 70\nno: #### 1/2", "1/2"),
+        ("#### 70 #### 72", "72"),
+        ("a heading starts with #### in Markdown", "a heading starts with #### in Markdown"),
+        ("#### Plan\nWrite a poem.", "#### Plan\nWrite a poem."),
+        ("use #### 3 times", "use #### 3 times"),
+        ("72", "72"),
+    ],
+)
+def test_a_marker_counts_at_the_end_of_a_solution_only(solution, answer):
+    """An expected answer in prose that contains "####" was cut there."""
+    assert final_answer(solution) == answer
 
 
 def test_the_last_complete_pair_of_tags_counts():
@@ -161,6 +219,7 @@ def test_a_printed_number_is_parsed_back(fraction, decimal):
 
 @given(TEXT, st.lists(st.sampled_from([" ", "\n", "\t", "\u00a0"]), min_size=1).map("".join))
 def test_white_space_does_not_change_a_verdict(text, space):
+    assume("####" not in text)  # a marker counts at the start of a line
     spaced = space + space.join(text.split(" ")) + space
     assert parse_number(spaced) == parse_number(text)
     assert answers_match(spaced, text)
@@ -215,6 +274,44 @@ def test_correctness_is_none_where_no_answer_is_known():
     assert correctness_reward(["?"] * 4, completions, answer=["72", "72", "72", None]) == [1.0, 0.0, 0.0, None]
     with pytest.raises(ValueError, match="answer has 1 values.* 4 completions"):
         correctness_reward(["?"] * 4, completions, answer=["72"])
+
+
+@pytest.mark.parametrize("value, text", [(72, "72"), (145.0, "145.0"), (0.1, "0.1"), (-5, "-5"), (True, "True")])
+def test_a_number_as_the_expected_answer_is_taken_as_its_text(value, text):
+    completions = [LAYOUT.format("x", given_answer) for given_answer in (text, f" {text}", "7")]
+    for name, reward_fn in ALL_REWARDS.items():
+        of_value = reward_fn(["?"] * 3, completions, answer=[value] * 3)
+        assert of_value == reward_fn(["?"] * 3, completions, answer=[text] * 3), name
+
+
+@pytest.mark.parametrize("value, words", [(["72"], "is a list"), ({"a": 1}, "is a dict"), (math.nan, "finite")])
+def test_an_expected_answer_that_is_no_text_or_number_is_refused(value, words):
+    with pytest.raises(ValueError, match=rf"^answer=.*{words}"):
+        correctness_reward(["?"], ["<answer>72</answer>"], answer=[value])
+
+
+def test_every_reward_takes_conversations_and_gives_the_same():
+    texts = [
+        LAYOUT.format("First, 48 / 2 = 24.\nThen 48 + 24 = 72, because it is so.", "72 clips"),
+        LAYOUT.format("wait", "60"),
+        "<answer>72</answer>",
+        "",
+    ]
+    prompts = [[{"role": "user", "content": "48 + 48 / 2?"}]] * 4
+    conversations = [[{"role": "assistant", "content": text}] for text in texts]
+    conversations[1] = [{"role": "assistant", "content": [{"type": "text", "text": texts[1]}]}]
+    components = [RewardComponent(name, reward_fn) for name, reward_fn in ALL_REWARDS.items()]
+    functions = [*ALL_REWARDS.values(), composite_reward(components), trajectory_reward(components, 0.5)]
+    for reward_fn in functions:
+        of_texts = reward_fn(prompts=["?"] * 4, completions=texts, answer=["72"] * 4)
+        assert reward_fn(prompts=prompts, completions=conversations, answer=["72"] * 4) == of_texts
+        assert reward_fn(prompts=prompts, completions=[*conversations[:2], *texts[2:]], answer=["72"] * 4) == of_texts
+    assert score_with_breakdown(components, prompts, conversations, answer=["72"] * 4) == score_with_breakdown(
+        components, prompts, texts, answer=["72"] * 4
+    )
+    for bad in (72, ["72"], None):
+        with pytest.raises(ValueError, match="completions: .*expected a text or a list of messages"):
+            format_reward(["?"], [bad])
 
 
 @pytest.mark.parametrize(
