@@ -11,6 +11,7 @@ kept as a line of JSON, and the same command continues after an interruption.
 import argparse
 import hashlib
 import json
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 import rewards
 from tunix_torch import DataConfig, Sampler, SamplingParams, device, load_model, load_tokenizer, tiny
 from tunix_torch.data import Collator, check_columns, prepare_rows
-from tunix_torch.evaluation import RIGHT, rows_at_once, sample_batches
+from tunix_torch.evaluation import is_right, rows_at_once, sample_batches, takes_answer, votes_by_class
 from tunix_torch.model import eos_token_ids, place
 from tunix_torch.results import JudgedCompletion, ResultsFile, summarize
 from tunix_torch.rows import PROMPT_IDS, Row, answer_text, question_of
@@ -78,13 +79,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--rewards",
         nargs="+",
-        default=["correctness", "format"],
-        help="their values go into output_file: names from rewards/, or functions by dotted path (my_module.my_reward)",
+        help="their values go into output_file: names from rewards/, or functions by dotted path (my_module.my_reward; "
+        "default: correctness, or math_equal with dataset=math, and format)",
     )
     parser.add_argument(
         "--judge",
-        default="correctness",
-        help="the reward function by which an answer is right, at a value of 1 or more",
+        help="the reward function by which an answer is right, at a value of 1 or more, and by which answers are equal "
+        "for maj@K; default: as train.py evaluates, correctness, or math_equal with dataset=math",
     )
     parser.add_argument("--reward_timeout", type=float, help="seconds that judge and rewards may take for a batch")
     parser.add_argument("--system_message", help="put before the question (default: that of the training run)")
@@ -99,9 +100,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("num_passes", "max_samples", "max_new_tokens", "max_prompt_length", "batch_size"):
         value = getattr(args, name)
         require(value is None or value >= 1, name, value, "must be at least 1")
+    require(math.isfinite(args.temperature), "temperature", args.temperature, "must be finite")
     for name in ("temperature", "top_k", "seed"):
         require(getattr(args, name) >= 0, name, getattr(args, name), "must not be negative")
     require(0 < args.top_p <= 1, "top_p", args.top_p, "must be in (0, 1]")
+    timeout = args.reward_timeout
+    require(timeout is None or 0 < timeout < math.inf, "reward_timeout", timeout, "must be above 0, and finite")
     return args
 
 
@@ -115,16 +119,16 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
 
 
-def load_questions(args: argparse.Namespace) -> list[Row]:
-    """Rows with a question, normalized.
+def data_config(args: argparse.Namespace) -> DataConfig:
+    """Which questions are asked.
 
     Raises:
-        ValueError: they can't be had, or a setting says something of data that is not given.
+        ValueError: a value that can't be, or a setting that says something of data that is not given.
     """
     generated = args.data_path is None and args.dataset is None
     for name in ("data_source", "dataset_config", "question_column", "answer_column") if generated else ():
         require(getattr(args, name) is None, name, getattr(args, name), "of what? Give data_path or dataset")
-    config = DataConfig(
+    return DataConfig(
         val_data_path=args.data_path,
         data_source=args.data_source,
         dataset=args.dataset,
@@ -133,8 +137,8 @@ def load_questions(args: argparse.Namespace) -> list[Row]:
         question_column=args.question_column,
         answer_column=args.answer_column,
         num_eval_rows=args.max_samples or (NUM_GENERATED_ROWS if generated else sys.maxsize),
+        judge=args.judge,
     )
-    return load_eval_rows(config, "data_path")
 
 
 def render_questions(
@@ -168,7 +172,9 @@ def fingerprint_weights(model_path: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def describe_settings(args: argparse.Namespace, model_path: str, system_message: str, rows: list[Row]) -> dict:
+def describe_settings(
+    args: argparse.Namespace, model_path: str, system_message: str, rows: list[Row], votes_by: str
+) -> dict:
     """All that a result depends on, as it is kept beside the results."""
     questions = json.dumps([[question_of(row), answer_text(row)] for row in rows])
     settings = {name: value for name, value in vars(args).items() if name not in ("output_file", "device")}
@@ -176,6 +182,7 @@ def describe_settings(args: argparse.Namespace, model_path: str, system_message:
         "model_path": model_path,
         "system_message": system_message,
         "device": device.KIND,
+        "votes_by": votes_by,
         "num_questions": len(rows),
         "questions_sha256": hashlib.sha256(questions.encode()).hexdigest()[:16],
         "weights_sha256": fingerprint_weights(model_path),
@@ -185,16 +192,17 @@ def describe_settings(args: argparse.Namespace, model_path: str, system_message:
 # ---- judging ----
 
 
-def is_near(given: str | None, expected: str) -> bool:
+def is_near(given: str | None, expected: str | None) -> bool:
     """Whether both are numbers, and the given one is at most 10% off the expected one."""
-    given_number, expected_number = rewards.parse_number(given or ""), rewards.parse_number(expected)
+    given_number, expected_number = rewards.parse_number(given or ""), rewards.parse_number(expected or "")
     if given_number is None or expected_number is None:
         return False
     return abs(given_number - expected_number) <= abs(expected_number) * NEAR
 
 
 def vote_of(extracted: str | None) -> str | None:
-    """The answer in a form that is equal for equal answers: its number, else its words; None where there is none."""
+    """What an answer votes for where the judge takes none, and so can't say which are equal: its number, else its
+    words; None where there is no answer."""
     number = rewards.parse_number(extracted or "")
     return " ".join((extracted or "").casefold().split()) or None if number is None else str(number)
 
@@ -212,7 +220,7 @@ def judge_batch(
 
     Args:
         row_numbers: N, of the rows in the data.
-        judge: the reward function that decides what is right.
+        judge: the reward function that decides what is right, and which answers are equal.
         reward_names: the reward functions whose values are kept.
         timeout: seconds that all of them may take.
 
@@ -222,11 +230,16 @@ def judge_batch(
     flat = [text for row_texts in texts for text in row_texts]
     functions = {name: rewards.find_reward(name) for name in (judge, "format", *reward_names)}
     values = dict(zip(functions, call_rewards(list(functions.values()), rows, flat, timeout), strict=True))
+    answers = [[rewards.extract_answer(text) for text in row_texts] for row_texts in texts]
+    if takes_answer(functions[judge]):
+        votes = votes_by_class(rows, texts, answers, functions[judge], timeout)
+    else:
+        votes = [[vote_of(answer) for answer in row_answers] for row_answers in answers]
     judged = []
     for i, text in enumerate(flat):
         row, copy = divmod(i, len(texts[0]))
-        answer, extracted = answer_text(rows[row]), rewards.extract_answer(text)
-        right = values[judge][i] is not None and values[judge][i] >= RIGHT
+        answer, extracted = answer_text(rows[row]), answers[row][copy]
+        right = is_right(values[judge][i])
         judged.append(
             JudgedCompletion(
                 row_number=row_numbers[row],
@@ -235,7 +248,7 @@ def judge_batch(
                 answer=answer,
                 completion=text,
                 extracted_answer=extracted,
-                vote=vote_of(extracted),
+                vote=votes[row][copy],
                 right=right,
                 partially_right=right or is_near(extracted, answer),
                 well_formed=values["format"][i] == 1.0,
@@ -272,13 +285,21 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, float]:
         KeyboardInterrupt: after the metrics of what is done have been printed.
     """
     model_path = args.model_path or newest_run() or tiny.NAME
+    config = data_config(args)
+    args.judge, args.rewards = config.judge_in_force, args.rewards or [config.right_answers, "format"]
     functions = [rewards.find_reward(name) for name in (*args.rewards, args.judge)]  # complains before all is loaded
+    judge = functions[-1]
     tokenizer = load_tokenizer(model_path)
     system_message = find_system_message(model_path) if args.system_message is None else args.system_message
-    rows, row_numbers = render_questions(load_questions(args), tokenizer, system_message, args.max_prompt_length)
+    questions = load_eval_rows(config, "data_path")
+    rows, row_numbers = render_questions(questions, tokenizer, system_message, args.max_prompt_length)
     check_columns(functions, rows)
     params, passes = sampling_params(args), args.num_passes
     print(f"Model: {model_path}, on {device.describe()}")
+    votes_by = args.judge if takes_answer(judge) else "text"
+    print(
+        f"Judge: {args.judge}{'' if takes_answer(judge) else ', which takes no answer: for maj@K texts are compared'}"
+    )
     how = f"temperature {params.temperature:g}, top_k {params.top_k}, top_p {params.top_p:g}"
     print(f"{len(rows)} questions, {passes} x each, {how if params.temperature else 'the likeliest token'}", flush=True)
     if params.temperature == 0 and passes > 1:
@@ -286,7 +307,7 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, float]:
 
     results, judged = None, []
     if args.output_file:
-        results = ResultsFile(args.output_file, describe_settings(args, model_path, system_message, rows))
+        results = ResultsFile(args.output_file, describe_settings(args, model_path, system_message, rows, votes_by))
         judged = results.read(row_numbers, rows_at_once(len(rows), args.batch_size, passes))
     num_done = len(judged) // passes
     if num_done == len(rows):

@@ -72,7 +72,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         raise ValueError("give either --question or --questions_file")
     for name, good, right in (
         ("max_new_tokens", args.max_new_tokens >= 1, "must be at least 1"),
-        ("temperature", args.temperature > 0, "must be above 0; --no_do_sample takes the likeliest token"),
+        (
+            "temperature",
+            0 < args.temperature < float("inf"),
+            "must be above 0; --no_do_sample takes the likeliest token",
+        ),
         ("top_p", 0 < args.top_p <= 1, "must be in (0, 1]"),
         ("top_k", args.top_k >= 0, "must not be negative"),
         ("num_samples", args.num_samples >= 1, "must be at least 1"),

@@ -40,10 +40,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
-from tunix_torch import GRPOConfig, GRPOTrainingConfig, device, tiny, train
-from tunix_torch.job import settings_in_force
+from tunix_torch import GRPOTrainingConfig, tiny, train
 from tunix_torch.nested import unknown_setting
-from tunix_torch.run_folder import check_same_run
 
 CONF = Path(__file__).parent / "conf"
 NUM_LAST_STEPS = 10  # whose mean reward a sweep's table shows
@@ -85,36 +83,6 @@ def config_from(config: DictConfig, run_dir: str, subfolder: str = "") -> GRPOTr
     if settings["checkpoint_dir"] is None:
         settings["output_dir"] = settings["output_dir"] or run_dir
     return GRPOTrainingConfig.from_dict(settings)
-
-
-def is_complete(args: GRPOConfig) -> bool:
-    """True when the run that would be continued has done all its steps, or stopped early, and wrote its last file."""
-    path = Path(args.output_dir) / "trainer_state.json"
-    if args.resume_from_checkpoint is None or not path.is_file():
-        return False
-    state = json.loads(path.read_text())
-    stopping = state["stateful_callbacks"].get("EarlyStoppingCallback")
-    if args.early_stopping_patience is not None and stopping is not None:
-        if stopping["attributes"]["early_stopping_patience_counter"] >= args.early_stopping_patience:
-            return True
-    if args.max_steps > 0:
-        return state["global_step"] >= args.max_steps
-    return state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= args.num_train_epochs
-
-
-def run_job(config: GRPOTrainingConfig) -> None:
-    """Train, unless the run in checkpoint_dir is complete."""
-    device.use_mesh(config.model.mesh)  # before the device is in use
-    settings = config.flat()
-    args = settings[-1]
-    if args.resume_from_checkpoint is not None:
-        check_same_run(settings_in_force(*settings), args.resume_from_checkpoint)
-    if is_complete(args):
-        print(f"The run in {args.output_dir} is complete ({Path(args.resume_from_checkpoint).name}): nothing to do")
-        return
-    if args.resume_from_checkpoint is not None:
-        print(f"Continuing from {args.resume_from_checkpoint}")
-    train(*settings)
 
 
 def results_of(output_dir: str) -> dict[str, float]:
@@ -217,7 +185,7 @@ def main() -> None:
             with printed_to(Path(run_dir) / "train.log"):
                 settings = config_from(config, run_dir, str(number) if sweep_dir else "")
                 job.output_dir = settings.checkpoint_dir or settings.output_dir
-                run_job(settings)
+                train(settings)
             job.results = results_of(job.output_dir)
         except KeyboardInterrupt:
             job.error, job.exit_code, job.seconds = "interrupted", 130, time.perf_counter() - started

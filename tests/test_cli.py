@@ -316,6 +316,15 @@ def test_config_example_holds_every_setting_with_its_default_and_runs(cache, tmp
         (["--max_length", "4"], ["max_length=4"]),
         (["--num_tpu_cores", "8"], ["num_tpu_cores=8"]),
         (["--gradient_accumulation_steps", "0"], ["gradient_accumulation_steps=0", "at least 1"]),
+        (["--reward_weights", "nan", "1"], ["reward_weights=[nan, 1.0]", "must be finite"]),
+        (["--learning_rate", "inf"], ["learning_rate=inf", "must be finite"]),
+        (["--train_fraction", "nan"], ["train_fraction=nan", "must be finite"]),
+        (["--lora_alpha", "inf"], ["lora_alpha=inf", "must be finite"]),
+        (["--max_steps", "0"], ["max_steps=0", "at least 1"]),
+        (["--save_steps", "0"], ["save_steps=0", "save_strategy='no'"]),
+        (["--metric_for_best_model", "eval_reward"], ["metric_for_best_model='eval_reward'", "accuracy, mean_length"]),
+        (["--lr_scheduler_type", "greedy", "--eval_strategy", "no"], ["lr_scheduler_type='greedy'", "eval_strategy"]),
+        (["--report_to", "mlflow"], ["report_to='mlflow'", "pip install mlflow"]),
     ],
 )
 def test_train_refuses_wrong_input_with_one_line(flags, words, call, tmp_path):

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from models import add_nontrivial_lora
 
 import evaluate
-from tunix_torch import Sampler, SamplingParams, estimators, load_model, load_tokenizer, tiny
+import rewards
+from tunix_torch import DataConfig, Sampler, SamplingParams, estimators, load_model, load_tokenizer, tiny
 from tunix_torch.data import Collator, prepare_rows
 from tunix_torch.estimators import maj_at_k, mean_at_k, pass_at_k, share_interval, wilson_interval
-from tunix_torch.evaluation import sample_batches, sample_texts
+from tunix_torch.evaluation import sample_batches, sample_texts, takes_answer, votes_by_class
 from tunix_torch.model import eos_token_ids
 from tunix_torch.results import JudgedCompletion, summarize
 
@@ -197,7 +198,95 @@ def test_partially_right_is_within_ten_percent(given, expected, near):
     assert evaluate.is_near(given, expected) is near
 
 
-def test_votes_are_equal_where_answers_are():
+def votes(judge, gold, *answers):
+    """(votes, maj@K) of a question to which these answers were given; None: an answer without tags."""
+    row = {"question": "?", "prompt": "?", "answer": gold}
+    texts = ["It is." if answer is None else f"<answer>{answer}</answer>" for answer in answers]
+    batch = evaluate.judge_batch([row], [1], [texts], [[1] * len(texts)], judge, [])
+    return [c.vote for c in batch], summarize(batch)[f"maj@{len(texts)}"]
+
+
+def test_a_majority_is_of_answers_that_the_judge_calls_equal():
+    """It was of equal texts, or of equal numbers whatever their units."""
+    half = r"\frac{1}{2}"
+    assert votes("math_equal", "1/2", half, r"\dfrac12", "$0.5$", "1/3", "1/3") == ([half] * 3 + ["1/3"] * 2, 1.0)
+    assert votes("math_equal", "1/2", "1/3", half, "1/3", "0.5", "2") == (["1/3", half, "1/3", half, "2"], 0.0)
+    assert votes("correctness", "5 km", "5 miles", "5 km", "5 km") == (["5 miles", "5 km", "5 km"], 1.0)
+    assert votes("correctness", "72", "$72", None, "72.00", " ", "7") == (["$72", None, "$72", None, "7"], 1.0)
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=5, max_size=5), min_size=1, max_size=3), st.integers(1, 4))
+def test_classes_are_formed_in_the_order_of_appearance(numbers, near):
+    """By hand, pair after pair, with a judge under which equality is neither symmetric nor transitive."""
+    calls = []
+
+    def judge(completions, answer, **columns):
+        calls.append(len(completions))
+        return [float(0 <= int(text[1:]) - int(a) < near) for text, a in zip(completions, answer, strict=True)]
+
+    rows = [{"prompt": "?", "answer": "unused", "answers": "unused"} for _ in numbers]
+    texts = [[str(n) for n in row] for row in numbers]
+    got = votes_by_class(rows, [[f"c{text}" for text in row] for row in texts], texts, judge)
+    expected, pairs = [], 0
+    for row in numbers:
+        leaders, chosen = [], []
+        for n in row:
+            same = [leader for leader in leaders if leader == n or 0 <= n - leader < near]
+            leaders += [] if same else [n]
+            chosen.append(str(same[0] if same else n))
+        expected.append(chosen)
+        pairs += 5 * 4 // 2
+    assert got == expected and sum(calls) <= pairs and len(calls) <= 5
+
+
+def test_a_judge_that_takes_no_answer_leaves_votes_to_the_texts(command, monkeypatch, capsys):
+    functions = ["test_evaluate_rewards.length_is_even", "test_evaluate_rewards.first_only"]
+    assert [takes_answer(rewards.find_reward(name)) for name in functions] == [False, True]
+    assert votes(functions[0], "7", "7", "7.0", "NO", "no") == (["7", "7", "no", "no"], 1.0)
+    command("--max_samples", "1", "--judge", functions[0], "--output_file", "r.jsonl")
+    assert f"Judge: {functions[0]}, which takes no answer: for maj@K texts are compared" in capsys.readouterr().out
+    assert json.loads(Path("r.summary.json").read_text())["settings"]["votes_by"] == "text"
+
+
+def test_a_judge_that_chokes_on_an_answer_of_the_model_is_named():
+    def picky(completions, answer, **columns):
+        return [float(text == a) for text, a in zip(completions, map(int, answer), strict=True)]
+
+    row = {"prompt": "?", "answer": "1"}
+    with pytest.raises(ValueError, match="judge 'picky', asked for maj@K .* raised ValueError: invalid literal"):
+        votes_by_class([row], [["one", "2"]], [["one", "2"]], picky)
+
+
+def test_it_judges_by_what_train_py_judges_by(command, model_folder, monkeypatch, capsys):
+    """Answers of MATH were judged by correctness here, and by math_equal there."""
+    rows = [{"question": "Half?", "answer": r"\frac{1}{2}"}, {"question": "Two?", "answer": 2}]
+    monkeypatch.setattr(evaluate, "load_eval_rows", lambda config, name: [dict(row) for row in rows])
+    for flags, judge in ((["--dataset", "math"], "math_equal"), ([], "correctness")):
+        assert evaluate.data_config(evaluate.parse_args(flags)).judge_in_force == judge
+        assert DataConfig(dataset="math" if flags else None).judge_in_force == judge
+    flags = ["--model_path", model_folder, "--dataset", "math", "--max_new_tokens", "2", "--system_message="]
+    evaluate.main([*flags, "--output_file", "m.jsonl"])
+    assert "Judge: math_equal" in capsys.readouterr().out
+    settings = json.loads(Path("m.summary.json").read_text())["settings"]
+    assert (settings["judge"], settings["votes_by"], settings["rewards"]) == (
+        "math_equal",
+        "math_equal",
+        ["math_equal", "format"],
+    )
+    assert [c.answer for c in read("m.jsonl")] == [r"\frac{1}{2}", "2"]
+    with pytest.raises(ValueError, match="judge='correctness': .*was written with 'math_equal'"):
+        evaluate.main([*flags, "--output_file", "m.jsonl", "--judge", "correctness"])
+
+
+def test_a_question_without_an_answer_needs_a_judge_that_needs_none(command, rows_file):
+    rows_file.write_text('{"question": "1 + 1?", "answer": 2}\n{"question": "Why?"}\n')
+    with pytest.raises(ValueError, match="row 2: no answer.*'correctness_reward' takes 'answer'"):
+        command()
+    command("--judge", "test_evaluate_rewards.length_is_even", "--rewards", "format", "--output_file", "r.jsonl")
+    assert [c.answer for c in read("r.jsonl")] == ["2", ""]
+
+
+def test_votes_of_a_judge_that_takes_no_answer_are_equal_where_answers_are():
     assert evaluate.vote_of("72") == evaluate.vote_of(" $72.00 ") == "72"
     assert evaluate.vote_of("New  York") == evaluate.vote_of("new york") != evaluate.vote_of("York")
     assert evaluate.vote_of(None) is evaluate.vote_of(" ") is None
@@ -564,6 +653,9 @@ def test_long_prompts_are_left_out_and_rows_keep_their_numbers(command, rows_fil
         (["--temperature", "-0.1"], "temperature=-0.1"),
         (["--top_p", "1.5"], r"top_p=1.5: must be in \(0, 1\]"),
         (["--top_k", "-1"], "top_k=-1"),
+        (["--temperature", "nan"], "temperature=nan"),
+        (["--temperature", "inf"], "temperature=inf: must be finite"),
+        (["--reward_timeout", "nan"], "reward_timeout=nan"),
         (["--rewards", "formt"], "formt.*did you mean 'format'"),
         (["--judge", "corectness"], "corectness.*did you mean 'correctness'"),
         (["--dataset", "gsm9k"], "dataset='gsm9k'"),

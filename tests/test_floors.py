@@ -25,6 +25,7 @@ FLOORS = [
     },
     {
         "attention",
+        "beforehand",
         "config",
         "cuda_graph",
         "merged_lora",

@@ -57,7 +57,7 @@ def settings_of(*overrides):
 def run(*overrides, folder="run"):
     """Run it in this process; returns its settings as they were saved, and its metrics."""
     job = job_of(*overrides, folder=folder)
-    run_training.run_job(job)
+    train(job)
     return saved(job.checkpoint_dir or job.output_dir)
 
 
@@ -162,7 +162,7 @@ def test_mesh_shape_2_2_fsdp_tp(here):
     assert settings_of("model.mesh_shape=[[2,2],[fsdp,tp]]")[0].mesh_shape == "2,2"  # as a shell leaves it unquoted
 
 
-def test_checkpoint_dir_resumes_from_the_newest(here, capsys):
+def test_checkpoint_dir_resumes_from_the_newest(here, capsys, caplog):
     words = ["checkpoint_dir=./checkpoints/ckpts/", "training.save_interval_steps=1", *SHORT, *NARROW]
     _, whole = run(*words)
     folder = Path("checkpoints/ckpts")
@@ -171,7 +171,7 @@ def test_checkpoint_dir_resumes_from_the_newest(here, capsys):
 
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     run(*words)
-    assert "is complete (checkpoint-2): nothing to do" in capsys.readouterr().out
+    assert "The run is finished: checkpoints/ckpts/checkpoint-2 holds its last step, 2." in caplog.text
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
     (folder / "checkpoint-2" / "trainer_state.json").write_text('{"epoch"')  # as a crash would leave it
@@ -422,7 +422,7 @@ def test_wrong_words_become_one_line(word, message, here, monkeypatch):
 
 def test_args_take_any_setting_of_train_py(here, monkeypatch):
     seen = []
-    monkeypatch.setattr(run_training, "train", lambda *settings: seen.append(settings[2]))
+    monkeypatch.setattr(run_training, "train", lambda job: seen.append(job.flat()[2]))
     monkeypatch.setattr("hydra.core.utils.configure_log", lambda *args: None)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     words = ["+args.overlong_prompts=raise", "args.stop_check_interval=2", "args.epsilon_c=3", "grpo.algorithm=gspo"]

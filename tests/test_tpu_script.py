@@ -213,4 +213,8 @@ def test_sigterm_saves_and_the_next_start_ends_where_an_uninterrupted_run_does(m
 
     from tunix_torch.run_folder import resolve_checkpoint
 
-    assert resolve_checkpoint("auto", tmp_path / "a") is None  # it is finished: the next start is a new run
+    # without a checkpoint after the last step, the next start knows from the final files that the run is finished
+    assert resolve_checkpoint("auto", tmp_path / "a") == str(checkpoint)
+    result = subprocess.run(command(tmp_path / "a"), env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "The run is finished" in result.stderr, result.stderr
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == adapters[0]

@@ -1,8 +1,16 @@
-"""Which checkpoint of a run is whole, and which is the newest."""
+"""Which checkpoint of a run is whole, which is the newest, and whether it is the run's last."""
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
+
+from peft import LoraConfig, PeftConfig
+
+STATE_FILE = "trainer_state.json"
+# What a run writes last, the state after the others.
+FINAL_FILES = ("adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json", STATE_FILE)
 
 
 def is_whole(folder: Path) -> bool:
@@ -11,7 +19,7 @@ def is_whole(folder: Path) -> bool:
     if not all((folder / name).is_file() for name in needed):
         return False
     try:
-        json.loads((folder / "trainer_state.json").read_text())
+        json.loads((folder / STATE_FILE).read_text())
     except (OSError, json.JSONDecodeError):
         return False
     return True
@@ -25,6 +33,42 @@ def newest_checkpoint(output_dir: str | Path) -> Path | None:
         if folder.name.removeprefix("checkpoint-").isdigit() and is_whole(folder)
     ]
     return max(numbered)[1] if numbered else None
+
+
+def has_final_files(output_dir: str | Path) -> bool:
+    """Whether a run wrote its final adapter there."""
+    return all((Path(output_dir) / name).is_file() for name in FINAL_FILES)
+
+
+def is_finished(folder: str | Path, num_steps: int, patience: int | None = None) -> bool:
+    """Whether a run that left this checkpoint, or these final files, has no step left to do.
+
+    Args:
+        num_steps: that the run has.
+        patience: `early_stopping_patience`: after so many evaluations without a better one it stops before.
+    """
+    state = json.loads((Path(folder) / STATE_FILE).read_text())
+    stopping = state["stateful_callbacks"].get("EarlyStoppingCallback", [])  # a list where there are several
+    stopping = stopping if isinstance(stopping, list) else [stopping]
+    waited = max((callback["attributes"]["early_stopping_patience_counter"] for callback in stopping), default=0)
+    return state["global_step"] >= num_steps or waited >= (math.inf if patience is None else patience)
+
+
+def check_same_scale(adapters: Mapping[str, PeftConfig], folder: str | Path) -> None:
+    """See that the weights of a checkpoint's LoRA mean the same in a model with these adapters.
+
+    Raises:
+        ValueError: they would be scaled otherwise.
+    """
+    if not (Path(folder) / "adapter_config.json").is_file():
+        return
+    saved = PeftConfig.from_pretrained(str(folder))
+    for adapter in adapters.values():
+        for name in ("r", "lora_alpha", "use_rslora"):
+            if isinstance(adapter, LoraConfig) and isinstance(saved, LoraConfig):
+                given, there = getattr(adapter, name), getattr(saved, name)
+                if given != there:
+                    raise ValueError(f"{name}={given!r}: the LoRA in {folder} has {there!r}; give that")
 
 
 def fingerprint(folder: str | Path) -> str:

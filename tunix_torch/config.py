@@ -4,13 +4,16 @@ Each field is a flag of `train.py` and a key of its config files. Names that TRL
 same thing are accepted everywhere as aliases.
 """
 
+import json
 import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.training_args import OptimizerNames
 
 from . import device as process_device
 from . import processes
@@ -46,6 +49,15 @@ NOT_FOR_US = (
     "deepspeed",
     "fsdp",
 )
+
+CHOICES = {  # of `TrainingArguments`
+    "lr_scheduler_type": SchedulerType,
+    "optim": OptimizerNames,
+    "eval_strategy": IntervalStrategy,
+    "logging_strategy": IntervalStrategy,
+    "save_strategy": SaveStrategy,
+}
+SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # which follow `metric_for_best_model`
 
 CPU_TOKENS_PER_PASS = 4096  # at most, by default: less is slower, and more is not faster
 
@@ -89,6 +101,18 @@ class ModelConfig:
         require(self.lora_rank >= 1, "lora_rank", self.lora_rank, "must be at least 1")
         require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "must be above 0")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "must be in [0, 1)")
+
+    def take_from_adapter(self, rank: int, alpha: float, dropout: float) -> None:
+        """Take the LoRA's settings from the adapter that is trained further.
+
+        Raises:
+            ValueError: another value was given.
+        """
+        for name, there in (("lora_rank", rank), ("lora_alpha", float(alpha)), ("lora_dropout", dropout)):
+            given, default = getattr(self, name), getattr(type(self), name)
+            right = f"the adapter that is trained further, {self.model_name}, has {there!r}; give that, or leave it out"
+            require(given in (default, there), name, given, right)
+            setattr(self, name, there)
 
     @property
     def mesh(self) -> tuple[tuple[int, ...], tuple[str, ...]] | None:
@@ -168,6 +192,16 @@ class DataConfig:
         "the reward function that decides at evaluation: an answer is right where it is at least 1, and not where it "
         "is None; none: correctness, or math_equal with dataset=math",
     )
+
+    @property
+    def right_answers(self) -> str:
+        """The reward function that tells right answers from wrong ones: those of MATH are LaTeX."""
+        return "math_equal" if self.dataset == "math" else "correctness"
+
+    @property
+    def judge_in_force(self) -> str:
+        """The reward function that decides at evaluation, here and in evaluate.py."""
+        return self.judge or self.right_answers
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -276,11 +310,15 @@ class GRPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_device()
+        self._read_mappings()
         check_types(self)
         self._check_values()
         self._resolve()
         processes.join_hosts(*process_device.hosts())
         super().__post_init__()
+        if self.follows_metric:  # they take every metric for a loss otherwise
+            mode = {"mode": "max" if self.greater_is_better else "min"}
+            self.lr_scheduler_kwargs = mode | (self.lr_scheduler_kwargs or {})
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False  # rows hold texts, which a process can't send to others
         self._n_gpu = min(1, self.n_gpu)  # one process, one GPU: Trainer would split batches over all that it sees
@@ -296,6 +334,24 @@ class GRPOConfig(TrainingArguments):
     def process_index(self) -> int:
         """Which process this is, for Transformers, where 0 writes; of several hosts torch-xla calls each one 0."""
         return super().process_index if processes.num_hosts() == 1 else int(not processes.is_first())
+
+    def evaluation_metrics(self, judged: bool = True) -> list[str]:
+        """What `TunixTrainer.evaluate` gives, without `eval_`; not judged: there is no judge, as in plain SFT."""
+        metrics = ["accuracy", "mean_length"] if judged else []
+        if judged and self.num_eval_completions:
+            metrics.append(f"mean@{self.num_eval_completions}")
+        return [*metrics, *([] if self.use_grpo else ["loss"]), "runtime"]
+
+    @property
+    def follows_metric(self) -> bool:
+        """Whether the learning rate follows `metric_for_best_model`."""
+        return self.lr_scheduler_type in SCHEDULES_BY_METRIC
+
+    def check_best_metric(self, judged: bool = True) -> None:
+        """Raises ValueError when `metric_for_best_model` is a metric that no evaluation gives."""
+        metric, metrics = self.metric_for_best_model, self.evaluation_metrics(judged)
+        good = metric is None or metric.removeprefix("eval_") in metrics
+        require(good, "metric_for_best_model", metric, f"an evaluation gives {', '.join(metrics)}")
 
     @property
     def beta(self) -> float:
@@ -347,7 +403,21 @@ class GRPOConfig(TrainingArguments):
         cores = self.num_tpu_cores
         require(cores in (None, 1), "num_tpu_cores", cores, "one core is used; leave it out or set it to 1")
 
+    def _read_mappings(self) -> None:
+        """Take settings that are mappings from the texts of flags."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str) and value.startswith("{"):
+                try:
+                    setattr(self, name, json.loads(value))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{name}={value!r}: not valid JSON: {error}") from error
+        value = self.lr_scheduler_kwargs
+        right = 'expected names and values, such as {"num_cycles": 2}'
+        require(value is None or isinstance(value, dict), "lr_scheduler_kwargs", value, right)
+
     def _check_values(self) -> None:
+        self._check_lengths()
         group = self.num_completions_per_prompt
         if self.use_grpo:
             require(group > 1, "num_completions_per_prompt", group, "GRPO compares completions: at least 2 are needed")
@@ -380,11 +450,19 @@ class GRPOConfig(TrainingArguments):
             "seed",
             "learning_rate",
             "max_grad_norm",
+            "weight_decay",
+            "adam_epsilon",
+            "warmup_steps",
+            "eval_delay",
+            "dataloader_num_workers",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        require(self.seed < 2**32, "seed", self.seed, "must be below 2**32")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
         timeout = self.reward_timeout
         require(timeout is None or timeout > 0, "reward_timeout", timeout, "must be above 0")
-        for name in ("early_stopping_patience", "profile_step"):
+        for name in ("early_stopping_patience", "profile_step", "save_total_limit"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be at least 1")
         for name, choices in (
@@ -396,6 +474,9 @@ class GRPOConfig(TrainingArguments):
         ):
             value = getattr(self, name)
             require(value in choices, name, value, f"choose one of {', '.join(c for c in choices if c)}")
+        for name, kind in CHOICES.items():
+            value, choices = getattr(self, name), [choice.value for choice in kind]
+            require(value in choices, name, value, f"choose one of {', '.join(choices)}")
         if self.algorithm == "dapo" and self.kl_penalty_coef not in (0.0, type(self).kl_penalty_coef):
             raise ValueError(
                 f"kl_penalty_coef={self.kl_penalty_coef}: algorithm 'dapo' has no KL penalty; leave it out, or 0"
@@ -429,6 +510,17 @@ class GRPOConfig(TrainingArguments):
             not self.remove_unused_columns, "remove_unused_columns", True, "must be False; rewards read the columns"
         )
 
+    def _check_lengths(self) -> None:
+        """How long a run is, and how often it logs, evaluates and saves."""
+        steps = self.max_steps
+        require(steps == -1 or steps >= 1, "max_steps", steps, "must be at least 1, or -1: num_train_epochs decides")
+        require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "must be above 0")
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            value, strategy = getattr(self, name), name.replace("steps", "strategy")
+            good = value is None or 0 < value < 1 or (value >= 1 and value == int(value))
+            right = f"must be a whole number above 0, or, below 1, a share of all steps ({strategy}='no': never)"
+            require(good, name, value, right)
+
     def _resolve(self) -> None:
         """Fill in what other fields decide."""
         if self.eval_steps is not None and self.eval_strategy == "no":
@@ -437,11 +529,13 @@ class GRPOConfig(TrainingArguments):
             ("load_best_model_at_end", self.load_best_model_at_end),
             ("save_strategy", self.save_strategy == "best" and "best"),
             ("early_stopping_patience", self.early_stopping_patience),
+            ("lr_scheduler_type", self.follows_metric and SchedulerType(self.lr_scheduler_type).value),
         ):
             right = "evaluations decide this: set eval_strategy (or eval_steps)"
             require(not value or self.eval_strategy != "no", name, value, right)
             if value and self.metric_for_best_model is None:
                 self.metric_for_best_model = "accuracy"
+        self.check_best_metric()
         if self.early_stopping_patience:
             self.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
         if self.max_length is not None:

@@ -1,5 +1,6 @@
 """Answer questions whose answers are known: sample batch by batch, and judge."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from . import device, processes
 from .data import Collator, decode_completions
-from .rows import Row
+from .rows import ANSWER_COLUMNS, Row, with_answer
 from .sampler import Sampler, SamplingParams, draw_uniforms
-from .scoring import RewardFunc, call_rewards
+from .scoring import RewardFunc, call_rewards, name_of
 
 RIGHT = 1.0  # an answer is right where the judging reward function's value is at least this
 
@@ -126,8 +127,85 @@ def judge_answers(
     """
     copies = len(completions[0])
     (values,) = call_rewards([judge], rows, [text for texts in completions for text in texts], timeout)
-    right = [value is not None and value >= RIGHT for value in values]
+    right = list(map(is_right, values))
     return Answers(completions, [right[i : i + copies] for i in range(0, len(right), copies)], lengths)
+
+
+def takes_answer(judge: RewardFunc) -> bool:
+    """Whether a reward function has a parameter for the expected answer; what it finds in `**columns` is not seen."""
+    return not set(ANSWER_COLUMNS).isdisjoint(inspect.signature(judge).parameters)
+
+
+def votes_by_class(
+    rows: Sequence[Row],
+    completions: Sequence[Sequence[str]],
+    extracted: Sequence[Sequence[str | None]],
+    judge: RewardFunc,
+    timeout: float | None = None,
+) -> list[list[str | None]]:
+    """What each of K completions of each of N questions votes for in `estimators.maj_at_k`: equal for equal answers.
+
+    Answers are equal by what makes an answer right: with `math_equal` 1/2 and 0.5 are one answer, with `correctness`
+    5 miles and 5 km are two. Classes are formed in the order in which completions appear. A completion joins the first
+    class whose first member has the same text as its answer, or an answer such that the judge calls the completion
+    right with that as the expected one.
+
+    Args:
+        extracted: the answer in each completion; None or blank: it has no vote.
+        judge: takes the expected answer, see `takes_answer`. It is called for at most K * (K - 1) / 2 pairs of a
+            question, and for many questions at once.
+        timeout: seconds that each of these calls may take.
+
+    Returns:
+        N lists of K votes: each the text of its class's first member.
+
+    Raises:
+        ValueError: see `call_rewards`, or the judge can't take a completion's answer for the expected one.
+    """
+    texts = [[" ".join((text or "").split()) or None for text in row] for row in extracted]
+    votes: list[dict[str, str]] = [{} for _ in rows]  # of each question: answer -> the first of its class
+    waiting: list[dict[str, str]] = [{} for _ in rows]  # answers without a class -> the first completion that gives it
+    for i, row in enumerate(texts):
+        for text, completion in zip(row, completions[i], strict=True):
+            if text is not None:
+                waiting[i].setdefault(text, completion)
+    while any(waiting):
+        asked: list[Row] = []
+        pairs: list[tuple[int, str]] = []  # (question, an answer that may belong to the class that begins there)
+        for i, answers in enumerate(waiting):
+            if answers:
+                first = next(iter(answers))
+                votes[i][first] = first
+                del answers[first]
+                asked += [with_answer(rows[i], first)] * len(answers)
+                pairs += [(i, text) for text in answers]
+        for (i, text), row, value in zip(pairs, asked, _values(judge, asked, pairs, waiting, timeout), strict=True):
+            if is_right(value):
+                votes[i][text] = row["answer"]
+                del waiting[i][text]
+    return [[None if text is None else votes[i][text] for text in row] for i, row in enumerate(texts)]
+
+
+def _values(
+    judge: RewardFunc,
+    asked: Sequence[Row],
+    pairs: Sequence[tuple[int, str]],
+    waiting: Sequence[dict[str, str]],
+    timeout: float | None,
+) -> list[float | None]:
+    """The judge's value for the completion of each pair, with the expected answer of its row."""
+    if not pairs:
+        return []
+    try:
+        return call_rewards([judge], asked, [waiting[i][text] for i, text in pairs], timeout)[0]
+    except Exception as error:  # it may be the first time that it sees an expected answer that is no good one
+        shown = f"{name_of(judge)!r}, asked for maj@K whether a completion equals another one, whose answer is expected"
+        raise ValueError(f"judge {shown}, raised {type(error).__name__}: {error}") from error
+
+
+def is_right(value: float | None) -> bool:
+    """What a judge's value means."""
+    return value is not None and value >= RIGHT
 
 
 def answer(

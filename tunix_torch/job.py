@@ -9,21 +9,26 @@ from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 import rewards
 
 from . import device, processes
-from .callbacks import ConsoleProgress, MetricsFile, SaveOnSigterm
+from .beforehand import log_in
+from .callbacks import BeforeTraining, ConsoleProgress, MetricsFile, SaveOnSigterm
+from .checkpoint import has_final_files
 from .config import DataConfig, GRPOConfig, ModelConfig
 from .model import base_model_name, load_model, load_tokenizer, lora_config, torch_dtype
 from .nested import GRPOTrainingConfig
 from .rows import answer_text, has_column, question_of
 from .run_folder import (
+    CONFIG_FILE,
+    CURVES_FILE,
     check_output_dir,
     check_same_run,
     get_latest_checkpoint,
+    names_folder,
     plot_training_curves,
     resolve_checkpoint,
     save_config,
@@ -47,7 +52,7 @@ def choose_rewards(config: DataConfig, args: GRPOConfig) -> list[RewardFunc]:
         ValueError: an unknown name, or not one weight for each function.
     """
     if config.reward_preset is None:
-        functions = [rewards.find_reward(name) for name in config.reward_funcs or [_correctness(config), "format"]]
+        functions = [rewards.find_reward(name) for name in config.reward_funcs or [config.right_answers, "format"]]
     else:
         functions, weights = map(list, zip(*rewards.get_preset(config.reward_preset), strict=True))
         args.reward_weights = args.reward_weights or weights
@@ -59,11 +64,6 @@ def choose_rewards(config: DataConfig, args: GRPOConfig) -> list[RewardFunc]:
     return functions
 
 
-def _correctness(config: DataConfig) -> str:
-    """What tells right answers from wrong ones: those of MATH are LaTeX."""
-    return "math_equal" if config.dataset == "math" else "correctness"
-
-
 def build_trainer(
     model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig, callbacks: Sequence[TrainerCallback] = ()
 ) -> TunixTrainer:
@@ -73,7 +73,7 @@ def build_trainer(
         ValueError: any of them can't be had.
     """
     reward_funcs = choose_rewards(data_config, args)
-    judge = rewards.find_reward(data_config.judge or _correctness(data_config))
+    judge = rewards.find_reward(data_config.judge_in_force)
     train_rows, eval_rows = load_data(data_config, args.seed)
     if args.use_grpo and isinstance(train_rows, list):  # before a large model is loaded
         require_columns(reward_funcs, train_rows)
@@ -83,17 +83,23 @@ def build_trainer(
     elif eval_rows:
         require_columns([judge], eval_rows, "judge")
     tokenizer = load_tokenizer(model_config.model_name)
-    for name in ("early_stopping_patience", "load_best_model_at_end"):
+    for name, value in (
+        ("early_stopping_patience", args.early_stopping_patience),
+        ("load_best_model_at_end", args.load_best_model_at_end),
+        ("save_strategy", args.save_strategy == "best" and "best"),
+        ("lr_scheduler_type", args.follows_metric and args.lr_scheduler_type.value),
+    ):
         right = "evaluations decide this, and there are no evaluation rows: give val_data_path or train_fraction"
-        require(bool(eval_rows) or not getattr(args, name), name, getattr(args, name), right)
+        require(bool(eval_rows) or not value, name, value, right)
     if not eval_rows and args.eval_strategy != "no":
         logger.warning("There are no evaluation rows (val_data_path, train_fraction), so nothing is evaluated.")
         args.eval_strategy = "no"
     model = load_model(model_config.model_name, torch_dtype(model_config.model_dtype))
     has_adapter = isinstance(model, PeftModel)
     if has_adapter and processes.is_first():
+        lora = f"rank {model_config.lora_rank}, alpha {model_config.lora_alpha:g}"
         further = "" if args.reference == "base" else "; it is the reference policy, as it is now"
-        print(f"{model_config.model_name}: an adapter of rank {model_config.lora_rank}, trained further{further}")
+        print(f"{model_config.model_name}: an adapter ({lora}), trained further{further}")
     trainer = TunixTrainer(
         model,
         reward_funcs,
@@ -114,13 +120,12 @@ def settings_in_force(model_config: ModelConfig, data_config: DataConfig, args: 
     """What a run's config.json holds. Fills in what an adapter that is trained further and a preset decide.
 
     Raises:
-        ValueError: an unknown reward.
+        ValueError: an unknown reward, or a LoRA that is not that of the adapter.
     """
     name = model_config.model_name
     if base_model_name(name) != name:
         adapter = LoraConfig.from_pretrained(name)
-        model_config.lora_rank, model_config.lora_alpha = adapter.r, float(adapter.lora_alpha)
-        model_config.lora_dropout = adapter.lora_dropout
+        model_config.take_from_adapter(adapter.r, adapter.lora_alpha, adapter.lora_dropout)
     choose_rewards(data_config, args)
     return settings_of(model_config, data_config, args)
 
@@ -130,11 +135,13 @@ def train(
 ) -> TunixTrainer:
     """Run a whole job: set up, evaluate, train, evaluate, save. Everything is written to `args.output_dir`.
 
+    A finished run that is resumed is left as it is, but for final files that are missing.
+
     Args:
         config: everything at once, in groups; or the model, followed by the data and the arguments.
 
     Raises:
-        ValueError: a setting, file, model or data set that can't work; nothing has been written then.
+        ValueError: a setting, file, model or data set that can't work; nothing has been written or moved then.
         SystemExit: with code 143, after SIGTERM: the step was finished and a checkpoint saved.
     """
     device.use_mesh((config.model if isinstance(config, GRPOTrainingConfig) else config).mesh)  # before args are made
@@ -153,19 +160,33 @@ def train(
         check_same_run(settings, checkpoint)
     sigterm = SaveOnSigterm(processes.anyone)
     trainer = build_trainer(model_config, data_config, args, [sigterm])
+
+    here, finished = False, False
     if checkpoint is not None:
         args.eval_on_start = False  # the run that is resumed has done it
-    processes.wait()  # all have read what is in the folder
-    if processes.is_first():
-        if checkpoint is None or Path(checkpoint).resolve().parent != output_dir.resolve():
-            set_aside_previous_run(output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        save_config(settings, output_dir / "config.json")
-        together = f", {processes.count()} processes" if processes.count() > 1 else ""
-        together += f", {processes.num_hosts()} hosts" if processes.num_hosts() > 1 else ""
-        print(f"{'GRPO' if args.use_grpo else 'SFT'} of {model_config.model_name} on {device.describe()}{together}")
-        num_rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
-        print(f"{num_rows} training rows, {len(trainer.eval_dataset or [])} evaluation rows", flush=True)
+        here = Path(checkpoint).resolve().parent == output_dir.resolve()
+        finished = processes.of_first(lambda: trainer.is_finished(checkpoint))
+        newest = not names_folder(args.resume_from_checkpoint) and processes.num_hosts() == 1
+        # without a checkpoint after the last step, the final files alone say that it was taken
+        if here and (finished or newest) and processes.of_first(lambda: _is_complete(trainer)):
+            return _leave_complete(trainer, checkpoint if finished else None)
+
+    def begin() -> None:
+        """Make the folder that of this run."""
+        processes.wait()  # all have read what is in it
+        if processes.is_first():
+            if not here:
+                set_aside_previous_run(output_dir)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            if not (finished and (output_dir / CONFIG_FILE).is_file()):
+                save_config(settings, output_dir / CONFIG_FILE)
+            _describe(trainer, model_config.model_name)
+            if checkpoint is not None and not finished:
+                print(f"Continuing from {checkpoint}", flush=True)
+
+    if not finished:  # as late as can be: what fails before leaves an earlier run where it is
+        ready = [lambda: processes.of_first(lambda: log_in(trainer)), begin]
+        trainer.callback_handler.callbacks[:0] = map(BeforeTraining, ready)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
@@ -179,24 +200,60 @@ def train(
             where = f"--resume_from_checkpoint latest continues from {get_latest_checkpoint(output_dir)}"
             print(f"\nStopped by SIGTERM after step {trainer.state.global_step}; {where}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
-    best = trainer.state.best_global_step if args.load_best_model_at_end else None
+    if finished:
+        begin()
+    _write_final_files(trainer)
+    if processes.is_first():
+        seconds = time.perf_counter() - started
+        print(f"\n{seconds:.0f} s, {device.memory_summary()}. Adapter, metrics and curves: {output_dir}")
+    return trainer
+
+
+def _is_complete(trainer: TunixTrainer) -> bool:
+    """Whether the folder holds the final files of a run that has no step left to do."""
+    output_dir = trainer.args.output_dir
+    return has_final_files(output_dir) and trainer.is_finished(output_dir)
+
+
+def _leave_complete(trainer: TunixTrainer, checkpoint: str | None) -> TunixTrainer:
+    """Give the trainer what a complete run came to: a checkpoint of its last step, or, with None, its final files."""
+    output_dir = Path(trainer.args.output_dir)
+    if checkpoint is not None:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    else:
+        set_peft_model_state_dict(trainer.model, load_peft_weights(str(output_dir)), trainer.model.active_adapters[0])
+        trainer.stay_finished(output_dir)
+    if processes.is_first():
+        if not (output_dir / CURVES_FILE).is_file():
+            plot_training_curves(output_dir)
+        print(f"Adapter, metrics and curves: {output_dir}; resume_from_checkpoint=false begins a new run")
+    return trainer
+
+
+def _describe(trainer: TunixTrainer, model_name: str) -> None:
+    together = f", {processes.count()} processes" if processes.count() > 1 else ""
+    together += f", {processes.num_hosts()} hosts" if processes.num_hosts() > 1 else ""
+    print(f"{'GRPO' if trainer.args.use_grpo else 'SFT'} of {model_name} on {device.describe()}{together}")
+    num_rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
+    print(f"{num_rows} training rows, {len(trainer.eval_dataset or [])} evaluation rows", flush=True)
+
+
+def _write_final_files(trainer: TunixTrainer) -> None:
+    """What follows the last step: an evaluation where it had none, adapter, state, curves, and the comparison."""
+    args, state = trainer.args, trainer.state
+    best = state.best_global_step if args.load_best_model_at_end else None
     if best is not None and processes.is_first():
         name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
-        print(f"The best model, with {name} {trainer.state.best_metric:.4g}, is that of step {best}")
+        print(f"The best model, with {name} {state.best_metric:.4g}, is that of step {best}")
     last = evaluations(trainer)[-1]["step"]
-    if trainer.eval_dataset is not None and (last != trainer.state.global_step or best not in (None, last)):
+    if trainer.eval_dataset is not None and (last != state.global_step or best not in (None, last)):
         trainer.evaluate()  # the last step was not one of eval_steps, or the best model is an earlier one
     trainer.save_model()
     trainer.save_state()
-    if not processes.is_first():
-        return trainer
-    plot_training_curves(output_dir)
-    if trainer.eval_dataset is not None:
-        print_comparison(trainer)
-    print(
-        f"\n{time.perf_counter() - started:.0f} s, {device.memory_summary()}. Adapter, metrics and curves: {output_dir}"
-    )
-    return trainer
+    if processes.is_first():
+        plot_training_curves(args.output_dir)
+        if trainer.eval_dataset is not None:
+            print_comparison(trainer)
 
 
 def evaluations(trainer: TunixTrainer) -> list[dict[str, float]]:
@@ -216,6 +273,8 @@ def print_comparison(trainer: TunixTrainer) -> None:
         print(f"{'loss':<24}{rows[0]['eval_loss']:>10.4f}{rows[-1]['eval_loss']:>10.4f}")
         return
     first, last = trainer.first_answers, trainer.last_answers
+    if last is None:  # a finished run that is resumed was evaluated by another process
+        return
     changed = [i for i in range(len(last.right)) if first.right[i] != last.right[i]]
     for i in (changed or list(range(len(last.right))))[:NUM_SHOWN]:
         print(f"\n{question_of(trainer.eval_dataset[i])}  (answer: {answer_text(trainer.eval_dataset[i])})")

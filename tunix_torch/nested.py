@@ -9,11 +9,9 @@ import dataclasses
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from . import tiny
-from .checkpoint import newest_checkpoint
 from .config import DataConfig, GRPOConfig, ModelConfig
 from .groups import AlgorithmConfig, EvaluationConfig, GenerationConfig, OptimizerConfig, TrainingConfig
 from .settings import ALIASES, canonical_names, check_types, nearest, require
@@ -165,9 +163,7 @@ class GRPOTrainingConfig:
             put("output_dir", "output_dir", self.output_dir)
         if self.checkpoint_dir is not None:
             put("output_dir", "checkpoint_dir", self.checkpoint_dir)
-            newest = newest_checkpoint(Path(self.checkpoint_dir))
-            if newest is not None:
-                put("resume_from_checkpoint", "checkpoint_dir", str(newest))
+            put("resume_from_checkpoint", "checkpoint_dir", "auto")
         if not self.wandb_disabled:
             installed = importlib.util.find_spec("wandb") is not None
             require(installed, "wandb_disabled", False, "wandb is not installed: pip install wandb")

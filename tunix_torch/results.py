@@ -23,10 +23,10 @@ class JudgedCompletion:
     row_number: int  # of the question in the data, from 1
     pass_number: int  # of the completion among those of its question, from 1
     question: str
-    answer: str  # the expected one
+    answer: str  # the expected one; "" where there is none
     completion: str
     extracted_answer: str | None
-    vote: str | None  # the extracted answer in a form that is equal for equal answers, for the majority vote
+    vote: str | None  # what it votes for in the majority vote, equal for equal answers: see `votes_by_class`
     right: bool
     partially_right: bool  # right, or a number near the expected one
     well_formed: bool  # has the whole format

@@ -8,12 +8,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_pt_utils import AcceleratorConfig
+
 from . import tiny
 from .callbacks import METRICS_FILE
 from .checkpoint import is_whole, newest_checkpoint
-from .config import SYSTEM_MESSAGE
+from .config import SYSTEM_MESSAGE, DataConfig, GRPOConfig, ModelConfig
 from .model import base_model_name, resolve_model_name
 
+CONFIG_FILE = "config.json"
+CURVES_FILE = "training_curves.png"
 # What a run writes into its output_dir, besides checkpoint-N.
 RUN_FILES = (
     "README.md",
@@ -21,14 +25,14 @@ RUN_FILES = (
     "adapter_model.safetensors",
     "batches",
     "chat_template.jinja",
-    "config.json",
+    CONFIG_FILE,
     "metrics.jsonl",
     "runs",
     "tokenizer.json",
     "tokenizer_config.json",
     "trainer_state.json",
     "training_args.bin",
-    "training_curves.png",
+    CURVES_FILE,
 )
 
 # Fields of transformers.TrainingArguments that people set; all fields of our own come on top.
@@ -52,7 +56,8 @@ COMMON_FIELDS = (
 )
 
 
-# What a run may be resumed with, although it began otherwise: how long, how often, where, and in what portions.
+# What a run may be resumed with, although it began otherwise: how long, how often, where, in what portions, what else
+# happens, and other words for the same.
 MAY_CHANGE = (
     "output_dir",
     "device",
@@ -80,7 +85,58 @@ MAY_CHANGE = (
     "reward_timeout",
     "reward_processes",
     "early_stopping_patience",
+    "load_best_model_at_end",
+    "restore_callback_states_from_checkpoint",
+    "save_only_model",
+    "eval_delay",
+    "eval_accumulation_steps",
+    "eval_do_concat_batches",
+    "eval_use_gather_object",
+    "batch_eval_metrics",
+    "prediction_loss_only",
+    "include_for_metrics",
+    "label_names",
+    "gradient_checkpointing_kwargs",
+    "torch_empty_cache_steps",
+    "use_cache",
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "ddp_backend",
+    "ddp_broadcast_buffers",
+    "ddp_bucket_cap_mb",
+    "ddp_find_unused_parameters",
+    "ddp_static_graph",
+    "ddp_timeout",
+    "do_train",
+    "do_predict",
+    "skip_memory_metrics",
+    "enable_jit_checkpoint",
+    "save_on_each_node",
+    "log_level",
+    "log_level_replica",
+    "log_on_each_node",
+    "logging_first_step",
+    "logging_nan_inf_filter",
+    "include_num_input_tokens_seen",
+    "run_name",
+    "project",
+    "trackio_bucket_id",
+    "trackio_space_id",
+    "trackio_static_space_id",
+    "push_to_hub",
+    "hub_always_push",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_revision",
+    "hub_strategy",
+    "model_size",  # sets model_name
+    "max_length",  # sets max_prompt_length
+    "warmup_ratio",  # sets warmup_steps
+    "num_tpu_cores",
 )
+# Likewise, but from or to None only: the best value of one metric means nothing for another.
+MAY_BE_ADDED = ("metric_for_best_model", "greater_is_better")
 
 # Not a setting of the job: where this process runs, or what to do once.
 NOT_SAVED = (
@@ -90,7 +146,6 @@ NOT_SAVED = (
     "use_cpu",
     "dataloader_pin_memory",
     "hub_token",
-    "accelerator_config",
     "debug",
     "do_eval",
     "disable_tqdm",
@@ -102,6 +157,10 @@ NOT_SAVED = (
 
 def _default_of(field: dataclasses.Field) -> Any:
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if field.name == "accelerator_config":  # what becomes of None
+        resolved = AcceleratorConfig(dispatch_batches=False).to_dict()
+        resolved.pop("use_configured_state")
+        return resolved
     return getattr(default, "value", default)  # of an enumeration
 
 
@@ -123,20 +182,26 @@ def save_config(settings: dict[str, Any], path: str | Path) -> None:
 
 
 def check_same_run(settings: dict[str, Any], checkpoint: str | Path) -> None:
-    """Settings that are resumed with must be those of the run, but for `MAY_CHANGE`.
+    """Settings that are resumed with must be those of the run, but for `MAY_CHANGE`. One that either side lacks is its
+    field's default.
 
     Raises:
         ValueError: one differs.
     """
-    path = Path(checkpoint).parent / "config.json"
+    path = Path(checkpoint).parent / CONFIG_FILE
     if not path.is_file():  # not written by `train`
         return
-    earlier = json.loads(path.read_text())
-    for name in sorted((settings.keys() & earlier.keys()) - set(MAY_CHANGE)):
-        if json.loads(json.dumps(settings[name])) != earlier[name]:
+    fields = [field for config in (ModelConfig, DataConfig, GRPOConfig) for field in dataclasses.fields(config)]
+    defaults = {field.name: _default_of(field) for field in fields if field.init}
+    earlier = defaults | json.loads(path.read_text())
+    now = defaults | json.loads(json.dumps(settings))
+    for name in sorted(defaults.keys() - {*MAY_CHANGE, *NOT_SAVED}):
+        added = name in MAY_BE_ADDED and None in (now[name], earlier[name])
+        if now[name] != earlier[name] and not added:
             raise ValueError(
-                f"{name}={settings[name]!r}: the run that would be resumed from {checkpoint} has {earlier[name]!r}; "
-                f"give that, or start a new run with model_name={checkpoint}, which trains its adapter further"
+                f"{name}={now[name]!r}: the run that would be resumed from {checkpoint} has {earlier[name]!r}; "
+                "give that, or begin a new run with resume_from_checkpoint=false (and "
+                f"model_name={checkpoint} to train this adapter further)"
             )
 
 
@@ -149,11 +214,15 @@ def get_latest_checkpoint(output_dir: str | Path) -> str | None:
     return None if checkpoint is None else str(checkpoint)
 
 
+def names_folder(resume_from_checkpoint: str | None) -> bool:
+    """Whether `--resume_from_checkpoint` names a folder, rather than asks for the newest checkpoint."""
+    return str(resume_from_checkpoint).lower() not in ("auto", "latest", "true", "false", "none")
+
+
 def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) -> str | None:
     """The checkpoint folder that `--resume_from_checkpoint` means: a folder, "latest" / "true", or "auto".
 
-    "auto" goes on with a run that was cut short: its newest whole checkpoint, or None where there is none, or the run
-    came to its end.
+    "auto" is "latest" where there is a whole checkpoint, and None, a new run, where there is none.
 
     Raises:
         ValueError: there is none, or it is not whole.
@@ -161,8 +230,7 @@ def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Pat
     if resume_from_checkpoint is None or str(resume_from_checkpoint).lower() == "false":
         return None
     if str(resume_from_checkpoint).lower() == "auto":
-        finished = (Path(output_dir) / "adapter_model.safetensors").is_file()
-        return None if finished else get_latest_checkpoint(output_dir)
+        return get_latest_checkpoint(output_dir)
     if str(resume_from_checkpoint).lower() in ("latest", "true"):
         checkpoint = get_latest_checkpoint(output_dir)
         if checkpoint is None:
@@ -234,7 +302,7 @@ def load_metrics(output_dir: str | Path) -> list[dict[str, float]]:
 
 
 def plot_training_curves(output_dir: str | Path) -> Path:
-    """Draw loss, reward, KL, completion length and evaluation accuracy of a run; writes training_curves.png."""
+    """Draw loss, reward, KL, completion length and evaluation accuracy of a run; writes CURVES_FILE."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -265,7 +333,7 @@ def plot_training_curves(output_dir: str | Path) -> Path:
         if len(names) > 1:
             axis.legend()
     figure.tight_layout()
-    path = Path(output_dir) / "training_curves.png"
+    path = Path(output_dir) / CURVES_FILE
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path

@@ -3,7 +3,9 @@
 import dataclasses
 import difflib
 import functools
+import math
 import types
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -84,12 +86,34 @@ def _fits(value: object, hint: Any) -> bool:
     return not isinstance(hint, type) or isinstance(value, hint)
 
 
-def check_types(config: Any) -> None:
-    """Check the fields of a dataclass of settings against their annotations; inherited ones where they are numbers.
+def is_finite(value: object) -> bool:
+    """False for a float that is infinite or NaN, and for a list or mapping that holds one."""
+    if isinstance(value, Mapping):
+        return all(map(is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def check_finite(config: Any) -> None:
+    """See that no field of a dataclass of settings is infinite or NaN: such a number would pass many a comparison.
 
     Raises:
-        ValueError: a value of another type, naming the field.
+        ValueError: one is, naming the field.
     """
+    for name in config.__dataclass_fields__:
+        value = getattr(config, name, None)
+        require(is_finite(value), name, value, "must be finite")
+
+
+def check_types(config: Any) -> None:
+    """Check the fields of a dataclass of settings against their annotations, inherited ones where they are numbers, and
+    see that all are finite.
+
+    Raises:
+        ValueError: a value of another type, or an infinite one or NaN, naming the field.
+    """
+    check_finite(config)
     hints = get_type_hints(type(config))
     for name in config.__dataclass_fields__:
         hint, value = hints[name], getattr(config, name, None)

@@ -6,6 +6,7 @@ loop, schedule, logging, callbacks, checkpoints, resume, hub.
 
 import functools
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence, Sized
@@ -18,7 +19,6 @@ from datasets import IterableDataset
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
-    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -43,7 +43,9 @@ from .adapter import (
     save_reference,
 )
 from .batch import PromptBatch, Rollout, TrainBatch
-from .checkpoint import fingerprint
+from .beforehand import blamed_on, check_reporting
+from .callbacks import EarlyStoppingCallback, OwnIntervals
+from .checkpoint import STATE_FILE, check_same_scale, fingerprint, is_finished
 from .checks import (
     check_finite,
     check_gradient_norm,
@@ -125,6 +127,9 @@ class TunixTrainer(Trainer):
         judge: RewardFunc | None = None,
     ) -> None:
         args = args or GRPOConfig()
+        if not isinstance(args, GRPOConfig):
+            raise ValueError(f"args: expected a GRPOConfig, which takes the same fields, got a {type(args).__name__}")
+        check_reporting(args.report_to)
         train_dataset = None if train_dataset is None else training_rows(train_dataset)
         eval_dataset = None if eval_dataset is None else evaluation_rows(eval_dataset)
         if processing_class is None:
@@ -201,7 +206,7 @@ class TunixTrainer(Trainer):
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), *early_stopping, *profiling, _EndGraphWithOptimizer()],
+            callbacks=[OwnIntervals(), *(callbacks or []), *early_stopping, *profiling, _EndGraphWithOptimizer()],
         )
         self.first_answers: Answers | None = None  # greedy answers of this process's first evaluation
         self.last_answers: Answers | None = None  # and of its newest
@@ -226,6 +231,7 @@ class TunixTrainer(Trainer):
             ValueError: no reward function, weights that don't match them, or fewer rows than one step needs.
         """
         args = self.args
+        args.check_best_metric(judged=self.judge is not None)
         if args.use_grpo and not self.reward_funcs:
             raise ValueError("reward_funcs: GRPO needs at least one reward function")
         if len(self.reward_weights) != len(self.reward_funcs):
@@ -296,11 +302,48 @@ class TunixTrainer(Trainer):
                 self._reward_workers.close()
                 self._reward_workers = None
 
+    def is_finished(self, folder: str | Path) -> bool:
+        """Whether a run that left this checkpoint, or these final files, has no step left to do: see `checkpoint`."""
+        num_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        return is_finished(folder, num_steps, self.args.early_stopping_patience)
+
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        checkpoint = kwargs.get("resume_from_checkpoint")
+        if checkpoint is not None and self.is_finished(checkpoint):
+            return self.stay_finished(checkpoint)
         if self.args.gradient_checkpointing:  # `transformers.Trainer` has just done it again, its own way
             checkpoint_layers(self.model, self.args.gradient_checkpointing_kwargs)
         self._begin_run(kwargs.get("resume_from_checkpoint"))
         return super()._inner_training_loop(*args, **kwargs)
+
+    def stay_finished(self, folder: str | Path) -> TrainOutput:
+        """What resuming a finished run comes to, when its weights are loaded: its state, and no step more."""
+        self.state = TrainerState.load_from_json(str(Path(folder) / STATE_FILE))
+        self.state.is_world_process_zero = self.is_world_process_zero()
+        self.state.is_local_process_zero = self.is_local_process_zero()
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        self.is_in_train = False
+        if processes.is_first():
+            done = f"The run is finished: {folder} holds its last step, {self.state.global_step}"
+            logger.warning("%s. Nothing is trained; more steps or epochs would go on from there.", done)
+        return TrainOutput(self.state.global_step, math.nan, {})
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        with blamed_on("optim", self.args.optim.value):
+            return super().create_optimizer(model)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        name, kwargs = self.args.lr_scheduler_type.value, self.args.lr_scheduler_kwargs
+        with blamed_on("lr_scheduler_type", name, f" (lr_scheduler_kwargs={kwargs!r})"):
+            return super().create_scheduler(num_training_steps, optimizer)
+
+    def init_hf_repo(self, token: str | None = None) -> None:
+        hint = "; log in (hf auth login), or leave it out and upload the folder later"
+        with blamed_on("push_to_hub", self.args.push_to_hub, hint):
+            super().init_hf_repo(token)
 
     def _start_reward_workers(self) -> None:
         plain = [function for function in self.reward_funcs if not is_async(function)]
@@ -691,6 +734,7 @@ class TunixTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         processes.check_same(lambda: {f"files in {resume_from_checkpoint}": fingerprint(resume_from_checkpoint)})
+        check_same_scale(self.model.peft_config, resume_from_checkpoint)
         learning = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name, parameter in self.model.named_parameters():  # PEFT lets all matrices learn that it loads
