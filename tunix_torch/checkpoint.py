@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig
@@ -54,8 +53,8 @@ def is_finished(folder: str | Path, num_steps: int, patience: int | None = None)
     return state["global_step"] >= num_steps or waited >= (math.inf if patience is None else patience)
 
 
-def check_same_scale(adapters: Mapping[str, PeftConfig], folder: str | Path) -> None:
-    """See that the weights of a checkpoint's LoRA mean the same in a model with these adapters.
+def check_same_scale(adapter: LoraConfig, folder: str | Path) -> None:
+    """See that the weights of a checkpoint's LoRA mean the same in a model with this one.
 
     Raises:
         ValueError: they would be scaled otherwise.
@@ -63,12 +62,10 @@ def check_same_scale(adapters: Mapping[str, PeftConfig], folder: str | Path) -> 
     if not (Path(folder) / "adapter_config.json").is_file():
         return
     saved = PeftConfig.from_pretrained(str(folder))
-    for adapter in adapters.values():
-        for name in ("r", "lora_alpha", "use_rslora"):
-            if isinstance(adapter, LoraConfig) and isinstance(saved, LoraConfig):
-                given, there = getattr(adapter, name), getattr(saved, name)
-                if given != there:
-                    raise ValueError(f"{name}={given!r}: the LoRA in {folder} has {there!r}; give that")
+    for name in ("r", "lora_alpha", "use_rslora"):
+        given, there = getattr(adapter, name), getattr(saved, name, None)
+        if given != there:
+            raise ValueError(f"{name}={given!r}: the LoRA in {folder} has {there!r}; give that")
 
 
 def fingerprint(folder: str | Path) -> str:

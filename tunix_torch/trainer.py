@@ -313,7 +313,7 @@ class TunixTrainer(Trainer):
             return self.stay_finished(checkpoint)
         if self.args.gradient_checkpointing:  # `transformers.Trainer` has just done it again, its own way
             checkpoint_layers(self.model, self.args.gradient_checkpointing_kwargs)
-        self._begin_run(kwargs.get("resume_from_checkpoint"))
+        self._begin_run(checkpoint)
         return super()._inner_training_loop(*args, **kwargs)
 
     def stay_finished(self, folder: str | Path) -> TrainOutput:
@@ -719,7 +719,8 @@ class TunixTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         states = enumerate(self.optimizer.state_dict()["state"].values())
-        moments = {f"{name} of optimizer state {i}": value for i, state in states for name, value in state.items()}
+        moments = {f"{name} of optimizer state {i}": v for i, state in states for name, v in state.items()}
+        moments = {name: v.cpu() for name, v in moments.items() if isinstance(v, Tensor)}  # on XLA to compile nothing
         check_finite(moments, f"step {self.state.global_step}")
         if self._reference is not None:
             reference = {name: weight.cpu() for name, weight in self._reference.items()}
@@ -734,7 +735,7 @@ class TunixTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         processes.check_same(lambda: {f"files in {resume_from_checkpoint}": fingerprint(resume_from_checkpoint)})
-        check_same_scale(self.model.peft_config, resume_from_checkpoint)
+        check_same_scale(self.model.peft_config[self._adapter], resume_from_checkpoint)
         learning = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name, parameter in self.model.named_parameters():  # PEFT lets all matrices learn that it loads
