@@ -30,6 +30,7 @@ def service(monkeypatch):
             Service.set_up()
 
     monkeypatch.setitem(beforehand.INTEGRATION_TO_CALLBACK, "wandb", Service)
+    monkeypatch.setattr(beforehand, "get_available_reporting_integrations", lambda: ["tensorboard", "wandb"])
     return Service
 
 
@@ -50,6 +51,7 @@ PROMISED = {
         "lr_scheduler_type='reduce_lr_on_plateau': evaluations decide this: set eval_strategy",
     ),
     "a service that is not installed": ({"report_to": "mlflow"}, "report_to='mlflow': .*to be installed"),
+    "another service": ({"report_to": ["tensorboard", "flyte"]}, "report_to='flyte': .*flytekit"),
     "a service that does not exist": ({"report_to": "paper"}, "report_to='paper': choose among azure_ml"),
     "the hub without a network": ({"push_to_hub": True}, "push_to_hub=True: .*[Oo]ffline.*log in"),
 }

@@ -5,9 +5,12 @@ import inspect
 from collections.abc import Iterator, Sequence
 
 from transformers import Trainer
-from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from .settings import require
+
+# Services whose package has another name, or which need more than a package; their callbacks say so as they are made.
+SAY_IT_THEMSELVES = ("azure_ml", "flyte", "kubeflow")
 
 
 @contextlib.contextmanager
@@ -33,8 +36,12 @@ def check_reporting(names: Sequence[str]) -> None:
     for name in names:
         known = f"choose among {', '.join(INTEGRATION_TO_CALLBACK)}, all and none"
         require(name in INTEGRATION_TO_CALLBACK, "report_to", name, known)
-        with blamed_on("report_to", name):
-            INTEGRATION_TO_CALLBACK[name]()  # they look for their package as they are made
+        if name in SAY_IT_THEMSELVES:
+            with blamed_on("report_to", name):
+                INTEGRATION_TO_CALLBACK[name]()
+        else:  # MLflow's callback, made without its package, prints a traceback as it is thrown away
+            right = f"needs its package to be installed: pip install {name.replace('_', '-')}"
+            require(name in get_available_reporting_integrations(), "report_to", name, right)
 
 
 def log_in(trainer: Trainer) -> None:
