@@ -140,7 +140,10 @@ def k1_for_k3(monkeypatch, trainer):
 
 def mask_off_by_one(monkeypatch, trainer):
     right = tunix_torch.trainer.aggregation_weights
-    shifted = lambda mask, *rest: right(torch.nn.functional.pad(mask[:, 1:], (0, 1)), *rest)  # noqa: E731
+
+    def shifted(mask, *settings, **counts):
+        return right(torch.nn.functional.pad(mask[:, 1:], (0, 1)), *settings, **counts)
+
     monkeypatch.setattr(tunix_torch.trainer, "aggregation_weights", shifted)
 
 
@@ -170,9 +173,11 @@ def temperature_forgotten_in_old_ones(monkeypatch, trainer):
 
 def aggregation_swapped(monkeypatch, trainer):
     right = tunix_torch.trainer.aggregation_weights
-    monkeypatch.setattr(
-        tunix_torch.trainer, "aggregation_weights", lambda mask, mode, width: right(mask, "token-mean", width)
-    )
+
+    def swapped(mask, mode, width, **counts):
+        return right(mask, "token-mean", width, **counts)
+
+    monkeypatch.setattr(tunix_torch.trainer, "aggregation_weights", swapped)
 
 
 def alpha_over_rank_forgotten(monkeypatch, trainer):
