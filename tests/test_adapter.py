@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from test_trainer import lora_weights, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -121,6 +122,21 @@ def test_a_resumed_run_keeps_the_reference_that_it_began_with(trained, tmp_path)
     assert all(torch.equal(weight, expected[name]) for name, weight in lora_weights(resumed).items())
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_checkpoint_of_the_adapter_alone_has_its_reference_too(trained, tmp_path, lost, caplog):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    make_trainer(trained, tmp_path / "whole", **settings).train()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    if lost:
+        (checkpoint / REFERENCE_FILE).unlink()
+    resumed = make_trainer(trained, tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    start = adapter_weights(load_model(trained), "default")
+    assert resumed._reference.keys() == start.keys()
+    assert all(torch.equal(weight, start[name]) for name, weight in resumed._reference.items())
+    assert (f"has no {REFERENCE_FILE}" in caplog.text) == lost
+
+
 def test_each_call_of_train_begins_from_the_policy_as_it_is(model_folder, tmp_path):
     """It was an AssertionError: the reference is not the base model."""
     trainer = make_trainer(model_folder, tmp_path)
@@ -231,6 +247,24 @@ def test_embeddings_that_were_resized_are_saved_with_the_adapter(base, trainer_o
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.get_input_embeddings().weight.shape[0] == len(tokenizer)
     torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=0, atol=1e-3)
+
+
+def test_embeddings_that_were_set_without_a_resize_are_saved_too(base, trainer_of, tmp_path):
+    """Models have spare rows for tokens that are added."""
+    untouched = trainer_of(AutoModelForCausalLM.from_pretrained(base.name_or_path), "untouched", max_steps=1)
+    untouched.save_model()
+    assert not any("embed_tokens" in name for name in load_file(tmp_path / "untouched" / "adapter_model.safetensors"))
+    with torch.no_grad():
+        base.get_input_embeddings().weight[20] += 0.25
+    trainer = trainer_of(base)
+    trainer.train()
+    trainer.save_model()
+    ids = torch.tensor([[2, 10, 20, 21]])
+    for _ in range(2):  # and when that adapter is trained further
+        loaded = load_model(str(tmp_path / "run"))
+        torch.testing.assert_close(logits_of(loaded, ids), logits_of(trainer.model, ids), rtol=0, atol=1e-4)
+        trainer = trainer_of(loaded)
+        trainer.save_model()
 
 
 @pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from models import COMMON, FAMILIES, make_model
-from peft import PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_trainer import digits_reward, make_trainer
 from transformers import (
     AutoModelForCausalLM,
@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tunix_torch import TunixTrainer
-from tunix_torch.checks import check_head
+from tunix_torch.checks import check_head, has_dropout
 from tunix_torch.data import decode_completions
 from tunix_torch.scoring import names_of
 
@@ -63,6 +63,14 @@ def test_the_check_of_the_head_leaves_the_model_as_it_was(base):
 
 
 # ---- dropout and checkpointing of the model's own ----
+
+
+def test_only_dropout_that_acts_counts(model_folder):
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model.config.classifier_dropout = 0.1  # of a head that is not there, as GPT-NeoX's
+    assert not has_dropout(model)
+    assert has_dropout(AutoModelForCausalLM.from_pretrained(model_folder, attention_dropout=0.1))
+    assert has_dropout(get_peft_model(model, LoraConfig(lora_dropout=0.1, target_modules=["q_proj"])))
 
 
 def test_dropout_of_the_models_own_is_no_disagreement(model_folder, tokenizer, tmp_path):
@@ -160,6 +168,12 @@ def test_a_gradient_that_is_not_finite_is_not_learned_from(model_folder, tmp_pat
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_a_learning_rate_that_explodes_is_named_with_its_step(model_folder, tmp_path):
+    """It was an AssertionError that blamed a group's rewards."""
+    with pytest.raises(FloatingPointError, match="step [123]: "):
+        make_trainer(model_folder, tmp_path, learning_rate=1e30, lr_scheduler_type="constant").train()
+
+
 def test_weights_that_are_not_finite_are_not_saved(model_folder, tmp_path):
     trainer = make_trainer(model_folder, tmp_path, adam_epsilon=0.0, max_steps=1, save_strategy="steps", save_steps=1)
     with pytest.raises(FloatingPointError, match="step 1: .*not finite; nothing is saved"):
@@ -243,6 +257,9 @@ def test_end_tokens_may_be_a_tuple(base, tokenizer, tmp_path):
 
 def test_adapters_of_another_kind_are_refused(base, tokenizer, tmp_path):
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    for setting in ({"trainable_token_indices": [3]}, {"modules_to_save": ["lm_head"]}):
+        with pytest.raises(ValueError, match=f"peft_config: {next(iter(setting))}=.*only LoRA matrices"):
+            make_trainer(base, tmp_path, processing_class=tokenizer, peft_config=LoraConfig(**setting))
     for model, peft_config in ((base, config), (get_peft_model(base, config), None)):
         with pytest.raises(ValueError, match="PromptTuningConfig, and only a LoRA"):
             make_trainer(model, tmp_path, processing_class=tokenizer, peft_config=peft_config)

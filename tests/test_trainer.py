@@ -307,6 +307,21 @@ def test_assertion_names_the_group_and_its_rewards(model_folder, tmp_path):
         trainer.update(batch)
 
 
+def test_of_accumulated_batches_the_rewards_of_the_wrong_one_are_named(model_folder, tmp_path):
+    trainer, collected = make_trainer(model_folder, tmp_path, gradient_accumulation_steps=2), []
+    collect = trainer.collect
+
+    def spoiled(prompts):
+        batch = collect(prompts)
+        collected.append(trainer._rewards)
+        return replace(batch, sampler_logps=batch.sampler_logps - float(len(collected) == 1))
+
+    trainer.collect = spoiled
+    with pytest.raises(AssertionError, match="sampler and learner disagree") as error:
+        trainer.train()
+    assert not torch.equal(*collected) and str(collected[0][:4].tolist()) in str(error.value)
+
+
 def test_the_group_that_is_named_is_the_one_that_is_wrong(model_folder, tmp_path):
     trainer = make_trainer(model_folder, tmp_path, num_completions_per_prompt=2, micro_batch_size=2)
     batch = first_batch(trainer)

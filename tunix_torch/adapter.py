@@ -1,17 +1,20 @@
 """The LoRA that learns: which of a model's adapters it is, its matrices, and its files in PEFT's layout."""
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .model import adapters_in_use, base_model
 
 REFERENCE_FILE = "reference.safetensors"  # of a checkpoint whose reference policy has an adapter of its own
+ROWS_AT_ONCE = 2**14  # of embeddings, when they are compared
 # Values of `init_lora_weights` that leave the base weights as they are.
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
@@ -80,16 +83,43 @@ def embedding_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def has_new_embeddings(model: nn.Module) -> bool:
-    """Whether the embeddings have another number of rows than those of the base model's folder.
+    """Whether the embeddings are others than those in the base model's folder: resized, or set.
 
     Without a folder on this machine, or a copy in the hub's cache, it can't be known, and they count as unchanged.
     """
     base = base_model(model)
-    try:
-        config = AutoConfig.from_pretrained(base.name_or_path, local_files_only=True)
-    except (OSError, ValueError):
-        return False
-    return base.get_input_embeddings().weight.shape[0] != config.get_text_config().vocab_size
+    embeddings = base.get_input_embeddings().weight.detach()
+    place = next(name for name, layer in base.named_modules() if layer is base.get_input_embeddings())
+    for file in _weight_files(base.name_or_path):
+        with safe_open(file, framework="pt") as weights:
+            # a model that also sees has the text model's weights under a longer name than the text model itself
+            names = [name for name in weights.keys() if name.endswith(f"{place.rpartition('.')[2]}.weight")]
+            if len(names) != 1:
+                continue
+            stored = weights.get_slice(names[0])
+            if stored.get_shape() != list(embeddings.shape):
+                return True
+            parts = range(0, len(embeddings), ROWS_AT_ONCE)
+            return not all(
+                torch.equal(stored[i : i + ROWS_AT_ONCE].to(embeddings.dtype), embeddings[i : i + ROWS_AT_ONCE].cpu())
+                for i in parts
+            )
+    return False
+
+
+def _weight_files(name: str) -> list[str]:
+    """The safetensors files of a model's folder, or of its copy in the hub's cache; none where there is neither."""
+    for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        try:
+            found = cached_file(name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError):  # such as an empty name, of a model that was made from a config
+            found = None
+        if found is not None and file == SAFE_WEIGHTS_NAME:
+            return [found]
+        if found is not None:
+            names = json.loads(Path(found).read_text())["weight_map"].values()
+            return [str(path) for name in sorted(set(names)) if (path := Path(found).parent / name).is_file()]
+    return []
 
 
 def save_adapter(
@@ -116,6 +146,6 @@ def save_reference(weights: dict[str, Tensor], checkpoint: str | Path) -> None:
 
 
 def load_reference(checkpoint: str | Path, device: torch.device) -> dict[str, Tensor] | None:
-    """What `save_reference` kept; None: the reference policy of that run is the model without its adapter."""
+    """What `save_reference` kept; None: nothing."""
     file = Path(checkpoint) / REFERENCE_FILE
     return {name: weight.to(device) for name, weight in load_file(file).items()} if file.is_file() else None

@@ -51,6 +51,11 @@ def check_peft_config(config: PeftConfig | None) -> None:
         return
     if not isinstance(config, LoraConfig):
         raise ValueError(f"peft_config: a {type(config).__name__}, and only a LoRA can be trained; give a LoraConfig")
+    for name in ("modules_to_save", "trainable_token_indices"):
+        if getattr(config, name):
+            raise ValueError(
+                f"peft_config: {name}={getattr(config, name)!r}: only LoRA matrices can be trained; leave it out"
+            )
     init = config.init_lora_weights
     if init not in (*KEEPS_BASE, *CHANGES_BASE_AGAIN):
         raise ValueError(
@@ -114,9 +119,12 @@ def check_head(model: nn.Module) -> None:
 
 def has_dropout(model: nn.Module) -> bool:
     """Whether any part of the model drops values while it learns."""
-    layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    settings = text_config(model).to_dict().items()  # attention takes its own as a number
-    return layers or any("dropout" in name and isinstance(value, float) and value > 0 for name, value in settings)
+
+    def share(module: nn.Module) -> float:
+        share = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+        return share if isinstance(share, int | float) else 0.0  # an attention may hold a layer of dropout by that name
+
+    return any(share(module) > 0 for module in model.modules())
 
 
 # ---- numbers ----

@@ -462,7 +462,9 @@ class GRPOConfig(TrainingArguments):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
         timeout = self.reward_timeout
         require(timeout is None or timeout > 0, "reward_timeout", timeout, "must be above 0")
-        for name in ("early_stopping_patience", "profile_step", "save_total_limit"):
+        limit = self.save_total_limit
+        require(limit is None or limit >= 0, "save_total_limit", limit, "must not be negative; 0: no limit")
+        for name in ("early_stopping_patience", "profile_step"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be at least 1")
         for name, choices in (

@@ -32,6 +32,7 @@ from transformers.trainer_utils import TrainOutput
 from . import device, processes
 from .adapter import (
     KEEPS_BASE,
+    REFERENCE_FILE,
     adapter_weights,
     changes_nothing,
     choose_adapter,
@@ -152,6 +153,7 @@ class TunixTrainer(Trainer):
         make_trainable(adapter_weights(model, self._adapter))
         if base_model(model).is_gradient_checkpointing:  # switched on by the user, or by an earlier trainer
             args.gradient_checkpointing = True
+        self._new_embeddings = has_new_embeddings(model)  # while it is on the host
         processes.check_same(lambda: _facts(model, args, train_dataset, eval_dataset))
         place(model)
         if args.gradient_checkpointing:
@@ -216,11 +218,12 @@ class TunixTrainer(Trainer):
         self._rows_drawn = (-1, 0)  # (optimizer step, rows drawn in it so far)
         self._rehearsed = False
         self._step_inputs: list[dict[str, Any]] = []  # the batches of rows that an optimizer step learns from
-        self._waiting: list[TrainBatch] = []  # of these, what has been sampled and not learned from yet
+        # of these, what has been sampled and not learned from yet, with the rewards (B, R)
+        self._waiting: list[tuple[TrainBatch, Tensor]] = []
         self._learned: list[tuple[dict[str, float], dict[str, float]]] = []  # and the numbers of the others
-        self._new_embeddings = has_new_embeddings(model)
         self.validate_grpo_setup()
         self._begin_run()
+        self._given_reference = self._reference
 
     # ---- what is checked before the first step ----
 
@@ -286,10 +289,26 @@ class TunixTrainer(Trainer):
         silent = changes_nothing(weights)
         self._reference: dict[str, Tensor] | None = None
         if checkpoint is not None:
-            self._reference = load_reference(checkpoint, self.args.device)
+            self._reference = self._reference_of(checkpoint, weights)
         elif self.args.reference == "start" and self.args.beta > 0 and not silent:
             self._reference = {name: weight.detach().clone() for name, weight in weights.items()}
         self._starts_at_reference = silent or self._reference is not None
+
+    def _reference_of(self, checkpoint: str, weights: dict[str, nn.Parameter]) -> dict[str, Tensor] | None:
+        """The reference policy of the run that left a checkpoint; None: the model without its adapter."""
+        reference = load_reference(checkpoint, self.args.device)
+        if reference is not None and reference.keys() != weights.keys():
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r}: its reference policy has other matrices than this LoRA, such "
+                f"as {min(reference.keys() ^ weights.keys())}; give the model that the run began with"
+            )
+        if reference is None and self._given_reference is not None:
+            logger.warning(
+                "%s has no %s, so the reference policy is the adapter that the model was given with",
+                checkpoint,
+                REFERENCE_FILE,
+            )
+        return self._given_reference if reference is None else reference
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """See `transformers.Trainer.train`. The processes that call reward functions live as long as it runs."""
@@ -378,15 +397,19 @@ class TunixTrainer(Trainer):
             self._waiting = self._collect_together(batches)
         return self.grpo_training_step(PromptBatch(**inputs).to(self.args.device))
 
-    def _collect_together(self, inputs: list[dict[str, Any]]) -> list[TrainBatch]:
-        """The batches that one optimizer step accumulates, whose tokens are weighed together, as those of one batch."""
-        batches = [self.collect(PromptBatch(**columns).to(self.args.device)) for columns in inputs]
-        weights = self._token_weights([batch.completion_mask.cpu() for batch in batches])
-        return [replace(batch, token_weights=w) for batch, w in zip(batches, weights, strict=True)]
+    def _collect_together(self, inputs: list[dict[str, Any]]) -> list[tuple[TrainBatch, Tensor]]:
+        """The batches that one optimizer step accumulates, whose tokens are weighed together, as those of one batch,
+        each with its rewards (B, R)."""
+        batches = [(self.collect(PromptBatch(**columns).to(self.args.device)), self._rewards) for columns in inputs]
+        weights = self._token_weights([batch.completion_mask.cpu() for batch, _ in batches])
+        return [(replace(b, token_weights=w), rewards) for (b, rewards), w in zip(batches, weights, strict=True)]
 
     def grpo_training_step(self, prompts: PromptBatch) -> Tensor:
         """Sample, score, learn. Returns the loss, detached. Of accumulated batches, the first has had all sampled."""
-        batch = self._waiting.pop(0) if self._waiting else self.collect(prompts)
+        if self._waiting:
+            batch, self._rewards = self._waiting.pop(0)
+        else:
+            batch = self.collect(prompts)
         if not self._rehearsed:
             self._rehearse(batch)
         with span("learning"):
@@ -671,7 +694,9 @@ class TunixTrainer(Trainer):
         at_reference = self._starts_at_reference and self.state.global_step == 0
         broken = broken_invariant(parts, first, exact, at_reference, has_dropout(self.model))
         if broken is not None:
-            check_finite(adapter_weights(self.model, self._adapter), f"step {self.state.global_step + 1}")
+            step = f"step {self.state.global_step + 1}"
+            check_finite(adapter_weights(self.model, self._adapter), step)
+            check_finite({"a log-probability": torch.cat([part["logps"] for part in parts])}, step)
             message, row = broken
             raise AssertionError(f"{message}; {self._describe_group(row // self.args.num_completions_per_prompt)}")
 
@@ -714,6 +739,10 @@ class TunixTrainer(Trainer):
             output_dir = output_dir or self.args.output_dir
             save_adapter(self.model, self._adapter, weights, output_dir, self._new_embeddings)
             self.processing_class.save_pretrained(output_dir)
+        if _internal_call and self._reference is not None:  # a checkpoint
+            reference = {name: weight.cpu() for name, weight in self._reference.items()}
+            if self.args.should_save:
+                save_reference(reference, output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -722,10 +751,6 @@ class TunixTrainer(Trainer):
         moments = {f"{name} of optimizer state {i}": v for i, state in states for name, v in state.items()}
         moments = {name: v.cpu() for name, v in moments.items() if isinstance(v, Tensor)}  # on XLA to compile nothing
         check_finite(moments, f"step {self.state.global_step}")
-        if self._reference is not None:
-            reference = {name: weight.cpu() for name, weight in self._reference.items()}
-            if self.args.should_save:
-                save_reference(reference, output_dir)
         with processes.folder_to_write(output_dir) as folder:
             super()._save_optimizer_and_scheduler(folder)
 
