@@ -23,8 +23,8 @@ from tunix_torch import GRPOConfig, TunixTrainer, device, learning, static_rows,
 learning.SHORTEST_PACKED = static_rows.SHORTEST_HALVED = 2
 settings = json.loads(sys.argv[3])
 
-def digits_reward(prompts, completions, **columns):
-    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+def length_reward(prompts, completions, **columns):  # which keeps completions of many lengths coming
+    return [-abs(len(text) - 4.0) for text in completions]
 
 folder, output_dir = sys.argv[1], sys.argv[2]
 args = GRPOConfig(
@@ -34,7 +34,7 @@ args = GRPOConfig(
 )
 rows = [{**row, "question": row["question"] + "!" * (7 * i % 19)}
         for i, row in enumerate(tiny.arithmetic_rows("train", 64))]
-trainer = TunixTrainer(folder, digits_reward, args, rows, tiny.arithmetic_rows("test", 6))
+trainer = TunixTrainer(folder, length_reward, args, rows, tiny.arithmetic_rows("test", 6))
 trainer.sampler.eos_token_ids += (31, 38)  # two digits, so that many completions end early
 completions, packed, packed_of = [], [], learning._packed
 def recording_packed(*args):
