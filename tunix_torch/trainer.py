@@ -153,7 +153,7 @@ class TunixTrainer(Trainer):
         make_trainable(adapter_weights(model, self._adapter))
         if base_model(model).is_gradient_checkpointing:  # switched on by the user, or by an earlier trainer
             args.gradient_checkpointing = True
-        self._new_embeddings = has_new_embeddings(model)  # while it is on the host
+        self._new_embeddings = processes.of_first(lambda: has_new_embeddings(model))  # while it is not on the device
         processes.check_same(lambda: _facts(model, args, train_dataset, eval_dataset))
         place(model)
         if args.gradient_checkpointing:
