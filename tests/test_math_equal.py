@@ -15,6 +15,7 @@ from rewards import math_equal_reward
 from rewards.math_answer import agree, read_items
 from rewards.math_equal import POINTS, math_equal
 from rewards.math_latex import Unreadable, simplify_latex
+from rewards.math_numbers import Part
 from rewards.math_value import variable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -216,8 +217,8 @@ def test_a_neutral_element_changes_no_value(expression, written_otherwise):
         return
     for given_items, expected_items in readings:
         assert agree(
-            [item._replace(is_calculation=False, is_plain=False) for item in given_items],
-            [item._replace(is_calculation=False, is_plain=False) for item in expected_items],
+            [item._replace(part=Part(item.value)) for item in given_items],
+            [item._replace(part=Part(item.value)) for item in expected_items],
         )
 
 
