@@ -50,7 +50,7 @@ _QUANTITY = re.compile(
     re.VERBOSE,
 )
 # What may stand before and after a GSM8K solution's marker that is on a line with other text.
-_BEFORE_MARKED_NUMBER = re.compile(r"[.!?=0-9)>]\s*")
+_BEFORE_MARKED_NUMBER = tuple(".!?=0123456789)>")
 _MARKED_NUMBER = re.compile(
     r"[-+]?\s?[$€£¥₹]?\s?[-+]?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+|(?:[0-9]+\s)?[0-9]+\s?/\s?[0-9]+)\s?[%$€£¥₹]?\.?"
 )
@@ -152,8 +152,9 @@ def final_answer(solution: str) -> str:
     """What follows the "####" of a GSM8K solution, stripped; a text without such a marker as it is.
 
     The last "####" is a marker where it begins the last line and no other line is a heading of Markdown ("# ..." or
-    "##..."), or where a number follows it that ends the text, and a sentence or a calculation ends before it. Any other
-    "####" is part of the answer.
+    "##..."), or where a number follows it that ends the text, and the end of a sentence or calculation, and a space, stand
+    before it.
+    Any other "####" is part of the answer.
 
     >>> final_answer("48 + 24 = 72\\n#### 72"), final_answer("48 + 24 = 72. #### 72"), final_answer(" 72")
     ('72', '72', ' 72')
@@ -166,9 +167,10 @@ def final_answer(solution: str) -> str:
         return solution
     *other_lines, line = before.split("\n")
     begins_last_line = not line.strip() and not any(map(_HEADING.match, other_lines))
-    ends_before = _BEFORE_MARKED_NUMBER.match(before.rstrip()[-1:]) is not None
-    is_marked_number = ends_before and _MARKED_NUMBER.fullmatch(final.translate(_MINUS_SIGNS)) is not None
-    return final if begins_last_line or is_marked_number else solution
+    follows_end = before[-1:].isspace() and before.rstrip().endswith(_BEFORE_MARKED_NUMBER)
+    if begins_last_line or follows_end and _MARKED_NUMBER.fullmatch(final.translate(_MINUS_SIGNS)):
+        return final
+    return solution
 
 
 def stated_number(answer: str) -> Fraction | None:

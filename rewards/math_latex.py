@@ -180,7 +180,10 @@ def _is_unit(word: str, tokens: list[str], attached: bool, rest: str) -> bool:
     if tokens[-1].startswith((UNIT, SCALE)):
         if word == "a":
             return re.match(r" [a-zA-Z]{2}", rest) is not None  # "dollars a day"
-        return len(word) > 1 and not _PRODUCT_LETTERS.issuperset(word) and may_be_unit(word)
+        if len(word) == 1:  # "visits to company B"
+            return word.isupper() and len(tokens[-1]) > len(UNIT) + 3
+        is_product = len(word) <= 3 and _PRODUCT_LETTERS.issuperset(word) and word not in _NOT_A_PRODUCT
+        return not is_product and may_be_unit(word)
     if tokens[-1] == "/":
         return tokens[-2:][0].startswith(UNIT) or len(word) > 2 and starts_unit(word, attached)
     return starts_unit(word, attached)

@@ -40,7 +40,7 @@ _CHANGES_VALUE = frozenset(
         *"squared cubed root factorial doubled tripled halved twice thrice".split(),
         *"negative negated inverse reciprocal repeating recurring choose mod modulo below".split(),
         # These take the value back, or say that it may be another one.
-        *"not nor never none nope neither nothing cannot isnt arent wasnt werent aint dont doesnt didnt cant".split(),
+        *"not nor never none nope nothing cannot isnt arent wasnt werent aint dont doesnt didnt cant".split(),
         *"wrong false incorrect untrue invalid inaccurate erroneous mistaken mistake mistakenly incorrectly".split(),
         *"impossible unlikely doubtful unsure uncertain unknown maybe perhaps possibly probably".split(),
     ]
@@ -61,10 +61,10 @@ _BOUND = re.compile(
 _NEVER_IN_A_UNIT = _CHANGES_VALUE | frozenset(
     [
         # These go on to another number, ...
-        *"and or but if unless except plus minus times divided multiplied added subtracted than raised".split(),
-        *"basis base radix double triple quadruple".split(),
+        *"and or but if unless except plus minus times divided multiplied added subtracted than".split(),
+        *"basis double triple quadruple".split(),
         # ... bound the value or take it back, ...
-        *"least most no non without excluding instead rather hardly barely likely".split(),
+        *"least most instead rather hardly barely likely".split(),
         # ... and are mathematics. "min" is missing: "40 min" are minutes.
         *FUNCTIONS,
         *GREEK,
@@ -73,8 +73,6 @@ _NEVER_IN_A_UNIT = _CHANGES_VALUE | frozenset(
         *"sgn dim ker abs ceil sum prod var cov tr prob".split(),
     ]
 )
-# Letters alone are variables in "2 cm x"; but some are units, "a" is a word, and "t" begins "t-shirts".
-_VARIABLE = re.compile(r"(?<![\w'’.-])(?:[bdeipqrtuxyz]|[xyz]+)(?!\w|['’.-]\w)")
 _NEVER_FIRST = frozenset("is are was were to".split())  # "7 is wrong", but "7 miles to go"
 # Short units, which otherwise could be a product of variables, as "ab" is. After a space, more of them are unambiguous.
 _ATTACHED_UNITS = frozenset(
@@ -82,6 +80,11 @@ _ATTACHED_UNITS = frozenset(
 )
 _SHORT_UNITS = _ATTACHED_UNITS | frozenset(
     "nm in yd mi ml cl dl hr min sec ms am pm tb mw cal pts pt px usd eur gbp gm gms pct sq cu μs μl μg of".split()
+)
+# Letters alone after a short unit are variables, as in "2 cm x"; in "5 visits to company B" there are none.
+_VARIABLE = re.compile(
+    rf"(?<![\w'’.-])(?:[a-z]|{'|'.join(sorted(_SHORT_UNITS - {'of', 'in', 'am'}))})(?:\^?[23]|[²³])? "
+    r"(?:[bdeipqrtuxyz]|[xyz]+)(?!\w|['’.-]\w)"
 )
 # With a space before them, and in plain text only: in mathematics they are variables.
 _LETTER_UNITS = frozenset("mgshl")
