@@ -61,8 +61,8 @@ def check_answer(
     (agent-tunix gives that 0.5, as it does a near miss); 0.5 a number within 10% of the expected one; 0.25 within 20%;
     -1.0 another number; -0.5 one of the two is not a number; 0.0 no answer at all. Within 10% of 0 is only 0.
 
-    A policy can earn 0.5 for a guess that is near, and with `check_numbers` 1.5 more for any text in the tags whose
-    first number is right.
+    A policy can earn 0.5 for a guess that is near; a text of several numbers loses 0.5 here and wins 1.5 with
+    `check_numbers`, if the first of them is right.
 
     Raises:
         ValueError: `answer` has not one value for every completion.

@@ -152,8 +152,7 @@ def final_answer(solution: str) -> str:
     """What follows the "####" of a GSM8K solution, stripped; a text without such a marker as it is.
 
     The last "####" is a marker where it begins the last line and no other line is a heading of Markdown ("# ..." or
-    "##..."), or where a number follows it that ends the text, and the end of a sentence or calculation, and a space, stand
-    before it.
+    "##..."), or where a number follows it that ends the text, and the end of a sentence or calculation stands before.
     Any other "####" is part of the answer.
 
     >>> final_answer("48 + 24 = 72\\n#### 72"), final_answer("48 + 24 = 72. #### 72"), final_answer(" 72")

@@ -35,12 +35,12 @@ _CHANGES_VALUE = frozenset(
         *(f"{part}s" for part in _PARTS.split()),
         *(f"{word}fold" for word in _NUMBER_WORDS),
         *"half halves quarter quarters gross lakh lakhs crore crores mil mln mn bn bln tn milliard milliards".split(),
-        *"grand googol googols googolplex myriad myriads pair pairs couple couples score brace trio trios".split(),
+        *"grand googol googols googolplex myriad myriads pair pairs couple couples brace trio trios".split(),
         *"permille permil mille bps binary ternary octal hex hexadecimal".split(),
         *"squared cubed root factorial doubled tripled halved twice thrice".split(),
         *"negative negated inverse reciprocal repeating recurring choose mod modulo below".split(),
         # These take the value back, or say that it may be another one.
-        *"not nor never none nope nothing cannot isnt arent wasnt werent aint dont doesnt didnt cant".split(),
+        *"not never none nope nothing cannot isnt arent wasnt werent aint dont doesnt didnt cant".split(),
         *"wrong false incorrect untrue invalid inaccurate erroneous mistaken mistake mistakenly incorrectly".split(),
         *"impossible unlikely doubtful unsure uncertain unknown maybe perhaps possibly probably".split(),
     ]
@@ -53,16 +53,16 @@ _NUMBER_WORD = re.compile(
 _NEGATION = re.compile(r"n['’]t\b")
 # What makes a number of a sentence a bound: "at least 600", "over $600", "x >= 600"; and "600th" is another number.
 _BOUND = re.compile(
-    r"\bat (?:the )?(?:very )?(?:least|most)\b|\bno (?:more|less|fewer)\b"
-    r"|\b(?:more|less|fewer|greater|smaller|larger|bigger|higher|lower|other) than\b"
-    r"|\b(?:over|under|above|beyond|between|exceed(?:s|ing)?|up to|down to|nearly|almost)\b(?=[^\w.]*\.?[0-9])"
+    r"\bat (?:the )?(?:very )?(?:least|most)\b"
+    r"|\b(?:(?:more|less|fewer|greater|smaller|larger|bigger|higher|lower|other) than|over|under|above|beyond|between"
+    r"|exceed(?:s|ing)?|up to|down to|nearly|almost)(?=[^\w.]*\.?[0-9])"
     r"|[<>≤≥≠±]|\\(?:[lg]eq?(?:slant)?|[lg]t|neq?|pm)(?![a-z])|[0-9](?:st|nd|rd|th)\b"
 )
 _NEVER_IN_A_UNIT = _CHANGES_VALUE | frozenset(
     [
         # These go on to another number, ...
         *"and or but if unless except plus minus times divided multiplied added subtracted than".split(),
-        *"basis double triple quadruple".split(),
+        *"basis score double triple quadruple".split(),
         # ... bound the value or take it back, ...
         *"least most instead rather hardly barely likely".split(),
         # ... and are mathematics. "min" is missing: "40 min" are minutes.
@@ -119,7 +119,7 @@ def changes_value(text: str) -> bool:
 
     >>> [changes_value(text) for text in ("3 quarters of it", "3 clips in all", "3 ten-thousandths", "it is not 3")]
     [True, False, True, True]
-    >>> [changes_value(text) for text in ("at least 3", "over $3", "3 left over", "the 3rd of 5")]
+    >>> [changes_value(text) for text in ("at least 3", "over $3", "3 more than she has", "the 3rd of 5")]
     [True, True, False, True]
     """
     folded = text.casefold()
