@@ -34,15 +34,15 @@ _CHANGES_VALUE = frozenset(
         *_PARTS.split(),
         *(f"{part}s" for part in _PARTS.split()),
         *(f"{word}fold" for word in _NUMBER_WORDS),
-        *"half halves quarter quarters gross lakh lakhs crore crores mil mln mn bn bln tn milliard milliards".split(),
-        *"grand googol googols googolplex myriad myriads pair pairs couple couples brace trio trios".split(),
+        *"half halfs halves quarter quarters gross lakh lakhs crore crores mil mln mn bn bln tn".split(),
+        *"milliard milliards grand googol googols googolplex myriad myriads pair pairs couple couples brace trio trios".split(),
         *"permille permil mille bps binary ternary octal hex hexadecimal".split(),
         *"squared cubed root factorial doubled tripled halved twice thrice".split(),
         *"negative negated inverse reciprocal repeating recurring choose mod modulo below".split(),
         # These take the value back, or say that it may be another one.
         *"not never none nope nothing cannot isnt arent wasnt werent aint dont doesnt didnt cant".split(),
-        *"wrong false incorrect untrue invalid inaccurate erroneous mistaken mistake mistakenly incorrectly".split(),
-        *"impossible unlikely doubtful unsure uncertain unknown maybe perhaps possibly probably".split(),
+        *"wrong false incorrect untrue invalid inaccurate erroneous mistaken mistake mistakenly".split(),
+        *"incorrectly wrongly impossible unlikely doubtful unsure uncertain unknown maybe perhaps possibly probably".split(),
     ]
 )
 # "quadrillion", "fourteenths", "twentieth", "nines", "sixes", "twenties"; but "24 zeros" counts zeros.
@@ -70,10 +70,12 @@ _NEVER_IN_A_UNIT = _CHANGES_VALUE | frozenset(
         *GREEK,
         *"pi sqrt frac inf infinity infty arccot arcsec arccsc arcsinh arccosh arctanh arsinh arcosh artanh".split(),
         *"asin acos atan sinc cis erf erfc lg det arg max argmax argmin sup lim limsup liminf gcd gcf lcm hcf".split(),
-        *"sgn dim ker abs ceil sum prod var cov tr prob".split(),
+        *"sgn dim ker abs ceil sum prod var cov tr prob div grad nabla hbar ell aleph forall cdot cdots ldots".split(),
+        *"sine cosine sines cosines logarithm squareroot cuberoot transpose conjugate equals".split(),
     ]
 )
-_NEVER_FIRST = frozenset("is are was were to".split())  # "7 is wrong", but "7 miles to go"
+# "7 is wrong", but "7 miles to go"; "7 mega" is no number of things, and "7 fold" is another number.
+_NEVER_FIRST = frozenset("is are was were to fold mega giga tera micro milli nano pico deca deci centi thou".split())
 # Short units, which otherwise could be a product of variables, as "ab" is. After a space, more of them are unambiguous.
 _ATTACHED_UNITS = frozenset(
     "km cm mm kg mg lb lbs oz ft kb mb gb hz khz mhz ghz kw kwh kj mph kph kmh hrs mins secs th st nd rd μm".split()
@@ -81,10 +83,11 @@ _ATTACHED_UNITS = frozenset(
 _SHORT_UNITS = _ATTACHED_UNITS | frozenset(
     "nm in yd mi ml cl dl hr min sec ms am pm tb mw cal pts pt px usd eur gbp gm gms pct sq cu μs μl μg of".split()
 )
-# Letters alone after a short unit are variables, as in "2 cm x"; in "5 visits to company B" there are none.
+# Letters alone after a short unit or a word of mathematics are variables, as in "2 cm x" and "2 over n"; in "5 visits to
+# company B" there are none.
 _VARIABLE = re.compile(
-    rf"(?<![\w'’.-])(?:[a-z]|{'|'.join(sorted(_SHORT_UNITS - {'of', 'in', 'am'}))})(?:\^?[23]|[²³])? "
-    r"(?:[bdeipqrtuxyz]|[xyz]+)(?!\w|['’.-]\w)"
+    rf"(?<![\w'’.-])(?:[a-z]|over|per|base|by|{'|'.join(sorted(_SHORT_UNITS - {'of', 'in', 'am'}))})(?:\^?[23]|[²³])? "
+    r"(?:[bdeinpqrtuxyz]|[xyz]+)(?!\w|['’.-]\w)"
 )
 # With a space before them, and in plain text only: in mathematics they are variables.
 _LETTER_UNITS = frozenset("mgshl")
