@@ -35,14 +35,16 @@ _CHANGES_VALUE = frozenset(
         *(f"{part}s" for part in _PARTS.split()),
         *(f"{word}fold" for word in _NUMBER_WORDS),
         *"half halfs halves quarter quarters gross lakh lakhs crore crores mil mln mn bn bln tn".split(),
-        *"milliard milliards grand googol googols googolplex myriad myriads pair pairs couple couples brace trio trios".split(),
+        *"milliard milliards grand googol googols googolplex myriad myriads".split(),
+        *"pair pairs couple couples brace trio trios".split(),
         *"permille permil mille bps binary ternary octal hex hexadecimal".split(),
         *"squared cubed root factorial doubled tripled halved twice thrice".split(),
         *"negative negated inverse reciprocal repeating recurring choose mod modulo below".split(),
         # These take the value back, or say that it may be another one.
         *"not never none nope nothing cannot isnt arent wasnt werent aint dont doesnt didnt cant".split(),
         *"wrong false incorrect untrue invalid inaccurate erroneous mistaken mistake mistakenly".split(),
-        *"incorrectly wrongly impossible unlikely doubtful unsure uncertain unknown maybe perhaps possibly probably".split(),
+        *"incorrectly wrongly impossible unlikely doubtful unsure uncertain unknown".split(),
+        *"maybe perhaps possibly probably".split(),
     ]
 )
 # "quadrillion", "fourteenths", "twentieth", "nines", "sixes", "twenties"; but "24 zeros" counts zeros.
@@ -83,8 +85,8 @@ _ATTACHED_UNITS = frozenset(
 _SHORT_UNITS = _ATTACHED_UNITS | frozenset(
     "nm in yd mi ml cl dl hr min sec ms am pm tb mw cal pts pt px usd eur gbp gm gms pct sq cu μs μl μg of".split()
 )
-# Letters alone after a short unit or a word of mathematics are variables, as in "2 cm x" and "2 over n"; in "5 visits to
-# company B" there are none.
+# Letters alone after a short unit or a word of mathematics are variables, as in "2 cm x" and "2 over n"; in "5 visits
+# to company B" there are none.
 _VARIABLE = re.compile(
     rf"(?<![\w'’.-])(?:[a-z]|over|per|base|by|{'|'.join(sorted(_SHORT_UNITS - {'of', 'in', 'am'}))})(?:\^?[23]|[²³])? "
     r"(?:[bdeinpqrtuxyz]|[xyz]+)(?!\w|['’.-]\w)"
