@@ -3,9 +3,12 @@
 Source: agent-tunix's README (kzhou003/agent-tunix), which follows the Tunix GRPO demo. Here a number is parsed by
 `rewards.answers`, so "-5" is -5 and "1,234" is 1234.
 
-What a policy can exploit: 5.0 of the 9.5 are for the tags, whatever they hold.
+What a policy can exploit: 5.0 of the 9.5 are for the tags, whatever they hold. With a wrong number in the answer 4.0
+are left, with words or a date 4.5, within 20% of the right number 5.25, within 10% 5.5. A text of several numbers, the
+first of which is right ("600, 5 or 7"), earns 6.0.
 """
 
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -19,8 +22,11 @@ from rewards.answers import (
     score_against_answers,
 )
 from rewards.conversations import takes_conversations
+from rewards.units import changes_value
 
 TAGS = REASONING_TAGS + ANSWER_TAGS
+
+_FIRST_NUMBER = re.compile(r"[^0-9]*[0-9]+(?:[.,][0-9]+)*[^0-9,;.!?\n]*")  # with the words around it
 
 
 @takes_conversations
@@ -55,8 +61,8 @@ def check_answer(
     (agent-tunix gives that 0.5, as it does a near miss); 0.5 a number within 10% of the expected one; 0.25 within 20%;
     -1.0 another number; -0.5 one of the two is not a number; 0.0 no answer at all. Within 10% of 0 is only 0.
 
-    A policy can earn 0.5 for a guess that is near, and with `check_numbers` 1.5 more for any text in the tags whose
-    first number is right.
+    A policy can earn 0.5 for a guess that is near; a text of several numbers loses 0.5 here and wins 1.5 with
+    `check_numbers`, if the first of them is right.
 
     Raises:
         ValueError: `answer` has not one value for every completion.
@@ -76,12 +82,14 @@ def check_numbers(
 ) -> list[float | None]:
     """1.5 where the first number in the answer tags is exactly the expected one, else 0.0; None where that is None.
 
+    It is 0.0 where the words around that number negate or bound it, or make it another one (`changes_value`).
+
     Raises:
         ValueError: `answer` has not one value for every completion.
 
-    >>> texts = ["1,234", "She has 1234.0 clips.", "-1234", "many"]
-    >>> check_numbers(["?"] * 4, [f"<answer>{text}</answer>" for text in texts], answer=["#### 1234"] * 4)
-    [1.5, 1.5, 0.0, 0.0]
+    >>> texts = ["1,234", "She has 1234.0 clips.", "-1234", "many", "not 1234"]
+    >>> check_numbers(["?"] * 5, [f"<answer>{text}</answer>" for text in texts], answer=["#### 1234"] * 5)
+    [1.5, 1.5, 0.0, 0.0, 0.0]
     """
     return score_against_answers(completions, answer, _score_number)
 
@@ -115,5 +123,8 @@ def _score_answer(completion: str, expected: str) -> float:
 
 
 def _score_number(completion: str, expected: str) -> float:
-    numbers = find_numbers(extract_verbatim_answer(completion) or "")
-    return 1.5 if numbers and numbers[0] == parse_number(expected) else 0.0
+    given, expected_number = extract_verbatim_answer(completion) or "", parse_number(expected)
+    if parse_number(given) is None and (around := _FIRST_NUMBER.match(given)) and changes_value(around[0]):
+        return 0.0
+    numbers = find_numbers(given)
+    return 1.5 if numbers and numbers[0] == expected_number else 0.0

@@ -49,8 +49,13 @@ _QUANTITY = re.compile(
     """,
     re.VERBOSE,
 )
-# What may follow a GSM8K solution's marker on a line with other text before it.
-_MARKED_NUMBER = re.compile(r"[-+]?[$€£¥₹]?[-+]?[0-9][0-9,]*(?:\.[0-9]+)?(?: ?/ ?[0-9]+)?|[-+]?[$€£¥₹]?[-+]?\.[0-9]+")
+# What may stand before and after a GSM8K solution's marker that is on a line with other text.
+_BEFORE_MARKED_NUMBER = tuple(".!?=0123456789)>")
+_MARKED_NUMBER = re.compile(
+    r"[-+]?\s?[$€£¥₹]?\s?[-+]?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+|(?:[0-9]+\s)?[0-9]+\s?/\s?[0-9]+)\s?[%$€£¥₹]?\.?"
+)
+_EQUALS = re.compile(r"(?<![<>!~≈])=")
+_HEADING = re.compile(r"[ \t]*#[ #]")  # of Markdown
 _MINUS_SIGNS = str.maketrans("\u2212\u2013", "--")
 
 
@@ -146,46 +151,58 @@ def find_numbers(text: str) -> list[Fraction]:
 def final_answer(solution: str) -> str:
     """What follows the "####" of a GSM8K solution, stripped; a text without such a marker as it is.
 
-    A marker counts where it begins the last line of the text, or where what follows the last one is a number that ends
-    the text. Any other "####" is part of the answer.
+    The last "####" is a marker where it begins the last line and no other line is a heading of Markdown ("# ..." or
+    "##..."), or where a number follows it that ends the text, and the end of a sentence or calculation stands before.
+    Any other "####" is part of the answer.
 
     >>> final_answer("48 + 24 = 72\\n#### 72"), final_answer("48 + 24 = 72. #### 72"), final_answer(" 72")
     ('72', '72', ' 72')
-    >>> final_answer("A heading starts with #### in Markdown")
-    'A heading starts with #### in Markdown'
+    >>> final_answer("Write #### 5"), final_answer("# Title\\n#### Heading")
+    ('Write #### 5', '# Title\\n#### Heading')
     """
-    _, marker, final = solution.rpartition("####")
-    if marker and _MARKED_NUMBER.fullmatch(final.translate(_MINUS_SIGNS).strip()):
-        return final.strip()
-    last_line = solution.rstrip().rpartition("\n")[2].strip()
-    return last_line.removeprefix("####").strip() if last_line.startswith("####") else solution
+    before, marker, final = solution.rpartition("####")
+    final = final.strip()
+    if not marker or "\n" in final:
+        return solution
+    *other_lines, line = before.split("\n")
+    begins_last_line = not line.strip() and not any(map(_HEADING.match, other_lines))
+    follows_end = before[-1:].isspace() and before.rstrip().endswith(_BEFORE_MARKED_NUMBER)
+    if begins_last_line or follows_end and _MARKED_NUMBER.fullmatch(final.translate(_MINUS_SIGNS)):
+        return final
+    return solution
 
 
 def stated_number(answer: str) -> Fraction | None:
     """The one number that an answer states: alone, in a sentence without another one, or after the last "=".
 
-    None where there are several, as in a list, a date or a time, or where a word makes it another number.
+    None where there are several, as in a list, a date or a time, or where the text makes it another number, a bound or
+    no answer (`changes_value`).
 
     >>> stated_number("150 × 4 = 600"), stated_number("She pays $600 in all.")
     (Fraction(600, 1), Fraction(600, 1))
     >>> [stated_number(text) for text in ("1 2 3 600", "12:30", "2024-05-06", "3 quarters of it", "none")]
     [None, None, None, None, None]
+    >>> [stated_number(text) for text in ("at least 600", "x >= 600", "It is not 600.")]
+    [None, None, None]
     """
     number = parse_number(answer)
     if number is not None:
         return number
-    found = find_numbers(answer.rpartition("=")[2])
-    return found[0] if len(found) == 1 and not changes_value(answer.rpartition("=")[2]) else None
+    result = _EQUALS.split(answer)[-1]
+    found = find_numbers(result)
+    return found[0] if len(found) == 1 and not changes_value(result) else None
 
 
 def answer_text(answer: object) -> str | None:
     """An expected answer of a data set as text: texts as they are, numbers as Python writes them, None as None.
 
+    An exponent is written out, where that takes less than MAX_NUMBER_CHARS digits.
+
     Raises:
         ValueError: it is anything else, such as a list or NaN.
 
-    >>> answer_text("72"), answer_text(72), answer_text(145.0), answer_text(0.1), answer_text(None)
-    ('72', '72', '145.0', '0.1', None)
+    >>> answer_text("72"), answer_text(72), answer_text(145.0), answer_text(1e-05), answer_text(None)
+    ('72', '72', '145.0', '0.00001', None)
     """
     if answer is None or isinstance(answer, str):
         return answer
@@ -193,7 +210,12 @@ def answer_text(answer: object) -> str | None:
         raise ValueError(f"answer={answer!r:.60}: is a {type(answer).__name__}, expected a text, a number or None")
     if not math.isfinite(answer):
         raise ValueError(f"answer={answer}: expected a finite number, a text or None")
-    return str(answer)
+    text = str(answer)
+    if isinstance(answer, bool) or "e" not in text.casefold():
+        return text
+    number = decimal.Decimal(text)  # of the digits that Python writes: 0.00001 for the float 1e-05
+    is_short = abs(number.adjusted()) + len(number.as_tuple().digits) < MAX_NUMBER_CHARS
+    return f"{number:f}" if is_short else text
 
 
 def score_against_answers(

@@ -15,6 +15,8 @@ def correctness_reward(
     The outcome reward of GRPO on problems that can be checked (DeepSeek-R1, arXiv:2501.12948, section 2.2.2).
     `answers_match` says what counts as the same answer.
 
+    A policy can add words: one after the number that `rewards.units` doesn't list as changing it counts as a unit.
+
     Raises:
         ValueError: `answer` has not one value for every completion.
 

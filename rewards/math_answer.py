@@ -5,8 +5,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from rewards.math_latex import CLOSING, OPENING, SCALE, UNIT, Unreadable, split_tokens
-from rewards.math_numbers import Group, Value, add, match_all, multiply, ratio, same_value
-from rewards.math_value import MAX_VALUES, read_value, variable
+from rewards.math_numbers import Group, Part, Value, add, group_of, match_all, multiply, ratio, same_part, same_value
+from rewards.math_value import MAX_VALUES, as_part, read_value, variable
 from rewards.units import FUNCTIONS, GREEK, SCALES, normalise_unit, units_agree
 
 REFERENCE = 99  # the point at which the two sides of an equation are compared with those at another point
@@ -14,15 +14,10 @@ REFERENCE = 99  # the point at which the two sides of an equation are compared w
 _TURNED = {">": "<", ">=": "<="}
 _RELATIONS = frozenset(("=", "<", "<=", ">", ">=", "!=", "in"))
 _CURRENCIES = frozenset("$€£")
-_INTEGER, _NUMBER = r"[0-9]+(?:,[0-9]{3})*", r"(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)"
-_FRACTION = re.compile(rf"\{{?{_NUMBER}\}}?/\{{?{_NUMBER}\}}?|frac\{{?{_INTEGER}\}}?\{{?{_INTEGER}\}}?")
-_PLAIN_NUMBER = re.compile(
-    rf"{_NUMBER}|(?:{_INTEGER})?(?:{_FRACTION.pattern})|{_NUMBER}\*10\^(?:\{{-?[0-9]+\}}|-?[0-9]+)|repeating.*"
-)
-_BRACKETED = re.compile(r"\([^()]*\)")
-# What is before the "=" of a solved equation: x, x_1, f(x), P(A), AB, (x,y).
+# What is before the "=" of a solved equation: x, x_1, f(x), P(A), p(x), AB, (x,y).
 _NAME = re.compile(
     rf"(?:[a-zA-Z]|{'|'.join(sorted(GREEK))})(?:_[a-zA-Z0-9]+)?|[A-Z]{{2,3}}|[fghA-Z]\([a-zA-Z0-9,]+\)"
+    r"|[a-df-hj-z]\([a-zA-Z]\)"
     r"|\([a-zA-Z](?:,[a-zA-Z])+\)"
 )
 
@@ -30,12 +25,14 @@ _NAME = re.compile(
 class Item(NamedTuple):
     """One of the values of an answer."""
 
-    value: Value
+    part: Part
     name: str = ""  # "x" of "x = 5"
     unit: tuple[str, ...] = ()
-    is_plain: bool = False  # a number without any calculation, or a fraction
-    is_calculation: bool = False  # a calculation that is still to be done
     equation: Value = None  # the whole equation
+
+    @property
+    def value(self) -> Value:
+        return self.part.value
 
 
 def read_items(text: str, point: int = 0) -> list[Item]:
@@ -46,7 +43,7 @@ def read_items(text: str, point: int = 0) -> list[Item]:
 
     >>> [(item.name, item.value) for item in read_items("x = 5, x = 1/2")]
     [('x', Fraction(5, 1)), ('x', Fraction(1, 2))]
-    >>> [(item.value, item.unit, item.is_calculation) for item in read_items("47 + 38 cm")]
+    >>> [(item.value, item.unit, item.part.is_calculation) for item in read_items("47 + 38 cm")]
     [(Fraction(85, 1), ('cm',), True)]
     """
     pieces = _split(split_tokens(text), {","})
@@ -54,9 +51,9 @@ def read_items(text: str, point: int = 0) -> list[Item]:
         raise Unreadable(f"more than {MAX_VALUES} values")
     items = [item for piece, _ in pieces for item in _read_piece(piece, point)]
     if len(items) == 1 and isinstance(items[0].value, Group) and items[0].value.kind == "{}":
-        return [Item(value) for value in items[0].value.values]
+        return [Item(part) for part in items[0].value.parts]
     if len(items) > 1 and all(item.name == items[0].name != "" and _is_interval(item.value) for item in items):
-        return [Item(Group("cup", tuple(item.value for item in items)), items[0].name)]  # x < -1 or x > 1
+        return [Item(Part(group_of("cup", *(item.value for item in items))), items[0].name)]  # x < -1 or x > 1
     return items
 
 
@@ -75,18 +72,18 @@ def agree(given: list[Item], expected: list[Item]) -> bool:
 
 
 def _is_interval(value: Value) -> bool:
-    return isinstance(value, Group) and value.kind in ("()", "(]", "[)", "[]") and len(value.values) == 2
+    return isinstance(value, Group) and value.kind in ("()", "(]", "[)", "[]") and len(value.parts) == 2
 
 
 def _same_item(given: Item, expected: Item) -> bool:
     if given.name and expected.name and given.name != expected.name:
         return False
-    if expected.is_plain and given.is_calculation or not units_agree(given.unit, expected.unit):
+    if not units_agree(given.unit, expected.unit):
         return False
     is_equation = isinstance(expected.value, Group) and expected.value.kind == "equation"
     if is_equation and given.equation is not None:
         return same_value(given.equation, expected.value)
-    return same_value(given.value, expected.value)
+    return same_part(given.part, expected.part)
 
 
 def _split(tokens: list[str], separators: frozenset[str] | set[str]) -> list[tuple[list[str], str]]:
@@ -120,15 +117,10 @@ def _read_piece(tokens: list[str], point: int) -> list[Item]:
 
 def _read_side(tokens: list[str], point: int, name: str = "", unit: tuple[str, ...] = (), scale: int = 1) -> list[Item]:
     values, operations = read_value(tokens, point)
-    written = "".join(tokens).lstrip("+-")
-    written = written[1:-1] if _BRACKETED.fullmatch(written) else written
-    is_plain = _PLAIN_NUMBER.fullmatch(written) is not None
-    is_whole = isinstance(values[0], Fraction) and values[0].denominator == 1
-    is_division = is_plain and is_whole and _FRACTION.fullmatch(written) is not None  # "84/7" for 12
-    calculates = operations > 0 and not is_plain or is_division
+    parts = [as_part(value, tokens, operations) for value in values]
     if scale != 1:
-        values = [multiply(value, Fraction(scale)) for value in values]
-    return [Item(value, name, unit, is_plain, calculates) for value in values]
+        parts = [part._replace(value=multiply(part.value, Fraction(scale))) for part in parts]
+    return [Item(part, name, unit) for part in parts]
 
 
 def _read_equation(sides: list[list[str]], point: int, unit: tuple[str, ...], scale: int) -> list[Item]:
@@ -137,29 +129,32 @@ def _read_equation(sides: list[list[str]], point: int, unit: tuple[str, ...], sc
     equation = None
     if len(sides) == 2 and scale == 1:
         try:
-            equation = Group("equation", (ratio(_difference(sides, point), _difference(sides, REFERENCE)),))
+            equation = group_of("equation", ratio(_difference(sides, point), _difference(sides, REFERENCE)))
         except Unreadable:  # "(x, y) = (1, 2)", or "5 = 5"
             equation = None
     name = _name_of(sides[0])
-    if not name and equation is not None and not same_value(equation.values[0], Fraction(1)):
-        return [Item(equation, equation=equation)]
+    if not name and equation is not None and not same_value(equation.parts[0].value, Fraction(1)):
+        return [Item(Part(equation), equation=equation)]
     steps = [read_value(side, point)[0] for side in sides[1 if name else 0 :]]
-    if any(len(step) != len(steps[-1]) or not all(map(same_value, step, steps[-1])) for step in steps):
+    if any(len(step) != len(steps[-1]) or not all(map(same_value, steps[-1], step)) for step in steps):
         raise Unreadable("the sides of an equation are not equal")
     name = name or "".join(sides[0])  # cos(0) of "cos(0) = 1"
     return [item._replace(equation=equation) for item in _read_side(sides[-1], point, name, unit, scale)]
 
 
 def _difference(sides: list[list[str]], point: int) -> Value:
-    left, right = _one_value_each(sides, point)
-    return add(left, multiply(Fraction(-1), right))
+    left, right = _one_part_each(sides, point)
+    return add(left.value, multiply(Fraction(-1), right.value))
 
 
-def _one_value_each(sides: list[list[str]], point: int) -> list[Value]:
-    values = [read_value(side, point)[0] for side in sides]
-    if any(len(alternatives) > 1 for alternatives in values):
-        raise Unreadable("a plus-minus sign in a relation")
-    return [alternatives[0] for alternatives in values]
+def _one_part_each(sides: list[list[str]], point: int) -> list[Part]:
+    parts = []
+    for side in sides:
+        values, operations = read_value(side, point)
+        if len(values) > 1:
+            raise Unreadable("a plus-minus sign in a relation")
+        parts.append(as_part(values[0], side, operations))
+    return parts
 
 
 def _read_inequality(sides: list[list[str]], relations: list[str], point: int) -> Item:
@@ -169,16 +164,16 @@ def _read_inequality(sides: list[list[str]], relations: list[str], point: int) -
     elif "in" in relations or len({relation[0] for relation in relations}) > 1:
         raise Unreadable(f"the relations {relations}")
     names = [_name_of(side) for side in sides]
-    values = _one_value_each(sides, point)
+    parts = _one_part_each(sides, point)
     infinity = variable("infty", point)
     if relations[0] != "!=" and len(sides) == 2 and bool(names[0]) != bool(names[1]):
         if names[0]:
-            return Item(Group("(]" if relations[0] == "<=" else "()", (-infinity, values[1])), names[0])
-        return Item(Group("[)" if relations[0] == "<=" else "()", (values[0], infinity)), names[1])
+            return Item(Part(Group("(]" if relations[0] == "<=" else "()", (Part(-infinity), parts[1]))), names[0])
+        return Item(Part(Group("[)" if relations[0] == "<=" else "()", (parts[0], Part(infinity)))), names[1])
     if len(sides) == 3 and names[1] and not names[0] and not names[2]:
         brackets = ("[" if relations[0] == "<=" else "(") + ("]" if relations[1] == "<=" else ")")
-        return Item(Group(brackets, (values[0], values[2])), names[1])
-    return Item(Group(" ".join(relations), tuple(values)))
+        return Item(Part(Group(brackets, (parts[0], parts[2]))), names[1])
+    return Item(Part(Group(" ".join(relations), tuple(parts))))
 
 
 def _name_of(tokens: list[str]) -> str:

@@ -11,7 +11,7 @@ from rewards.math_latex import Unreadable, simplify_latex
 MAX_CHARS = 300
 POINTS = 3  # two expressions that agree for so many values of their variables are taken for the same
 
-_LONE_LETTER = re.compile(r"\(([a-zA-Z])\)")
+_LONE_LETTER = re.compile(r"\([a-zA-Z]\)")
 _PROSE = re.compile(r"(?=.*[a-z]{2}|.*[ap]\.m)(?!.*[0-9][a-z])[\w\s.,:;'()-]*", re.IGNORECASE)
 
 
@@ -51,7 +51,8 @@ def math_equal(given: str, expected: str) -> bool:
     - "0.33" is not 1/3, and a percentage is not converted. A unit agrees with none, and with itself.
     - "x = 5" is 5, but 2x + 3 = 13 is not x = 5. Where the expected answer is an equation that is not solved for
       anything, any multiple of it is equal.
-    - An answer is a value, not the task: where a number is expected, "47 + 38" and "84/7" are none. A root, a power or
+    - An answer is a value, not the task: where a number is expected, "47 + 38" and "84/7" are none, also inside points,
+      sets, intervals and inequalities. A root, a power or
       a function of numbers is taken, and so is any form of an expression: (x+1)^2 for x^2 + 2x + 1. A policy that is
       asked to simplify, factor or evaluate such a thing can repeat it.
 
@@ -77,8 +78,9 @@ def math_equal(given: str, expected: str) -> bool:
 def _as_text(text: str) -> str:
     """`text` without spaces beside signs, the brackets of "(C)", and the case of words.
 
-    >>> _as_text("(x + 1) ^2"), _as_text("New York"), _as_text("(C)"), _as_text("2X"), _as_text("32, 349")
-    ('(x+1)^2', 'new york', 'C', '2X', '32, 349')
+    >>> _as_text("(x + 1) ^2"), _as_text("New York"), _as_text("(C)"), _as_text("f(x)"), _as_text("32, 349")
+    ('(x+1)^2', 'new york', 'C', 'f(x)', '32, 349')
     """
-    text = _LONE_LETTER.sub(r"\1", re.sub(r"\s*([^\w\s,])\s*", r"\1", " ".join(text.split())))
+    text = re.sub(r"\s*([^\w\s,])\s*", r"\1", " ".join(text.split()))
+    text = text[1:-1] if _LONE_LETTER.fullmatch(text) else text
     return text.casefold() if _PROSE.fullmatch(text) else text

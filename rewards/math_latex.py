@@ -2,13 +2,14 @@ r"""Split an answer in LaTeX or plain text into the tokens of mathematics, with 
 
 import re
 
-from rewards.units import FUNCTIONS, GREEK, SCALES, may_be_unit, starts_unit
+from rewards.units import FUNCTIONS, GREEK, SCALES, is_short_unit, may_be_unit, starts_unit
 
 UNIT, SCALE = "unit:", "scale:"  # what tokens of units ("unit:km") and of scales ("scale:million") begin with
 OPENING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "<<": ">>", "[[": "]]"}  # "[[" and "]]" enclose a matrix
 CLOSING = frozenset(OPENING.values())
 
-_STYLES = "text(?:bf|it|rm|sf|up|normal)?|math(?:bf|it|rm|sf|bb|cal)|boldsymbol|bm|mbox|emph|operatorname|underline"
+_STYLES = "text(?:bf|it|rm|sf|up|normal)?|math(?:bf|it|rm|sf|bb|cal)|boldsymbol|bm|mbox|emph|underline"
+_OPERATOR = re.compile(r"\\operatorname\*?\s*\{\s*([a-zA-Z]+)\s*\}")
 _STYLED = re.compile(rf"\\(?:{_STYLES})\s*\{{([^{{}}]*)\}}")
 _UNIT_LETTERS = frozenset("mgshlLNJWVAKCF")
 _MARK = "\x01"  # stands before a letter that is a unit
@@ -56,14 +57,20 @@ _GLUED = re.compile(rf"({'|'.join(sorted(FUNCTIONS | {'sqrt', 'pi'}, key=len, re
 _NOT_A_PRODUCT = frozenset("no on an as at be by do go he if in is it me my of oh ok so to up us we am or".split())
 
 _THOUSANDS = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|"
-_PLAIN_NUMBER = r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
+# With an exponent, "1e-05", or without; but the "e" of "2e", "2e^3" and "2e3x" is Euler's number.
+_PLAIN_NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+−–]?[0-9]{1,3}(?![a-zA-Z0-9]|\.[0-9])|[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
 _REST = (
     rf"(?P<name>(?:{_MARK}|\\)?[a-zA-Z]+)|(?P<space>\s+)"
     r"|(?P<sign>\*\*|<=|>=|!=|;;|\[\[|\]\]|\\[{}|]|[-+*/^_=<>()\[\]{},;:|!°%&'$€£·⋅×÷−–²³≤⩽≥⩾≠∈±∓π√∞⟨⟩∅θ])"
 )
 _TOKEN = re.compile(f"(?P<number>{_THOUSANDS}{_PLAIN_NUMBER})|{_REST}")
 _TOKEN_IN_BRACKETS = re.compile(f"(?P<number>{_PLAIN_NUMBER})|{_REST}")
+# After these, "{" encloses an argument, where "1,000" is one number; any other "{" encloses a set.
+_TAKES_ARGUMENT = FUNCTIONS | {"frac", "binom", "sqrt", "repeating", "^", "_", "]", "}"}
 _REST_OF_UNIT = re.compile(r"\.?(?:/[a-zA-Z]+)?(?:\s*\^\s*(?:[23]|\{\s*[23]\s*\})|[23²³](?![0-9]))?")
+
+
+_MINUS_SIGNS = str.maketrans("−–", "--")
 
 
 class Unreadable(Exception):
@@ -83,6 +90,7 @@ def simplify_latex(text: str) -> str:
     text = _unbox(text.replace("\0", "$"))
     for pattern, replacement in _REPLACEMENTS[:2]:
         text = pattern.sub(replacement, text)
+    text = _OPERATOR.sub(_operator, text)
     text = _STYLED.sub(_without_style, _STYLED.sub(_without_style, text))
     for pattern, replacement in _REPLACEMENTS[2:]:
         text = pattern.sub(replacement, " ".join(text.split()))
@@ -104,25 +112,29 @@ def split_tokens(text: str) -> list[str]:
     if _WORDS.fullmatch(text) and not _PRODUCT_LETTERS.issuperset(text.replace(" ", "")) and text not in _NAMES:
         raise Unreadable(f"the words {text!r}")
     tokens: list[str] = []
-    depth = position = 0
+    open_brackets: list[bool] = []  # for each, whether a comma in it separates values
+    position = 0
     while position < len(text):
-        match = (_TOKEN_IN_BRACKETS if depth else _TOKEN).match(text, position)
+        match = (_TOKEN_IN_BRACKETS if any(open_brackets) else _TOKEN).match(text, position)
         if match is None:
             raise Unreadable(f"the sign {text[position]!r}")
         attached = match.start() > 0 and not text[match.start() - 1].isspace()
         position = match.end()
         if match["number"]:
-            tokens.append(match[0])
+            tokens.append(match[0].translate(_MINUS_SIGNS))
         elif match["sign"]:
             token = _SYMBOLS.get(match[0], match[0])
-            depth += (token in ("(", "[", "\\{", "<<")) - (token in (")", "]", "\\}", ">>"))
+            if token in ("(", "[", "{", "\\{", "<<"):
+                open_brackets.append(token != "{" or not tokens or tokens[-1] not in _TAKES_ARGUMENT)
+            elif token in (")", "]", "}", "\\}", ">>") and open_brackets:
+                open_brackets.pop()
             tokens.extend(token if token in ("^2", "^3") else [token])
         elif match["name"]:
             word = match[0]
             follows_value = bool(tokens) and tokens[-1] not in ("+", "-", "*", "^", "_", "=", "(", "{", "frac", "sqrt")
             if tokens and word.casefold().removesuffix("s") in SCALES and tokens[-1][-1].isdigit():
                 tokens.append(SCALE + word.casefold().removesuffix("s"))
-            elif follows_value and _is_unit(word, tokens, attached):
+            elif follows_value and _is_unit(word, tokens, attached, text[position:]):
                 rest = _REST_OF_UNIT.match(text, position)
                 position = rest.end()
                 tokens.append(UNIT + word.removeprefix(_MARK) + rest[0].replace(" ", ""))
@@ -150,6 +162,11 @@ def _unbox(text: str) -> str:
     return text
 
 
+def _operator(match: re.Match[str]) -> str:
+    r"""The name of a function, even of one that isn't read here, is no unit; but some write \operatorname{cm}."""
+    return f"\\text{{ {match[1]}}}" if is_short_unit(match[1]) and match[1] != "min" else f"\\{match[1]} "
+
+
 def _without_style(match: re.Match[str]) -> str:
     content = match[1].strip()
     if content in _UNIT_LETTERS and re.search(r"[0-9a-z}]\s*$|\\[,; ]$|~$", match.string[: match.start()]):
@@ -157,11 +174,16 @@ def _without_style(match: re.Match[str]) -> str:
     return f" {match[1]} "
 
 
-def _is_unit(word: str, tokens: list[str], attached: bool) -> bool:
+def _is_unit(word: str, tokens: list[str], attached: bool, rest: str) -> bool:
     if word.startswith(("\\", _MARK)):
         return word.startswith(_MARK)
     if tokens[-1].startswith((UNIT, SCALE)):
-        return may_be_unit(word)
+        if word == "a":
+            return re.match(r" [a-zA-Z]{2}", rest) is not None  # "dollars a day"
+        if len(word) == 1:  # "visits to company B"
+            return word.isupper() and len(tokens[-1]) > len(UNIT) + 3
+        is_product = len(word) <= 3 and _PRODUCT_LETTERS.issuperset(word) and word not in _NOT_A_PRODUCT
+        return not is_product and may_be_unit(word)
     if tokens[-1] == "/":
         return tokens[-2:][0].startswith(UNIT) or len(word) > 2 and starts_unit(word, attached)
     return starts_unit(word, attached)

@@ -15,48 +15,71 @@ MAX_ROOT = 20
 MAX_BITS = 4096  # of a fraction's numerator and denominator
 DIGITS = 120
 LARGEST = 1e30  # the size of a number that is not a fraction is at most that, and at least 1 / LARGEST ...
-ZERO = 1e-60  # ... or so small that it is 0 but for rounding
+ZERO = 1e-60  # ... but a sum, or a function as the sine of pi, that is smaller than this is 0 but for rounding
 TOLERANCE = 1e-40  # relative, between numbers that are not both fractions
 
 # The value of an expression: a Fraction, a real or complex number of mpmath, or a Group.
 Value = Any
 
 _OF_THREAD = threading.local()
-_RECIPROCALS = {"sec": "cos", "csc": "sin", "cot": "tan"}
+_RECIPROCALS = {"sec": "cos", "csc": "sin", "cot": "tan", "sech": "cosh", "csch": "sinh", "coth": "tanh"}
 _MPMATH_NAMES = {"log": "log10", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}
+
+
+class Part(NamedTuple):
+    """One value of a group, and how it is written."""
+
+    value: Value
+    is_plain: bool = False  # a number without any calculation, or a fraction
+    is_calculation: bool = False  # a calculation that is still to be done
 
 
 class Group(NamedTuple):
     """Several values as one: a tuple, an interval, a set, a union, a matrix, ..."""
 
     kind: str  # for tuples and intervals the two brackets, for sets "{}"
-    values: tuple[Value, ...]
+    parts: tuple[Part, ...]
+
+
+def group_of(kind: str, *values: Value) -> Group:
+    """A group of which it doesn't matter how the values are written."""
+    return Group(kind, tuple(map(Part, values)))
 
 
 UNORDERED = frozenset(("{}", "cup"))
 
 
 def same_value(given: Value, expected: Value) -> bool:
-    """Whether two values are the same; the order counts, but for sets and unions.
+    """Whether two values are the same; the order counts, but for sets and unions. `same_part` judges a group's parts.
 
     >>> same_value(power(Fraction(8), Fraction(1, 2)), multiply(Fraction(2), power(Fraction(2), Fraction(1, 2))))
     True
     >>> one, two = Fraction(1), Fraction(2)
-    >>> [same_value(Group(kind, (one, two)), Group(kind, (two, one))) for kind in ("{}", "()")]
+    >>> [same_value(group_of(kind, one, two), group_of(kind, two, one)) for kind in ("{}", "()")]
     [True, False]
     """
     if isinstance(given, Group) and isinstance(expected, Group):
-        if given.kind != expected.kind or len(given.values) != len(expected.values):
+        if given.kind != expected.kind or len(given.parts) != len(expected.parts):
             return False
         if given.kind in UNORDERED:
-            return match_all(given.values, expected.values, same_value)
-        return all(map(same_value, given.values, expected.values))
+            return match_all(given.parts, expected.parts, same_part)
+        return all(map(same_part, given.parts, expected.parts))
     if isinstance(given, Group) or isinstance(expected, Group):
         return False
     if isinstance(given, Fraction) and isinstance(expected, Fraction):
         return given == expected
     given, expected = _inexact(given), _inexact(expected)
     return bool(abs(given - expected) <= TOLERANCE * max(abs(given), abs(expected)))
+
+
+def same_part(given: Part, expected: Part) -> bool:
+    """Whether two values are the same; where a number is expected, a calculation is none.
+
+    >>> three = Fraction(3)
+    >>> same_part(Part(three, is_plain=True), Part(three)), same_part(Part(three, False, True), Part(three, True))
+    (True, False)
+    """
+    return not (expected.is_plain and given.is_calculation) and same_value(given.value, expected.value)
 
 
 def match_all(given: tuple[Any, ...], expected: tuple[Any, ...], same: Callable[[Any, Any], bool]) -> bool:
@@ -101,14 +124,14 @@ def _inexact(value: Value) -> Value:
     return _arithmetic().mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
 
 
-def keep(value: Value) -> Value:
-    """`value`, if it is not too large to go on with."""
+def keep(value: Value, rounds: bool = False) -> Value:
+    """`value`, if it is not too large or too small to go on with; where what it comes from `rounds`, ZERO is 0."""
     if isinstance(value, Fraction):
         if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
             raise Unreadable(f"a number of more than {MAX_BITS} bits")
         return value
     size = abs(value)
-    if size < ZERO:
+    if size == 0 or rounds and size < ZERO:
         return Fraction(0)
     if not 1 / LARGEST <= size <= LARGEST:  # nor NaN
         raise Unreadable("a number too large or too small")
@@ -117,7 +140,7 @@ def keep(value: Value) -> Value:
 
 def add(a: Value, b: Value) -> Value:
     exact = are_exact(a, b)
-    return keep(a + b if exact else _inexact(a) + _inexact(b))
+    return keep(a + b if exact else _inexact(a) + _inexact(b), rounds=True)
 
 
 def multiply(a: Value, b: Value) -> Value:
@@ -176,4 +199,4 @@ def apply(name: str, argument: Value) -> Value:
     argument = _inexact(argument)
     if abs(argument) > LARGEST:
         raise Unreadable("an argument too large")
-    return keep(getattr(_arithmetic(), _MPMATH_NAMES.get(name, name))(argument))
+    return keep(getattr(_arithmetic(), _MPMATH_NAMES.get(name, name))(argument), rounds=True)

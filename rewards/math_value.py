@@ -9,17 +9,20 @@ bounded, so reading takes milliseconds.
 import math
 import re
 import zlib
+from collections.abc import Callable
 from fractions import Fraction
 
 from rewards.math_latex import CLOSING, OPENING, Unreadable
 from rewards.math_numbers import (
     Group,
+    Part,
     Value,
     absolute,
     add,
     apply,
     digits_of,
     euler,
+    group_of,
     imaginary_unit,
     keep,
     multiply,
@@ -37,6 +40,13 @@ MAX_VALUES = 40  # in one pair of brackets
 
 _CIRCULAR = frozenset(("sin", "cos", "tan", "sec", "csc", "cot"))
 _UNKNOWN_FUNCTIONS = frozenset("fghFGH")  # "f(2)" is not f times 2
+_INTEGER, _NUMBER = r"[0-9]+(?:,[0-9]{3})*", r"(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)"
+_FRACTION = re.compile(rf"\{{?{_NUMBER}\}}?/\{{?{_NUMBER}\}}?|frac\{{?{_INTEGER}\}}?\{{?{_INTEGER}\}}?")
+_PLAIN_NUMBER = re.compile(
+    rf"{_NUMBER}|[0-9.]+[eE][-+]?[0-9]+|(?:{_INTEGER})?(?:{_FRACTION.pattern})"
+    rf"|{_NUMBER}\*10\^(?:\{{-?[0-9]+\}}|-?[0-9]+)|repeating.*"
+)
+_BRACKETED = re.compile(r"\([^()]*\)")
 _STARTS_VALUE = frozenset("( [ { [[ sqrt frac binom repeating pi infty".split()) | FUNCTIONS | GREEK
 
 
@@ -52,8 +62,10 @@ def read_value(tokens: list[str], point: int = 0) -> tuple[list[Value], int]:
     >>> from rewards.math_latex import split_tokens
     >>> read_value(split_tokens("1 + 2 * 3^2")), read_value(split_tokens(r"1\frac{1}{2}"))
     (([Fraction(19, 1)], 2), ([Fraction(3, 2)], 0))
-    >>> read_value(split_tokens(r"\pm 2")), read_value(split_tokens("[1, 2)"))
-    (([Fraction(2, 1), Fraction(-2, 1)], 0), ([Group(kind='[)', values=(Fraction(1, 1), Fraction(2, 1)))], 0))
+    >>> read_value(split_tokens(r"\pm 2")), read_value(split_tokens("[1, 1 + 1)"))[0][0].kind
+    (([Fraction(2, 1), Fraction(-2, 1)], 0), '[)')
+    >>> read_value(split_tokens("[1, 1 + 1)"))[0][0].parts[1]
+    Part(value=Fraction(2, 1), is_plain=False, is_calculation=True)
     >>> read_value(split_tokens("9^9^9"))
     Traceback (most recent call last):
     rewards.math_latex.Unreadable: a number of more than 4096 bits
@@ -63,6 +75,22 @@ def read_value(tokens: list[str], point: int = 0) -> tuple[list[Value], int]:
     if reader.position < len(tokens):
         raise Unreadable(f"{reader.peek()!r} where the expression should end")
     return values, reader.operations
+
+
+def as_part(value: Value, tokens: list[str], operations: int) -> Part:
+    """`value` with how it is written: in these tokens, which calculate so many times.
+
+    >>> [as_part(Fraction(3), text.split(), n)[1:] for text, n in (("3", 0), ("1 + 2", 1), ("6 / 2", 1))]
+    [(True, False), (False, True), (True, True)]
+    >>> as_part(Fraction(3, 2), ["3", "/", "2"], 1)[1:]
+    (True, False)
+    """
+    written = "".join(tokens).lstrip("+-")
+    written = written[1:-1] if _BRACKETED.fullmatch(written) else written
+    is_plain = _PLAIN_NUMBER.fullmatch(written) is not None
+    is_whole = isinstance(value, Fraction) and value.denominator == 1
+    is_division = is_plain and is_whole and _FRACTION.fullmatch(written) is not None  # "84/7" for 12
+    return Part(value, is_plain, operations > 0 and not is_plain or is_division)
 
 
 def variable(name: str, point: int) -> Fraction:
@@ -116,7 +144,7 @@ class _Reader:
             values.append(self.sum())
         if len(values) > 1 and not all(isinstance(value, Group) for value in values):
             raise Unreadable("a union of numbers")
-        return values[0] if len(values) == 1 else Group("cup", tuple(values))
+        return values[0] if len(values) == 1 else group_of("cup", *values)
 
     def sign(self) -> int:
         token = self.take()
@@ -218,42 +246,54 @@ class _Reader:
             return Group("{}", ())
         if token in ("e", "i") and self.peek() != "_":
             return euler() if token == "e" else imaginary_unit()
-        if token in _UNKNOWN_FUNCTIONS and self.peek() == "(":
+        if token in _UNKNOWN_FUNCTIONS and self.peek() == "(" or self.applies_to_letter(token):
             self.take()
-            return self.unknown(token, self.until_closed("(")[0])
+            return self.unknown(token, [part.value for part in self.until_closed("(")[0]])
         if token in GREEK or token == "infty" or _is_letter(token):
             return variable(token + self.subscript(), self.point)
         raise Unreadable(f"{token!r} where a value should stand")
 
-    def bracketed(self, opening: str) -> Value:
-        values, closing = self.until_closed(opening)
-        if opening == "\\{" or opening == "{" and len(values) > 1:
-            return Group("{}", tuple(values))
-        if len(values) == 1 and closing == OPENING[opening]:
-            return values[0]
-        if len(values) == 1:
-            raise Unreadable(f"{opening!r} closed by {closing!r}")
-        return Group("()" if opening == "<<" else opening + closing, tuple(values))
+    def applies_to_letter(self, token: str) -> bool:
+        """Whether p(x) begins here: a function's name, not p times x."""
+        opening, argument, closing = [*self.tokens[self.position : self.position + 3], "", "", ""][:3]
+        return (_is_letter(token) or token in GREEK) and opening == "(" and _is_letter(argument) and closing == ")"
 
-    def until_closed(self, opening: str) -> tuple[list[Value], str]:
+    def bracketed(self, opening: str) -> Value:
+        parts, closing = self.until_closed(opening)
+        if opening == "\\{" or opening == "{" and len(parts) > 1:
+            return Group("{}", tuple(parts))
+        if len(parts) == 1 and closing == OPENING[opening]:
+            return parts[0].value
+        if len(parts) == 1:
+            raise Unreadable(f"{opening!r} closed by {closing!r}")
+        return Group("()" if opening == "<<" else opening + closing, tuple(parts))
+
+    def part(self, read: Callable[[], list[Value]]) -> list[Part]:
+        """What `read` reads, with how it is written."""
+        start, operations = self.position, self.operations
+        values = read()
+        return [as_part(value, self.tokens[start : self.position], self.operations - operations) for value in values]
+
+    def until_closed(self, opening: str) -> tuple[list[Part], str]:
         """The values between commas, and the closing bracket, which for "(" and "[" may be either of the two."""
-        bars, self.bars, values = self.bars, 0, []
+        bars, self.bars = self.bars, 0
+        parts: list[Part] = []
         if opening == "\\{" or opening == "{" and self.has_comma_before("}"):
             plus_minus = self.plus_minus, self.has_plus_minus  # in a set, each plus-minus sign makes two elements
             self.plus_minus = 1
-            while not values or self.accept(","):
-                values.extend(self.alternatives())
+            while not parts or self.accept(","):
+                parts.extend(self.part(self.alternatives))
             self.plus_minus, self.has_plus_minus = plus_minus
         else:
-            while not values or self.accept(","):
-                values.append(self.union())
+            while not parts or self.accept(","):
+                parts.extend(self.part(lambda: [self.union()]))
         self.bars = bars
-        if len(values) > MAX_VALUES:
+        if len(parts) > MAX_VALUES:
             raise Unreadable(f"more than {MAX_VALUES} values")
         closing = self.take()
         if closing not in ((")", "]") if opening in ("(", "[") else (OPENING[opening],)):
             raise Unreadable(f"{opening!r} closed by {closing!r}")
-        return values, closing
+        return parts, closing
 
     def has_comma_before(self, closing: str) -> bool:
         depth = 0
@@ -264,14 +304,14 @@ class _Reader:
         return False
 
     def matrix(self) -> Group:
-        rows: list[list[Value]] = [[]]
+        rows: list[list[Part]] = [[]]
         while True:
-            rows[-1].append(self.sum())
+            rows[-1].extend(self.part(lambda: [self.sum()]))
             separator = self.take()
             if separator == ";;" and self.peek() != "]]":
                 rows.append([])
             elif separator == "]]" or separator == ";;" and self.accept("]]"):
-                return Group("matrix", tuple(Group("row", tuple(row)) for row in rows))
+                return group_of("matrix", *(Group("row", tuple(row)) for row in rows))
             elif separator != "&":
                 raise Unreadable(f"{separator!r} in a matrix")
 

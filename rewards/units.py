@@ -1,6 +1,7 @@
 """Which words after a number are a unit: those that name what is counted or measured, and leave its value alone.
 
-A word that changes the value ("3 quarters", "5 squared") is none, nor is mathematics ("2x", "4 sqrt 2", "3 pi").
+A word that changes the value ("3 quarters", "5 squared") or takes it back ("5 is wrong") is none, nor is mathematics
+("2x", "4 sqrt 2", "3 pi"). These are lists: a word that they do not have counts as a unit.
 """
 
 import re
@@ -14,8 +15,11 @@ SCALES = {
     "billion": 1_000_000_000,
     "trillion": 1_000_000_000_000,
 }
-FUNCTIONS = frozenset("sin cos tan sec csc cot arcsin arccos arctan ln log exp".split())
-GREEK = frozenset("alpha beta gamma delta epsilon theta lambda mu rho sigma tau phi omega".split())
+FUNCTIONS = frozenset("sin cos tan sec csc cot arcsin arccos arctan sinh cosh tanh sech csch coth ln log exp".split())
+GREEK = frozenset(
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron rho sigma tau upsilon phi chi "
+    "psi omega varepsilon vartheta varkappa varrho varsigma varphi".split()
+)
 
 _NUMBER_WORDS = frozenset(
     "zero two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -29,28 +33,63 @@ _CHANGES_VALUE = frozenset(
         *(f"{scale}s" for scale in SCALES),
         *_PARTS.split(),
         *(f"{part}s" for part in _PARTS.split()),
-        *"half halves quarter quarters gross lakh lakhs crore crores mil mln mn bn".split(),
-        *"squared cubed root factorial doubled tripled halved twice".split(),
-        *"negative negated inverse reciprocal repeating recurring choose mod modulo not below".split(),
+        *(f"{word}fold" for word in _NUMBER_WORDS),
+        *"half halfs halves quarter quarters gross lakh lakhs crore crores mil mln mn bn bln tn".split(),
+        *"milliard milliards grand googol googols googolplex myriad myriads".split(),
+        *"pair pairs couple couples brace trio trios".split(),
+        *"permille permil mille bps binary ternary octal hex hexadecimal".split(),
+        *"squared cubed root factorial doubled tripled halved twice thrice".split(),
+        *"negative negated inverse reciprocal repeating recurring choose mod modulo below".split(),
+        # These take the value back, or say that it may be another one.
+        *"not never none nope nothing cannot isnt arent wasnt werent aint dont doesnt didnt cant".split(),
+        *"wrong false incorrect untrue invalid inaccurate erroneous mistaken mistake mistakenly".split(),
+        *"incorrectly wrongly impossible unlikely doubtful unsure uncertain unknown".split(),
+        *"maybe perhaps possibly probably".split(),
     ]
 )
-# Words that go on to another number, or take the first one back, and the names of mathematics.
+# "quadrillion", "fourteenths", "twentieth", "nines", "sixes", "twenties"; but "24 zeros" counts zeros.
+_NUMBER_WORD = re.compile(
+    rf"[a-z]*(?:illion|illionth|teenth|tieth)s?|(?:{'|'.join(sorted(_NUMBER_WORDS - {'zero'}))})e?s"
+    r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ties"
+)
+_NEGATION = re.compile(r"n['’]t\b")
+# What makes a number of a sentence a bound: "at least 600", "over $600", "x >= 600"; and "600th" is another number.
+_BOUND = re.compile(
+    r"\bat (?:the )?(?:very )?(?:least|most)\b"
+    r"|\b(?:(?:more|less|fewer|greater|smaller|larger|bigger|higher|lower|other) than|over|under|above|beyond|between"
+    r"|exceed(?:s|ing)?|up to|down to|nearly|almost)(?=[^\w.]*\.?[0-9])"
+    r"|[<>≤≥≠±]|\\(?:[lg]eq?(?:slant)?|[lg]t|neq?|pm)(?![a-z])|[0-9](?:st|nd|rd|th)\b"
+)
 _NEVER_IN_A_UNIT = _CHANGES_VALUE | frozenset(
     [
+        # These go on to another number, ...
         *"and or but if unless except plus minus times divided multiplied added subtracted than".split(),
-        *"least most score".split(),
+        *"basis score double triple quadruple".split(),
+        # ... bound the value or take it back, ...
+        *"least most instead rather hardly barely likely".split(),
+        # ... and are mathematics. "min" is missing: "40 min" are minutes.
         *FUNCTIONS,
         *GREEK,
-        *"pi sqrt frac inf infinity infty".split(),
+        *"pi sqrt frac inf infinity infty arccot arcsec arccsc arcsinh arccosh arctanh arsinh arcosh artanh".split(),
+        *"asin acos atan sinc cis erf erfc lg det arg max argmax argmin sup lim limsup liminf gcd gcf lcm hcf".split(),
+        *"sgn dim ker abs ceil sum prod var cov tr prob div grad nabla hbar ell aleph forall cdot cdots ldots".split(),
+        *"sine cosine sines cosines logarithm squareroot cuberoot transpose conjugate equals".split(),
     ]
 )
-_NEVER_FIRST = frozenset("is are was were to".split())  # "7 is wrong", but "7 miles to go"
+# "7 is wrong", but "7 miles to go"; "7 mega" is no number of things, and "7 fold" is another number.
+_NEVER_FIRST = frozenset("is are was were to fold mega giga tera micro milli nano pico deca deci centi thou".split())
 # Short units, which otherwise could be a product of variables, as "ab" is. After a space, more of them are unambiguous.
 _ATTACHED_UNITS = frozenset(
     "km cm mm kg mg lb lbs oz ft kb mb gb hz khz mhz ghz kw kwh kj mph kph kmh hrs mins secs th st nd rd μm".split()
 )
 _SHORT_UNITS = _ATTACHED_UNITS | frozenset(
     "nm in yd mi ml cl dl hr min sec ms am pm tb mw cal pts pt px usd eur gbp gm gms pct sq cu μs μl μg of".split()
+)
+# Letters alone after a short unit or a word of mathematics are variables, as in "2 cm x" and "2 over n"; in "5 visits
+# to company B" there are none.
+_VARIABLE = re.compile(
+    rf"(?<![\w'’.-])(?:[a-z]|over|per|base|by|{'|'.join(sorted(_SHORT_UNITS - {'of', 'in', 'am'}))})(?:\^?[23]|[²³])? "
+    r"(?:[bdeinpqrtuxyz]|[xyz]+)(?!\w|['’.-]\w)"
 )
 # With a space before them, and in plain text only: in mathematics they are variables.
 _LETTER_UNITS = frozenset("mgshl")
@@ -81,21 +120,37 @@ _LETTERS = re.compile(r"[^\W\d_]+")
 
 
 def changes_value(text: str) -> bool:
-    """Whether a word of `text`, which stands beside a number, makes it another number.
+    """Whether `text`, a sentence with a number, makes that another number, a bound, or no answer.
 
-    >>> changes_value("quarters of it"), changes_value("clips in all"), changes_value("ten-thousandths")
-    (True, False, True)
+    >>> [changes_value(text) for text in ("3 quarters of it", "3 clips in all", "3 ten-thousandths", "it is not 3")]
+    [True, False, True, True]
+    >>> [changes_value(text) for text in ("at least 3", "over $3", "3 more than she has", "the 3rd of 5")]
+    [True, True, False, True]
     """
-    return not _CHANGES_VALUE.isdisjoint(_LETTERS.findall(text.casefold()))
+    folded = text.casefold()
+    return _has_word_of(_CHANGES_VALUE, folded) or _BOUND.search(folded) is not None
 
 
 def may_be_unit(text: str) -> bool:
-    """Whether no word of `text`, which stands after a number, changes its value, states another one, or is mathematics.
+    """Whether no word of `text`, which stands after a number, changes its value or takes it back, states another one,
+    or is mathematics.
 
-    >>> may_be_unit("clips in all"), may_be_unit("quarters"), may_be_unit("apples or seven")
-    (True, False, False)
+    >>> may_be_unit("clips in all"), may_be_unit("quarters"), may_be_unit("apples or seven"), may_be_unit("cm x")
+    (True, False, False, False)
+    >>> may_be_unit("quadrillion"), may_be_unit("isn't it"), may_be_unit("T-shirts")
+    (False, False, True)
     """
-    return _NEVER_IN_A_UNIT.isdisjoint(_LETTERS.findall(text.casefold()))
+    folded = text.casefold()
+    return not _has_word_of(_NEVER_IN_A_UNIT, folded) and _VARIABLE.search(folded) is None
+
+
+def is_short_unit(word: str) -> bool:
+    """Whether `word` is one of the short units, as "cm" is.
+
+    >>> is_short_unit("cm"), is_short_unit("gcd")
+    (True, False)
+    """
+    return word.casefold() in _SHORT_UNITS
 
 
 def starts_unit(word: str, attached: bool, letters: bool = False) -> bool:
@@ -114,6 +169,11 @@ def starts_unit(word: str, attached: bool, letters: bool = False) -> bool:
     if _PRODUCT_LETTERS.issuperset(folded) or folded in _NEVER_FIRST or not may_be_unit(folded):
         return False
     return len(folded) >= (4 if attached else 3) and not _VOWELS.isdisjoint(folded)
+
+
+def _has_word_of(words: frozenset[str], folded: str) -> bool:
+    found = _LETTERS.findall(folded)
+    return not words.isdisjoint(found) or any(map(_NUMBER_WORD.fullmatch, found)) or bool(_NEGATION.search(folded))
 
 
 def normalise_unit(words: Sequence[str]) -> tuple[str, ...]:

@@ -198,8 +198,11 @@ def test_full_marks_are_within_reach():
     ("preset", "answer", "total"),
     [
         ("agent_tunix", "10", 4.0),
+        ("agent_tunix", "many", 4.5),
+        ("agent_tunix", "2024-05-06", 4.5),
         ("agent_tunix", "60", 5.25),
         ("agent_tunix", "70", 5.5),
+        ("agent_tunix", "72, 5 or 7", 6.0),
         ("notebook", "60", 0.5),
         ("notebook", "60 " * 8 + "72", 0.5),
         ("gemma2_grpo", "60", 0.7),
@@ -310,6 +313,7 @@ def test_agent_tunix_grades_the_answer(given_answer, expected, points):
         ("71", "72", 0.0),
         ("many", "72", 0.0),
         ("72", "many", 0.0),
+        ("3rd grade", "3", 1.5),
     ],
 )
 def test_agent_tunix_reads_the_number_with_its_sign_and_separators(given_answer, expected, points):
@@ -318,6 +322,31 @@ def test_agent_tunix_reads_the_number_with_its_sign_and_separators(given_answer,
 
 def test_agent_tunix_gives_nothing_without_an_answer():
     assert one(check_answer, "It is 72.", "72") == one(check_numbers, "It is 72.", "72") == 0.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not 72",
+        "it is not 72",
+        "72th of 5",
+        "at least 72",
+        "72 at most",
+        "no more than $72",
+        "over 72",
+        "x >= 72",
+        "x > 72",
+    ]
+    + ["72 is wrong", "72 isn't it", "It can't be 72.", "nearly 72", "72 quadrillion", "between 72", "x \\ge 72"],
+)
+def test_a_number_that_is_negated_or_bounded_is_not_stated(text):
+    """Presets paid for the number in it: agent_tunix 6.0 of 9.5, notebook 0.65 of 1.0, gemma2_grpo 0.70 of 1.15."""
+    for reward_fn in (check_numbers, notebook_correctness_reward, gemma2_accuracy_reward):
+        assert answered(reward_fn, text, "72") == 0.0, reward_fn.__name__
+    assert answered(check_answer, text, "72") == -0.5
+    for sentence in ("She has 72 left over.", "72 more than Tom has", "That makes 72 in all."):
+        assert answered(notebook_correctness_reward, sentence, "72") in (0.7, 1.0)
+        assert answered(check_numbers, sentence, "72") == 1.5
 
 
 # The notebook

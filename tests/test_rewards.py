@@ -85,7 +85,9 @@ def test_docstring_examples_hold(name):
         ("72 clips in all.", 72),
         ("18 apples", 18),
         ("18 more apples", 18),
-        ("3 pairs", 3),
+        ("3 cities", 3),
+        ("24 zeros", 24),
+        ("3 seats in row x", 3),
         ("5 percent", 5),
         ("5 (apples)", 5),
         ("72 m", 72),
@@ -124,6 +126,20 @@ def test_one_stated_number_is_parsed_exactly(text, number):
         "5 less than ten",
         "5 at most",
         "2 hundred five",
+        "3 pairs",
+        "3 quadrillion",
+        "3 nines",
+        "3 fourteenths",
+        "3 basis points",
+        "101 in binary",
+        "12 isn't it",
+        "12 isn’t it",
+        "12 maybe",
+        "12 never",
+        "2 sinh x",
+        "2 zeta",
+        "2 gcd",
+        "2 cm x",
     ]
     + ["2x", "2 x", "2x+y", "4a-2", "2xy", "3ab", "4sqrt2", "2pi", "2 sin x", "5k", "84/7", "4/2", "5 apples or six"]
     + ["Apollo 11", "B5", "2^10", "5²", "5½", "2 + 3", "1/0", "0/0", "1e9999", "1e999999999", "9" * 5000, "nan", "inf"],
@@ -183,7 +199,20 @@ def test_answers_match_as_a_teacher_would_judge(given_answer, expected, match):
         ("#### the answer is 72", "the answer is 72"),
         ("48 + 24 = 72. #### 72", "72"),
         ("48 + 24 = 72. #### -$1,234.50 ", "-$1,234.50"),
-        ("#### 70\nno: #### 1/2", "1/2"),
+        ("#### 70\n#### 1/2", "1/2"),
+        ("#### Sum\n#### 1/2", "#### Sum\n#### 1/2"),
+        ("#### 70\nno. #### 1/2", "1/2"),
+        ("48 + 24 = #### 72", "72"),
+        ("<<48+24=72>> #### 72%", "72%"),
+        ("<<48+24=72>>#### 72", "<<48+24=72>>#### 72"),
+        ("# Title\n#### Heading", "# Title\n#### Heading"),
+        ("## Title\nText\n#### 5", "## Title\nText\n#### 5"),
+        ("## Title\nText.\n#### 5", "5"),
+        ("#1 costs 5\n#### 5", "5"),
+        ("Write #### 5", "Write #### 5"),
+        ("##### 5", "##### 5"),
+        ("The end. #### Plan", "The end. #### Plan"),
+        ("48\n####", ""),
         ("#### 70 #### 72", "72"),
         ("a heading starts with #### in Markdown", "a heading starts with #### in Markdown"),
         ("#### Plan\nWrite a poem.", "#### Plan\nWrite a poem."),
@@ -276,7 +305,7 @@ def test_correctness_is_none_where_no_answer_is_known():
         correctness_reward(["?"] * 4, completions, answer=["72"])
 
 
-@pytest.mark.parametrize("value, text", [(72, "72"), (145.0, "145.0"), (0.1, "0.1"), (-5, "-5"), (True, "True")])
+@pytest.mark.parametrize("value, text", [(72, "72"), (145.0, "145.0"), (1e-05, "0.00001"), (-5, "-5"), (True, "True")])
 def test_a_number_as_the_expected_answer_is_taken_as_its_text(value, text):
     completions = [LAYOUT.format("x", given_answer) for given_answer in (text, f" {text}", "7")]
     for name, reward_fn in ALL_REWARDS.items():
