@@ -119,9 +119,13 @@ def test_rows_with_columns_named_like_ours_are_not_taken_for_prepared_ones(token
     assert batch["rows"][0]["completion_ids"] == "x" and batch["completion_ids"].shape[0] == 2
 
 
-def test_rows_prepared_for_rollouts_are_prepared_anew_for_supervised_training(tokenizer):
-    ready = prepare_rows(ROWS, tokenizer, 40)
-    assert prepare_rows(ready, tokenizer, 40, 64) == prepare_rows(ROWS, tokenizer, 40, 64)
+@pytest.mark.parametrize("kind", [as_list, on_disk])
+def test_rows_prepared_for_rollouts_are_prepared_anew_for_supervised_training(tokenizer, kind):
+    """A data set on disk had lost the reasoning that a completion is made of."""
+    rows = [{"question": f"{i}?", "answer": f"so\n#### {i}"} for i in range(9)]
+    anew = prepare_rows(prepare_rows(kind(rows), tokenizer, 40), tokenizer, 40, 64)
+    assert list(anew) == list(prepare_rows(kind(rows), tokenizer, 40, 64))
+    assert tokenizer.decode(anew[7][COMPLETION_IDS][:-1]) == "<reasoning>so</reasoning>\n<answer>7</answer>"
 
 
 def test_answers_of_a_data_set_are_classes_names_and_numbers_as_they_were_meant(tokenizer):
@@ -186,7 +190,7 @@ def test_lists_data_sets_and_streams_give_the_same_prompts(tokenizer, kind, comp
     expected = prepare_rows(rows, tokenizer, 40, completion_width)
     got = prepare_rows(kind(rows), tokenizer, 40, completion_width)
     got = list(itertools.islice(got, len(expected)))
-    assert got == [{name: row[name] for name in got[0]} for row in expected]  # reasoning is not kept on disk
+    assert got == expected
     assert columns_of(got) == columns_of(expected)
     assert len(expected) == len(rows) - 1 - (completion_width is not None)
 
