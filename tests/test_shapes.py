@@ -8,6 +8,8 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import rewards
 from tunix_torch.rows import (
@@ -22,7 +24,7 @@ from tunix_torch.rows import (
     prompt_of,
     with_answer,
 )
-from tunix_torch.shapes import completion_of, last_boxed, normalize_row
+from tunix_torch.shapes import after_mark, completion_of, last_boxed, normalize_row
 
 ARC = {
     "question": "Which is a metal?",
@@ -268,6 +270,18 @@ def test_gsm8k_answers_are_cut_at_their_mark_and_prose_is_not(text, final, reaso
     assert completion_of(row) == f"<reasoning>{reasoning}</reasoning>\n<answer>{final}</answer>"
 
 
+PARTS = [
+    *("####", "#### ", "\n", "# T", "## T", "#", " ", "\t", "\xa0", "so", ". ", "=72", ")", "about 5", "x + 1"),
+    *("5", "5.", "-3", "\u22123", "1/2", "1 1/2", "5 / 6", "1,000.5", ".5", "$ 5", "\u20b9 5", "%", "$", "+"),
+]
+
+
+@settings(max_examples=2000)
+@given(st.lists(st.sampled_from(PARTS), max_size=7).map("".join))
+def test_rewards_and_rows_cut_answers_in_the_same_place(text):
+    assert after_mark(text)[0] == rewards.answers.final_answer(text)
+
+
 @pytest.mark.parametrize(
     "text, answer",
     [
@@ -341,6 +355,7 @@ def test_choices_that_can_not_be_shown_are_refused_or_left_alone():
         ({"prompt": "2 + 2?\nA. 3\nB. 4", "choices": ["3", "4"], "answer": "B"}, "2 + 2?\nA. 3\nB. 4", "B"),
         ({"prompt": "2 + 2? (A) 3 (B) 4", "choices": ["3", "4"], "answer": 1}, "2 + 2? (A) 3 (B) 4", "B"),
         ({"question": "2 + 2? A: 3, B: 4", "choices": [3, 4], "answer": "B"}, "2 + 2? A: 3, B: 4", "B"),
+        ({"prompt": "a) 3 b) 4", "choices": ["A", "B"], "answer": 1}, "a) 3 b) 4", "B"),
         ({"prompt": "3 or 4?", "choices": ["3", "4"], "answer": "4"}, "3 or 4?", "4"),
         ({"prompt": "2 + 2?", "choices": [3, 4], "answer": 4}, "2 + 2?", 4),
         ({"prompt": "2 + 2?", "choices": [{"message": "4"}, {}], "answer": 4}, "2 + 2?", 4),  # of something else

@@ -236,6 +236,8 @@ def _is_index(answer: Any, choices: list[tuple[str, str]]) -> bool:
 
 def _shows(question: str, choices: list[tuple[str, str]]) -> bool:
     """Whether a question holds all choices with their labels: "A. iron", "(A) iron" or "A: iron"."""
+    if all(label == text for label, text in choices):  # only the letters, of what is in the question
+        return True
     shown = (rf"(?<!\w){re.escape(label)}[.):\]]\s*{re.escape(text)}" for label, text in choices)
     return all(re.search(pattern, question) for pattern in shown)
 
