@@ -14,6 +14,7 @@ import json
 import math
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -87,7 +88,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         help="the reward function by which an answer is right, at a value of 1 or more, and by which answers are equal "
         "for maj@K; default: as train.py evaluates, correctness, or math_equal with dataset=math",
     )
-    parser.add_argument("--reward_timeout", type=float, help="seconds that judge and rewards may take for a batch")
+    parser.add_argument(
+        "--reward_timeout", type=float, help="seconds that judge and rewards may take for a batch, with maj@K"
+    )
     parser.add_argument("--system_message", help="put before the question (default: that of the training run)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", default="auto", help="auto, xla, cuda or cpu")
@@ -222,24 +225,27 @@ def judge_batch(
         row_numbers: N, of the rows in the data.
         judge: the reward function that decides what is right, and which answers are equal.
         reward_names: the reward functions whose values are kept.
-        timeout: seconds that all of them may take.
+        timeout: seconds that all of them may take, with what the judge is asked for maj@K.
 
     Raises:
         ValueError: see `call_rewards`.
     """
-    flat = [text for row_texts in texts for text in row_texts]
+    started, flat = time.monotonic(), [text for row_texts in texts for text in row_texts]
     functions = {name: rewards.find_reward(name) for name in (judge, "format", *reward_names)}
-    values = dict(zip(functions, call_rewards(list(functions.values()), rows, flat, timeout), strict=True))
+    scored = call_rewards(list(functions.values()), rows, flat, timeout, started=started)
+    values = dict(zip(functions, scored, strict=True))
+    copies = len(texts[0])
+    right = list(map(is_right, values[judge]))
     answers = [[rewards.extract_answer(text) for text in row_texts] for row_texts in texts]
     if takes_answer(functions[judge]):
-        votes = votes_by_class(rows, texts, answers, functions[judge], timeout)
+        verdicts = [right[start : start + copies] for start in range(0, len(right), copies)]
+        votes = votes_by_class(rows, texts, answers, verdicts, functions[judge], timeout, started)
     else:
         votes = [[vote_of(answer) for answer in row_answers] for row_answers in answers]
     judged = []
     for i, text in enumerate(flat):
-        row, copy = divmod(i, len(texts[0]))
+        row, copy = divmod(i, copies)
         answer, extracted = answer_text(rows[row]), answers[row][copy]
-        right = is_right(values[judge][i])
         judged.append(
             JudgedCompletion(
                 row_number=row_numbers[row],
@@ -249,8 +255,8 @@ def judge_batch(
                 completion=text,
                 extracted_answer=extracted,
                 vote=votes[row][copy],
-                right=right,
-                partially_right=right or is_near(extracted, answer),
+                right=right[i],
+                partially_right=right[i] or is_near(extracted, answer),
                 well_formed=values["format"][i] == 1.0,
                 rewards={name: values[name][i] for name in reward_names},
                 length=lengths[row][copy],

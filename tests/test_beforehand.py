@@ -58,13 +58,17 @@ PROMISED = {
 
 
 @pytest.mark.parametrize("case", PROMISED)
-def test_nothing_is_moved_for_a_job_that_cannot_run(case, model_folder, earlier_run, monkeypatch):
+def test_nothing_is_moved_for_a_job_that_cannot_run(case, model_folder, earlier_run, tmp_path, monkeypatch):
     settings, message = PROMISED[case]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     before = files(earlier_run)
     with pytest.raises(ValueError, match=message):
         run(model_folder, earlier_run, **settings)
     assert files(earlier_run) == before
+    new = tmp_path / "a" / "b"
+    with pytest.raises(ValueError, match=message):
+        run(model_folder, new, **settings)
+    assert not list(tmp_path.iterdir()), "nor is an empty folder left"
 
 
 def test_a_service_that_cannot_be_reached_is_named_before_anything_is_moved(model_folder, earlier_run, service):

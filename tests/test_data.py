@@ -1,16 +1,20 @@
 """Rows -> prompts: widths, tokens that are made once, streams, and one clear error for each kind of bad input."""
 
+import datetime
 import itertools
+import math
 
 import datasets
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+import rewards
 from tunix_torch import GRPOConfig, TunixTrainer, data, tiny
 from tunix_torch.callbacks import MetricsFile
 from tunix_torch.data import Collator, check_columns, end_of_turn_id, prepare_rows, render_prompt
 from tunix_torch.rows import COMPLETION_IDS, PROMPT, PROMPT_IDS, answer_of, columns_of
+from tunix_torch.scoring import call_rewards
 
 ROWS = [{"question": "1" * (1 + i % 7), "answer": str(i)} for i in range(50)]
 
@@ -119,9 +123,13 @@ def test_rows_with_columns_named_like_ours_are_not_taken_for_prepared_ones(token
     assert batch["rows"][0]["completion_ids"] == "x" and batch["completion_ids"].shape[0] == 2
 
 
-def test_rows_prepared_for_rollouts_are_prepared_anew_for_supervised_training(tokenizer):
-    ready = prepare_rows(ROWS, tokenizer, 40)
-    assert prepare_rows(ready, tokenizer, 40, 64) == prepare_rows(ROWS, tokenizer, 40, 64)
+@pytest.mark.parametrize("kind", [as_list, on_disk])
+def test_rows_prepared_for_rollouts_are_prepared_anew_for_supervised_training(tokenizer, kind):
+    """A data set on disk had lost the reasoning that a completion is made of."""
+    rows = [{"question": f"{i}?", "answer": f"so\n#### {i}"} for i in range(9)]
+    anew = prepare_rows(prepare_rows(kind(rows), tokenizer, 40), tokenizer, 40, 64)
+    assert list(anew) == list(prepare_rows(kind(rows), tokenizer, 40, 64))
+    assert tokenizer.decode(anew[7][COMPLETION_IDS][:-1]) == "<reasoning>so</reasoning>\n<answer>7</answer>"
 
 
 def test_answers_of_a_data_set_are_classes_names_and_numbers_as_they_were_meant(tokenizer):
@@ -141,6 +149,16 @@ def test_answers_of_a_data_set_are_classes_names_and_numbers_as_they_were_meant(
         ready = list(itertools.islice(prepare_rows(kind, tokenizer, 40), 3))
         assert [answer_of(row) for row in ready] == ["yes", "yes", 0.1]
         assert [row["level"] for row in ready] == [0, 0, 0], "other columns are as they are"
+
+
+@pytest.mark.parametrize("kind", [as_list, on_disk, as_stream])
+def test_rewards_get_dates_as_iso_texts(tokenizer, kind):
+    """They were taken when the rows were read, and refused by rewards after the first rollout."""
+    rows = [{"question": f"Day {i}?", "answer": datetime.date(2024, 5, i)} for i in (1, 2)]
+    ready = list(itertools.islice(prepare_rows(kind(rows), tokenizer, 40), 2))
+    texts = ["<answer>2024-05-01</answer>", "<answer>2024-05-01</answer>"]
+    assert call_rewards([rewards.correctness_reward], ready, texts) == [[1.0, 0.0]]
+    assert ready[0]["answer"] == rows[0]["answer"]
 
 
 @pytest.mark.parametrize("kind", [as_list, on_disk])
@@ -186,7 +204,7 @@ def test_lists_data_sets_and_streams_give_the_same_prompts(tokenizer, kind, comp
     expected = prepare_rows(rows, tokenizer, 40, completion_width)
     got = prepare_rows(kind(rows), tokenizer, 40, completion_width)
     got = list(itertools.islice(got, len(expected)))
-    assert got == [{name: row[name] for name in got[0]} for row in expected]  # reasoning is not kept on disk
+    assert got == expected
     assert columns_of(got) == columns_of(expected)
     assert len(expected) == len(rows) - 1 - (completion_width is not None)
 
@@ -418,6 +436,7 @@ def test_supervised_training_takes_a_prompt_and_a_completion(model_folder, tmp_p
         ([{"question": "q"}], {"reward": needs}, "row 1: no answer.*The reward function 'needs' takes 'answer'"),
         ([{"question": "q"}], {"use_grpo": False}, "row 1: no completion to learn from"),
         ([{"question": "q", "answer": {"a": 1}}], {"reward": needs}, "row 1: the answer is a dict.*'needs' takes"),
+        ([{"question": "q", "answer": math.inf}], {"reward": needs}, "row 1: the answer is inf.*'needs' takes"),
         ([{"question": "half \ud83d"}], {}, "row 1: the question has"),
         ([{"question": "q", "prompts": 1}], {}, "column 'prompts' of the data set"),
         ([], {}, "there are only 0 training rows"),

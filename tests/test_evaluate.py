@@ -69,9 +69,9 @@ def test_mean_at_k_is_pass_at_1(right):
 def test_maj_at_k_is_the_answer_that_no_other_beats(pairs):
     votes, right = zip(*pairs, strict=True)
     best, winner = 0, None
-    for i, vote in enumerate(votes):  # by hand: a later answer wins only with more votes
-        if vote is not None and sum(other == vote for other in votes) > best:
-            best, winner = sum(other == vote for other in votes), i
+    for i, pair in enumerate(pairs):  # by hand: a later answer wins only with more votes; right is never wrong
+        if pair[0] is not None and pairs.count(pair) > best:
+            best, winner = pairs.count(pair), i
     assert maj_at_k(votes, right) == (0.0 if winner is None else float(right[winner]))
 
 
@@ -215,28 +215,69 @@ def test_a_majority_is_of_answers_that_the_judge_calls_equal():
     assert votes("correctness", "72", "$72", None, "72.00", " ", "7") == (["$72", None, "$72", None, "7"], 1.0)
 
 
-@given(st.lists(st.lists(st.integers(0, 9), min_size=5, max_size=5), min_size=1, max_size=3), st.integers(1, 4))
-def test_classes_are_formed_in_the_order_of_appearance(numbers, near):
+@pytest.mark.parametrize(
+    "judge, gold, answers, expected",
+    [
+        ("math_equal", "85", ["47 + 38", "85", "85"], ["47 + 38", "85", "85"]),
+        ("math_equal", "12", ["84/7", "12", "12"], ["84/7", "12", "12"]),
+        ("math_equal", "x=5", ["y=5", "5", "5"], ["y=5", "5", "5"]),
+        ("correctness", "5 km", ["5 miles", "5", "5"], ["5 miles", "5", "5"]),
+        ("correctness", "5 km", ["5", "5 miles", "5 km"], ["5", "5 miles", "5"]),
+    ],
+)
+def test_a_majority_of_right_answers_is_right_whatever_wrong_one_the_judge_calls_equal(judge, gold, answers, expected):
+    """All were one class, with the verdict of the first: the judge's equality is not symmetric."""
+    assert votes(judge, gold, *answers) == (expected, 1.0)
+
+
+answers_5 = st.lists(st.integers(0, 9), min_size=5, max_size=5)
+
+
+@given(st.lists(answers_5, min_size=1, max_size=3), st.integers(1, 4), st.integers(0, 9))
+def test_classes_are_formed_in_the_order_of_appearance_and_of_one_verdict(numbers, near, gold):
     """By hand, pair after pair, with a judge under which equality is neither symmetric nor transitive."""
     calls = []
+
+    def right_is(n):
+        return 0 <= n - gold < near
 
     def judge(completions, answer, **columns):
         calls.append(len(completions))
         return [float(0 <= int(text[1:]) - int(a) < near) for text, a in zip(completions, answer, strict=True)]
 
     rows = [{"prompt": "?", "answer": "unused", "answers": "unused"} for _ in numbers]
-    texts = [[str(n) for n in row] for row in numbers]
-    got = votes_by_class(rows, [[f"c{text}" for text in row] for row in texts], texts, judge)
+    texts, right = [[str(n) for n in row] for row in numbers], [list(map(right_is, row)) for row in numbers]
+    got = votes_by_class(rows, [[f"c{text}" for text in row] for row in texts], texts, right, judge)
     expected, pairs = [], 0
     for row in numbers:
         leaders, chosen = [], []
         for n in row:
-            same = [leader for leader in leaders if leader == n or 0 <= n - leader < near]
+            same = [other for other in leaders if right_is(other) == right_is(n) and 0 <= n - other < near]
             leaders += [] if same else [n]
             chosen.append(str(same[0] if same else n))
         expected.append(chosen)
         pairs += 5 * 4 // 2
     assert got == expected and sum(calls) <= pairs and len(calls) <= 5
+    for classes, verdicts in zip(got, right, strict=True):
+        sizes = {vote: classes.count(vote) for vote in classes}
+        largest = max(sizes, key=sizes.__getitem__)
+        assert maj_at_k(classes, verdicts) == float(right_is(int(largest)))
+
+
+def test_the_time_of_a_batch_is_for_all_that_judges_and_rewards_are_asked(monkeypatch):
+    """Each call for maj@K had the whole time again."""
+    seen = []
+
+    def slow(completions, answer, **columns):
+        seen.append(len(completions))
+        time.sleep(0.2)
+        return [float(text == a) for text, a in zip(completions, answer, strict=True)]
+
+    monkeypatch.setattr(rewards, "find_reward", lambda name: slow)
+    texts = [[f"<answer>{n}</answer>" for n in range(9)]]
+    with pytest.raises(ValueError, match="reward_timeout=0.7: 'slow' takes longer than that"):
+        evaluate.judge_batch([{"prompt": "?", "question": "?", "answer": 1}], [1], texts, [[1] * 9], "slow", [], 0.7)
+    assert len(seen) <= 5
 
 
 def test_a_judge_that_takes_no_answer_leaves_votes_to_the_texts(command, monkeypatch, capsys):
@@ -254,7 +295,7 @@ def test_a_judge_that_chokes_on_an_answer_of_the_model_is_named():
 
     row = {"prompt": "?", "answer": "1"}
     with pytest.raises(ValueError, match="judge 'picky', asked for maj@K .* raised ValueError: invalid literal"):
-        votes_by_class([row], [["one", "2"]], [["one", "2"]], picky)
+        votes_by_class([row], [["one", "2"]], [["one", "2"]], [[False, False]], picky)
 
 
 def test_it_judges_by_what_train_py_judges_by(command, model_folder, monkeypatch, capsys):

@@ -2,11 +2,16 @@
 
 import datetime
 from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
+import pandas
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import rewards
 from tunix_torch.rows import (
     NO_ANSWER,
     PREFIX,
@@ -19,7 +24,7 @@ from tunix_torch.rows import (
     prompt_of,
     with_answer,
 )
-from tunix_torch.shapes import completion_of, last_boxed, normalize_row
+from tunix_torch.shapes import after_mark, completion_of, last_boxed, normalize_row
 
 ARC = {
     "question": "Which is a metal?",
@@ -141,12 +146,42 @@ def test_messages_are_questions_and_rewards_get_them_as_they_are(name, kind):
 
 @pytest.mark.parametrize(
     "answer",
-    [72, 0, 0.1, -1.5, True, "72", " 72 ", "1/2", np.float32(0.1), np.int64(7), Decimal("1.50"), datetime.date.max],
+    [72, 0, 0.1, -1.5, True, "72", " 72 ", "1/2", np.float32(0.1), np.int64(7), Decimal("1.50"), Fraction(1, 3)],
 )
 def test_the_expected_answer_has_the_value_and_type_of_the_data(answer):
     row = normal({"question": "q", "answer": answer})
     assert answer_of(row) == answer and type(answer_of(row)) is type(answer)
     assert answer_text(row) == str(answer).strip()
+    assert rewards.correctness_reward(["?"], ["<answer>-7</answer>"], answer=[answer_of(row)]) == [0.0]
+
+
+DAY, MOMENT = datetime.date(2024, 5, 6), datetime.datetime(2024, 5, 6, 12, 30)
+
+
+@pytest.mark.parametrize(
+    "answer, text",
+    [
+        (DAY, "2024-05-06"),
+        (MOMENT, "2024-05-06T12:30:00"),
+        (datetime.time(12, 30), "12:30:00"),
+        (pandas.Timestamp(MOMENT, tz="UTC"), "2024-05-06T12:30:00+00:00"),
+        (np.datetime64(DAY), "2024-05-06"),
+        (np.datetime64("2024-05"), "2024-05"),
+        (np.datetime64(MOMENT, "ns"), "2024-05-06T12:30:00"),
+        (np.datetime64("2024-05-06T12:30:00.250", "ns"), "2024-05-06T12:30:00.25"),
+        (np.array(["2024-05-06"], dtype="datetime64[D]"), "2024-05-06"),
+        (np.bool_(True), True),
+    ],
+)
+@pytest.mark.parametrize("column", ["answer", "answers"])
+def test_a_date_or_time_is_its_iso_text(answer, text, column):
+    """Rewards refused what the row was taken with, after the first rollout."""
+    row = normal({"question": "q", column: answer})
+    assert answer_of(row) == columns_of([row])["answer"][0] == text and type(answer_of(row)) is type(text)
+    right = [f"<answer>{text}</answer>"]
+    for reward in (rewards.correctness_reward, rewards.math_equal_reward, rewards.check_answer):
+        assert reward(["?"], right, answer=[answer_of(row)])[0] >= 1
+    assert completion_of(row).endswith(f"<answer>{text}</answer>")
 
 
 @pytest.mark.parametrize(
@@ -176,11 +211,22 @@ def test_a_list_of_one_answer_is_that_answer(answer, expected):
         ({"answer": "48 + 24 = 72 ####"}, "no answer"),
         ({"answer": {"value": 7}}, "the answer is a dict, expected a text or a number"),
         ({"answer": b"7"}, "the answer is a bytes"),
-        ({"answer": float("nan")}, "the answer is NaN"),
-        ({"answer": np.float32("nan")}, "the answer is NaN"),
+        ({"answer": np.bytes_(b"7")}, "the answer is a bytes"),
+        ({"answer": float("nan")}, "the answer is nan, which is no finite number"),
+        ({"answer": np.float32("nan")}, "the answer is nan"),
+        ({"answer": float("inf")}, "the answer is inf, which is no finite number"),
+        ({"answer": np.float32("-inf")}, "the answer is -inf"),
+        ({"answer": Decimal("Infinity")}, "the answer is Infinity"),
+        ({"answer": Decimal("sNaN")}, "NaN"),
+        ({"answer": 1j}, "the answer is a complex, expected a text or a number"),
+        ({"answer": np.complex64(1)}, "the answer is a complex64"),
+        ({"answer": datetime.timedelta(1)}, "the answer is a timedelta"),
+        ({"answer": np.timedelta64(1, "D")}, "the answer is a timedelta64"),
+        ({"answer": pandas.NaT}, "the answer is NaT, which is no date"),
+        ({"answer": np.datetime64("NaT")}, "the answer is NaT"),
         ({"answers": ["7", "8"]}, "2 answers; expected one"),
         ({"answers": []}, "0 answers; expected one"),
-        ({"answers": [float("nan")]}, "the answer is NaN"),
+        ({"answers": [float("nan")]}, "the answer is nan"),
         ({"answer": "\ud800"}, r"the text has '\ud800'"),
         ({"choices": ["3", "4"], "answer": 2}, "answer 2 is none of the choices A, B"),
         ({"choices": ["3", "4"], "answer": -1}, "answer -1 is none of the choices A, B"),
@@ -197,10 +243,22 @@ def test_a_row_without_an_answer_is_taken_and_remembers_why(row, why):
         ("48/2 = 24 clips.\n48+24 = 72.\n#### 72", "72", "48/2 = 24 clips.\n48+24 = 72."),
         ("48+24 = 72. #### 72\n", "72", "48+24 = 72."),
         ("#### -$1,234.50", "-$1,234.50", ""),
-        ("so #### 1/2", "1/2", "so"),
-        ("so #### .5%", ".5%", "so"),
+        ("48/2 = 24. #### 72", "72", "48/2 = 24."),
+        ("2 - 5 #### \u22123", "\u22123", "2 - 5"),
+        ("Is it? (yes) #### 1/2", "1/2", "Is it? (yes)"),
+        ("<<2*3=6>> #### .5%", ".5%", "<<2*3=6>>"),
+        ("So: = #### $1,234.50", "$1,234.50", "So: ="),
+        ("# Sum\nIt is 5.\n#### 5", "5", "# Sum\nIt is 5."),
         ("so\n  #### x + 1", "x + 1", "so"),
-        ("a #### b #### 3", "3", "a #### b"),
+        ("a #### b. #### 3", "3", "a #### b."),
+        ("a #### b #### 3", "a #### b #### 3", ""),
+        ("Write #### 5", "Write #### 5", ""),
+        ("It is 5. #### about 5", "It is 5. #### about 5", ""),
+        ("It is 5.#### 5", "It is 5.#### 5", ""),
+        ("# Title\n#### Heading", "# Title\n#### Heading", ""),
+        ("## Title\ntext\n#### x", "## Title\ntext\n#### x", ""),
+        ("text\n##### 5", "text\n##### 5", ""),
+        ("#1 is first\n#### 5", "5", "#1 is first"),
         ("Write #### before the heading", "Write #### before the heading", ""),
         ("#### 72\nThe end.", "#### 72\nThe end.", ""),
         ("A ###### heading, or #### 5 times", "A ###### heading, or #### 5 times", ""),
@@ -208,8 +266,20 @@ def test_a_row_without_an_answer_is_taken_and_remembers_why(row, why):
 )
 def test_gsm8k_answers_are_cut_at_their_mark_and_prose_is_not(text, final, reasoning):
     row = normal({"question": "q", "answer": text})
-    assert answer_of(row) == final
+    assert answer_of(row) == final == rewards.answers.final_answer(text), "and the rewards cut in the same place"
     assert completion_of(row) == f"<reasoning>{reasoning}</reasoning>\n<answer>{final}</answer>"
+
+
+PARTS = [
+    *("####", "#### ", "\n", "# T", "## T", "#", " ", "\t", "\xa0", "so", ". ", "=72", ")", "about 5", "x + 1"),
+    *("5", "5.", "-3", "\u22123", "1/2", "1 1/2", "5 / 6", "1,000.5", ".5", "$ 5", "\u20b9 5", "%", "$", "+"),
+]
+
+
+@settings(max_examples=2000)
+@given(st.lists(st.sampled_from(PARTS), max_size=7).map("".join))
+def test_rewards_and_rows_cut_answers_in_the_same_place(text):
+    assert after_mark(text)[0] == rewards.answers.final_answer(text)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +318,11 @@ def test_math_rows_have_their_problem_and_what_the_solution_boxes():
         ({**MMLU, "answer": "6"}, "A. 3\nB. 4\nC. 5\nD. 6", "D"),
         ({"question": "?", "options": np.array(["x", "y"]), "answer": "B"}, "A. x\nB. y", "B"),  # MMLU-Pro
         ({"question": "?", "options": {"A": "x", "B": "y", "C": None}, "answer": "y"}, "A. x\nB. y", "B"),  # MedQA
+        ({"question": "?", "choices": ("x", "y"), "answer": 1}, "A. x\nB. y", "B"),
+        ({"question": "?", "choices": '["x", "y"]', "answer": "B"}, "A. x\nB. y", "B"),  # in a CSV
+        ({"question": "?", "A": "x", "B": "y", "C": "z", "answer": "C"}, "A. x\nB. y\nC. z", "C"),
+        ({"question": "?", "A": "x", "B": "y", "D": "z", "answer": 1}, "A. x\nB. y", "B"),
+        ({"question": "?", "A": 3, "B": 4.5, "answer": " B "}, "A. 3\nB. 4.5", "B"),
     ],
 )
 def test_choices_stand_below_the_question_and_the_answer_is_a_label(row, asked, answer):
@@ -263,8 +338,49 @@ def test_choices_that_can_not_be_shown_are_refused_or_left_alone():
             normal({**MMLU, "choices": choices})
     with pytest.raises(ValueError, match="row 1: 2 choices with 1 labels"):
         normal({**ARC, "choices": {"text": ["iron", "salt"], "label": ["A"]}})
-    shown = {"prompt": "2 + 2?\nA. 3\nB. 4", "choices": ["3", "4"], "answer": "B"}  # by whoever wrote the prompt
-    assert (normal(shown)[QUESTION], answer_of(normal(shown))) == (shown["prompt"], "B")
+    for choices in ("['3' '4']", "{3, 4}"):
+        with pytest.raises(ValueError, match="row 1: choices=.*: a text, expected a list, or one in JSON"):
+            normal({**MMLU, "choices": choices})
+    for row in ({"choices": {"first": 3, "second": 4}}, {"options": "3 or 4"}):
+        with pytest.raises(ValueError, match="row 1: the answer is a letter, and .* are no list of choices"):
+            normal({"prompt": "2 + 2?", "answer": "B", **row})
+
+
+@pytest.mark.parametrize(
+    "row, question, answer",
+    [
+        ({"prompt": "2 + 2?", "choices": ["3", "4"], "answer": 1}, "2 + 2?\nA. 3\nB. 4", "B"),
+        ({"prompt": "2 + 2?", "choices": ["3", "4"], "answer": "B"}, "2 + 2?\nA. 3\nB. 4", "B"),
+        ({"prompt": "2 + 2?", "A": "3", "B": "4", "answer": "B"}, "2 + 2?\nA. 3\nB. 4", "B"),
+        ({"prompt": "2 + 2?\nA. 3\nB. 4", "choices": ["3", "4"], "answer": "B"}, "2 + 2?\nA. 3\nB. 4", "B"),
+        ({"prompt": "2 + 2? (A) 3 (B) 4", "choices": ["3", "4"], "answer": 1}, "2 + 2? (A) 3 (B) 4", "B"),
+        ({"question": "2 + 2? A: 3, B: 4", "choices": [3, 4], "answer": "B"}, "2 + 2? A: 3, B: 4", "B"),
+        ({"prompt": "a) 3 b) 4", "choices": ["A", "B"], "answer": 1}, "a) 3 b) 4", "B"),
+        ({"prompt": "3 or 4?", "choices": ["3", "4"], "answer": "4"}, "3 or 4?", "4"),
+        ({"prompt": "2 + 2?", "choices": [3, 4], "answer": 4}, "2 + 2?", 4),
+        ({"prompt": "2 + 2?", "choices": [{"message": "4"}, {}], "answer": 4}, "2 + 2?", 4),  # of something else
+        ({"question": "A + B?", "A": 3, "B": 4, "answer": 7}, "A + B?", 7),
+        ({"question": "A - B?", "A": 4, "B": 3, "answer": 1}, "A - B?", 1),
+    ],
+)
+def test_choices_are_shown_once_where_the_answer_names_one(row, question, answer):
+    """Beside a prompt they were lost, and the model was asked for the letter or number of a thing it can't see."""
+    assert (normal(row)[QUESTION], answer_of(normal(row))) == (question, answer)
+
+
+def test_choices_stand_below_a_question_in_a_column_that_the_user_names():
+    row = {"stem": "2 + 2?", "choices": ["3", "4"], "key": "4", "prompt": "?"}
+    row = normal(row, question_column="stem", answer_column="key")
+    assert (row[QUESTION], answer_of(row)) == ("2 + 2?\nA. 3\nB. 4", "B")
+
+
+@pytest.mark.parametrize("column", ["prompt", "question"])
+def test_messages_must_show_the_choices_that_the_answer_names(column):
+    row = {column: ASKED, "choices": ["3", "2"], "answer": 1}
+    assert "the messages don't show 'A. ...'" in no_answer(row)
+    shown = [{"role": "user", "content": "1 + 1? A) 3 B) 2"}]
+    assert answer_of(normal({**row, column: shown})) == "B" and prompt_of(normal({**row, column: shown})) == shown
+    assert answer_of(normal({**row, "answer": "2"})) == "2"
 
 
 def test_named_columns_decide_what_is_asked_and_expected_and_all_stay():

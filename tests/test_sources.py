@@ -12,8 +12,9 @@ import pyarrow
 import pytest
 import torch
 
-from tunix_torch import DataConfig
+from tunix_torch import DataConfig, GRPOConfig, ModelConfig
 from tunix_torch.config import KNOWN_DATASETS
+from tunix_torch.job import train
 from tunix_torch.readers import load_rows, stream_rows
 from tunix_torch.rows import QUESTION, answer_of
 from tunix_torch.shapes import COLUMNS, normalize_row
@@ -612,6 +613,23 @@ def test_stream_reads_no_more_than_is_drawn_and_its_window(tmp_path, monkeypatch
     for _, _ in zip(stream, range(20), strict=False):
         pass
     assert len(pulled) <= 40
+
+
+@pytest.mark.parametrize(
+    "use_grpo, message", [(True, "'correctness_reward' takes 'answer'"), (False, "completion to learn")]
+)
+def test_a_stream_without_what_training_takes_is_told_before_anything_is_moved(
+    model_folder, tmp_path, use_grpo, message
+):
+    """It was told at the first step."""
+    path, out = write_rows(tmp_path / "a.jsonl", [{"question": "1 + 1?"}] * 9), tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("of an earlier run")
+    with pytest.raises(ValueError, match=f"a.jsonl, row 1: no .*{message}"):
+        settings = {"use_grpo": use_grpo, "max_steps": 1, "report_to": "none", "eval_strategy": "no"}
+        data = DataConfig(data_path=path, streaming=True, reward_funcs=["correctness"])
+        train(ModelConfig(model_name=model_folder), data, GRPOConfig(output_dir=str(out), **settings))
+    assert [file.name for file in out.iterdir()] == ["metrics.jsonl"]
 
 
 def test_wrong_stream_is_told_when_it_is_opened(tmp_path):

@@ -30,6 +30,7 @@ from .rows import (
     PROMPT,
     PROMPT_IDS,
     QUESTION,
+    REASONING,
     TURNS,
     WHERE,
     Row,
@@ -40,7 +41,7 @@ from .shapes import completion_of, normalize_row
 
 logger = logging.getLogger(__name__)
 
-ADDED = dict.fromkeys((WHERE, QUESTION, TURNS, ANSWER, NO_ANSWER, PROMPT), datasets.Value("string"))
+ADDED = dict.fromkeys((WHERE, QUESTION, TURNS, ANSWER, NO_ANSWER, REASONING, PROMPT), datasets.Value("string"))
 ADDED |= dict.fromkeys((PROMPT_IDS, COMPLETION_IDS), datasets.List(datasets.Value("int32")))
 
 CACHED_CHARACTERS = 1_000_000  # of texts; fewer are tokenised in less time than looking after a file is worth

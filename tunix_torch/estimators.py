@@ -46,11 +46,12 @@ def maj_at_k(votes: Sequence[Hashable | None], right: Sequence[bool]) -> float:
 
     Self-consistency (Wang et al. 2022, arXiv:2203.11171) with equal weights; Minerva's maj1@k (arXiv:2206.14858). Of
     answers with equally many votes the one that came first wins. A completion without an answer (None) has no vote,
-    and where nobody votes the question is wrong.
+    and where nobody votes the question is wrong. Right and wrong completions are counted apart, also where their votes
+    are equal.
 
     Args:
         votes: the answer of each completion, equal where the answers are.
-        right: whether it is right; for the winning answer that of the first completion that gave it counts.
+        right: whether it is right.
 
     Raises:
         ValueError: not one value of `right` for every vote.
@@ -60,11 +61,11 @@ def maj_at_k(votes: Sequence[Hashable | None], right: Sequence[bool]) -> float:
     """
     if len(votes) != len(right):
         raise ValueError(f"right has {len(right)} values; it needs one for each of the {len(votes)} votes")
-    counts = Counter(vote for vote in votes if vote is not None)  # keeps the order in which they came
+    counts = Counter(pair for pair in zip(votes, right, strict=True) if pair[0] is not None)  # in order of appearance
     if not counts:
         return 0.0
-    winner = max(counts, key=counts.__getitem__)  # the first of the largest
-    return float(right[votes.index(winner)])
+    _, winner_is_right = max(counts, key=counts.__getitem__)  # the first of the largest
+    return float(winner_is_right)
 
 
 def wilson_interval(share: float, num_answers: float) -> tuple[float, float]:

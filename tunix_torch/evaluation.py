@@ -1,6 +1,7 @@
 """Answer questions whose answers are known: sample batch by batch, and judge."""
 
 import inspect
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -140,21 +141,26 @@ def votes_by_class(
     rows: Sequence[Row],
     completions: Sequence[Sequence[str]],
     extracted: Sequence[Sequence[str | None]],
+    right: Sequence[Sequence[bool]],
     judge: RewardFunc,
     timeout: float | None = None,
+    started: float | None = None,
 ) -> list[list[str | None]]:
     """What each of K completions of each of N questions votes for in `estimators.maj_at_k`: equal for equal answers.
 
     Answers are equal by what makes an answer right: with `math_equal` 1/2 and 0.5 are one answer, with `correctness`
     5 miles and 5 km are two. Classes are formed in the order in which completions appear. A completion joins the first
-    class whose first member has the same text as its answer, or an answer such that the judge calls the completion
-    right with that as the expected one.
+    class whose members are right if it is right, and wrong if it is wrong, and whose first member has the same text as
+    its answer, or an answer such that the judge calls the completion right with that as the expected one. The judge
+    alone does not keep right and wrong answers apart, as its equality need not be symmetric: `math_equal` takes 85
+    where 47 + 38 is expected, but not the other way round.
 
     Args:
         extracted: the answer in each completion; None or blank: it has no vote.
+        right: whether each completion is right, by the question's own expected answer.
         judge: takes the expected answer, see `takes_answer`. It is called for at most K * (K - 1) / 2 pairs of a
             question, and for many questions at once.
-        timeout: seconds that each of these calls may take.
+        timeout, started: for all of these calls together, see `call_rewards`.
 
     Returns:
         N lists of K votes: each the text of its class's first member.
@@ -162,42 +168,46 @@ def votes_by_class(
     Raises:
         ValueError: see `call_rewards`, or the judge can't take a completion's answer for the expected one.
     """
-    texts = [[" ".join((text or "").split()) or None for text in row] for row in extracted]
-    votes: list[dict[str, str]] = [{} for _ in rows]  # of each question: answer -> the first of its class
-    waiting: list[dict[str, str]] = [{} for _ in rows]  # answers without a class -> the first completion that gives it
-    for i, row in enumerate(texts):
-        for text, completion in zip(row, completions[i], strict=True):
-            if text is not None:
-                waiting[i].setdefault(text, completion)
+    started = time.monotonic() if started is None else started
+    answers: list[list[_Answer | None]] = []
+    votes: list[dict[_Answer, str]] = [{} for _ in rows]  # of each question: answer -> the first of its class
+    waiting: list[dict[_Answer, str]] = [{} for _ in rows]  # answers without a class -> a completion that gives it
+    for i, row in enumerate(extracted):
+        texts = [" ".join((text or "").split()) for text in row]
+        answers.append([(text, verdict) if text else None for text, verdict in zip(texts, right[i], strict=True)])
+        for answer, completion in zip(answers[i], completions[i], strict=True):
+            if answer is not None:
+                waiting[i].setdefault(answer, completion)
     while any(waiting):
         asked: list[Row] = []
-        pairs: list[tuple[int, str]] = []  # (question, an answer that may belong to the class that begins there)
-        for i, answers in enumerate(waiting):
-            if answers:
-                first = next(iter(answers))
-                votes[i][first] = first
-                del answers[first]
-                asked += [with_answer(rows[i], first)] * len(answers)
-                pairs += [(i, text) for text in answers]
-        for (i, text), row, value in zip(pairs, asked, _values(judge, asked, pairs, waiting, timeout), strict=True):
+        pairs: list[tuple[int, _Answer]] = []  # (question, an answer that may belong to the class that begins there)
+        for i, without_class in enumerate(waiting):
+            if without_class:
+                first = next(iter(without_class))
+                votes[i][first] = first[0]
+                del without_class[first]
+                same_verdict = [answer for answer in without_class if answer[1] == first[1]]
+                asked += [with_answer(rows[i], first[0])] * len(same_verdict)
+                pairs += [(i, answer) for answer in same_verdict]
+        texts = [waiting[i][answer] for i, answer in pairs]
+        for (i, answer), row, value in zip(pairs, asked, _values(judge, asked, texts, timeout, started), strict=True):
             if is_right(value):
-                votes[i][text] = row["answer"]
-                del waiting[i][text]
-    return [[None if text is None else votes[i][text] for text in row] for i, row in enumerate(texts)]
+                votes[i][answer] = row["answer"]
+                del waiting[i][answer]
+    return [[None if answer is None else votes[i][answer] for answer in row] for i, row in enumerate(answers)]
+
+
+_Answer = tuple[str, bool]  # the text of an answer, and whether the completions that give it are right
 
 
 def _values(
-    judge: RewardFunc,
-    asked: Sequence[Row],
-    pairs: Sequence[tuple[int, str]],
-    waiting: Sequence[dict[str, str]],
-    timeout: float | None,
+    judge: RewardFunc, asked: Sequence[Row], completions: Sequence[str], timeout: float | None, started: float
 ) -> list[float | None]:
-    """The judge's value for the completion of each pair, with the expected answer of its row."""
-    if not pairs:
+    """The judge's value for each completion, with the expected answer of its row."""
+    if not asked:
         return []
     try:
-        return call_rewards([judge], asked, [waiting[i][text] for i, text in pairs], timeout)[0]
+        return call_rewards([judge], asked, completions, timeout, started=started)[0]
     except Exception as error:  # it may be the first time that it sees an expected answer that is no good one
         shown = f"{name_of(judge)!r}, asked for maj@K whether a completion equals another one, whose answer is expected"
         raise ValueError(f"judge {shown}, raised {type(error).__name__}: {error}") from error

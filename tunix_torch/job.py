@@ -1,11 +1,12 @@
 """A whole job: model, data and rewards by their names; evaluate, train, evaluate, save."""
 
+import contextlib
 import logging
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .checkpoint import has_final_files
 from .config import DataConfig, GRPOConfig, ModelConfig
 from .model import base_model_name, load_model, load_tokenizer, lora_config, torch_dtype
 from .nested import GRPOTrainingConfig
-from .rows import answer_text, has_column, question_of
+from .rows import Row, answer_text, has_column, question_of
 from .run_folder import (
     CONFIG_FILE,
     CURVES_FILE,
@@ -37,6 +38,7 @@ from .run_folder import (
 )
 from .scoring import RewardFunc, name_of, require_columns
 from .settings import require
+from .shapes import completion_of
 from .sources import load_data
 from .trainer import TunixTrainer
 
@@ -74,7 +76,15 @@ def build_trainer(
     """
     reward_funcs = choose_rewards(data_config, args)
     judge = rewards.find_reward(data_config.judge_in_force)
-    train_rows, eval_rows = load_data(data_config, args.seed)
+
+    def check_first(row: Row) -> None:
+        """Of a stream more is not known now."""
+        if args.use_grpo:
+            require_columns(reward_funcs, [row])
+        else:
+            completion_of(row)
+
+    train_rows, eval_rows = load_data(data_config, args.seed, check_first)
     if args.use_grpo and isinstance(train_rows, list):  # before a large model is loaded
         require_columns(reward_funcs, train_rows)
     unanswered = bool(eval_rows) and not any(has_column(row, "answer") for row in eval_rows)
@@ -151,6 +161,24 @@ def train(
         model_config, data_config, args = config.flat()
     else:
         model_config, data_config, args = config, data_config or DataConfig(), args or GRPOConfig()
+    with _without_empty_folders(Path(args.output_dir)):
+        return _train(model_config, data_config, args)
+
+
+@contextlib.contextmanager
+def _without_empty_folders(folder: Path) -> Iterator[None]:
+    """Where it ends by an exception, remove the folders that came to be for this one if there is nothing in them."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in missing if processes.is_first() else ():
+            with contextlib.suppress(OSError):  # it holds something, or never came to be
+                path.rmdir()
+        raise
+
+
+def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig) -> TunixTrainer:
     started = time.perf_counter()
     output_dir = Path(args.output_dir)
     check_output_dir(output_dir)

@@ -132,6 +132,7 @@ def call_rewards(
     completions: Sequence[str],
     timeout: float | None = None,
     workers: RewardWorkers | None = None,
+    started: float | None = None,
 ) -> list[list[float | None]]:
     """What R reward functions say about B completions of N rows, copies of a row side by side.
 
@@ -140,6 +141,7 @@ def call_rewards(
     Args:
         timeout: seconds that the functions may take for the whole batch; None: as long as they like.
         workers: processes that call the functions that are not async; None: this one does.
+        started: when that time began, by `time.monotonic`, where several calls share it; None: now.
 
     Returns:
         R lists of B values, None where a function does not apply.
@@ -172,7 +174,7 @@ def call_rewards(
         else:
             calls.append(workers.submit(function, len(rows), arguments))
     result, threaded = [], timeout is not None or workers is not None
-    for function, values in zip(functions, _results(functions, calls, threaded, timeout), strict=True):
+    for function, values in zip(functions, _results(functions, calls, threaded, timeout, started), strict=True):
         try:
             values = [None if value is None else float(value) for value in values]
         except (TypeError, ValueError) as error:
@@ -189,7 +191,11 @@ def call_rewards(
 
 
 def _results(
-    functions: Sequence[RewardFunc], calls: Sequence[Callable[[], Any]], threaded: bool, timeout: float | None
+    functions: Sequence[RewardFunc],
+    calls: Sequence[Callable[[], Any]],
+    threaded: bool,
+    timeout: float | None,
+    started: float | None,
 ) -> list[Any]:
     """What each call returns.
 
@@ -197,7 +203,7 @@ def _results(
     (notebooks). With `threaded` every function runs in a thread, which a timeout needs: Python can't stop a function,
     but it can stop waiting. Without, the others run here, one after the other.
     """
-    started = time.monotonic()
+    started = time.monotonic() if started is None else started
     in_thread = [threaded or is_async(function) for function in functions]
     futures = [_in_thread(call) if away else None for call, away in zip(calls, in_thread, strict=True)]
     results: list[Any] = [None if away else call() for call, away in zip(calls, in_thread, strict=True)]

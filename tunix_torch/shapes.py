@@ -2,14 +2,18 @@
 
 A row has a question in `prompt` or `question`: a text, or a list of messages. It may have an answer in `answer`,
 `answers` or `expected_answers`. Also understood, by their columns: GSM8K ("... #### 72"), MATH (`problem`, and
-`solution` with a \\boxed{...}), ARC and MMLU (`question`, `choices`, and `answerKey` or `answer`).
+`solution` with a \\boxed{...}), ARC and MMLU (`question`, `choices` or the columns `A`, `B`, ..., and `answerKey` or
+`answer`).
 """
 
 import datetime
+import itertools
 import json
+import math
 import numbers
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -26,8 +30,10 @@ CHOICES = ("choices", "options")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ROLES = ("system", "user", "assistant")
 NUMBER = re.compile(
-    r"[-+]?\s?[$€£¥]?\s?[-+]?(\d[\d,]*(\.\d+)?|\.\d+|(\d+\s)?\d+\s?/\s?\d+)\s?[%$€£¥]?\.?"
+    r"[-+−–]?\s?[$€£¥₹]?\s?[-+−–]?"
+    r"([0-9][0-9,]*(\.[0-9]+)?|\.[0-9]+|([0-9]+\s)?[0-9]+\s?/\s?[0-9]+)\s?[%$€£¥₹]?\.?"
 )  # what a final answer after "####" may be when that mark does not begin a line
+BEFORE_MARK = tuple(".!?=0123456789)>")  # what a sentence or a calculation ends with before such a mark
 
 
 def normalize_row(
@@ -64,16 +70,22 @@ def normalize_row(
     if dataset is not None:
         require_shape(looked_at, where, dataset)
     column = _question_column(looked_at, where)
-    question, choices, turns = looked_at[column], [], ""
+    question, choices, turns, hidden = looked_at[column], [], "", False
     if isinstance(question, str):
         _check_encodable(question, where, "the question")
-        choices = _choices(looked_at, where) if column == "question" else []
-        question = "\n".join([question, *(f"{label}. {text}" for label, text in choices)])
     else:
         question = check_messages(question, where)[-1]["content"]
         turns = question_column or column
+    whole = turns or (column != "question" and question_column is None)  # as a prompt is, which may hold the choices
+    if not whole or _answer_is_letter(looked_at) or _names_choice(looked_at, _readable_choices(looked_at)):
+        choices = _choices(looked_at, where)
+    if choices and not _shows(question, choices):
+        hidden = bool(turns)
+        question = question if turns else "\n".join([question, *(f"{label}. {text}" for label, text in choices)])
     derived = {WHERE: where, QUESTION: question, TURNS: turns, ANSWER: None, NO_ANSWER: "", REASONING: ""}
     try:
+        if hidden:
+            raise ValueError(f"the answer is one of the choices, and the messages don't show '{choices[0][0]}. ...'")
         answer, derived[REASONING] = _expected_answer(looked_at, choices)
         if answer is not row.get("answer") or type(answer) in (str, int, float, bool):
             derived[ANSWER] = json.dumps(answer, default=_plain)
@@ -153,10 +165,22 @@ def check_messages(question: Any, where: str) -> list[Mapping[str, Any]]:
 
 
 def _choices(row: Row, where: str) -> list[tuple[str, str]]:
-    """(label, text) of each choice: those of ARC have labels, those of MMLU get A, B, C, D."""
-    choices = next((row[name] for name in CHOICES if row.get(name) is not None), None)
-    if isinstance(choices, np.ndarray):
-        choices = choices.tolist()
+    """(label, text) of each choice: those of ARC have labels, those of MMLU get A, B, C, D.
+
+    Raises:
+        ValueError: they can't be read, and the answer may be one of them.
+    """
+    name = next((name for name in CHOICES if row.get(name) is not None), None)
+    if name is None:
+        return _lettered_choices(row)
+    choices = row[name]
+    if isinstance(choices, str) and choices.lstrip()[:1] in ("[", "{"):  # a CSV has them so
+        try:
+            choices = json.loads(choices)
+        except json.JSONDecodeError:
+            raise ValueError(f"{where}: {name}={choices!r:.60}: a text, expected a list, or one in JSON") from None
+    if isinstance(choices, np.ndarray | tuple):
+        choices = list(choices)
     if isinstance(choices, dict) and {"text", "label"} <= choices.keys():  # Hugging Face and TFDS: a list a column
         if len(choices["text"]) != len(choices["label"]):
             raise ValueError(f"{where}: {len(choices['text'])} choices with {len(choices['label'])} labels")
@@ -164,12 +188,58 @@ def _choices(row: Row, where: str) -> list[tuple[str, str]]:
     if isinstance(choices, dict) and all(isinstance(text, str | None) for text in choices.values()):  # {"A": "iron"}
         return [(label, text) for label, text in choices.items() if text is not None]
     if not isinstance(choices, list) or len(choices) < 2:
+        if choices and _answer_is_letter(row):
+            raise ValueError(f"{where}: the answer is a letter, and {name}={choices!r:.60} are no list of choices")
         return []
     if all(isinstance(choice, dict) and {"text", "label"} <= choice.keys() for choice in choices):
         return [(str(choice["label"]), str(choice["text"])) for choice in choices]
     if len(choices) > len(LETTERS) or not all(isinstance(choice, str | numbers.Number) for choice in choices):
         raise ValueError(f"{where}: expected up to {len(LETTERS)} choices that are texts")
     return [(label, str(choice)) for label, choice in zip(LETTERS, choices, strict=False)]
+
+
+def _readable_choices(row: Row) -> list[tuple[str, str]]:
+    """Likewise; none where they can't be read."""
+    try:
+        return _choices(row, "")
+    except ValueError:
+        return []
+
+
+def _lettered_choices(row: Row) -> list[tuple[str, str]]:
+    """Choices in columns A, B, C, D. What else such columns may hold is left alone: only an answer tells."""
+    letters = list(itertools.takewhile(lambda name: isinstance(row.get(name), str | numbers.Number), LETTERS))
+    choices = [(name, str(row[name])) for name in letters]
+    if len(choices) < 2 or not _names_choice(row, choices):
+        return []
+    are_texts = all(isinstance(row[name], str) for name in letters)
+    return choices if are_texts or str(_answer_in(row, choices)[0]).strip() in letters else []
+
+
+def _answer_is_letter(row: Row) -> bool:
+    answer = row.get("answer") if row.get("answerKey") is None else row["answerKey"]
+    return isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip() in LETTERS
+
+
+def _names_choice(row: Row, choices: list[tuple[str, str]]) -> bool:
+    """Whether the row's answer is the label or the number of a choice, and so says nothing without them."""
+    try:
+        answer = _answer_in(row, choices)[0]
+    except ValueError:
+        return False
+    return _is_index(answer, choices) or (answer is not None and str(answer).strip() in dict(choices))
+
+
+def _is_index(answer: Any, choices: list[tuple[str, str]]) -> bool:
+    return isinstance(answer, numbers.Integral) and not isinstance(answer, bool) and 0 <= answer < len(choices)
+
+
+def _shows(question: str, choices: list[tuple[str, str]]) -> bool:
+    """Whether a question holds all choices with their labels: "A. iron", "(A) iron" or "A: iron"."""
+    if all(label == text for label, text in choices):  # only the letters, of what is in the question
+        return True
+    shown = (rf"(?<!\w){re.escape(label)}[.):\]]\s*{re.escape(text)}" for label, text in choices)
+    return all(re.search(pattern, question) for pattern in shown)
 
 
 # ---- the answer ----
@@ -180,6 +250,25 @@ def _expected_answer(row: Row, choices: list[tuple[str, str]]) -> tuple[Any, str
 
     Raises:
         ValueError: there is none, or it is none that a completion could be compared with.
+    """
+    answer, name = _answer_in(row, choices)
+    reasoning = ""
+    if choices and answer is not None:
+        answer = _label_of(answer, choices, name)
+    elif isinstance(answer, str):
+        _check_encodable(answer, "no answer", "the text")
+        answer, reasoning = after_mark(answer)
+    if answer is None or (isinstance(answer, str) and (not answer.strip() or answer.rstrip().endswith("####"))):
+        boxed = ", or \\boxed{...} in the solution" if "solution" in row else ""
+        raise ValueError(f"no answer; expected a column named {', '.join(ANSWER_COLUMNS)}{boxed}")
+    return answer, reasoning
+
+
+def _answer_in(row: Row, choices: list[tuple[str, str]]) -> tuple[Any, str | None]:
+    """What the row has as its answer, as a text or number, and in which column; None where there is none.
+
+    Raises:
+        ValueError: it is neither a text nor a number nor a date.
     """
     names = ("answerKey", *ANSWER_COLUMNS) if choices else (*ANSWER_COLUMNS, "answerKey")
     name = next((name for name in names if row.get(name) is not None), None)
@@ -194,20 +283,30 @@ def _expected_answer(row: Row, choices: list[tuple[str, str]]) -> tuple[Any, str
         if len(answer) != 1:
             raise ValueError(f"{len(answer)} answers; expected one")
         answer = answer[0]
-    if answer is not None and not isinstance(answer, str | numbers.Number | np.generic | datetime.date):
+    return _as_text_or_number(answer), name
+
+
+def _as_text_or_number(answer: Any) -> Any:
+    """An answer as reward functions take it: a date or a time becomes its ISO text.
+
+    Raises:
+        ValueError: it is neither a text nor a real and finite number nor a date.
+    """
+    if answer is None or isinstance(answer, str):
+        return answer
+    if isinstance(answer, datetime.date | datetime.time | np.datetime64):
+        if answer != answer:
+            raise ValueError("the answer is NaT, which is no date")
+        text = str(answer) if isinstance(answer, np.datetime64) else answer.isoformat()
+        # NumPy writes all nine digits of a second's fraction
+        return text.rstrip("0").rstrip(".") if isinstance(answer, np.datetime64) and "." in text else text
+    if isinstance(answer, np.bool_):
+        return bool(answer)
+    if not isinstance(answer, numbers.Real | Decimal) or isinstance(answer, np.timedelta64):  # an integer of NumPy's
         raise ValueError(f"the answer is a {type(answer).__name__}, expected a text or a number")
-    if answer != answer:
-        raise ValueError("the answer is NaN, which is no number")
-    reasoning = ""
-    if choices and answer is not None:
-        answer = _label_of(answer, choices, name)
-    elif isinstance(answer, str):
-        _check_encodable(answer, "no answer", "the text")
-        answer, reasoning = _after_mark(answer)
-    if answer is None or (isinstance(answer, str) and not answer.strip()):
-        boxed = ", or \\boxed{...} in the solution" if "solution" in row else ""
-        raise ValueError(f"no answer; expected a column named {', '.join(ANSWER_COLUMNS)}{boxed}")
-    return answer, reasoning
+    if not isinstance(answer, numbers.Rational) and not math.isfinite(answer):
+        raise ValueError(f"the answer is {answer}, which is no finite number")
+    return answer
 
 
 def _label_of(answer: Any, choices: list[tuple[str, str]], name: str) -> str:
@@ -215,22 +314,26 @@ def _label_of(answer: Any, choices: list[tuple[str, str]], name: str) -> str:
     labels, texts = zip(*choices, strict=True)
     if str(answer).strip() in labels:
         return str(answer).strip()
-    if isinstance(answer, numbers.Integral) and not isinstance(answer, bool) and 0 <= answer < len(labels):
+    if _is_index(answer, choices):
         return labels[answer]
     if texts.count(answer) == 1:
         return labels[texts.index(answer)]
     raise ValueError(f"{name} {answer!r} is none of the choices {', '.join(labels)}")
 
 
-def _after_mark(text: str) -> tuple[str, str]:
+def after_mark(text: str) -> tuple[str, str]:
     """(final answer, reasoning): GSM8K has "####" between them. In other texts these signs say nothing.
 
-    They count where they begin the last line, or a number comes after them that ends the text.
+    The last of them count where they begin the last line of a text without Markdown headings besides, or where they
+    follow the end of a sentence or calculation, and a number comes after them that ends the text.
     """
     reasoning, mark, final = text.rpartition("####")
     final = final.strip()
-    begins_last_line = "\n" not in final and not reasoning.rpartition("\n")[2].strip()
-    if mark and (not final or begins_last_line or NUMBER.fullmatch(final)):
+    *lines, beside = reasoning.split("\n")
+    begins_line = not beside.strip() and not any(line.lstrip(" \t").startswith(("# ", "##")) for line in lines)
+    before = reasoning.rstrip()
+    follows_end = len(before) < len(reasoning) and before.endswith(BEFORE_MARK)
+    if mark and "\n" not in final and (begins_line or (follows_end and NUMBER.fullmatch(final))):
         return final, reasoning.strip()
     return text, ""
 

@@ -5,7 +5,7 @@
 
 import functools
 import random
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,18 @@ KNOWN = {
 # ---- those that a job's settings name ----
 
 
-def load_data(config: DataConfig, seed: int) -> tuple[list[Row] | datasets.IterableDataset, list[Row]]:
+def load_data(
+    config: DataConfig, seed: int, check_first: Callable[[Row], object] | None = None
+) -> tuple[list[Row] | datasets.IterableDataset, list[Row]]:
     """Training and evaluation rows. Without `data_path` and `dataset`: generated arithmetic, no problem in both.
 
     Evaluation rows are those of `val_data_path`; else, with `train_fraction`, the rest of the training rows; else the
     test split of `dataset`, unless `data_path` is a local copy of it. With `streaming` the training rows are read as
     they are drawn, shuffled by `seed` within a window that moves along. All but generated rows are normalized, see
     `normalize_row`.
+
+    Args:
+        check_first: called with the first training row of a stream, to raise what it lacks before training begins.
 
     Raises:
         ValueError: settings that exclude each other; see also `load_rows` and `normalize_row`.
@@ -59,7 +64,7 @@ def load_data(config: DataConfig, seed: int) -> tuple[list[Row] | datasets.Itera
     if config.data_path is None and config.dataset is None:
         return tiny.arithmetic_rows("train", config.num_train_rows or NUM_GENERATED_ROWS, seed), load_eval_rows(config)
     if config.streaming:
-        return _stream(config, seed), load_eval_rows(config)
+        return _stream(config, seed, check_first), load_eval_rows(config)
     train = _load(config, config.data_path, config.dataset_split, "data_path")
     if config.train_fraction == 1:
         return train[: config.num_train_rows], load_eval_rows(config)
@@ -142,7 +147,7 @@ def _load(config: DataConfig, path: str | None, split: str, setting: str, any_sh
     return [normalize(row, index) for index, row in enumerate(rows)]
 
 
-def _stream(config: DataConfig, seed: int) -> datasets.IterableDataset:
+def _stream(config: DataConfig, seed: int, check_first: Callable[[Row], object] | None) -> datasets.IterableDataset:
     place, config_name = _place(config, config.data_path)
     setting = "data_path" if config.data_path is not None else f"dataset={config.dataset!r}: data_path"
     stream = stream_rows(place, config_name, config.dataset_split, setting, config.data_source)
@@ -152,7 +157,9 @@ def _stream(config: DataConfig, seed: int) -> datasets.IterableDataset:
     first = next(iter(stream), None)  # a wrong path or column is told now, not at the first step
     if first is None:
         raise ValueError(f"{setting}={place!r}: no rows")
-    normalize(first, 0)
+    first = normalize(first, 0)
+    if check_first is not None:
+        check_first(first)
     return stream.map(normalize, with_indices=True).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
 
 
