@@ -36,7 +36,7 @@ _CHANGES_VALUE = frozenset(
         *(f"{word}fold" for word in _NUMBER_WORDS),
         *"half halfs halves quarter quarters gross lakh lakhs crore crores mil mln mn bn bln tn".split(),
         *"milliard milliards grand googol googols googolplex myriad myriads".split(),
-        *"pair pairs couple couples brace trio trios".split(),
+        *"brace trio trios".split(),
         *"permille permil mille bps binary ternary octal hex hexadecimal".split(),
         *"squared cubed root factorial doubled tripled halved twice thrice".split(),
         *"negative negated inverse reciprocal repeating recurring choose mod modulo below".split(),
