@@ -375,7 +375,7 @@ class TunixTrainer(Trainer):
         """See `transformers.Trainer.get_batch_samples`. The batches of one optimizer step are remembered, since each
         token's weight depends on how many all of them have."""
         batches, num_items = super().get_batch_samples(*args)
-        self._step_inputs, self._learned = list(batches), []
+        self._step_inputs, self._waiting, self._learned = list(batches), [], []
         return batches, num_items
 
     def _batches_with(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
