@@ -172,7 +172,6 @@ NAN, INF = float("nan"), float("inf")
         ({"save_steps": 2.5}, "save_steps=2.5: must be a whole number above 0"),
         ({"eval_steps": 0}, "eval_steps=0: must be a whole number above 0"),
         ({"logging_steps": -1}, "logging_steps=-1: must be a whole number above 0"),
-        ({"save_total_limit": 0}, "save_total_limit=0: must be at least 1"),
         ({"seed": 2**32}, "seed=4294967296: must be below"),
         ({"optim": "adamm"}, "optim='adamm': choose one of adamw_torch"),
     ],
