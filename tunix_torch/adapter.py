@@ -15,8 +15,6 @@ from .model import adapters_in_use, base_model
 
 REFERENCE_FILE = "reference.safetensors"  # of a checkpoint whose reference policy has an adapter of its own
 ROWS_AT_ONCE = 2**14  # of embeddings, when they are compared
-# Values of `init_lora_weights` that leave the base weights as they are.
-KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 # ---- which one, and its matrices ----
@@ -141,8 +139,8 @@ def save_adapter(
 
 
 def save_reference(weights: dict[str, Tensor], checkpoint: str | Path) -> None:
-    """Keep the reference policy's matrices, by parameter name, in a checkpoint."""
-    save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, Path(checkpoint) / REFERENCE_FILE)
+    """Keep the reference policy's matrices, by parameter name and on the host, in a checkpoint."""
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, Path(checkpoint) / REFERENCE_FILE)
 
 
 def load_reference(checkpoint: str | Path, device: torch.device) -> dict[str, Tensor] | None:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from .adapter import KEEPS_BASE
 from .attention import attention_masks
 from .model import base_model, eos_token_ids, logits, text_config
 
-# Values of `init_lora_weights` that change the base weights. Loading an adapter computes the same again only of these
+# Values of `init_lora_weights` that leave the base weights as they are.
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
+# Those that change them. Loading an adapter computes the same again only of these
 # two; of the others (pissa_niter, corda, loftq, lora_ga) it depends on chance or on data.
 CHANGES_BASE_AGAIN = ("pissa", "olora")
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of logits, in units of their standard deviation
@@ -61,6 +62,20 @@ def check_peft_config(config: PeftConfig | None) -> None:
         raise ValueError(
             f"peft_config: init_lora_weights={init!r} changes the base weights in a way that loading the saved adapter "
             f"can't repeat; choose one of {', '.join(map(repr, (*KEEPS_BASE, *CHANGES_BASE_AGAIN)))}"
+        )
+
+
+def check_reference(reference: str, config: LoraConfig) -> None:
+    """Measuring from the base model needs one that is as it was.
+
+    Raises:
+        ValueError: `reference` is "base", and the LoRA's initialisation has changed the base weights.
+    """
+    init = config.init_lora_weights
+    if reference == "base" and init not in KEEPS_BASE:
+        raise ValueError(
+            f"reference='base': init_lora_weights={init!r} has changed the base weights, so the model without its "
+            "adapter is not the base model; leave reference out"
         )
 
 
@@ -153,16 +168,15 @@ def _zero_if_finite(tensor: Tensor) -> Tensor:
 
 
 def check_finite(weights: Mapping[str, Tensor], when: str) -> None:
-    """Weights and moments that are kept, or have been learned with, must be finite; numbers are left out.
+    """Weights and moments that are kept, or have been learned with, must be finite. All are on one device.
 
     Raises:
         FloatingPointError: one is not; names `when` and the matrix.
     """
-    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor) and value.ndim}
-    if not tensors or float(torch.stack([_zero_if_finite(value) for value in tensors.values()]).sum()) == 0:
+    if not weights or float(torch.stack([_zero_if_finite(weight) for weight in weights.values()]).sum()) == 0:
         return  # the host has waited once
-    for name, value in tensors.items():
-        if math.isnan(_zero_if_finite(value)):
+    for name, weight in weights.items():
+        if math.isnan(_zero_if_finite(weight)):
             raise FloatingPointError(
                 f"{when}: {name} is not finite; nothing is saved. Checkpoints of earlier steps are whole: resume from "
                 "one. A learning_rate that is too high, or an adam_epsilon of 0, makes weights that are not finite"

@@ -1,6 +1,7 @@
 """Load a Hugging Face causal language model, put a LoRA on it, and run its decoder and its head separately.
 
-The reference policy is the same model with the adapter switched off; there is no second copy of the weights.
+The reference policy is the same model with its adapter switched off, or as that was when the run began; there is no
+second copy of the base weights.
 """
 
 import contextlib

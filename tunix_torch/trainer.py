@@ -31,7 +31,6 @@ from transformers.trainer_utils import TrainOutput
 
 from . import device, processes
 from .adapter import (
-    KEEPS_BASE,
     REFERENCE_FILE,
     adapter_weights,
     changes_nothing,
@@ -52,6 +51,7 @@ from .checks import (
     check_gradient_norm,
     check_head,
     check_peft_config,
+    check_reference,
     check_rewards,
     check_tokenizer,
     has_dropout,
@@ -258,12 +258,8 @@ class TunixTrainer(Trainer):
             raise ValueError(
                 f"per_device_train_batch_size={prompts}: prompts are spread over fsdp={fsdp}; give a multiple of that"
             )
-        init = self.model.peft_config[self._adapter].init_lora_weights
-        if args.reference == "base" and args.beta > 0 and init not in KEEPS_BASE:
-            raise ValueError(
-                f"reference='base': init_lora_weights={init!r} has changed the base weights, so the model without its "
-                "adapter is not the base model; leave reference out"
-            )
+        if args.beta > 0:
+            check_reference(args.reference, self.model.peft_config[self._adapter])
         trainable = [name for name, p in self.model.named_parameters() if p.requires_grad]
         other = [name for name in trainable if "lora_" not in name]
         if other or not trainable:
@@ -278,7 +274,7 @@ class TunixTrainer(Trainer):
             return torch.stack([weights[name].float().abs().sum() for name in self._frozen]).tolist()
 
     def _begin_run(self, checkpoint: str | None = None) -> None:
-        """Keep what stays as it is while a run lasts: frozen weights, and the reference policy.
+        """Keep what stays as it is while a run lasts: frozen weights, the reference policy, whether there is dropout.
 
         The reference is the model without its adapter where that is the policy as the run starts; else the adapter's
         matrices as they are now. A run that goes on from a checkpoint has its reference there.
@@ -293,6 +289,7 @@ class TunixTrainer(Trainer):
         elif self.args.reference == "start" and self.args.beta > 0 and not silent:
             self._reference = {name: weight.detach().clone() for name, weight in weights.items()}
         self._starts_at_reference = silent or self._reference is not None
+        self._has_dropout = has_dropout(self.model)
 
     def _reference_of(self, checkpoint: str, weights: dict[str, nn.Parameter]) -> dict[str, Tensor] | None:
         """The reference policy of the run that left a checkpoint; None: the model without its adapter."""
@@ -653,7 +650,7 @@ class TunixTrainer(Trainer):
         if not rows:
             raise ValueError("eval_dataset: there are no rows to evaluate on")
         rows = list(self._prepare(rows))
-        if self.judge is not None:
+        if self.judge is not None and eval_dataset is not None:  # the trainer's own were looked at when it was made
             check_columns([self.judge], rows, "judge")
         metrics = {}
         if self.judge is not None:
@@ -692,7 +689,7 @@ class TunixTrainer(Trainer):
         """What holds before the first optimizer step on a batch, whatever the model and the data."""
         exact = base_model(self.model).dtype == torch.float32
         at_reference = self._starts_at_reference and self.state.global_step == 0
-        broken = broken_invariant(parts, first, exact, at_reference, has_dropout(self.model))
+        broken = broken_invariant(parts, first, exact, at_reference, self._has_dropout)
         if broken is not None:
             step = f"step {self.state.global_step + 1}"
             check_finite(adapter_weights(self.model, self._adapter), step)
