@@ -28,17 +28,19 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-import rewards
-from tunix_torch import DataConfig, Sampler, SamplingParams, device, load_model, load_tokenizer, tiny
-from tunix_torch.data import Collator, check_columns, prepare_rows
-from tunix_torch.evaluation import is_right, rows_at_once, sample_batches, takes_answer, votes_by_class
-from tunix_torch.model import eos_token_ids, place
-from tunix_torch.results import JudgedCompletion, ResultsFile, summarize
-from tunix_torch.rows import PROMPT_IDS, Row, answer_text, question_of
-from tunix_torch.run_folder import find_system_message, newest_run
-from tunix_torch.scoring import call_rewards
-from tunix_torch.settings import require
-from tunix_torch.sources import load_eval_rows
+from tunix_torch import DataConfig, Sampler, SamplingParams, load_model, load_tokenizer, rewards
+from tunix_torch.config.settings import require
+from tunix_torch.data.prompts import Collator, prepare_rows
+from tunix_torch.data.rows import PROMPT_IDS, Row, answer_text, question_of
+from tunix_torch.data.sources import load_eval_rows
+from tunix_torch.evals.answers import is_right, rows_at_once, sample_batches, takes_answer, votes_by_class
+from tunix_torch.evals.results import JudgedCompletion, ResultsFile, summarize
+from tunix_torch.model import tiny
+from tunix_torch.model.loading import eos_token_ids, place
+from tunix_torch.rewarding.columns import check_columns
+from tunix_torch.rewarding.scoring import call_rewards
+from tunix_torch.run.folder import find_system_message, newest_run
+from tunix_torch.runtime import device
 
 # agent-tunix's: the likeliest token; some variety; much. (temperature, top_k, top_p)
 PRESETS = {"greedy": (1e-4, 1, 1.0), "standard": (0.7, 50, 0.95), "liberal": (0.85, 2000, 1.0)}

@@ -20,15 +20,17 @@ if __name__ == "__main__":
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from rewards import extract_answer, extract_reasoning
-from tunix_torch import Sampler, SamplingParams, device, load_model, load_tokenizer, tiny
-from tunix_torch.data import Collator, encode_prompts, render_prompt
-from tunix_torch.evaluation import sample_texts
-from tunix_torch.model import eos_token_ids, place
-from tunix_torch.readers import FORMATS, format_of, load_rows, open_text
-from tunix_torch.rows import PROMPT_IDS, QUESTION, TURNS, prompt_of
-from tunix_torch.run_folder import find_system_message, newest_run
-from tunix_torch.shapes import normalize_row
+from tunix_torch import Sampler, SamplingParams, load_model, load_tokenizer
+from tunix_torch.data.prompts import Collator, encode_prompts, render_prompt
+from tunix_torch.data.readers import FORMATS, format_of, load_rows, open_text
+from tunix_torch.data.rows import PROMPT_IDS, QUESTION, TURNS, prompt_of
+from tunix_torch.data.shapes import normalize_row
+from tunix_torch.evals.answers import sample_texts
+from tunix_torch.model import tiny
+from tunix_torch.model.loading import eos_token_ids, place
+from tunix_torch.rewards import extract_answer, extract_reasoning
+from tunix_torch.run.folder import find_system_message, newest_run
+from tunix_torch.runtime import device
 
 PROMPT_TEMPLATES = {
     "alpaca": (

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import utils
-from preflight.chips import parse_topology
+from tunix_torch.preflight.chips import parse_topology
 
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -45,7 +45,7 @@ def main() -> None:
     os.environ |= {"TUNIX_DEVICE": "xla", "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(topology.num_chips)}
     import logging
 
-    from preflight import compiler, plan, quick, report, search
+    from tunix_torch.preflight import compiler, plan, quick, report, search
 
     # isort: split
 

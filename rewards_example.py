@@ -5,7 +5,7 @@ Run: python rewards_example.py
 
 from collections.abc import Sequence
 
-from rewards import REWARDS, RewardComponent, composite_reward, get_reward, score_with_breakdown
+from tunix_torch.rewards import REWARDS, RewardComponent, composite_reward, get_reward, score_with_breakdown
 
 QUESTION = "Natalia sold 48 clips in April and half as many in May. How many clips did she sell altogether?"
 SOLUTION = """First, Natalia sold half as many clips in May as in April: 48 / 2 = 24 clips.

@@ -40,8 +40,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
-from tunix_torch import GRPOTrainingConfig, tiny, train
-from tunix_torch.nested import unknown_setting
+from tunix_torch import GRPOTrainingConfig, train
+from tunix_torch.compat.agent_tunix import unknown_setting
+from tunix_torch.model import tiny
 
 CONF = Path(__file__).parent / "conf"
 NUM_LAST_STEPS = 10  # whose mean reward a sweep's table shows

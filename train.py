@@ -20,8 +20,10 @@ if __name__ == "__main__":
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from tunix_torch import DataConfig, GRPOConfig, ModelConfig, device, tiny, train
-from tunix_torch.settings import ALIASES, canonical_names, nearest
+from tunix_torch import DataConfig, GRPOConfig, ModelConfig, train
+from tunix_torch.config.settings import ALIASES, canonical_names, nearest
+from tunix_torch.model import tiny
+from tunix_torch.runtime import device
 
 CONFIGS = (ModelConfig, DataConfig, GRPOConfig)
 # Ways to say the same: where the first is given, the others' values of lower precedence (recipe, file) are dropped.

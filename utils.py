@@ -15,21 +15,21 @@ from typing import Any, NoReturn
 
 # Importing the library chooses the device, so these are looked up when they are first used.
 IN_LIBRARY = {
-    "memory_summary": "device",
+    "memory_summary": "runtime.device",
+    "load_metrics": "run.curves",
+    "plot_training_curves": "run.curves",
+    "save_config": "config.saved",
+    "settings_of": "config.saved",
     **dict.fromkeys(
         (
             "check_output_dir",
             "find_system_message",
             "get_latest_checkpoint",
-            "load_metrics",
             "newest_run",
-            "plot_training_curves",
             "resolve_checkpoint",
-            "save_config",
             "set_aside_previous_run",
-            "settings_of",
         ),
-        "run_folder",
+        "run.folder",
     ),
 }
 
@@ -52,10 +52,10 @@ def choose_device(argv: Sequence[str] | None = None) -> None:
     if "--device" in given:
         os.environ["TUNIX_DEVICE"] = given["--device"]
     elif "--config" in given and Path(given["--config"]).is_file():
-        device = load_config(given["--config"]).get("device")
-        if device is not None:
-            os.environ["TUNIX_DEVICE"] = str(device)
-    import tunix_torch  # noqa: F401
+        named = load_config(given["--config"]).get("device")
+        if named is not None:
+            os.environ["TUNIX_DEVICE"] = str(named)
+    from tunix_torch.runtime import device  # noqa: F401
 
 
 def _values_of(names: Sequence[str], argv: Sequence[str]) -> dict[str, str]:
@@ -150,7 +150,7 @@ def verify_tpu_setup() -> dict[str, Any]:
     """What this process computes on, after a small matrix product there whose result is checked."""
     import torch
 
-    from tunix_torch import device
+    from tunix_torch.runtime import device
 
     ones = torch.ones(8, 8, device=device.torch_device())
     total = float((ones @ ones).sum().cpu())
@@ -184,7 +184,8 @@ def check_tpu_host(argv: Sequence[str]) -> str | None:
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
-    from tunix_torch import device, tiny
+    from tunix_torch.model import tiny
+    from tunix_torch.runtime import choice
 
     given = _values_of(("--model_name", "--model_size", "--output_dir", "--config"), argv)
     settings = load_config(given["--config"]) if given.get("--config") else {}
@@ -193,12 +194,12 @@ def check_tpu_host(argv: Sequence[str]) -> str | None:
     def say(what: str, found: str) -> None:
         print(f"{what:<8} {found}", file=sys.stderr)
 
-    chips, topology = device.tpu_chips(), None
+    chips, topology = choice.tpu_chips(), None
     if chips:
         shape = TOPOLOGIES.get(chips[0], {}).get(len(chips))
         topology = f"{chips[0]}:{shape}" if shape else None
         say("TPU", f"{len(chips)} chip(s), {chips[0]}")
-        say("libtpu", f"{device.check_libtpu()}, as torch_xla needs it")
+        say("libtpu", f"{choice.check_libtpu()}, as torch_xla needs it")
     else:
         say("TPU", "No TPU was found on this machine: running the same graphs through XLA on the CPU.")
 

@@ -105,10 +105,11 @@ def make_inputs(jobs: Sequence[Job], folder: Path) -> None:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from tunix_torch import DataConfig, tiny
-    from tunix_torch.data import render_prompt
-    from tunix_torch.model import load_base_model, load_tokenizer
-    from tunix_torch.sources import load_data
+    from tunix_torch import DataConfig
+    from tunix_torch.data.prompts import render_prompt
+    from tunix_torch.data.sources import load_data
+    from tunix_torch.model import tiny
+    from tunix_torch.model.loading import load_base_model, load_tokenizer
 
     disable_progress_bar()
     tokenizer = load_tokenizer(tiny.NAME)

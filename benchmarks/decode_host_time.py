@@ -21,10 +21,10 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import utils
-from tunix_torch import device
-from tunix_torch.config import ModelConfig
-from tunix_torch.model import add_lora, lora_config, place
-from tunix_torch.sampler import Sampler, SamplingParams, draw_uniforms
+from tunix_torch.config.model import ModelConfig
+from tunix_torch.model.loading import add_lora, lora_config, place
+from tunix_torch.rollout.sampler import Sampler, SamplingParams, draw_uniforms
+from tunix_torch.runtime import device
 
 ROWS, TOKENS = 4, 64
 

@@ -22,9 +22,9 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from tunix_torch.batch import TrainBatch
-from tunix_torch.config import ModelConfig
-from tunix_torch.logprobs import token_logps
-from tunix_torch.model import add_lora, lora_config, place
+from tunix_torch.config.model import ModelConfig
+from tunix_torch.learn.logprobs import token_logps
+from tunix_torch.model.loading import add_lora, lora_config, place
 
 
 def resident() -> int:

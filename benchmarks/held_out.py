@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tunix_torch  # first: it chooses the device
+import tunix_torch  # noqa: F401  # first: it decides for or against XLA
 
 # isort: split
 
@@ -18,12 +18,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from rewards import correctness_reward
 from tunix_torch import DataConfig, Sampler, SamplingParams, load_model, load_tokenizer
-from tunix_torch.data import Collator, prepare_rows
-from tunix_torch.evaluation import judge_answers, sample_texts
-from tunix_torch.model import eos_token_ids, place
-from tunix_torch.sources import load_eval_rows
+from tunix_torch.data.prompts import Collator, prepare_rows
+from tunix_torch.data.sources import load_eval_rows
+from tunix_torch.evals.answers import judge_answers, sample_texts
+from tunix_torch.model.loading import eos_token_ids, place
+from tunix_torch.rewards import correctness_reward
+from tunix_torch.runtime import device
 
 from .arithmetic_job import ACCURACIES_FILE, JOB_FILE, MODEL, Job, adapter_folder, read_job
 from .learner import LEARNERS
@@ -49,7 +50,7 @@ def accuracy(path: Path, rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTo
 
 
 def main() -> None:
-    assert tunix_torch.device.KIND == "cpu", f"{tunix_torch.device.KIND}, not cpu"
+    assert device.KIND == "cpu", f"{device.KIND}, not cpu"
     disable_progress_bar()
     folder = Path(sys.argv[1])
     jobs = {file.parent: read_job(file.parent) for file in sorted(folder.glob(f"*/{JOB_FILE}"))}

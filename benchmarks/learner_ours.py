@@ -3,15 +3,17 @@
 import time
 from pathlib import Path
 
-import tunix_torch  # first: it chooses the device
+import tunix_torch  # noqa: F401  # first: it decides for or against XLA
 
 # isort: split
 
 import torch
 
-from rewards import correctness_reward, format_reward
-from tunix_torch import GRPOConfig, ModelConfig, TunixTrainer, load_tokenizer, tiny
-from tunix_torch.model import load_base_model, lora_config
+from tunix_torch import GRPOConfig, ModelConfig, TunixTrainer, load_tokenizer
+from tunix_torch.model import tiny
+from tunix_torch.model.loading import load_base_model, lora_config
+from tunix_torch.rewards import correctness_reward, format_reward
+from tunix_torch.runtime import device
 
 from .arithmetic_job import MODEL, Job, read_rows
 from .learner import Run, remember_answers
@@ -48,7 +50,7 @@ def settings(job: Job, output_dir: Path) -> GRPOConfig:
 
 def run(job: Job, folder: Path, started: float) -> Run:
     """Train on the job and rows of a seed's folder. `started`: what `time.perf_counter` showed when all began."""
-    assert tunix_torch.device.KIND == "cpu", f"{tunix_torch.device.KIND}, not cpu"
+    assert device.KIND == "cpu", f"{device.KIND}, not cpu"
     output, model, answers = folder / "ours", folder.parent / MODEL, []
     clock = LearningClock(job, output)
     trainer = TunixTrainer(

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from rewards import correctness_reward, format_reward
+from tunix_torch.rewards import correctness_reward, format_reward
 
 from .arithmetic_job import MODEL, PROMPT, Job, read_rows
 from .learner import Run, remember_answers

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from rewards.answers import answers_match
-from rewards.math_answer import read_items
-from rewards.math_equal import math_equal
-from rewards.math_latex import Unreadable, simplify_latex
+from tunix_torch.rewards.answers import answers_match
+from tunix_torch.rewards.math_answer import read_items
+from tunix_torch.rewards.math_equal import math_equal
+from tunix_torch.rewards.math_latex import Unreadable, simplify_latex
 
 TRIPLES = Path(__file__).resolve().parent.parent / "tests" / "math_triples.txt"
 ARROW, SEPARATOR = " => ", " ;; "

@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
-import tunix_torch  # first: it chooses the device
+import tunix_torch  # noqa: F401  # first: it decides for or against XLA
 
 # isort: split
 
 import torch
 from transformers import TrainerCallback
 
-from tunix_torch import GRPOConfig, ModelConfig, TunixTrainer, device, load_tokenizer
+from tunix_torch import GRPOConfig, ModelConfig, TunixTrainer, load_tokenizer
 from tunix_torch import trainer as trainer_module
-from tunix_torch.model import load_base_model, lora_config
+from tunix_torch.model.loading import load_base_model, lora_config
+from tunix_torch.runtime import device
 
 from .step_ends import StepEnds
 from .stopwatch import Stopwatch
@@ -77,7 +78,7 @@ def force_lengths(draw: Callable[..., torch.Tensor], spec: Spec) -> Callable[...
 
 
 def run(spec: Spec, folder: Path) -> Measurement:
-    assert tunix_torch.device.KIND in ("xla", spec.device), f"{device.KIND}, not {spec.device}"
+    assert device.KIND in ("xla", spec.device), f"{device.KIND}, not {spec.device}"
     watch, rollouts, losses = Stopwatch(lambda result: device.wait()), [], []
     trainer = make_trainer(spec, folder, [StepEnds(watch)])
     watch.wrap(trainer, "training_step", "learning", rest="learning", seen=losses.append)  # clipping and the optimizer

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-from tunix_torch.tiny import CHAT_TEMPLATE, ROLES, SPECIAL_TOKENS, TAGS
+from tunix_torch.model.tiny import CHAT_TEMPLATE, ROLES, SPECIAL_TOKENS, TAGS
 
 VOCABULARY = 262_144
 SHAPES = {  # config.json of google/gemma-3-270m and google/gemma-3-1b-pt

@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """The tiny model without its warm start, as a Hugging Face folder."""
-    from tunix_torch import tiny
+    from tunix_torch.model import tiny
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = tiny.make_tokenizer()
@@ -24,7 +24,7 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory, model_folder):
     """A cache folder in which the tiny model lies already, without its warm start, so that no test waits for that."""
-    from tunix_torch import tiny
+    from tunix_torch.model import tiny
 
     folder = tmp_path_factory.mktemp("cache")
     os.symlink(model_folder, folder / tiny.folder_name())

@@ -19,7 +19,8 @@ from transformers import (
 
 from tunix_torch.batch import TrainBatch
 from tunix_torch.grpo import aggregation_weights
-from tunix_torch.model import LORA_TARGETS, add_lora, base_model
+from tunix_torch.model.forward import base_model
+from tunix_torch.model.loading import LORA_TARGETS, add_lora
 
 VOCABULARY = 97
 WINDOW = 8

@@ -9,19 +9,12 @@ from safetensors.torch import load_file
 from test_trainer import lora_weights, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tunix_torch.adapter import REFERENCE_FILE, adapter_weights, changes_nothing
-from tunix_torch.attention import attention_masks, prompt_positions
-from tunix_torch.checkpoint import is_whole
-from tunix_torch.export import export_merged
-from tunix_torch.model import (
-    base_model,
-    hidden_states,
-    load_model,
-    load_tokenizer,
-    logits,
-    reference_policy,
-    text_config,
-)
+from tunix_torch.checkpoints.files import is_whole
+from tunix_torch.model.adapter import REFERENCE_FILE, adapter_weights, changes_nothing
+from tunix_torch.model.attention import attention_masks, prompt_positions
+from tunix_torch.model.forward import base_model, hidden_states, logits, reference_policy, text_config
+from tunix_torch.model.loading import load_model, load_tokenizer
+from tunix_torch.run.export import export_merged
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

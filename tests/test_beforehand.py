@@ -8,7 +8,9 @@ import torch
 from test_resume import SMALL, digits, files, run
 from transformers import TrainerCallback, TrainingArguments
 
-from tunix_torch import GRPOConfig, TunixTrainer, beforehand, load_model, load_tokenizer, tiny
+from tunix_torch import GRPOConfig, TunixTrainer, load_model, load_tokenizer
+from tunix_torch.model import tiny
+from tunix_torch.run import services as beforehand
 from tunix_torch.trainer import TunixTrainer as Trainer
 
 

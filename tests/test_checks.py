@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from tunix_torch import TunixTrainer
-from tunix_torch.checks import check_head, has_dropout
-from tunix_torch.data import decode_completions
-from tunix_torch.scoring import names_of
+from tunix_torch.data.prompts import decode_completions
+from tunix_torch.model.checks import check_head, has_dropout
+from tunix_torch.rewarding.scoring import names_of
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def check_steps(place=lambda tensor: tensor):
     """The compiled step, on XLA, beside the plain one on the CPU, while weights change in every way they can."""
     import torch_xla.debug.metrics as metrics
 
-    from tunix_torch import device
+    from tunix_torch.runtime import device
 
     xla, cpu = Steps(device.torch_device()), Steps("cpu")
     for parameter in xla.layer.parameters():
@@ -91,7 +91,7 @@ def test_a_compiled_step_sees_weights_that_change():
 def test_a_compiled_step_sees_weights_that_change_on_a_mesh():
     code = (
         "from tunix_torch import device; device.use_mesh(((2, 2), ('fsdp', 'tp')))\n"
-        "from tunix_torch.sharding import shard_rows; from tests.test_compiled_step import check_steps\n"
+        "from tunix_torch.runtime.mesh import shard_rows; from tests.test_compiled_step import check_steps\n"
         "check_steps(shard_rows)"
     )
     environment = {**os.environ, "TUNIX_DEVICE": "xla", "PYTHONPATH": str(ROOT), "CPU_NUM_DEVICES": "4"}
@@ -100,7 +100,7 @@ def test_a_compiled_step_sees_weights_that_change_on_a_mesh():
 
 
 def test_a_compiled_step_refuses_what_it_would_take_for_a_constant():
-    from tunix_torch import device
+    from tunix_torch.runtime import device
 
     hidden = torch.ones(4).to(device.torch_device())
     layer = torch.nn.Linear(4, 4).to(device.torch_device())
@@ -112,9 +112,10 @@ def test_a_compiled_step_refuses_what_it_would_take_for_a_constant():
 
 
 def test_a_step_is_made_anew_when_the_adapter_is_switched_off(model_folder):
-    from tunix_torch import ModelConfig, device
-    from tunix_torch.model import add_lora, load_model, lora_config, place
-    from tunix_torch.sampler import Sampler, SamplingParams
+    from tunix_torch import ModelConfig
+    from tunix_torch.model.loading import add_lora, load_model, lora_config, place
+    from tunix_torch.rollout.sampler import Sampler, SamplingParams
+    from tunix_torch.runtime import device
 
     model = add_lora(load_model(model_folder), lora_config(ModelConfig()))
     for name, parameter in model.named_parameters():
@@ -136,9 +137,10 @@ def test_a_step_is_made_anew_when_the_adapter_is_switched_off(model_folder):
 
 
 def test_nothing_is_compiled_for_completions_of_any_lengths(model_folder, monkeypatch):
-    from tunix_torch import device, static_rows
-    from tunix_torch.model import load_model, place
-    from tunix_torch.sampler import Sampler, SamplingParams
+    from tunix_torch.model.loading import load_model, place
+    from tunix_torch.rollout import rows as static_rows
+    from tunix_torch.rollout.sampler import Sampler, SamplingParams
+    from tunix_torch.runtime import device
 
     monkeypatch.setattr(static_rows, "cache_widths", lambda room: [4, 8, room])
     monkeypatch.setattr(static_rows, "SHORTEST_HALVED", 2)
@@ -174,7 +176,7 @@ def test_nothing_is_compiled_for_completions_of_any_lengths(model_folder, monkey
 
 
 def test_random_numbers_drawn_for_a_rehearsal_change_none_that_come_after():
-    from tunix_torch import device
+    from tunix_torch.runtime import device
 
     def draw():
         return torch.rand(8, device=device.torch_device()).cpu()

@@ -14,24 +14,25 @@ import torch
 pytest.importorskip("jax")
 pytest.importorskip("tunix")
 
-import crosscheck.replay
+import tunix_torch.crosscheck.replay
 import tunix_torch.grpo
-import tunix_torch.learning
-import tunix_torch.logprobs
-import tunix_torch.model
+import tunix_torch.learn.logprobs
+import tunix_torch.learn.step
+import tunix_torch.model.forward
 import tunix_torch.trainer
 import utils
-from crosscheck import __main__ as command
-from crosscheck.cases import CASES, FAMILIES, make_rollout
-from crosscheck.compare import compare_step, gradient_row, tunix_updates
-from crosscheck.differences import DIFFERENCES
-from crosscheck.ours import ALPHA, RANK, lora_of, make_trainer, record_steps, saved_model
-from crosscheck.replay import replay
-from crosscheck.run import rows_of_family, rows_of_trl
-from crosscheck.tunix_side import TunixPolicy
-from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer, tiny
-from tunix_torch.model import load_base_model
-from tunix_torch.record import StepRecord
+from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer
+from tunix_torch.crosscheck import __main__ as command
+from tunix_torch.crosscheck.cases import CASES, FAMILIES, make_rollout
+from tunix_torch.crosscheck.compare import compare_step, gradient_row, tunix_updates
+from tunix_torch.crosscheck.differences import DIFFERENCES
+from tunix_torch.crosscheck.ours import ALPHA, RANK, lora_of, make_trainer, record_steps, saved_model
+from tunix_torch.crosscheck.replay import replay
+from tunix_torch.crosscheck.run import rows_of_family, rows_of_trl
+from tunix_torch.crosscheck.tunix_side import TunixPolicy
+from tunix_torch.learn.record import StepRecord
+from tunix_torch.model import tiny
+from tunix_torch.model.loading import load_base_model
 
 CASE = {case.name: case for case in CASES}
 FAMILY = "gemma3-2"
@@ -148,12 +149,12 @@ def mask_off_by_one(monkeypatch, trainer):
 
 
 def temperature_forgotten(monkeypatch, trainer):
-    right = tunix_torch.learning.token_logps
+    right = tunix_torch.learn.step.token_logps
 
     def forgetful(model, batch, temperature=1.0, share_prefix=True):
         return right(model, batch, 1.0 if torch.is_grad_enabled() else temperature, share_prefix)
 
-    monkeypatch.setattr(tunix_torch.learning, "token_logps", forgetful)
+    monkeypatch.setattr(tunix_torch.learn.step, "token_logps", forgetful)
 
 
 def temperature_forgotten_in_old_ones(monkeypatch, trainer):
@@ -187,20 +188,20 @@ def alpha_over_rank_forgotten(monkeypatch, trainer):
 
 
 def window_off_by_one(monkeypatch, trainer):
-    right = tunix_torch.model.attention_masks
+    right = tunix_torch.model.forward.attention_masks
 
     def wider(config, *rest):
         config = type(config)(**(config.to_dict() | {"sliding_window": config.sliding_window + 1}))
         config._attn_implementation = "sdpa"
         return right(config, *rest)
 
-    for module in (tunix_torch.model, tunix_torch.logprobs):
+    for module in (tunix_torch.model.forward, tunix_torch.learn.logprobs):
         monkeypatch.setattr(module, "attention_masks", wider)
 
 
 def positions_not_reset_for_padding(monkeypatch, trainer):
     monkeypatch.setattr(
-        tunix_torch.model, "prompt_positions", lambda mask: torch.arange(mask.shape[1]).expand(mask.shape)
+        tunix_torch.model.forward, "prompt_positions", lambda mask: torch.arange(mask.shape[1]).expand(mask.shape)
     )
 
 
@@ -308,7 +309,7 @@ def recorded(model_folder, tmp_path_factory):
         return made[0] if made else made.append(TunixPolicy(*args)) or made[0]
 
     record_run(model_folder, folder)
-    with mock.patch.object(crosscheck.replay, "TunixPolicy", make_once):
+    with mock.patch.object(tunix_torch.crosscheck.replay, "TunixPolicy", make_once):
         yield folder
 
 

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tunix_torch import cuda_graph, device, static_rows
 from tunix_torch.batch import Rollout
-from tunix_torch.cuda_graph import RecordedStep
-from tunix_torch.sampler import Sampler, SamplingParams, draw_uniforms
+from tunix_torch.rollout import rows as static_rows
+from tunix_torch.rollout.sampler import Sampler, SamplingParams, draw_uniforms
+from tunix_torch.runtime import device
+from tunix_torch.runtime import recorded as cuda_graph
+from tunix_torch.runtime.recorded import RecordedStep
 
 WAITING = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_consecutive", "lift_fresh"}
 

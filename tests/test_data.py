@@ -9,12 +9,14 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-import rewards
-from tunix_torch import GRPOConfig, TunixTrainer, data, tiny
-from tunix_torch.callbacks import MetricsFile
-from tunix_torch.data import Collator, check_columns, end_of_turn_id, prepare_rows, render_prompt
-from tunix_torch.rows import COMPLETION_IDS, PROMPT, PROMPT_IDS, answer_of, columns_of
-from tunix_torch.scoring import call_rewards
+from tunix_torch import GRPOConfig, TunixTrainer, rewards
+from tunix_torch.data import prompts as data
+from tunix_torch.data.prompts import Collator, end_of_turn_id, prepare_rows, render_prompt
+from tunix_torch.data.rows import COMPLETION_IDS, PROMPT, PROMPT_IDS, answer_of, columns_of
+from tunix_torch.model import tiny
+from tunix_torch.rewarding.columns import check_columns
+from tunix_torch.rewarding.scoring import call_rewards
+from tunix_torch.run.callbacks import MetricsFile
 
 ROWS = [{"question": "1" * (1 + i % 7), "answer": str(i)} for i in range(50)]
 

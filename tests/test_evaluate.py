@@ -21,13 +21,14 @@ from hypothesis import strategies as st
 from models import add_nontrivial_lora
 
 import evaluate
-import rewards
-from tunix_torch import DataConfig, Sampler, SamplingParams, estimators, load_model, load_tokenizer, tiny
-from tunix_torch.data import Collator, prepare_rows
-from tunix_torch.estimators import maj_at_k, mean_at_k, pass_at_k, share_interval, wilson_interval
-from tunix_torch.evaluation import sample_batches, sample_texts, takes_answer, votes_by_class
-from tunix_torch.model import eos_token_ids
-from tunix_torch.results import JudgedCompletion, summarize
+from tunix_torch import DataConfig, Sampler, SamplingParams, load_model, load_tokenizer, rewards
+from tunix_torch.data.prompts import Collator, prepare_rows
+from tunix_torch.evals import estimators
+from tunix_torch.evals.answers import sample_batches, sample_texts, takes_answer, votes_by_class
+from tunix_torch.evals.estimators import maj_at_k, mean_at_k, pass_at_k, share_interval, wilson_interval
+from tunix_torch.evals.results import JudgedCompletion, summarize
+from tunix_torch.model import tiny
+from tunix_torch.model.loading import eos_token_ids
 
 ROOT = Path(__file__).parent.parent
 SAMPLED = ["--preset", "liberal", "--num_passes", "2", "--batch_size", "4"]

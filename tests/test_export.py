@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tunix_torch import export, load_model, load_tokenizer, tiny
-from tunix_torch.export import TOLERANCE, export_merged, main
-from tunix_torch.model import eos_token_ids
-from tunix_torch.run_folder import find_system_message
+from tunix_torch import load_model, load_tokenizer
+from tunix_torch.model import tiny
+from tunix_torch.model.loading import eos_token_ids
+from tunix_torch.run import export
+from tunix_torch.run.export import TOLERANCE, export_merged, main
+from tunix_torch.run.folder import find_system_message
 
 ROOT = Path(__file__).parent.parent
 IDS = torch.arange(40) * 7 % 97  # longer than the window of attention

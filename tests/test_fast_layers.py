@@ -9,11 +9,11 @@ from models import PAD, VOCABULARY, add_nontrivial_lora, make_batch, make_model
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-from tunix_torch import fast_layers
-from tunix_torch.fast_layers import _FastDecoderLayer, packed_for_decoding, speed_up_layers
-from tunix_torch.merged_lora import merge_lora
-from tunix_torch.model import reference_policy
-from tunix_torch.sampler import Sampler, SamplingParams, draw_uniforms
+from tunix_torch.model import fast_layers
+from tunix_torch.model.fast_layers import _FastDecoderLayer, packed_for_decoding, speed_up_layers
+from tunix_torch.model.forward import reference_policy
+from tunix_torch.model.merged_lora import merge_lora
+from tunix_torch.rollout.sampler import Sampler, SamplingParams, draw_uniforms
 
 GEMMAS = pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 PARAMS, GROUP = SamplingParams(max_new_tokens=24), 5

@@ -1,115 +1,127 @@
-"""The library imports downwards only, and only device.py knows torch_xla."""
+"""The library has rooms; imports run one way between them, and each room keeps its private names to itself."""
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FLOORS = [
-    {
-        "device",
-        "tiny",
-        "batch",
-        "callbacks",
-        "checkpoint",
-        "estimators",
-        "groups",
-        "metrics",
-        "packing",
-        "processes",
-        "reward_workers",
-        "rows",
-        "settings",
-    },
-    {
-        "attention",
-        "beforehand",
-        "config",
-        "cuda_graph",
-        "merged_lora",
-        "profiling",
-        "readers",
-        "record",
-        "results",
-        "scoring",
-        "shapes",
-        "sharding",
-    },
-    {"fast_layers", "static_rows"},
-    {"grpo", "model", "nested", "sources"},
-    {"adapter", "logprobs", "sampler", "data", "run_folder"},
-    {"checks", "evaluation", "export", "learning"},
-    {"sft"},
-    {"trainer"},
-    {"job"},
+LIBRARY = ROOT / "tunix_torch"
+# From above: a file imports from its own room and from rooms above it. `rewards` is pure and imports nothing here.
+ROOMS = [
+    "rewards",
+    "runtime",
+    "batch",
+    "grpo",
+    "config",
+    "model",
+    "data",
+    "rollout",
+    "learn",
+    "rewarding",
+    "evals",
+    "checkpoints",
+    "trainer",
+    "compat",
+    "run",
+    "export",
+    "preflight",
+    "crosscheck",
 ]
 
 
+def modules(folder=LIBRARY):
+    return sorted(path for path in folder.rglob("*.py"))
+
+
+def name_of(path):
+    """("tunix_torch", "model", "loading") of a file; a room's `__init__` is ("tunix_torch", "model")."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
 def imports_of(path):
-    """(modules imported absolutely, modules of the same package imported relatively), anywhere in the file."""
-    absolute, relative = set(), set()
+    """(module as a tuple of names, name taken from it or None) of every import of a file, anywhere in it."""
+    package = name_of(path) if path.stem == "__init__" else name_of(path)[:-1]
+    found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            absolute |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            absolute.add(node.module.split(".")[0])
+            found += [(tuple(alias.name.split(".")), None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            relative |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
-    return absolute, relative
+            start = package[: len(package) - node.level + 1] if node.level else ()
+            module = start + tuple((node.module or "").split(".") if node.module else ())
+            found += [(module, alias.name) for alias in node.names]
+    return found
 
 
-def test_files_import_from_lower_floors_only():
-    files = {path.stem: path for path in (ROOT / "tunix_torch").glob("*.py") if path.stem != "__init__"}
-    assert set(files) == set().union(*FLOORS), "a file without a floor, or a floor without its file"
-    for number, floor in enumerate(FLOORS):
-        below = set().union(*FLOORS[:number])
-        for name in floor:
-            _, relative = imports_of(files[name])
-            assert relative <= below, f"{name}.py imports {relative - below}, which is not below it"
+def room_of(module):
+    return module[1] if len(module) > 1 else None
 
 
-def test_library_and_rewards_do_not_know_their_users():
-    users = {
-        "utils",
-        "train",
-        "inference",
-        "evaluate",
-        "run_training",
-        "rewards",
-        "crosscheck",
-        "benchmarks",
-        "preflight",
-        "plan_tpu",
-        "example_usage",
-        "jax",
-        "tunix",
-        "trl",
+def test_every_file_stands_in_a_room():
+    rooms = {room_of(name_of(path)) for path in modules() if name_of(path) != ("tunix_torch",)}
+    assert rooms == set(ROOMS)
+
+
+def test_imports_run_one_way_between_rooms():
+    wrong = []
+    for path in modules():
+        here = room_of(name_of(path))
+        if here is None:
+            continue
+        for module, name in imports_of(path):
+            if module[0] != "tunix_torch":
+                continue
+            there = room_of(module) or (name if name in ROOMS else None)
+            if there is None:
+                assert here in ROOMS[ROOMS.index("run") :], f"{path}: the public names are for users"
+            elif there != here and ROOMS.index(there) > ROOMS.index(here):
+                wrong.append(f"{path.relative_to(LIBRARY)} imports {there}, which is below it")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_room_takes_another_rooms_private_names():
+    wrong = []
+    for path in modules():
+        for module, name in imports_of(path):
+            private = [part for part in (*module[1:], name or "") if part.startswith("_") and not part.endswith("__")]
+            if module[0] == "tunix_torch" and private and room_of(module) != room_of(name_of(path)):
+                wrong.append(f"{path.relative_to(LIBRARY)} imports {'.'.join(module)}.{name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_rewards_are_pure():
+    for path in modules(LIBRARY / "rewards"):
+        for module, _ in imports_of(path):
+            known = module[0] in sys.stdlib_module_names or module[:2] == ("tunix_torch", "rewards")
+            assert known or (module[0] == "mpmath" and path.stem in ("math_equal", "math_numbers", "math_value")), (
+                path.name,
+                module,
+            )
+
+
+def test_the_library_does_not_know_its_users():
+    users = {path.stem for path in ROOT.glob("*.py")} | {"benchmarks", "tests"}
+    for path in modules():
+        assert not {module[0] for module, _ in imports_of(path)} & users, path
+
+
+def test_the_peers_are_imported_in_one_place_each():
+    files = [*modules(), *ROOT.glob("*.py")]
+    places = {path.relative_to(ROOT).as_posix(): {module[0] for module, _ in imports_of(path)} for path in files}
+    assert {p for p, names in places.items() if names & {"flax", "optax", "qwix", "tunix"}} == {
+        "tunix_torch/crosscheck/tunix_side.py"
     }
-    for path in (ROOT / "tunix_torch").glob("*.py"):
-        allowed = {"rewards"} if path.stem == "job" else set()  # takes them by name
-        assert not imports_of(path)[0] & (users - allowed), path.name
-    for path in (ROOT / "rewards").glob("*.py"):
-        assert not imports_of(path)[0] & {"tunix_torch", "torch", "numpy", "utils"}, path.name
-
-
-def test_only_the_cross_check_imports_tunix_and_one_more_process_jax():
-    folders = (".", "tunix_torch", "rewards", "crosscheck", "preflight")
-    files = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
-    importers = {path.name for path in files if imports_of(path)[0] & {"flax", "optax", "qwix", "tunix"}}
-    assert importers == {"tunix_side.py"}
-    importers = {path.name for path in files if imports_of(path)[0] & {"jax", "jaxlib"}}
-    assert importers == {"tunix_side.py", "compile_tpu.py"}
-
-
-def test_only_device_imports_torch_xla():
-    importers = {
-        path.name
-        for path in [*(ROOT / "tunix_torch").glob("*.py"), *(ROOT / "preflight").glob("*.py")]
-        if "torch_xla" in imports_of(path)[0]
+    assert {p for p, names in places.items() if names & {"jax", "jaxlib"}} == {
+        "tunix_torch/crosscheck/tunix_side.py",
+        "tunix_torch/preflight/compile_tpu.py",
     }
-    assert importers == {"device.py"}
+    assert {p for p, names in places.items() if "trl" in names} == {"tunix_torch/crosscheck/trl_side.py"}
+
+
+def test_only_the_runtime_imports_torch_xla():
+    importers = {path for path in modules() if "torch_xla" in {module[0] for module, _ in imports_of(path)}}
+    assert {room_of(name_of(path)) for path in importers} == {"runtime"}
 
 
 def test_library_stays_off_xla_even_when_transformers_was_imported_first():
@@ -122,8 +134,7 @@ def test_library_stays_off_xla_even_when_transformers_was_imported_first():
     assert result.stdout.strip() == "cpu", result.stderr
 
 
-def test_the_notes_on_a_port_name_every_place_that_asks_for_xla():
-    notes = (ROOT / "docs" / "torch_tpu.md").read_text().split("## The three other places")[1]
-    asking = [p for p in (ROOT / "tunix_torch").glob("*.py") if re.search('KIND [!=]= "xla"', p.read_text())]
-    missing = [p.name for p in asking if p.name != "device.py" and p.name not in notes]
-    assert not missing
+def test_importing_the_library_loads_nothing_heavy():
+    code = "import sys, tunix_torch, tunix_torch.rewards; print({'torch', 'transformers'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "set()", result.stdout + result.stderr

@@ -12,15 +12,15 @@ from itertools import permutations, product
 from pathlib import Path
 
 import pytest
+from tunix_torch.rewards.reasoning_coherence_reward import _judge_equations
 
 import generate_training_data as script
-from rewards import answers_match, extract_answer, extract_reasoning, format_reward
-from rewards.reasoning_coherence_reward import _judge_equations
 from training_data import DIFFICULTIES, TEMPLATES, Question, common_sense_questions
 from training_data.code_questions import run as run_traced
-from tunix_torch.readers import load_rows
-from tunix_torch.rows import QUESTION, answer_of
-from tunix_torch.shapes import completion_of, normalize_row
+from tunix_torch.data.readers import load_rows
+from tunix_torch.data.rows import QUESTION, answer_of
+from tunix_torch.data.shapes import completion_of, normalize_row
+from tunix_torch.rewards import answers_match, extract_answer, extract_reasoning, format_reward
 
 ROOT = Path(__file__).parent.parent
 TYPES = ["math", "logic", "science", "common_sense", "code"]

@@ -6,8 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunix_torch.config import ALGORITHMS, KL_ESTIMATORS, LOSS_AGGREGATIONS, GRPOConfig
-from tunix_torch.grpo import aggregation_weights, compute_group_advantages, grpo_loss, per_token_kl
+from tunix_torch.config.grpo import GRPOConfig
+from tunix_torch.grpo import (
+    ALGORITHMS,
+    KL_ESTIMATORS,
+    LOSS_AGGREGATIONS,
+    aggregation_weights,
+    compute_group_advantages,
+    grpo_loss,
+    per_token_kl,
+)
 
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
 MAX_LENGTH = 7  # C is 6 below: the longest allowed is not the longest that occurs

@@ -88,7 +88,7 @@ torch.save(result, "result.pt")
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory):
     """What each of the two recorded, with the `graphs` that it compiled and ran, in their order."""
-    from tunix_torch import tiny
+    from tunix_torch.model import tiny
 
     root, tokenizer = tmp_path_factory.mktemp("hosts"), tiny.make_tokenizer()
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
@@ -167,7 +167,7 @@ def test_hosts_that_differ_are_refused_on_each_of_them(hosts):
 
 
 def test_hosts_are_the_workers_of_one_slice_and_need_a_mesh(monkeypatch):
-    from tunix_torch import device
+    from tunix_torch.runtime import device
 
     monkeypatch.setattr(device.xla_runtime, "process_count", lambda: 2)
     monkeypatch.setattr(device, "is_tpu", lambda: True)

@@ -16,7 +16,7 @@ MIB = 2**20
 LOAD = """
 import sys, threading, time, torch
 from tunix_torch import device
-from tunix_torch.model import load_base_model, place
+from tunix_torch.model.loading import load_base_model, place
 
 on_mesh = len(sys.argv) > 3
 if on_mesh:

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tunix_torch.rewards.math_answer import agree, read_items
+from tunix_torch.rewards.math_equal import MAX_CHARS, POINTS, math_equal
+from tunix_torch.rewards.math_latex import Unreadable, simplify_latex
+from tunix_torch.rewards.math_numbers import Part
+from tunix_torch.rewards.math_value import variable
 
 from benchmarks.math_judges import read_triples
-from rewards import math_equal_reward
-from rewards.math_answer import agree, read_items
-from rewards.math_equal import MAX_CHARS, POINTS, math_equal
-from rewards.math_latex import Unreadable, simplify_latex
-from rewards.math_numbers import Part
-from rewards.math_value import variable
+from tunix_torch.rewards import math_equal_reward
 
 ROOT = Path(__file__).resolve().parent.parent
 TRIPLES = read_triples()

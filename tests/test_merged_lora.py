@@ -8,9 +8,10 @@ from models import FAMILIES, add_nontrivial_lora, make_batch, make_model
 from peft import LoraConfig
 from torch import nn
 
-from tunix_torch.logprobs import token_logps
-from tunix_torch.merged_lora import MergedLinear, _MergedProduct, merge_lora
-from tunix_torch.model import LORA_TARGETS, add_lora, reference_policy
+from tunix_torch.learn.logprobs import token_logps
+from tunix_torch.model.forward import reference_policy
+from tunix_torch.model.loading import LORA_TARGETS, add_lora
+from tunix_torch.model.merged_lora import MergedLinear, _MergedProduct, merge_lora
 
 
 def make_pair(family="gemma3", **lora):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from preflight.hlo import collectives_of
+from tunix_torch.preflight.hlo import collectives_of
 
 ROOT = Path(__file__).parent.parent
 STEPS, SAVED = 5, 3  # steps of a run, and the one after which it has a checkpoint
@@ -24,7 +24,7 @@ JOB = """
 import sys, torch, torch_xla
 from transformers import TrainerCallback
 from tunix_torch import GRPOConfig, TunixTrainer, device, learning, static_rows, tiny
-from tunix_torch.model import load_model, place
+from tunix_torch.model.loading import load_model, place
 
 static_rows.cache_widths = lambda room: [3, room]  # so that the KV cache grows
 folder, output_dir, mesh, checkpoint = sys.argv[1:]
@@ -92,7 +92,7 @@ def model(tmp_path_factory):
     """Vocabulary and heads divide by 8; the two KV heads only by 2, so that both ways to lay them out occur."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    from tunix_torch import tiny
+    from tunix_torch.model import tiny
 
     tokenizer = tiny.make_tokenizer()
     config = Gemma3TextConfig(

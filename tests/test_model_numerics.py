@@ -21,12 +21,13 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tunix_torch import logprobs
-from tunix_torch.attention import GROUPED, attention_masks, prompt_positions
 from tunix_torch.grpo import grpo_loss
-from tunix_torch.logprobs import token_logps
-from tunix_torch.model import LORA_TARGETS, add_lora, base_model, logits, reference_policy
-from tunix_torch.packing import pack
+from tunix_torch.learn import logprobs
+from tunix_torch.learn.logprobs import token_logps
+from tunix_torch.learn.packing import pack
+from tunix_torch.model.attention import GROUPED, attention_masks, prompt_positions
+from tunix_torch.model.forward import base_model, logits, reference_policy
+from tunix_torch.model.loading import LORA_TARGETS, add_lora
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

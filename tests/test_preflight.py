@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from preflight import hlo
-from preflight.chips import CHIPS, parse_topology
+from tunix_torch.preflight import hlo
+from tunix_torch.preflight.chips import CHIPS, parse_topology
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
@@ -104,7 +104,7 @@ ENTRY %main (a: bf16[4,64]) -> bf16[4,64] {
 
 
 def test_a_loop_counts_with_each_turn_and_its_last_turn_sends_nothing():
-    from preflight.traffic import hbm_bytes
+    from tunix_torch.preflight.traffic import hbm_bytes
 
     array = 4 * 64 * 2
     assert [collective.bytes for collective in hlo.collectives_of(WINDOWED)] == [array] * 3
@@ -174,7 +174,7 @@ ENTRY %main (embedding: bf16[64,8], ids: s32[4], cache: bf16[4,100,8], weight: b
 
 
 def test_only_what_moves_from_and_to_hbm_counts():
-    from preflight.traffic import hbm_bytes
+    from tunix_torch.preflight.traffic import hbm_bytes
 
     looked_up, weight, update, head, scores = 4 * 8 * 2, 8 * 8 * 2, 4 * 8 * 2, 64 * 8 * 2, 4 * 64 * 4
     assert hbm_bytes(FETCHED_AHEAD) == looked_up + weight + update + head + scores
@@ -207,15 +207,15 @@ def test_slices_have_names():
 def test_models_have_the_published_number_of_parameters(name, published):
     import torch
 
-    from preflight.models import model_config, vision_parameters
-    from preflight.trace import model_of_zeros
+    from tunix_torch.preflight.models import model_config, vision_parameters
+    from tunix_torch.preflight.trace import model_of_zeros
 
     model = model_of_zeros(model_config(f"google/{name}-it"), torch.bfloat16)
     assert model.num_parameters() + vision_parameters(f"google/{name}-it") == published
 
 
 def test_a_cut_model_has_every_kind_of_layer():
-    from preflight.models import model_config, with_depth
+    from tunix_torch.preflight.models import model_config, with_depth
 
     config = with_depth(model_config("google/gemma-3-270m"), 4)
     assert config.layer_types == ["sliding_attention", "full_attention"] * 2 and config.num_hidden_layers == 4
@@ -227,12 +227,12 @@ def test_a_cut_model_has_every_kind_of_layer():
 
 def example_plan(**changes):
     """A plan from two made-up cuts, of 2 and 4 layers, of the tiny model with 10 layers."""
-    from preflight.compiler import Program
-    from preflight.hlo import Collective
-    from preflight.models import model_config, with_depth
-    from preflight.plan import Cut, Job, Plan, plan_graph
-    from preflight.trace import DECODE, LEARN, Graph
     from tunix_torch import GRPOConfig, ModelConfig
+    from tunix_torch.preflight.compiler import Program
+    from tunix_torch.preflight.hlo import Collective
+    from tunix_torch.preflight.models import model_config, with_depth
+    from tunix_torch.preflight.plan import Cut, Job, Plan, plan_graph
+    from tunix_torch.preflight.trace import DECODE, LEARN, Graph
 
     job = Job(
         ModelConfig(lora_rank=4), GRPOConfig(output_dir="/nowhere", micro_batch_size=4), parse_topology("v5e:1x1")
@@ -253,8 +253,8 @@ def example_plan(**changes):
 @pytest.mark.parametrize("completion_length, cuts", [(512, [(1, 1), (2, 2)]), (2048, [(1, 1), (3, 1), (1, 3)])])
 def test_cuts_stand_for_every_layer_of_each_kind(completion_length, cuts):
     """Also where layers with a window keep fewer keys than the others, of which Gemma 3 has fewer."""
-    from preflight.plan import Job, cuts_of
     from tunix_torch import GRPOConfig, ModelConfig
+    from tunix_torch.preflight.plan import Job, cuts_of
 
     args = GRPOConfig(output_dir="/nowhere", max_prompt_length=256, generation_max_length=completion_length)
     job = Job(ModelConfig("google/gemma-3-1b-it"), args, parse_topology("v5e:1x1"))
@@ -278,7 +278,7 @@ def test_figures_grow_linearly_with_depth():
 
 
 def test_the_last_line_decides():
-    from preflight.report import as_dict, lines_of, verdict
+    from tunix_torch.preflight.report import as_dict, lines_of, verdict
 
     plan = example_plan()
     assert verdict(plan).startswith("Fits v5e:1x1 with 100% of HBM to spare")
@@ -305,7 +305,7 @@ def test_the_last_line_decides():
     ],
 )
 def test_a_quick_plan_is_sure_of_nothing(needed, fits, words):
-    from preflight.report import as_dict, lines_of
+    from tunix_torch.preflight.report import as_dict, lines_of
 
     plan = example_plan(temporary_bytes=int(needed * CHIPS["v5e"].hbm_bytes))
     compiled = lines_of(plan)[-1]
@@ -330,7 +330,7 @@ def test_a_smaller_batch_is_advised_only_where_fsdp_divides_it(mesh, group, prom
     """Rows that do not divide lie whole on every chip, which takes more of it, not less."""
     import dataclasses
 
-    from preflight.report import first_change
+    from tunix_torch.preflight.report import first_change
 
     plan = example_plan(temporary_bytes=20 * 2**30)
     counts = {"num_completions_per_prompt": group, "per_device_train_batch_size": prompts, "micro_batch_size": micro}
@@ -347,7 +347,7 @@ def test_a_smaller_batch_is_advised_only_where_fsdp_divides_it(mesh, group, prom
 def test_a_dimension_that_does_not_divide_is_named_with_the_meshes_that_fit():
     import torch
 
-    from tunix_torch.sharding import check_divisible
+    from tunix_torch.runtime.mesh import check_divisible
 
     layout = [
         ("embed_tokens.weight", torch.zeros(96, 4), ("tp", None)),
@@ -360,9 +360,9 @@ def test_a_dimension_that_does_not_divide_is_named_with_the_meshes_that_fit():
 
 
 def test_the_vision_tower_is_held_and_neither_computed_nor_read(monkeypatch):
-    from preflight import quick
-    from preflight.plan import Job
     from tunix_torch import GRPOConfig, ModelConfig
+    from tunix_torch.preflight import quick
+    from tunix_torch.preflight.plan import Job
 
     job = Job(ModelConfig(lora_rank=4), GRPOConfig(output_dir="/nowhere"), parse_topology("v5e:1x1"))
     without = quick.quick_plan(job).graphs
@@ -382,8 +382,8 @@ def test_the_vision_tower_is_held_and_neither_computed_nor_read(monkeypatch):
     [(None, 1), ("RESOURCE_EXHAUSTED: Used 17.5G of 15.75G hbm.", 1), ("UNAVAILABLE: libtpu is in use", 2)],
 )
 def test_only_what_will_not_change_is_kept(monkeypatch, tmp_path, error, compilations):
-    from preflight import compiler
-    from preflight.trace import Graph
+    from tunix_torch.preflight import compiler
+    from tunix_torch.preflight.trace import Graph
 
     asked = []
     monkeypatch.setattr(compiler.importlib.metadata, "version", lambda name: "1")
@@ -416,7 +416,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message):
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
     """A folder with nothing but the config of a model of two layers."""
-    from preflight.models import model_config, with_depth
+    from tunix_torch.preflight.models import model_config, with_depth
 
     folder = tmp_path_factory.mktemp("small")
     with_depth(model_config("tiny"), 2).save_pretrained(folder)
@@ -443,7 +443,7 @@ def test_a_search_by_arithmetic_names_what_it_leaves_out(small_model, tmp_path):
 
 
 def test_a_candidate_whose_compiler_fails_is_recorded_and_the_search_goes_on(monkeypatch):
-    from preflight import search
+    from tunix_torch.preflight import search
 
     plans = iter([None, {"fits": True, "spare_fraction": 0.5, "step_seconds_at_least": 1.0, "graphs": []}])
 
@@ -504,8 +504,8 @@ import sys
 from pathlib import Path
 from tunix_torch import GRPOConfig, ModelConfig, device
 device.use_mesh(((2, 2), ("fsdp", "tp")))
-from preflight.models import model_config
-from preflight.trace import make_trainer, trace_step
+from tunix_torch.preflight.models import model_config
+from tunix_torch.preflight.trace import make_trainer, trace_step
 from jax._src.lib import xla_client
 args = GRPOConfig(output_dir=sys.argv[2], report_to="none", per_device_train_batch_size=2,
     max_prompt_length=16, generation_max_length=8, system_message="", micro_batch_size=4)
@@ -537,7 +537,7 @@ def test_the_planned_graphs_are_those_that_a_run_compiles(tmp_path, small_model)
     """Two layers, one of each kind, and two steps: the second runs the graphs of all that follow."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tunix_torch import tiny
+    from tunix_torch.model import tiny
 
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small_model)).save_pretrained(tmp_path / "model")
     tiny.make_tokenizer().save_pretrained(tmp_path / "model")
@@ -607,7 +607,7 @@ def test_decoding_and_learning_on_a_mesh_communicate_no_more_than_tensor_paralle
 @pytest.mark.slow
 def test_extrapolated_figures_are_those_of_a_deeper_model(tmp_path):
     """Gemma 3 270m with 6 of its 18 layers compiled at once: for a learning pass of 10, 24 GB were not enough."""
-    from preflight.models import model_config, with_depth
+    from tunix_torch.preflight.models import model_config, with_depth
 
     with_depth(model_config("google/gemma-3-270m-it"), 6).save_pretrained(tmp_path / "model")
     settings = json.loads((ROOT / "configs/gemma3_270m.json").read_text()) | {"model_name": str(tmp_path / "model")}

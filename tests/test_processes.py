@@ -150,7 +150,7 @@ def test_only_the_first_process_writes(results):
 
 def test_a_step_needs_prompts_for_every_process_and_records_need_a_single_one(model_folder, tmp_path, monkeypatch):
     from tests.test_trainer import make_trainer
-    from tunix_torch import processes
+    from tunix_torch.runtime import processes
 
     monkeypatch.setattr(processes, "count", lambda: 2)
     with pytest.raises(ValueError, match="per_device_train_batch_size=40: .* 64 training rows for 2 process"):

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback
 
-from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer, tiny, train
-from tunix_torch.checkpoint import is_finished
-from tunix_torch.model import lora_config
-from tunix_torch.run_folder import MAY_CHANGE, check_same_run, save_config, settings_of
+from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer, train
+from tunix_torch.checkpoints.files import is_finished
+from tunix_torch.config.saved import MAY_CHANGE, check_same_run, save_config, settings_of
+from tunix_torch.model import tiny
+from tunix_torch.model.loading import lora_config
 
 SMALL = {
     "max_steps": 4,

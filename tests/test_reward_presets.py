@@ -7,9 +7,10 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tunix_torch.rewards.math_equal import MAX_CHARS
 
-import rewards
-from rewards import (
+from tunix_torch import rewards
+from tunix_torch.rewards import (
     PRESET_REWARDS,
     PRESETS,
     RewardComponent,
@@ -39,7 +40,6 @@ from rewards import (
     structure_reward,
     trajectory_reward,
 )
-from rewards.math_equal import MAX_CHARS
 
 RANGES = {
     "match_format_exactly": (0, 3),

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import rewards
-from tunix_torch import GRPOConfig, TunixTrainer, tiny
-from tunix_torch.reward_workers import RewardWorkers
-from tunix_torch.scoring import call_rewards
+from tunix_torch import GRPOConfig, TunixTrainer, rewards
+from tunix_torch.model import tiny
+from tunix_torch.rewarding.scoring import call_rewards
+from tunix_torch.rewarding.workers import RewardWorkers
 
 ROOT = Path(__file__).parent.parent
 NUM_PROMPTS, GROUP = 3, 2
@@ -141,7 +141,7 @@ def test_a_trainer_stops_in_time_and_leaves_no_process(model_folder, tmp_path):
 
 def test_a_session_without_a_file_is_told_so():
     code = (
-        "from tunix_torch.reward_workers import RewardWorkers\n"
+        "from tunix_torch.rewarding.workers import RewardWorkers\n"
         "def mine(**columns): return []\n"
         "try: RewardWorkers(1, [mine])\n"
         "except ValueError as error: print(error)\n"

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tunix_torch.rewards.answers import final_answer
 
-from rewards import (
+from tunix_torch.rewards import (
     PRESET_REWARDS,
     REWARDS,
     RewardBreakdown,
@@ -31,7 +32,6 @@ from rewards import (
     score_with_breakdown,
     trajectory_reward,
 )
-from rewards.answers import final_answer
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL_REWARDS = REWARDS | PRESET_REWARDS

@@ -16,16 +16,17 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Tex
 
 import run_training
 from train import parse_args
-from tunix_torch import GRPOTrainingConfig, tiny, train
-from tunix_torch.config import (  # as agent-tunix's guide imports them
+from tunix_torch import GRPOTrainingConfig, train
+from tunix_torch.compat.agent_tunix import (
     AlgorithmConfig,
-    DataConfig,
     EvaluationConfig,
     GenerationConfig,
-    ModelConfig,
     OptimizerConfig,
     TrainingConfig,
 )
+from tunix_torch.config.data import DataConfig
+from tunix_torch.config.model import ModelConfig
+from tunix_torch.model import tiny
 
 ROOT = Path(__file__).parent.parent
 # What makes a documented command short enough for a test.

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from models import FAMILIES, PAD, VOCABULARY, WINDOW, add_nontrivial_lora, hugging_face_logits, make_batch, make_model
 from transformers import GPTJConfig, GPTJForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-import tunix_torch.sampler
-from tunix_torch import static_rows
-from tunix_torch.logprobs import token_logps
-from tunix_torch.model import base_model, place
-from tunix_torch.sampler import Sampler, SamplingParams, choose_tokens, draw_uniforms
-from tunix_torch.static_rows import cache_widths, group_sizes
+import tunix_torch.rollout.sampler
+from tunix_torch.learn.logprobs import token_logps
+from tunix_torch.model.forward import base_model
+from tunix_torch.model.loading import place
+from tunix_torch.rollout import rows as static_rows
+from tunix_torch.rollout.rows import cache_widths, group_sizes
+from tunix_torch.rollout.sampler import Sampler, SamplingParams, choose_tokens, draw_uniforms
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -149,8 +150,8 @@ def test_layers_with_a_sliding_window_keep_no_more_and_change_nothing(static, wi
     """Prompts of up to 19 tokens, completions of 20, of which the last is never looked at."""
     made = []
     name = "SlotCache" if static else "SharedPrefixCache"
-    kind = getattr(tunix_torch.sampler, name)
-    monkeypatch.setattr(tunix_torch.sampler, name, lambda *args: made.append(kind(*args)) or made[-1])
+    kind = getattr(tunix_torch.rollout.sampler, name)
+    monkeypatch.setattr(tunix_torch.rollout.sampler, name, lambda *args: made.append(kind(*args)) or made[-1])
     monkeypatch.setattr(static_rows, "cache_widths", lambda room: [1, 4, 10, room])
     model = place(add_nontrivial_lora(make_model("gemma3", sliding_window=window)))
     rollout = sample(model, eos=NEVER, static=static)

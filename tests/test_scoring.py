@@ -6,11 +6,10 @@ import time
 
 import pytest
 
-import rewards
-from tunix_torch import DataConfig, GRPOConfig
-from tunix_torch.job import choose_rewards
-from tunix_torch.reward_workers import RewardWorkers
-from tunix_torch.scoring import call_rewards, score_completions
+from tunix_torch import DataConfig, GRPOConfig, rewards
+from tunix_torch.rewarding.scoring import call_rewards, score_completions
+from tunix_torch.rewarding.workers import RewardWorkers
+from tunix_torch.run.job import choose_rewards
 
 ROWS = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "2 + 2?", "answer": "4"}]
 COMPLETIONS = ["2", "3", "4", "4"]

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import rewards
-from tunix_torch.rows import (
+from tunix_torch import rewards
+from tunix_torch.data.rows import (
     NO_ANSWER,
     PREFIX,
     QUESTION,
@@ -24,7 +24,7 @@ from tunix_torch.rows import (
     prompt_of,
     with_answer,
 )
-from tunix_torch.shapes import after_mark, completion_of, last_boxed, normalize_row
+from tunix_torch.data.shapes import after_mark, completion_of, last_boxed, normalize_row
 
 ARC = {
     "question": "Which is a metal?",

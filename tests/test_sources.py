@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from tunix_torch import DataConfig, GRPOConfig, ModelConfig
-from tunix_torch.config import KNOWN_DATASETS
-from tunix_torch.job import train
-from tunix_torch.readers import load_rows, stream_rows
-from tunix_torch.rows import QUESTION, answer_of
-from tunix_torch.shapes import COLUMNS, normalize_row
-from tunix_torch.sources import KNOWN, evaluation_rows, load_data, load_eval_rows, training_rows
+from tunix_torch.config.data import KNOWN_DATASETS
+from tunix_torch.data.readers import load_rows, stream_rows
+from tunix_torch.data.rows import QUESTION, answer_of
+from tunix_torch.data.shapes import COLUMNS, normalize_row
+from tunix_torch.data.sources import KNOWN, evaluation_rows, load_data, load_eval_rows, training_rows
+from tunix_torch.run.job import train
 
 ROWS = [{"question": f"{i} + 0?", "answer": str(i)} for i in range(10)]
 ARC = {
@@ -603,10 +603,10 @@ def test_stream_is_shuffled_by_seed_and_epoch_and_limited_before(tmp_path):
 
 
 def test_stream_reads_no_more_than_is_drawn_and_its_window(tmp_path, monkeypatch):
-    monkeypatch.setattr("tunix_torch.sources.SHUFFLE_BUFFER", 10)
+    monkeypatch.setattr("tunix_torch.data.sources.SHUFFLE_BUFFER", 10)
     path, pulled = write_rows(tmp_path / "a.jsonl", ROWS * 1000), []
     monkeypatch.setattr(
-        "tunix_torch.readers.json.loads", lambda line: pulled.append(line) or {"question": "q", "answer": "1"}
+        "tunix_torch.data.readers.json.loads", lambda line: pulled.append(line) or {"question": "q", "answer": "1"}
     )
     stream, _ = load_data(DataConfig(data_path=path, streaming=True), seed=0)
     assert len(pulled) <= 2

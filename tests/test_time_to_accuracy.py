@@ -75,9 +75,9 @@ def test_inputs_are_those_of_train_py_and_trl_tokenises_prompts_as_ours_does(cac
     from transformers import AutoTokenizer
 
     from tunix_torch import DataConfig, GRPOConfig
-    from tunix_torch.data import prepare_rows
-    from tunix_torch.rows import PROMPT_IDS
-    from tunix_torch.sources import load_data
+    from tunix_torch.data.prompts import prepare_rows
+    from tunix_torch.data.rows import PROMPT_IDS
+    from tunix_torch.data.sources import load_data
 
     monkeypatch.setenv("TUNIX_CACHE", cache)
     folder = seed_folder(tmp_path, 7)
@@ -121,7 +121,7 @@ def test_a_peer_that_takes_other_rows_is_noticed():
 
 
 def test_a_reward_that_is_listened_to_says_the_same_under_the_same_name():
-    from rewards import correctness_reward
+    from tunix_torch.rewards import correctness_reward
 
     seen = []
     reward = remember_answers(correctness_reward, seen)

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunix_torch.data import end_of_turn_id
-from tunix_torch.model import load_base_model, load_tokenizer
-from tunix_torch.tiny import CHARACTERS, ROLES, SPECIAL_TOKENS, TAGS, arithmetic_rows, make_model, make_tokenizer
+from tunix_torch.data.prompts import end_of_turn_id
+from tunix_torch.model.loading import load_base_model, load_tokenizer
+from tunix_torch.model.tiny import CHARACTERS, ROLES, SPECIAL_TOKENS, TAGS, arithmetic_rows, make_model, make_tokenizer
 
 EXAMPLES = settings(max_examples=200, deadline=None, derandomize=True)
 TOKENIZER = make_tokenizer()

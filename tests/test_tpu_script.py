@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import utils
-from preflight.chips import parse_topology
-from tunix_torch import device
+from tunix_torch.preflight.chips import parse_topology
+from tunix_torch.runtime import choice
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "run_tpu_training.sh"
@@ -27,7 +27,7 @@ def plug_in(monkeypatch, folder, product, count):
         card.mkdir(parents=True)
         (card / "vendor").write_text("0x1ae0\n")
         (card / "device").write_text(product + "\n")
-    monkeypatch.setattr(device, "PCI_DEVICES", str(folder))
+    monkeypatch.setattr(choice, "PCI_DEVICES", str(folder))
 
 
 @pytest.mark.parametrize(
@@ -47,14 +47,14 @@ def plug_in(monkeypatch, folder, product, count):
 )
 def test_the_slice_is_read_off_the_chips(monkeypatch, tmp_path, capsys, product, count, topology):
     plug_in(monkeypatch, tmp_path / "pci", product, count)
-    monkeypatch.setattr(device, "check_libtpu", lambda: "0.0.21")
+    monkeypatch.setattr(choice, "check_libtpu", lambda: "0.0.21")
     assert utils.check_tpu_host(["--output_dir", str(tmp_path)]) == topology
     assert f"{count} chip(s), " in capsys.readouterr().err
     assert topology is None or parse_topology(topology).num_chips == count, "the script gives it to plan_tpu.py"
 
 
 def test_without_a_tpu_it_says_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(device, "PCI_DEVICES", str(tmp_path))
+    monkeypatch.setattr(choice, "PCI_DEVICES", str(tmp_path))
     assert utils.check_tpu_host(["--output_dir", str(tmp_path)]) is None
     assert "No TPU was found" in capsys.readouterr().err
 
@@ -65,10 +65,10 @@ def test_a_libtpu_that_does_not_fit_is_an_error(monkeypatch):
     monkeypatch.setattr(metadata, "requires", lambda name: ["absl-py", 'libtpu==0.0.21; extra == "tpu"'])
     versions = {"torch_xla": "2.9.0", "libtpu": "0.0.21"}
     monkeypatch.setattr(metadata, "version", lambda name: versions[name])
-    assert device.check_libtpu() == "0.0.21"
+    assert choice.check_libtpu() == "0.0.21"
     versions["libtpu"] = "0.0.17"
     with pytest.raises(ValueError, match="libtpu 0.0.17: torch_xla 2.9.0 needs 0.0.21"):
-        device.check_libtpu()
+        choice.check_libtpu()
 
 
 def test_a_model_is_looked_for_in_the_cache_and_needs_room_on_the_disk(monkeypatch, tmp_path, capsys):
@@ -211,7 +211,7 @@ def test_sigterm_saves_and_the_next_start_ends_where_an_uninterrupted_run_does(m
     assert [row["step"] for row in rows if "reward" in row] == list(range(1, 41))
     assert checkpoint.is_dir()  # the run went on; it did not begin anew
 
-    from tunix_torch.run_folder import resolve_checkpoint
+    from tunix_torch.run.folder import resolve_checkpoint
 
     # without a checkpoint after the last step, the next start knows from the final files that the run is finished
     assert resolve_checkpoint("auto", tmp_path / "a") == str(checkpoint)

@@ -14,14 +14,16 @@ from torch.utils.data import SequentialSampler
 from transformers import Gemma3ForCausalLM
 
 import tunix_torch.trainer
-from tunix_torch import GRPOConfig, ModelConfig, TunixTrainer, tiny
+from tunix_torch import GRPOConfig, ModelConfig, TunixTrainer
 from tunix_torch.batch import PromptBatch
-from tunix_torch.callbacks import MetricsFile
-from tunix_torch.checkpoint import is_whole, newest_checkpoint
-from tunix_torch.learning import micro_batches
-from tunix_torch.model import base_model, lora_config
-from tunix_torch.profiling import PARTS
-from tunix_torch.record import StepRecord
+from tunix_torch.checkpoints.files import is_whole, newest_checkpoint
+from tunix_torch.learn.record import StepRecord
+from tunix_torch.learn.step import micro_batches
+from tunix_torch.model import tiny
+from tunix_torch.model.forward import base_model
+from tunix_torch.model.loading import lora_config
+from tunix_torch.run.callbacks import MetricsFile
+from tunix_torch.runtime.profiling import PARTS
 
 
 def digits_reward(prompts, completions, **columns):
@@ -144,7 +146,7 @@ def test_accumulated_batches_give_the_gradient_of_one_batch(model_folder, tmp_pa
 
 
 def test_a_cpu_learns_at_once_from_as_many_rows_as_their_real_lengths_allow(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("tunix_torch.config.CPU_TOKENS_PER_PASS", 100)  # one group at its longest
+    monkeypatch.setattr("tunix_torch.config.grpo.CPU_TOKENS_PER_PASS", 100)  # one group at its longest
     trainer = make_trainer(model_folder, tmp_path, micro_batch_size=None, num_completions_per_prompt=4)
     batch = first_batch(trainer)
     short = batch.completion_mask & (torch.arange(batch.completion_mask.shape[1]) < 2)
@@ -552,7 +554,7 @@ def test_what_cannot_work_is_refused(model_folder, tmp_path):
 
 def test_a_loaded_model_with_its_own_lora_is_taken_as_it_is(model_folder, tmp_path):
     from tunix_torch import ModelConfig
-    from tunix_torch.model import add_lora
+    from tunix_torch.model.loading import add_lora
 
     tokenizer = tiny.make_tokenizer()
     model = add_lora(tiny.make_model(tokenizer), lora_config(ModelConfig(lora_rank=2)))

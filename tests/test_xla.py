@@ -95,7 +95,7 @@ def logged(run, name):
 
 
 def test_this_process_and_the_job_really_are_on_xla(results):
-    from tunix_torch import device
+    from tunix_torch.runtime import device
 
     assert device.KIND == results["xla"]["kind"] == "xla" and results["cpu"]["kind"] == "cpu"
     assert device.torch_device().type == "xla"
@@ -177,7 +177,7 @@ def test_an_adapter_that_is_trained_further_by_accumulated_batches_is_that_of_th
 def test_gradient_checkpointing_is_refused_where_a_gradient_would_be_lost():
     from models import add_nontrivial_lora, make_model
 
-    from tunix_torch.model import checkpoint_layers
+    from tunix_torch.model.forward import checkpoint_layers
 
     with pytest.raises(ValueError, match="layers share keys and values"):
         checkpoint_layers(add_nontrivial_lora(make_model("gemma4")))
@@ -188,10 +188,11 @@ def test_gradient_checkpointing_is_refused_where_a_gradient_would_be_lost():
 def test_layers_under_gradient_checkpointing_give_the_same_gradient():
     from models import add_nontrivial_lora, make_batch, make_model
 
-    from tunix_torch import device
     from tunix_torch.batch import TrainBatch
-    from tunix_torch.logprobs import token_logps
-    from tunix_torch.model import base_model, checkpoint_layers, place
+    from tunix_torch.learn.logprobs import token_logps
+    from tunix_torch.model.forward import base_model, checkpoint_layers
+    from tunix_torch.model.loading import place
+    from tunix_torch.runtime import device
 
     model = place(add_nontrivial_lora(make_model("gemma3"))).train()
     on_host = {name: value for name, value in vars(make_batch()).items() if value is not None}

@@ -1,37 +1,44 @@
-"""Tunix-Torch: GRPO post-training of Gemma in PyTorch, on TPU through torch-xla, on CUDA and on the CPU."""
+"""Tunix-Torch: GRPO post-training of Gemma in PyTorch, on TPU through torch-xla, on CUDA and on the CPU.
 
-from . import device  # isort: skip  # first: decides for or against XLA before Transformers is imported
-from .config import DataConfig, GRPOConfig, ModelConfig
-from .evaluation import Answers
-from .job import train
-from .model import load_model, load_tokenizer
-from .nested import (
-    AlgorithmConfig,
-    EvaluationConfig,
-    GenerationConfig,
-    GRPOTrainingConfig,
-    OptimizerConfig,
-    TrainingConfig,
-)
-from .sampler import Sampler, SamplingParams
-from .trainer import TunixTrainer
+Importing it decides for or against XLA (see `runtime/choice.py`) and loads nothing else; each name below is loaded when
+it is first used.
+"""
 
-__all__ = [
-    "AlgorithmConfig",
-    "Answers",
-    "DataConfig",
-    "EvaluationConfig",
-    "GRPOConfig",
-    "GRPOTrainingConfig",
-    "GenerationConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "Sampler",
-    "SamplingParams",
-    "TrainingConfig",
-    "TunixTrainer",
-    "device",
-    "load_model",
-    "load_tokenizer",
-    "train",
-]
+import importlib
+from typing import Any
+
+from .runtime.choice import choose
+
+_HOMES = {
+    "AlgorithmConfig": "compat.agent_tunix",
+    "Answers": "evals.answers",
+    "DataConfig": "config.data",
+    "EvaluationConfig": "compat.agent_tunix",
+    "GRPOConfig": "config.grpo",
+    "GRPOTrainingConfig": "compat.agent_tunix",
+    "GenerationConfig": "compat.agent_tunix",
+    "ModelConfig": "config.model",
+    "OptimizerConfig": "compat.agent_tunix",
+    "Sampler": "rollout.sampler",
+    "SamplingParams": "rollout.sampler",
+    "TrainingConfig": "compat.agent_tunix",
+    "TunixTrainer": "trainer",
+    "device": "runtime.device",
+    "load_model": "model.loading",
+    "load_tokenizer": "model.loading",
+    "train": "run.job",
+}
+__all__ = list(_HOMES)
+
+choose()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    return home if name == "device" else getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -9,8 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import KL_ESTIMATORS, LOSS_AGGREGATIONS
-
+ALGORITHMS = ("grpo", "gspo", "dr_grpo", "dapo", "rloo")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+LOSS_AGGREGATIONS = (
+    "token-mean",
+    "sequence-mean-token-mean",
+    "sequence-mean-token-scale",
+    "seq-mean-token-sum",
+    "sequence-mean-token-sum-norm",
+)
 LARGEST_EXPONENT = 80.0  # exp of it is about 1e35: finite in float32, and above any clamp
 ROUNDING = 8 * 2.0**-52  # relative: rewards that differ by less are equal, but for the rounding of a weighted total
 

@@ -29,8 +29,24 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
-from . import device, processes
-from .adapter import (
+from .batch import PromptBatch, Rollout, TrainBatch
+from .checkpoints.files import STATE_FILE, check_same_scale, fingerprint, is_finished
+from .checkpoints.resuming import EarlyStoppingCallback, OwnIntervals
+from .config.grpo import GRPOConfig
+from .config.model import ModelConfig
+from .config.saved import settings_of
+from .config.services import blamed_on, check_reporting
+from .config.settings import require
+from .data.prompts import Collator, PromptStream, decode_completions, prepare_rows
+from .data.sources import evaluation_rows, training_rows
+from .evals.answers import Answers, answer
+from .grpo import aggregation_weights, compute_group_advantages
+from .learn.finite import check_finite, check_gradient_norm
+from .learn.metrics import add_up, broken_invariant, learning_metrics, rollout_metrics, sum_up
+from .learn.record import FOLDER, record_step
+from .learn.sft import completion_loss, learn_completions, sft_batch
+from .learn.step import learn, logps_without_gradient, may_pack, micro_batches, rehearsals
+from .model.adapter import (
     REFERENCE_FILE,
     adapter_weights,
     changes_nothing,
@@ -42,46 +58,16 @@ from .adapter import (
     save_adapter,
     save_reference,
 )
-from .batch import PromptBatch, Rollout, TrainBatch
-from .beforehand import blamed_on, check_reporting
-from .callbacks import EarlyStoppingCallback, OwnIntervals
-from .checkpoint import STATE_FILE, check_same_scale, fingerprint, is_finished
-from .checks import (
-    check_finite,
-    check_gradient_norm,
-    check_head,
-    check_peft_config,
-    check_reference,
-    check_rewards,
-    check_tokenizer,
-    has_dropout,
-)
-from .config import GRPOConfig, ModelConfig
-from .data import Collator, PromptStream, check_columns, decode_completions, prepare_rows
-from .evaluation import Answers, answer
-from .grpo import aggregation_weights, compute_group_advantages
-from .learning import learn, logps_without_gradient, may_pack, micro_batches, rehearsals
-from .metrics import add_up, broken_invariant, learning_metrics, rollout_metrics, sum_up
-from .model import (
-    add_lora,
-    base_model,
-    checkpoint_layers,
-    eos_token_ids,
-    load_model,
-    load_tokenizer,
-    lora_config,
-    place,
-    reference_policy,
-)
-from .profiling import ProfileStep, span
-from .record import FOLDER, record_step
-from .reward_workers import RewardWorkers
-from .run_folder import settings_of
-from .sampler import Sampler, SamplingParams, draw_uniforms
-from .scoring import RewardFunc, is_async, names_of, score_completions
-from .settings import require
-from .sft import completion_loss, learn_completions, sft_batch
-from .sources import evaluation_rows, training_rows
+from .model.checks import check_head, check_peft_config, check_reference, check_tokenizer, has_dropout
+from .model.forward import base_model, checkpoint_layers, reference_policy
+from .model.loading import add_lora, eos_token_ids, load_model, load_tokenizer, lora_config, place
+from .rewarding.checks import check_rewards
+from .rewarding.columns import check_columns
+from .rewarding.scoring import RewardFunc, is_async, names_of, score_completions
+from .rewarding.workers import RewardWorkers
+from .rollout.sampler import Sampler, SamplingParams, draw_uniforms
+from .runtime import device, processes
+from .runtime.profiling import ProfileStep, span
 
 logger = logging.getLogger(__name__)
 

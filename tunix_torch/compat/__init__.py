@@ -1,0 +1,1 @@
+"""Names of other libraries and systems, translated into this library's settings."""

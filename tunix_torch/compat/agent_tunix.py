@@ -1,0 +1,268 @@
+"""A whole job in groups, as agent-tunix and `run_training.py` have it: `GRPOTrainingConfig`.
+
+What a group does not give (None) is agent-tunix's value, or for the tiny model its recipe's. `model` and `data` have
+this library's own defaults, but a model that is named by its size is asked GSM8K's questions. Names are agent-tunix's;
+`flat()` gives the same job as a `ModelConfig`, a `DataConfig` and a `GRPOConfig`.
+"""
+
+import dataclasses
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config.data import DataConfig
+from ..config.grpo import GRPOConfig
+from ..config.model import ModelConfig
+from ..config.settings import ALIASES, canonical_names, check_types, nearest, require
+from ..model import tiny
+
+# A group's setting -> that of GRPOConfig, where neither its own name nor an alias says it.
+RENAMED = {
+    "optimizer.warmup_ratio": "warmup_steps",  # below 1, Transformers takes it for a share of all steps
+    "training.warmup_ratio": "warmup_steps",
+    "training.micro_batch_size": "per_device_train_batch_size",
+    "training.rows_per_pass": "micro_batch_size",
+    "training.save_interval_steps": "save_steps",
+    "training.max_to_keep": "save_total_limit",
+    "evaluation.eval_interval_steps": "eval_steps",
+    "evaluation.batch_size": "per_device_eval_batch_size",
+}
+
+AGENT_TUNIX = {
+    "learning_rate": 3e-6,
+    "warmup_steps": 0.1,
+    "max_grad_norm": 0.1,
+    "lr_scheduler_type": "cosine",
+    "num_completions_per_prompt": 4,
+    "num_iterations": 1,
+    "kl_penalty_coef": 0.08,
+    "epsilon": 0.2,
+    "max_prompt_length": 256,
+    "generation_max_length": 512,
+    "generation_temperature": 0.9,
+    "generation_top_k": 50,
+    "generation_top_p": 1.0,
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 1,
+}
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float | None = None  # peak
+    warmup_ratio: float | None = None  # warm-up as a share of all steps
+    max_grad_norm: float | None = None
+    weight_decay: float | None = None
+    adam_beta1: float | None = None
+    adam_beta2: float | None = None
+    lr_scheduler_type: str | None = None
+
+
+@dataclass
+class AlgorithmConfig:
+    """The group `grpo`: how a group of completions becomes a loss."""
+
+    num_generations: int | None = None  # completions a prompt
+    num_iterations: int | None = None  # passes over a batch
+    beta: float | None = None  # weight of the KL penalty
+    epsilon: float | None = None  # clipping
+    epsilon_high: float | None = None
+    algorithm: str | None = None
+    kl_estimator: str | None = None
+    loss_aggregation: str | None = None
+
+
+@dataclass
+class GenerationConfig:
+    """Widths, and how completions are sampled."""
+
+    max_prompt_length: int | None = None
+    max_generation_steps: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+@dataclass
+class TrainingConfig:
+    """How long, and in what portions. `micro_batch_size` counts prompts, as in agent-tunix.
+
+    A step is one batch. There are `max_steps` of them, else `num_batches * num_epochs`, else `num_epochs` times those
+    of the data set. `learning_rate`, `warmup_ratio` and `max_grad_norm` may be given here or in `OptimizerConfig`.
+    """
+
+    micro_batch_size: int | None = None  # prompts a step
+    num_batches: int | None = None
+    num_epochs: float | None = None
+    max_steps: int | None = None
+    gradient_accumulation_steps: int | None = None
+    gradient_checkpointing: bool | None = None
+    rows_per_pass: int | None = None  # completions in one learning pass: GRPOConfig.micro_batch_size
+    save_interval_steps: int | None = None
+    max_to_keep: int | None = None  # checkpoints
+    learning_rate: float | None = None
+    warmup_ratio: float | None = None
+    max_grad_norm: float | None = None
+
+
+@dataclass
+class EvaluationConfig:
+    """When and how the model answers held-out questions."""
+
+    eval_interval_steps: int | None = None
+    eval_on_start: bool | None = None
+    batch_size: int | None = None  # completions at a time
+    num_eval_completions: int | None = None  # sampled ones a question, for mean@k
+    eval_temperature: float | None = None
+    load_best_model_at_end: bool | None = None
+    early_stopping_patience: int | None = None
+
+
+@dataclass
+class GRPOTrainingConfig:
+    """A whole job for `tunix_torch.train`.
+
+    Attributes:
+        wandb_disabled: False also logs to Weights & Biases, which must be installed.
+        output_dir: where everything is written; None: ./outputs.
+        checkpoint_dir: the same, but a run that has left a whole checkpoint there is continued.
+        args: any other setting of `GRPOConfig`, by its name.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    grpo: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 42
+    device: str = "auto"
+    wandb_disabled: bool = True
+    output_dir: str | None = None
+    checkpoint_dir: str | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> "GRPOTrainingConfig":
+        """A job from names and values as a YAML file has them: {"model": {"lora_rank": 8}, "seed": 1}.
+
+        Raises:
+            ValueError: an unknown name (with the nearest one), or a value that can't be.
+        """
+        values, names, groups = {}, setting_names(), _groups()
+        for name, value in settings.items():
+            if name in groups:
+                require(isinstance(value, Mapping), name, value, "expected names and values")
+                for unknown in [f"{name}.{key}" for key in value if f"{name}.{key}" not in names]:
+                    raise unknown_setting(unknown)
+                try:
+                    value = groups[name](**value)
+                except ValueError as error:
+                    raise ValueError(f"{name}.{error}") from error
+            elif name not in names:
+                raise unknown_setting(name)
+            values[name] = value
+        return cls(**values)
+
+    def flat(self) -> tuple[ModelConfig, DataConfig, GRPOConfig]:
+        """The same job as `train.py` has it.
+
+        Raises:
+            ValueError: a value that can't be, or a setting given twice.
+        """
+        check_types(self)
+        given = self._given()
+        settings = dict(tiny.RECIPE if self.model.model_name == tiny.NAME else AGENT_TUNIX) | {"eval_on_start": True}
+        if "num_train_epochs" in given:
+            settings.pop("max_steps", None)
+        if given.get("algorithm", ("", ""))[1] == "dapo":  # which has no KL penalty
+            settings.pop("kl_penalty_coef", None)
+        settings |= {name: value for name, (_, value) in given.items()}
+        try:
+            args = GRPOConfig(**settings)
+        except ValueError as error:
+            name, equals, rest = str(error).partition("=")
+            raise ValueError(f"{given.get(name, (name, None))[0]}{equals}{rest}") from error
+        # copies, since a job fills in what other fields decide
+        data = dataclasses.replace(self.data)
+        if self.model.model_size is not None and data.data_path is None and data.dataset is None:
+            data.dataset = "gsm8k"
+        return dataclasses.replace(self.model), data, args
+
+    def _given(self) -> dict[str, tuple[str, Any]]:
+        """Name in `GRPOConfig` -> (name here, value) of every setting that is given."""
+        require(isinstance(self.args, dict), "args", self.args, "expected names and values")
+        valid = [f.name for f in dataclasses.fields(GRPOConfig) if f.init]
+        given = {name: (f"args.{name}", value) for name, value in canonical_names(self.args, valid).items()}
+
+        def put(ours: str, name: str, value: Any) -> None:
+            other, there = given.setdefault(ours, (name, value))
+            require(there == value, name, value, f"is also given as {other}={there!r}; give one of the two")
+
+        groups = {
+            "optimizer": self.optimizer,
+            "grpo": self.grpo,
+            "generation": self.generation,
+            "training": self.training,
+            "evaluation": self.evaluation,
+        }
+        for group, config in groups.items():
+            try:
+                check_types(config)
+            except ValueError as error:
+                raise ValueError(f"{group}.{error}") from error
+            for key, value in dataclasses.asdict(config).items():
+                name = f"{group}.{key}"
+                if value is None or name in ("training.num_batches", "training.num_epochs"):
+                    continue
+                if key == "warmup_ratio":
+                    require(0 <= value < 1, name, value, "must be in [0, 1)")
+                put(RENAMED.get(name) or next(iter(canonical_names({key: value}, valid))), name, value)
+
+        batches, epochs = self.training.num_batches, self.training.num_epochs
+        require(batches is None or batches >= 1, "training.num_batches", batches, "must be at least 1")
+        require(epochs is None or epochs > 0, "training.num_epochs", epochs, "must be above 0")
+        if self.training.max_steps is None and batches is not None:
+            put("max_steps", "training.num_batches", int(batches * (epochs or 1)))
+        elif "max_steps" not in given and epochs is not None:
+            put("num_train_epochs", "training.num_epochs", epochs)
+
+        put("seed", "seed", self.seed)
+        put("device", "device", self.device)
+        if self.output_dir is not None:
+            put("output_dir", "output_dir", self.output_dir)
+        if self.checkpoint_dir is not None:
+            put("output_dir", "checkpoint_dir", self.checkpoint_dir)
+            put("resume_from_checkpoint", "checkpoint_dir", "auto")
+        if not self.wandb_disabled:
+            installed = importlib.util.find_spec("wandb") is not None
+            require(installed, "wandb_disabled", False, "wandb is not installed: pip install wandb")
+            put("report_to", "wandb_disabled", ["tensorboard", "wandb"])
+        return given
+
+
+def _groups() -> dict[str, type]:
+    """The fields of `GRPOTrainingConfig` that are dataclasses themselves."""
+    return {f.name: f.type for f in dataclasses.fields(GRPOTrainingConfig) if dataclasses.is_dataclass(f.type)}
+
+
+def setting_names() -> list[str]:
+    """Every name that a job may set: "seed", "training.num_batches" and so on."""
+    groups = _groups()
+    names = [f.name for f in dataclasses.fields(GRPOTrainingConfig) if f.name not in groups]
+    return names + [f"{group}.{f.name}" for group, config in groups.items() for f in dataclasses.fields(config)]
+
+
+def unknown_setting(name: str) -> ValueError:
+    """The error for a name that is none, with the one that is most likely meant."""
+    names = setting_names()
+    elsewhere = [other for other in names if other.rpartition(".")[2] == name.rpartition(".")[2]]
+    group, _, key = name.rpartition(".")
+    if f"{group}.{ALIASES.get(key)}" in names:
+        elsewhere = [f"{group}.{ALIASES[key]}"]
+    hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else nearest(name, [*names, *_groups()])
+    return ValueError(f"unknown setting {name!r}{hint}")

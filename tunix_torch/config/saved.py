@@ -1,0 +1,183 @@
+"""A job's settings as a config file holds them, and which of them a resumed run may change."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from .data import DataConfig
+from .grpo import GRPOConfig
+from .model import ModelConfig
+
+CONFIG_FILE = "config.json"
+
+# Fields of transformers.TrainingArguments that people set; all fields of our own come on top.
+COMMON_FIELDS = (
+    "num_train_epochs",
+    "max_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "eval_strategy",
+    "eval_steps",
+    "eval_on_start",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "seed",
+)
+
+
+# What a run may be resumed with, although it began otherwise: how long, how often, where, in what portions, what else
+# happens, and other words for the same.
+MAY_CHANGE = (
+    "output_dir",
+    "device",
+    "mesh_shape",
+    "mesh_axes",
+    "max_steps",
+    "num_train_epochs",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "stop_check_interval",
+    "per_device_eval_batch_size",
+    "eval_strategy",
+    "eval_steps",
+    "eval_on_start",
+    "num_eval_completions",
+    "num_eval_rows",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "save_batches",
+    "profile_step",
+    "logging_steps",
+    "logging_strategy",
+    "report_to",
+    "reward_timeout",
+    "reward_processes",
+    "early_stopping_patience",
+    "load_best_model_at_end",
+    "restore_callback_states_from_checkpoint",
+    "save_only_model",
+    "eval_delay",
+    "eval_accumulation_steps",
+    "eval_do_concat_batches",
+    "eval_use_gather_object",
+    "batch_eval_metrics",
+    "prediction_loss_only",
+    "include_for_metrics",
+    "label_names",
+    "gradient_checkpointing_kwargs",
+    "torch_empty_cache_steps",
+    "use_cache",
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "ddp_backend",
+    "ddp_broadcast_buffers",
+    "ddp_bucket_cap_mb",
+    "ddp_find_unused_parameters",
+    "ddp_static_graph",
+    "ddp_timeout",
+    "do_train",
+    "do_predict",
+    "skip_memory_metrics",
+    "enable_jit_checkpoint",
+    "save_on_each_node",
+    "log_level",
+    "log_level_replica",
+    "log_on_each_node",
+    "logging_first_step",
+    "logging_nan_inf_filter",
+    "include_num_input_tokens_seen",
+    "run_name",
+    "project",
+    "trackio_bucket_id",
+    "trackio_space_id",
+    "trackio_static_space_id",
+    "push_to_hub",
+    "hub_always_push",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_revision",
+    "hub_strategy",
+    "model_size",  # sets model_name
+    "max_length",  # sets max_prompt_length
+    "warmup_ratio",  # sets warmup_steps
+    "num_tpu_cores",
+)
+# Likewise, but from or to None only: the best value of one metric means nothing for another.
+MAY_BE_ADDED = ("metric_for_best_model", "greater_is_better")
+
+# Not a setting of the job: where this process runs, or what to do once.
+NOT_SAVED = (
+    "local_rank",
+    "resume_from_checkpoint",
+    "logging_dir",
+    "use_cpu",
+    "dataloader_pin_memory",
+    "hub_token",
+    "debug",
+    "do_eval",
+    "disable_tqdm",
+)
+
+
+# ---- settings ----
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if field.name == "accelerator_config":  # what becomes of None
+        resolved = AcceleratorConfig(dispatch_batches=False).to_dict()
+        resolved.pop("use_configured_state")
+        return resolved
+    return getattr(default, "value", default)  # of an enumeration
+
+
+def settings_of(*configs: Any) -> dict[str, Any]:
+    """What a config file holds of a `ModelConfig`, a `DataConfig` and a `GRPOConfig`: every field of our own, those of
+    `transformers.TrainingArguments` that people commonly set, and the others where they are not the default."""
+    settings: dict[str, Any] = {}
+    for config in configs:
+        own = list(type(config).__dict__.get("__annotations__", {}))
+        values = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
+        inherited = [field for field in dataclasses.fields(config) if field.init and field.name not in own]
+        shown = [f.name for f in inherited if f.name in COMMON_FIELDS or values[f.name] != _default_of(f)]
+        settings |= {name: values[name] for name in [*own, *shown] if name not in NOT_SAVED}
+    return settings
+
+
+def save_config(settings: dict[str, Any], path: str | Path) -> None:
+    Path(path).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def check_same_run(settings: dict[str, Any], checkpoint: str | Path) -> None:
+    """Settings that are resumed with must be those of the run, but for `MAY_CHANGE`. One that either side lacks is its
+    field's default.
+
+    Raises:
+        ValueError: one differs.
+    """
+    path = Path(checkpoint).parent / CONFIG_FILE
+    if not path.is_file():  # not written by `train`
+        return
+    fields = [field for config in (ModelConfig, DataConfig, GRPOConfig) for field in dataclasses.fields(config)]
+    defaults = {field.name: _default_of(field) for field in fields if field.init}
+    earlier = defaults | json.loads(path.read_text())
+    now = defaults | json.loads(json.dumps(settings))
+    for name in sorted(defaults.keys() - {*MAY_CHANGE, *NOT_SAVED}):
+        added = name in MAY_BE_ADDED and None in (now[name], earlier[name])
+        if now[name] != earlier[name] and not added:
+            raise ValueError(
+                f"{name}={now[name]!r}: the run that would be resumed from {checkpoint} has {earlier[name]!r}; "
+                "give that, or begin a new run with resume_from_checkpoint=false (and "
+                f"model_name={checkpoint} to train this adapter further)"
+            )

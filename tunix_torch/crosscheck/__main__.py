@@ -1,0 +1,155 @@
+"""Feed the same batches to Google's Tunix on JAX and to this library, and print how far apart they are.
+
+python -m crosscheck                                   # every case on every model family
+python -m crosscheck --families gemma3-1 --cases gspo
+python -m crosscheck --from-run outputs                # replay a run made with train.py --save_batches 3
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+import utils
+
+from .job import Job, quiet, run_job
+
+os.environ["TUNIX_DEVICE"] = "cpu"
+
+if TYPE_CHECKING:
+    from .compare import Row
+
+NEEDED = {"jax": "jax==0.10.2", "tunix": "google-tunix==0.1.7"}
+CHAIN = 20  # AdamW steps
+TRL_FAMILIES = ("gemma3-2", "gemma2", "gemma4")
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m crosscheck", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = lambda message: utils.fail(message)
+    parser.add_argument("--from-run", "--from_run", type=Path, help="a run's output_dir, made with --save_batches")
+    also = "and then without TRL and the differences on purpose; an unknown name lists those that there are"
+    parser.add_argument("--families", nargs="+", help=f"only these model families, {also}")
+    parser.add_argument("--cases", nargs="+", help=f"only these cases, {also}")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    return parser.parse_args(argv)
+
+
+def check_installed() -> None:
+    """Raises ValueError when a package of Tunix's side is missing, saying what to install."""
+    missing = [what for module, what in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ValueError(f"the cross-check needs Google's Tunix: pip install {' '.join(missing)}")
+
+
+def choose(names: Sequence[str] | None, known: Sequence[str], option: str) -> list[str]:
+    """The named ones, in our order; all when none is named."""
+    for name in names or []:
+        if name not in known:
+            raise ValueError(f"{option}={name!r}: choose among {', '.join(known)}")
+    return [name for name in known if names is None or name in names]
+
+
+def rows_of_cases(families: Sequence[str] | None, cases: Sequence[str] | None) -> Iterator["Row"]:
+    """Every chosen case on every chosen family; when nothing was chosen, also TRL and the differences on purpose.
+
+    Jobs of several families run side by side, one thread each: small models keep no more busy.
+    """
+    from .cases import CASES, FAMILIES
+    from .run import rows_of
+
+    cases = choose(cases, [case.name for case in CASES], "cases") if cases else None
+    jobs = [Job("tunix", family, cases, CHAIN) for family in choose(families, FAMILIES, "families")]
+    if families is None and cases is None:
+        if importlib.util.find_spec("trl") is None:
+            print("trl is not installed: its opinion is left out")
+        else:
+            jobs += [Job("trl", family) for family in TRL_FAMILIES]
+        jobs.append(Job("differences"))
+    if len(jobs) == 1:
+        yield from rows_of(jobs[0])
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        running = [pool.submit(run_job, job) for job in jobs]
+        try:
+            for future in tqdm(running, desc="Cross-check", unit="job"):
+                yield from future.result()
+        except BaseException:  # Ctrl-C too: what has not begun shall not begin
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def as_dict(row: "Row") -> dict[str, object]:
+    """A row for JSON, which knows no infinity and no NaN."""
+    finite = math.isfinite(row.difference)
+    return {**vars(row), "difference": row.difference if finite else None, "verdict": row.verdict}
+
+
+def show(row: "Row") -> None:
+    print(
+        f"{row.case:<30} {row.quantity:<28} {row.difference:>9.1e} {row.tolerance:>9.1e}  {row.verdict}"
+        + (f"  ({row.note})" if row.note else ""),
+        flush=True,
+    )
+
+
+def summarise(rows: Sequence["Row"]) -> None:
+    """The largest difference of each quantity, and how it went."""
+    print(f"\n{'quantity':<28} {'comparisons':>11} {'largest difference':>19} {'tolerance':>10}  verdict")
+    for quantity in dict.fromkeys(row.quantity for row in rows):
+        among = [row for row in rows if row.quantity == quantity]
+        worst = max(among, key=lambda row: row.difference / row.tolerance if row.tolerance else row.difference)
+        verdict = "fail" if any(row.verdict == "fail" for row in among) else "pass"
+        print(f"{quantity:<28} {len(among):>11} {worst.difference:>19.1e} {worst.tolerance:>10.1e}  {verdict}")
+
+
+def main() -> None:
+    args = parse_args(sys.argv[1:])
+    check_installed()
+    utils.check_output_file("json", args.json)
+    if args.from_run and (args.families or args.cases):
+        raise ValueError("from_run: a run has its own model and settings; leave out --families and --cases")
+    quiet()
+    from .replay import replay
+
+    started = time.perf_counter()
+    rows = []
+    try:
+        for row in replay(args.from_run) if args.from_run else rows_of_cases(args.families, args.cases):
+            if not rows:
+                print(f"{'case':<30} {'quantity':<28} {'differ by':>9} {'tolerance':>9}  verdict")
+            show(row)
+            rows.append(row)
+    finally:  # also what there is after Ctrl-C
+        if args.json and rows:
+            args.json.write_text(json.dumps({"rows": list(map(as_dict, rows))}, indent=1) + "\n")
+    summarise(rows)
+    failed = [row for row in rows if row.verdict == "fail"]
+    seconds = time.perf_counter() - started
+    if not failed:
+        print(f"\n{len(rows)} comparisons, all within tolerance ({seconds:.0f} s)")
+        return
+    worst = max(failed, key=lambda row: row.difference / max(row.tolerance, 1e-12) if row.difference >= 0 else 1e99)
+    print(
+        f"\n{len(failed)} of {len(rows)} comparisons fall short ({seconds:.0f} s). "
+        f"Worst: {worst.quantity} of {worst.case}, {worst.difference:.2g} against {worst.tolerance:.1g}. "
+        f"First to differ: {failed[0].quantity} of {failed[0].case}."
+    )
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

@@ -1,0 +1,112 @@
+"""Where Tunix 0.1.7 and this library differ on purpose: which one is right, by recomputation in float64.
+
+The recomputation is the plain Hugging Face forward of each row by itself: no padding, no cache, none of our masks.
+"""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..batch import TrainBatch
+from ..learn.logprobs import token_logps
+from ..model.forward import base_model
+from ..model.loading import load_base_model
+from ..rollout.sampler import Sampler, SamplingParams, draw_uniforms
+from . import tunix_side
+from .cases import COMPLETION_WIDTH, GROUP, NUM_PROMPTS, VOCABULARY, WINDOW, Case, make_rollout
+from .compare import LOGPS, Row, largest_difference
+from .ours import ALPHA, RANK, lora_of, make_trainer, saved_model
+from .tunix_side import TunixBatch, TunixPolicy
+
+
+@torch.no_grad()
+def float64_logps(model: nn.Module, batch: TrainBatch, temperature: float = 1.0) -> torch.Tensor:
+    """(B, C) float64 log-probabilities, 0 where masked, row by row and unpadded."""
+    model = copy.deepcopy(base_model(model)).double()
+    group = batch.completion_ids.shape[0] // batch.prompt_ids.shape[0]
+    result = torch.zeros(batch.completion_ids.shape, dtype=torch.float64)
+    for i, (ids, mask) in enumerate(zip(batch.completion_ids, batch.completion_mask, strict=True)):
+        prompt = batch.prompt_ids[i // group][batch.prompt_mask[i // group]]
+        row = torch.cat((prompt, ids[mask]))[None]
+        scores = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0]
+        logps = torch.log_softmax(scores[len(prompt) - 1 : -1] / temperature, dim=-1)
+        result[i, : len(logps)] = logps.gather(-1, ids[mask][:, None])[:, 0]
+    return result
+
+
+def _still_off(difference: float) -> float:
+    assert difference > 100 * LOGPS, f"Tunix agrees here ({difference}): this difference is gone, take it off the list"
+    return difference
+
+
+def old_logps_under_temperature() -> Iterator[Row]:
+    """Tunix scales logits by the temperature in the policy's log-probabilities, but not in the old ones of a batch that
+    is used more than once: the first ratio is then not 1."""
+    case = Case("on purpose: temperature", {"num_iterations": 2})
+    with saved_model("gemma3-1") as folder:
+        trainer = make_trainer(folder, case)
+        batch = trainer.make_train_batch(*make_rollout(0, empty=False))
+        shapes = {name: tuple(weights.shape) for name, weights in lora_of(trainer).items()}
+        tunix = TunixPolicy(folder, base_model(trainer.model).config, shapes, RANK, ALPHA)
+        policy = tunix.policy(tunix.state_of({name: weights.numpy() for name, weights in lora_of(trainer).items()}))
+    theirs = TunixBatch.of(batch, COMPLETION_WIDTH, VOCABULARY)
+    exact = float64_logps(trainer.model, batch, trainer.args.generation_temperature)
+    off = _still_off(largest_difference(tunix_side.old_logps(policy, theirs), exact))
+    note = f"ours against float64; Tunix's old log-probabilities forget the temperature and are {off:.2g} off"
+    yield Row(case.name, "old log-probabilities", largest_difference(batch.old_per_token_logps, exact), LOGPS, note)
+
+
+def end_token_that_is_padding() -> Iterator[Row]:
+    """Where padding is the end token, Tunix's mask (ids != pad) drops the end of each completion."""
+    with saved_model("gemma3-1") as folder:
+        model = load_base_model(str(folder))
+    prompts, _, _ = make_rollout(0)
+    params = SamplingParams(COMPLETION_WIDTH)
+    uniforms = draw_uniforms((0, 1), range(NUM_PROMPTS * GROUP), COMPLETION_WIDTH)
+
+    def sample(end: int) -> TrainBatch:
+        mask = prompts.prompt_mask
+        ids = prompts.prompt_ids.masked_fill(prompts.prompt_ids == end, 3).masked_fill(~mask, end)
+        rollout = Sampler(model, [end], end).sample(ids, mask, GROUP, params, uniforms)
+        no_advantages = torch.zeros(len(rollout.completion_ids))
+        weights = rollout.completion_mask.float()
+        return TrainBatch(ids, mask, rollout.completion_ids, rollout.completion_mask, no_advantages, weights)
+
+    free = sample(VOCABULARY - 1)
+    end = int(free.completion_ids[free.completion_mask].mode().values)  # a token that really occurs
+    batch = sample(end)
+    group_prompts = batch.prompt_ids.repeat_interleave(GROUP, dim=0).numpy()
+    kept = tunix_side.padding_mask(group_prompts, batch.completion_ids.numpy(), end)
+    dropped = int(_still_off(float((batch.completion_mask.numpy() > kept).sum())))
+    by_tunix = tunix_side.completion_mask(batch.completion_ids.numpy(), end)
+    name = "on purpose: pad = EOS"
+    note = (
+        f"ours against Tunix's own make_completion_mask; elsewhere it takes ids != pad and drops {dropped} end tokens"
+    )
+    yield Row(name, "completion mask", largest_difference(batch.completion_mask, by_tunix), 0.0, note)
+    with torch.no_grad():
+        ours, _ = token_logps(model, batch)
+    difference = largest_difference(ours, float64_logps(model, batch))
+    yield Row(name, "policy log-probabilities", difference, LOGPS, "ours against float64, end tokens included")
+
+
+def window_beside_left_padding() -> Iterator[Row]:
+    """Tunix's Gemma 2 reads its sliding window off positions but applies it to slots, which left padding shifts."""
+    case = Case("on purpose: Gemma 2's window")
+    with saved_model("gemma2", sliding_window=WINDOW) as folder:
+        trainer = make_trainer(folder, case)
+        base = load_base_model(str(folder))
+        batch = trainer.make_train_batch(*make_rollout(0, empty=False))
+        theirs = tunix_side.load_base(folder, base.config)
+    temperature = trainer.args.generation_temperature
+    exact = float64_logps(base, batch, temperature)
+    theirs = tunix_side.token_logps(theirs, TunixBatch.of(batch, COMPLETION_WIDTH, VOCABULARY), temperature)
+    off = _still_off(largest_difference(theirs[:, : exact.shape[1]], exact))
+    note = f"ours against float64; Tunix takes positions for slots beside left padding and is {off:.2g} off"
+    difference = largest_difference(batch.ref_per_token_logps, exact)
+    yield Row(case.name, "reference log-probabilities", difference, LOGPS, note)
+
+
+DIFFERENCES = [old_logps_under_temperature, end_token_that_is_padding, window_beside_left_padding]

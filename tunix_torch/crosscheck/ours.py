@@ -1,0 +1,84 @@
+"""This library's side of a case: a real `TunixTrainer`, and its steps recorded as a run with `save_batches` does."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import GRPOConfig, ModelConfig, TunixTrainer
+from ..learn.logprobs import token_logps
+from ..learn.record import StepRecord, record_step
+from ..model import tiny
+from ..model.loading import lora_config
+from .cases import COMPLETION_WIDTH, GROUP, NUM_PROMPTS, PROMPT_WIDTH, Case, make_model, make_rollout
+
+RANK, ALPHA = 4, 6.0
+LEARNING_RATE = 1e-4
+
+
+def no_reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
+    """A trainer needs a reward function; the rewards of a case are given, so this one is never called."""
+    raise AssertionError("rewards are given")
+
+
+@contextmanager
+def saved_model(family: str, **overrides: Any) -> Iterator[Path]:
+    """A folder with a family's model as `save_pretrained` writes it; gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(family, **overrides).save_pretrained(folder)
+        yield Path(folder)
+
+
+def make_trainer(folder: Path, case: Case) -> TunixTrainer:
+    """A trainer with the case's settings, else defaults, and a LoRA that changes what the model computes."""
+    settings = {
+        "num_completions_per_prompt": GROUP,
+        "per_device_train_batch_size": NUM_PROMPTS,
+        "generation_max_length": COMPLETION_WIDTH,
+        "max_prompt_length": PROMPT_WIDTH,
+        "micro_batch_size": 0,
+        "learning_rate": LEARNING_RATE,
+        "adam_epsilon": 1e-6,  # far above the rounding error of a gradient: else chance decides where one is almost 0
+        "lr_scheduler_type": "constant",
+        "report_to": "none",
+        "output_dir": str(folder / "unused"),
+    } | case.settings
+    trainer = TunixTrainer(
+        str(folder),
+        no_reward,
+        GRPOConfig(**settings),
+        processing_class=tiny.make_tokenizer(),
+        peft_config=lora_config(ModelConfig(lora_rank=RANK, lora_alpha=ALPHA)),
+    )
+    random = torch.Generator().manual_seed(7)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            values = torch.randn(parameter.shape, generator=random) * 0.1
+            parameter.data.copy_(values)
+    trainer.create_optimizer_and_scheduler(num_training_steps=1000)
+    return trainer
+
+
+def lora_of(trainer: TunixTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().cpu().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def record_steps(trainer: TunixTrainer, case: Case, count: int, empty: bool = True) -> list[StepRecord]:
+    """Learn from `count` batches of the stream as training does, each followed by an optimizer step."""
+    trainer.current_gradient_accumulation_steps = 1
+    records = []
+    for number in range(count):
+        prompts, rollout, rewards = make_rollout(number, empty)
+        batch = trainer.make_train_batch(prompts, rollout, rewards)
+        if case.given_old:
+            with torch.no_grad():
+                logps, _ = token_logps(trainer.model, batch, trainer.args.generation_temperature)
+            noise = torch.randn(logps.shape, generator=torch.Generator().manual_seed(2000 + number))
+            batch.old_per_token_logps = (logps + 0.3 * noise).masked_fill(~batch.completion_mask, 0.0)
+        parts = trainer.learning_pass(batch)
+        records.append(record_step(trainer.model, batch, parts, trainer.optimizer.param_groups[0]["lr"]))
+        trainer.optimizer_step()
+    return records

@@ -1,0 +1,120 @@
+"""Replay the steps that a run recorded (`train.py --save_batches K`) through Tunix, wherever the run took place."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import snapshot_download
+
+import utils
+
+from .. import GRPOConfig, ModelConfig, load_tokenizer
+from ..learn.record import FOLDER, StepRecord
+from ..model.loading import base_model_name, eos_token_ids, load_base_model, resolve_model_name
+from . import tunix_side
+from .compare import Row, compare_step, largest_difference, steps, tunix_updates
+from .tunix_side import TunixPolicy
+
+# Root mean square of the difference of two adapters, relative to that of how far they moved. AdamW divides a gradient
+# by its own size: where one is almost 0, its rounding error decides which way that entry goes.
+MOVEMENT = 0.02
+
+
+def load_run(output_dir: Path) -> tuple[ModelConfig, GRPOConfig, dict[int, StepRecord]]:
+    """A run's settings and its recorded steps by number, oldest first.
+
+    Raises:
+        ValueError: not a run's folder, no recorded steps, or a run that cannot be replayed exactly.
+    """
+    config, run = output_dir / "config.json", f"from_run={str(output_dir)!r}"
+    if not config.is_file():
+        raise ValueError(f"{run}: no config.json there, so it is not an output_dir of train.py")
+    settings = utils.load_config(config) | {"device": "auto", "report_to": "none"}
+
+    def pick(cls: type) -> dict[str, object]:
+        return {field.name: settings[field.name] for field in dataclasses.fields(cls) if field.name in settings}
+
+    model_config, args = ModelConfig(**pick(ModelConfig)), GRPOConfig(**pick(GRPOConfig))
+    files = sorted((output_dir / FOLDER).glob("step-*.safetensors"))
+    if not files:
+        raise ValueError(f"{run}: no recorded steps; run train.py with --save_batches 3")
+    records = {int(file.stem.removeprefix("step-")): StepRecord.load(file) for file in files}
+    dtype = records[min(records)].model_dtype
+    if dtype != "float32":
+        raise ValueError(f"{run}: it computed in {dtype}, too coarse to compare; run it with --model_dtype float32")
+    if model_config.lora_dropout:
+        raise ValueError(f"lora_dropout={model_config.lora_dropout}: its noise cannot be replayed; set it to 0")
+    return model_config, args, records
+
+
+def base_folder(model_name: str) -> Path:
+    """The folder with the base model's weights; downloaded when it is a hub id that is not in the cache.
+
+    Raises:
+        ValueError: it can't be had, or its adapter scales its matrices in a way that Tunix's LoRA does not know.
+    """
+    adapter = Path(model_name) / "adapter_config.json"
+    if adapter.is_file():  # an adapter that was trained further: the records hold its weights
+        settings = json.loads(adapter.read_text())
+        for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+            if settings.get(name):
+                raise ValueError(f"{name}={settings[name]!r} of {model_name}: Tunix's LoRA has no like of it")
+    folder = resolve_model_name(base_model_name(model_name))
+    if not Path(folder).is_dir():
+        try:
+            folder = snapshot_download(folder, allow_patterns=["*.safetensors", "*.json"])
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"model_name={model_name!r}: neither in the cache nor to be downloaded: {reason}"
+            ) from error
+    return Path(folder)
+
+
+def replay(output_dir: Path) -> Iterator[Row]:
+    """What the run computed against what Tunix computes from the run's own weights, batches and settings.
+
+    Raises:
+        ValueError: see `load_run` and `base_folder`; or a model that Tunix has no like of.
+    """
+    model_config, args, records = load_run(output_dir)
+    folder, first = base_folder(model_config.model_name), records[min(records)]
+    base = load_base_model(str(folder))
+    ends = eos_token_ids(base, load_tokenizer(model_config.model_name))
+    shapes = {name: tuple(weights.shape) for name, weights in first.lora.items()}
+    text = base.config.get_text_config()
+    tunix = TunixPolicy(folder, text, shapes, model_config.lora_rank, model_config.lora_alpha)
+    for number, record in records.items():
+        case, ids = f"step {number}", record.batch.completion_ids.numpy()
+        mask = tunix_side.completion_mask(np.where(np.isin(ids, ends), ends[0], ids), ends[0])
+        yield Row(case, "completion mask", largest_difference(record.batch.completion_mask, mask), 0.0)
+        if record.batch.advantages.any():
+            yield from compare_step(case, record, args, tunix, base, per_matrix=False)
+        else:  # the gradient is rounding error
+            rows = compare_step(case, record, args, tunix, base)
+            yield from (row for row in rows if row.quantity != "LoRA gradients")
+            print(f"{case}: all rewards are equal, so there is no gradient to compare")
+    yield from _compare_updates(records, args, tunix)
+
+
+def _compare_updates(records: dict[int, StepRecord], args: GRPOConfig, tunix: TunixPolicy) -> Iterator[Row]:
+    numbers = list(records)
+    for obstacle, reason in (
+        (numbers != list(range(1, len(numbers) + 1)), "the first step of the run is not recorded"),
+        (len(numbers) < 2, "only one step is recorded"),
+        (args.num_iterations > 1, "num_iterations > 1 steps several times a batch"),
+        (args.optim != "adamw_torch", f"optim={args.optim} is not AdamW"),
+    ):
+        if obstacle:
+            print(f"parameters after optimizer steps are not compared: {reason}")
+            return
+    start = records[1].lora
+    for number, theirs in enumerate(tunix_updates([records[n] for n in numbers[:-1]], args, tunix), start=1):
+        ours = records[number + 1].lora
+        gap = sum(np.square(ours[name].double().numpy() - theirs[name]).sum() for name in theirs)
+        moved = sum((ours[name] - start[name]).double().square().sum().item() for name in theirs)
+        if number in (1, len(numbers) - 1):
+            note = "relative to how far they moved"
+            yield Row("run", f"parameters after {steps(number)}", float(np.sqrt(gap / moved)), MOVEMENT, note)

@@ -1,0 +1,1 @@
+"""Questions: from files and hubs to rows, and from rows to prompts of tokens."""

@@ -1,0 +1,263 @@
+"""Training and evaluation rows: of a job's settings (`load_data`), or as a caller has them at hand.
+
+`readers.py` reads them, `shapes.py` says what a row may look like.
+"""
+
+import functools
+import random
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas
+import torch
+
+from ..config.data import DataConfig
+from ..config.settings import require
+from ..model import tiny
+from .readers import load_rows, stream_rows
+from .rows import QUESTION, Row
+from .shapes import normalize_row
+
+NUM_GENERATED_ROWS = 4096
+SHUFFLE_BUFFER = 1000  # rows of a stream that are held back, so that they can be drawn in another order
+
+
+@dataclass(frozen=True)
+class KnownDataset:
+    """Where `--dataset` finds a data set, as (name, configuration); `shapes.COLUMNS` has the columns of its rows."""
+
+    huggingface: tuple[str, str | None]
+    tfds: tuple[str, str | None] | None
+
+
+KNOWN = {
+    "gsm8k": KnownDataset(("openai/gsm8k", "main"), ("gsm8k", None)),
+    "math": KnownDataset(("DigitalLearningGmbH/MATH-lighteval", None), None),
+    "arc": KnownDataset(("allenai/ai2_arc", "ARC-Challenge"), ("ai2_arc", "ARC-Challenge")),
+}
+
+
+# ---- those that a job's settings name ----
+
+
+def load_data(
+    config: DataConfig, seed: int, check_first: Callable[[Row], object] | None = None
+) -> tuple[list[Row] | datasets.IterableDataset, list[Row]]:
+    """Training and evaluation rows. Without `data_path` and `dataset`: generated arithmetic, no problem in both.
+
+    Evaluation rows are those of `val_data_path`; else, with `train_fraction`, the rest of the training rows; else the
+    test split of `dataset`, unless `data_path` is a local copy of it. With `streaming` the training rows are read as
+    they are drawn, shuffled by `seed` within a window that moves along. All but generated rows are normalized, see
+    `normalize_row`.
+
+    Args:
+        check_first: called with the first training row of a stream, to raise what it lacks before training begins.
+
+    Raises:
+        ValueError: settings that exclude each other; see also `load_rows` and `normalize_row`.
+    """
+    _check(config)
+    if config.data_path is None and config.dataset is None:
+        return tiny.arithmetic_rows("train", config.num_train_rows or NUM_GENERATED_ROWS, seed), load_eval_rows(config)
+    if config.streaming:
+        return _stream(config, seed, check_first), load_eval_rows(config)
+    train = _load(config, config.data_path, config.dataset_split, "data_path")
+    if config.train_fraction == 1:
+        return train[: config.num_train_rows], load_eval_rows(config)
+    train, evaluation = split_rows(train, config.train_fraction, seed)
+    return train[: config.num_train_rows], evaluation[: config.num_eval_rows]
+
+
+def load_eval_rows(config: DataConfig, setting: str = "val_data_path") -> list[Row]:
+    """Evaluation rows only; without `val_data_path`, `data_path` and `dataset`: generated arithmetic.
+
+    Args:
+        setting: the name that `val_data_path` has for the user.
+
+    Raises:
+        ValueError: see `load_rows` and `normalize_row`.
+    """
+    path, is_local = config.val_data_path, config.data_path is not None and Path(config.data_path).exists()
+    if path is None and config.dataset is None and config.data_path is None:
+        return tiny.arithmetic_rows("test", config.num_eval_rows)
+    if path is None and (config.dataset is None or is_local):
+        return []
+    path = config.data_path if path is None else path
+    own = config.val_data_path is not None  # the user's, in whatever shape
+    return _load(config, path, config.val_dataset_split, setting, any_shape=own)[: config.num_eval_rows]
+
+
+def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Two parts that share no question, chosen by `seed`; both keep the order of `rows`.
+
+    Args:
+        rows: normalized ones.
+        fraction: of the questions, in the first part.
+
+    Raises:
+        ValueError: a part would be empty.
+    """
+    questions = list(dict.fromkeys(row[QUESTION] for row in rows))
+    count = int(len(questions) * fraction)
+    if not 0 < count < len(questions):
+        raise ValueError(f"train_fraction={fraction}: leaves a part of {len(questions)} questions empty")
+    chosen = set(random.Random(f"split {seed}").sample(questions, count))
+    return [row for row in rows if row[QUESTION] in chosen], [row for row in rows if row[QUESTION] not in chosen]
+
+
+def _check(config: DataConfig) -> None:
+    """What excludes each other among the settings."""
+    generated = config.data_path is None and config.dataset is None
+    fraction = f"train_fraction={config.train_fraction}"
+    if config.train_fraction < 1 and config.val_data_path is not None:
+        raise ValueError(f"{fraction}: val_data_path={config.val_data_path!r} has evaluation rows; give one of the two")
+    if config.train_fraction < 1 and config.streaming:
+        raise ValueError(f"{fraction}: a stream can't be split, as its rows are not known; give val_data_path instead")
+    if config.train_fraction < 1 and generated:
+        raise ValueError(f"{fraction}: generated rows have held-out questions of their own; leave it out")
+    if config.streaming and generated:
+        raise ValueError(
+            "streaming=True: generated rows are made in memory; give data_path or dataset, or leave it out"
+        )
+    for name in ("data_source", "dataset_config", "question_column", "answer_column"):
+        nothing = generated and config.val_data_path is None
+        require(not nothing or getattr(config, name) is None, name, getattr(config, name), "of what? Give data_path")
+
+
+def _place(config: DataConfig, path: str | None) -> tuple[str, str | None]:
+    """(path or name, configuration) to read; `path` None: where `dataset` is found in its source."""
+    if path is not None:
+        return path, config.dataset_config
+    known, source = KNOWN[config.dataset], config.data_source or "huggingface"
+    place = {"huggingface": known.huggingface, "tfds": known.tfds}.get(source)
+    if place is None:
+        raise ValueError(f"data_source={source!r}: has no known {config.dataset!r}; say with data_path where a copy is")
+    return place[0], config.dataset_config or place[1]
+
+
+def _load(config: DataConfig, path: str | None, split: str, setting: str, any_shape: bool = False) -> list[Row]:
+    place, config_name = _place(config, path)
+    setting = setting if path is not None else f"dataset={config.dataset!r}: data_path"
+    rows = load_rows(place, config_name, split, setting, config.data_source)
+    normalize = _normalizer(config, place, None if any_shape else config.dataset)
+    return [normalize(row, index) for index, row in enumerate(rows)]
+
+
+def _stream(config: DataConfig, seed: int, check_first: Callable[[Row], object] | None) -> datasets.IterableDataset:
+    place, config_name = _place(config, config.data_path)
+    setting = "data_path" if config.data_path is not None else f"dataset={config.dataset!r}: data_path"
+    stream = stream_rows(place, config_name, config.dataset_split, setting, config.data_source)
+    if config.num_train_rows is not None:
+        stream = stream.take(config.num_train_rows)
+    normalize = _normalizer(config, place, config.dataset)
+    first = next(iter(stream), None)  # a wrong path or column is told now, not at the first step
+    if first is None:
+        raise ValueError(f"{setting}={place!r}: no rows")
+    first = normalize(first, 0)
+    if check_first is not None:
+        check_first(first)
+    return stream.map(normalize, with_indices=True).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+
+
+def _normalizer(config: DataConfig, place: str, dataset: str | None) -> functools.partial:
+    """`(row, index) -> row` by the settings; a partial of a function at the top of a module, as streams are hashed."""
+    columns = {"question_column": config.question_column, "answer_column": config.answer_column}
+    return functools.partial(_normalize, source=place, dataset=dataset, **columns)
+
+
+def _normalize(row: Row, index: int, **settings: Any) -> Row:
+    return normalize_row(row, index + 1, **settings)
+
+
+# ---- those that a caller has at hand ----
+
+
+def training_rows(rows: Any) -> list[Row] | datasets.Dataset | datasets.IterableDataset:
+    """What a trainer was given to train on: a `datasets.Dataset` or stream as it is, all else as a list of dicts.
+
+    Args:
+        rows: also a sequence or iterator of dicts, a dict of columns, a pandas DataFrame, a PyTorch data set with a
+            length, or a dict of splits such as a `datasets.DatasetDict`, of which "train" is taken.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    return _rows_at_hand(rows, "train_dataset", ("train",))
+
+
+def evaluation_rows(rows: Any) -> list[Row] | datasets.Dataset:
+    """Likewise to evaluate on. Of a dict of splits "test" or "validation" is taken; a stream is read to its end."""
+    rows = _rows_at_hand(rows, "eval_dataset", ("test", "validation"))
+    if not isinstance(rows, datasets.IterableDataset):
+        return rows
+    return list(rows) if rows.features is None else datasets.Dataset.from_list(list(rows), rows.features)
+
+
+def _rows_at_hand(
+    rows: Any, setting: str, splits: Sequence[str]
+) -> list[Row] | datasets.Dataset | datasets.IterableDataset:
+    """See `training_rows`. `splits`: the names of which a dict of splits must have exactly one."""
+    if isinstance(rows, Mapping) and any(map(_is_split, rows.values())):
+        found = [name for name in splits if name in rows]
+        if len(found) != 1:
+            right = f"give one of them, such as {setting}[{found[0] if found else next(iter(rows))!r}]"
+            raise ValueError(f"{setting}: has the splits {', '.join(map(str, rows))}; {right}")
+        return _rows_at_hand(rows[found[0]], setting, splits)
+    if isinstance(rows, datasets.Dataset):
+        return list(rows) if rows.format["type"] == "custom" else rows  # made by the user's function as they are read
+    if isinstance(rows, datasets.IterableDataset):
+        return rows
+    if isinstance(rows, pandas.DataFrame):
+        rows = {name: _cells(rows[name]) for name in rows.columns}
+    if isinstance(rows, Mapping):
+        rows = _rows_of_columns(rows, setting)
+    elif isinstance(rows, str | bytes | type) or not (hasattr(rows, "__iter__") or hasattr(rows, "__getitem__")):
+        raise ValueError(f"{setting}={rows!r:.80}: {_EXPECTED}")
+    elif isinstance(rows, torch.utils.data.IterableDataset):
+        hint = "give a stream as a datasets.IterableDataset, such as datasets.IterableDataset.from_generator(...)"
+        raise ValueError(f"{setting}: a {type(rows).__name__} of PyTorch; {hint}")
+    elif not hasattr(rows, "__iter__"):  # by its length, as not all raise an IndexError at their end
+        if not isinstance(rows, Sized):
+            raise ValueError(f"{setting}: a {type(rows).__name__} without a length; {_EXPECTED}")
+        rows = [rows[i] for i in range(len(rows))]
+    rows = list(rows)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{setting}, row {number}: a {type(row).__name__}, expected a dict; {_EXPECTED}")
+        unnamed = next((name for name in row if not isinstance(name, str)), None)
+        if unnamed is not None:
+            raise ValueError(f"{setting}, row {number}: a column is named {unnamed!r}; names of columns are texts")
+    return [dict(row) for row in rows]
+
+
+_EXPECTED = (
+    "expected a datasets.Dataset, a list of dicts, a dict of columns or a pandas DataFrame, with a column prompt or "
+    "question"
+)
+
+
+def _is_split(value: Any) -> bool:
+    return isinstance(value, datasets.Dataset | datasets.IterableDataset | torch.utils.data.Dataset | pandas.DataFrame)
+
+
+def _cells(column: pandas.Series) -> list[Any]:
+    """The values as Python's, None where pandas has none."""
+    if column.dtype in (np.float32, np.float16):
+        values = [float(str(value)) for value in column.to_numpy()]
+    else:
+        values = column.tolist()
+    return [None if empty else value for value, empty in zip(values, column.isna(), strict=True)]
+
+
+def _rows_of_columns(columns: Mapping[str, Any], setting: str) -> list[Row]:
+    for name, values in columns.items():
+        if isinstance(values, str) or not isinstance(values, Sized):
+            raise ValueError(f"{setting}[{name!r}]={values!r:.80}: expected a column, a list of values; {_EXPECTED}")
+    lengths = {str(name): len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{setting}: columns of different lengths: {lengths}")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -1,0 +1,94 @@
+"""One learning step as it happened, on disk: so that another implementation can replay it (`python -m crosscheck`)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..batch import TrainBatch
+
+FOLDER = "batches"  # in a run's output_dir
+
+
+@dataclass
+class StepRecord:
+    """What went into a learning step and what came out of its first pass. All tensors are on the host."""
+
+    batch: TrainBatch
+    lora: dict[str, Tensor]  # the adapter before the step, by parameter name
+    logps: Tensor  # (B, C) float32, the policy's, 0 where masked
+    loss: Tensor  # () float32: policy_loss + beta * kl_loss
+    policy_loss: Tensor  # () float32
+    kl_loss: Tensor  # () float32, without beta
+    gradients: dict[str, Tensor]  # of the loss, before clipping, by parameter name
+    learning_rate: float
+    model_dtype: str  # of the base weights: "float32" or "bfloat16"
+
+    def save(self, path: Path) -> None:
+        tensors, words = {}, {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, TrainBatch):
+                value = {f.name: getattr(value, f.name) for f in fields(value)}
+            if isinstance(value, dict):
+                tensors |= {f"{field.name}.{name}": v.contiguous() for name, v in value.items() if v is not None}
+            elif isinstance(value, Tensor):
+                tensors[field.name] = value.contiguous()
+            else:
+                words[field.name] = str(value)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, words)
+
+    @classmethod
+    def load(cls, path: Path) -> "StepRecord":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is not such a record.
+        """
+        values: dict[str, Any] = {}
+        try:
+            with safe_open(path, framework="pt") as file:
+                values |= file.metadata() or {}
+                for name in file.keys():
+                    field, dot, key = name.partition(".")
+                    if dot:
+                        values.setdefault(field, {})[key] = file.get_tensor(name)
+                    else:
+                        values[field] = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: not a safetensors file: {error}") from error
+        missing = {field.name for field in fields(cls)} - set(values)
+        if missing:
+            raise ValueError(f"{path}: not a recorded step: it lacks {', '.join(sorted(missing))}")
+        values["batch"] = TrainBatch(**values["batch"])
+        values["learning_rate"] = float(values["learning_rate"])
+        return cls(**values)
+
+
+def record_step(
+    model: nn.Module, batch: TrainBatch, parts: Sequence[dict[str, Tensor]], learning_rate: float
+) -> StepRecord:
+    """Gather a step's record after a learning pass and before the optimizer steps.
+
+    Args:
+        parts: what `TunixTrainer.learning_pass` returned.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.grad is not None}  # a vision tower gets none
+    on_host = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return StepRecord(
+        batch=TrainBatch(**{name: value if value is None else value.cpu() for name, value in on_host.items()}),
+        lora={name: p.detach().cpu().clone() for name, p in trained.items()},
+        logps=torch.cat([part["logps"] for part in parts]).cpu(),
+        loss=sum(part["loss"].cpu() for part in parts),
+        policy_loss=sum(part["policy_loss"].cpu() for part in parts),
+        kl_loss=sum(part["kl_loss"].cpu() for part in parts),
+        gradients={name: p.grad.cpu().clone() for name, p in trained.items()},
+        learning_rate=learning_rate,
+        model_dtype=str(next(p.dtype for p in model.parameters() if not p.requires_grad)).removeprefix("torch."),
+    )

@@ -1,0 +1,149 @@
+"""The LoRA that learns: which of a model's adapters it is, its matrices, and its files in PEFT's layout."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from .forward import adapters_in_use, base_model
+
+REFERENCE_FILE = "reference.safetensors"  # of a checkpoint whose reference policy has an adapter of its own
+ROWS_AT_ONCE = 2**14  # of embeddings, when they are compared
+
+
+# ---- which one, and its matrices ----
+
+
+def choose_adapter(model: PeftModel) -> str:
+    """The name of the one adapter that acts, which is the one that learns.
+
+    Raises:
+        ValueError: it is no LoRA, none acts, or several do.
+    """
+    for name, config in model.peft_config.items():
+        if not isinstance(config, LoraConfig):
+            raise ValueError(
+                f"model: its adapter {name!r} has a {type(config).__name__}, and only a LoRA can be trained"
+            )
+    active = adapters_in_use(model)
+    if not active:
+        hint = "call model.unmerge_adapter() or model.enable_adapter_layers(), or give the base model"
+        raise ValueError(f"model: its adapter is merged into the weights or disabled, so it can't learn; {hint}")
+    if len(active) > 1:
+        raise ValueError(f"model: the adapters {', '.join(active)} act together; choose one by model.set_adapter(NAME)")
+    return active[0]
+
+
+def adapter_weights(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """The matrices of one adapter by their parameter names, frozen ones too."""
+
+    def belongs(name: str) -> bool:  # "...q_proj.lora_A.default.weight", "...lora_embedding_B.default"
+        parts = name.split(".")
+        return any(part.startswith("lora_") and after == adapter for part, after in zip(parts, parts[1:], strict=False))
+
+    return {name: parameter for name, parameter in model.named_parameters() if belongs(name)}
+
+
+def make_trainable(weights: dict[str, nn.Parameter]) -> None:
+    """Bring an adapter's matrices into float32. Where all of them are frozen, as after loading, let all learn.
+
+    A matrix that the user froze, while others learn, stays frozen.
+    """
+    all_frozen = not any(weight.requires_grad for weight in weights.values())
+    for weight in weights.values():
+        weight.data = weight.data.float()  # an adapter is loaded in the type of the base weights
+        weight.requires_grad_(weight.requires_grad or all_frozen)
+
+
+def changes_nothing(weights: dict[str, nn.Parameter]) -> bool:
+    """Whether the model computes the same with these matrices as without: all B are 0, or all A are.
+
+    Summed, as the hosts of a mesh can't reduce booleans together on the CPU.
+    """
+    sides = ([w for name, w in weights.items() if f"lora_{s}" in name or f"embedding_{s}" in name] for s in "BA")
+    return any(all(float(weight.detach().abs().sum()) == 0 for weight in side) for side in sides)
+
+
+# ---- files ----
+
+
+def embedding_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of the embeddings and, where it is not tied to them, of the head, by parameter name."""
+    base = base_model(model)
+    places = {id(layer.weight) for layer in (base.get_input_embeddings(), base.get_output_embeddings())}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in places}
+
+
+def has_new_embeddings(model: nn.Module) -> bool:
+    """Whether the embeddings are others than those in the base model's folder: resized, or set.
+
+    Without a folder on this machine, or a copy in the hub's cache, it can't be known, and they count as unchanged.
+    """
+    base = base_model(model)
+    embeddings = base.get_input_embeddings().weight.detach()
+    place = next(name for name, layer in base.named_modules() if layer is base.get_input_embeddings())
+    for file in _weight_files(base.name_or_path):
+        with safe_open(file, framework="pt") as weights:
+            # a model that also sees has the text model's weights under a longer name than the text model itself
+            names = [name for name in weights.keys() if name.endswith(f"{place.rpartition('.')[2]}.weight")]
+            if len(names) != 1:
+                continue
+            stored = weights.get_slice(names[0])
+            if stored.get_shape() != list(embeddings.shape):
+                return True
+            parts = range(0, len(embeddings), ROWS_AT_ONCE)
+            return not all(
+                torch.equal(stored[i : i + ROWS_AT_ONCE].to(embeddings.dtype), embeddings[i : i + ROWS_AT_ONCE].cpu())
+                for i in parts
+            )
+    return False
+
+
+def _weight_files(name: str) -> list[str]:
+    """The safetensors files of a model's folder, or of its copy in the hub's cache; none where there is neither."""
+    for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        try:
+            found = cached_file(name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError):  # such as an empty name, of a model that was made from a config
+            found = None
+        if found is not None and file == SAFE_WEIGHTS_NAME:
+            return [found]
+        if found is not None:
+            names = json.loads(Path(found).read_text())["weight_map"].values()
+            return [str(path) for name in sorted(set(names)) if (path := Path(found).parent / name).is_file()]
+    return []
+
+
+def save_adapter(
+    model: PeftModel, adapter: str, weights: dict[str, Tensor], folder: str | Path, embeddings: bool
+) -> None:
+    """Write one adapter into a folder in PEFT's layout: its matrices and its config; not in a folder of its name.
+
+    Args:
+        weights: on the host, by parameter name: those of the adapter and, with `embeddings`, of the embeddings too.
+    """
+    folder = Path(folder)
+    model.save_pretrained(
+        str(folder), state_dict=weights, selected_adapters=[adapter], save_embedding_layers=embeddings
+    )
+    if adapter != "default":  # PEFT gives it a folder of its own, in which neither Transformers nor our loading looks
+        for file in (folder / adapter).iterdir():
+            shutil.move(file, folder / file.name)
+        (folder / adapter).rmdir()
+
+
+def save_reference(weights: dict[str, Tensor], checkpoint: str | Path) -> None:
+    """Keep the reference policy's matrices, by parameter name and on the host, in a checkpoint."""
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, Path(checkpoint) / REFERENCE_FILE)
+
+
+def load_reference(checkpoint: str | Path, device: torch.device) -> dict[str, Tensor] | None:
+    """What `save_reference` kept; None: nothing."""
+    file = Path(checkpoint) / REFERENCE_FILE
+    return {name: weight.to(device) for name, weight in load_file(file).items()} if file.is_file() else None

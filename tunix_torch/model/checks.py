@@ -1,0 +1,121 @@
+"""What can be told of a model, its LoRA and its tokenizer before training."""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
+
+from .attention import attention_masks
+from .forward import base_model, logits, text_config
+from .loading import eos_token_ids
+
+# Values of `init_lora_weights` that leave the base weights as they are.
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
+# Those that change them. Loading an adapter computes the same again only of these
+# two; of the others (pissa_niter, corda, loftq, lora_ga) it depends on chance or on data.
+CHANGES_BASE_AGAIN = ("pissa", "olora")
+HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of logits, in units of their standard deviation
+PROBE_WIDTH = 4  # tokens
+
+
+def check_peft_config(config: PeftConfig | None) -> None:
+    """Only a LoRA can be trained, and one that can be loaded again.
+
+    Raises:
+        ValueError: it is another kind, or its initialisation changes the base weights by chance or by data.
+    """
+    if config is None:
+        return
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"peft_config: a {type(config).__name__}, and only a LoRA can be trained; give a LoraConfig")
+    for name in ("modules_to_save", "trainable_token_indices"):
+        if getattr(config, name):
+            raise ValueError(
+                f"peft_config: {name}={getattr(config, name)!r}: only LoRA matrices can be trained; leave it out"
+            )
+    init = config.init_lora_weights
+    if init not in (*KEEPS_BASE, *CHANGES_BASE_AGAIN):
+        raise ValueError(
+            f"peft_config: init_lora_weights={init!r} changes the base weights in a way that loading the saved adapter "
+            f"can't repeat; choose one of {', '.join(map(repr, (*KEEPS_BASE, *CHANGES_BASE_AGAIN)))}"
+        )
+
+
+def check_reference(reference: str, config: LoraConfig) -> None:
+    """Measuring from the base model needs one that is as it was.
+
+    Raises:
+        ValueError: `reference` is "base", and the LoRA's initialisation has changed the base weights.
+    """
+    init = config.init_lora_weights
+    if reference == "base" and init not in KEEPS_BASE:
+        raise ValueError(
+            f"reference='base': init_lora_weights={init!r} has changed the base weights, so the model without its "
+            "adapter is not the base model; leave reference out"
+        )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+    """See that there are tokens to pad with and to end with. A missing padding token becomes the EOS token.
+
+    Raises:
+        ValueError: neither can be had.
+    """
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ValueError("processing_class: the tokenizer has neither a padding nor an EOS token; set its pad_token")
+    if not eos_token_ids(model, tokenizer):
+        raise ValueError(
+            "processing_class: neither the tokenizer nor the model's generation config has an EOS token, so no "
+            "completion would ever end; set the tokenizer's eos_token"
+        )
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Compare the logits that the library computes from hidden states with those of the model's own forward.
+
+    Random hidden states take the place of the decoder's own, so that nothing but the head is compared.
+
+    Raises:
+        ValueError: they differ: the model does something to its logits that is not known here, as Granite and Cohere,
+            which scale them.
+    """
+    base, config = base_model(model), text_config(model)
+    decoder, place, dtype = base.get_decoder(), base.device, base.dtype
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, PROBE_WIDTH, config.hidden_size, generator=generator).to(place, dtype)
+    ids = torch.zeros(1, PROBE_WIDTH, dtype=torch.int64, device=place)
+    slots = torch.arange(PROBE_WIDTH, device=place)
+    masks = attention_masks(config, torch.ones_like(ids, dtype=torch.bool), slots, dtype)
+    expected = logits(model, hidden).cpu()
+
+    def replace(module: nn.Module, inputs: Any, output: ModelOutput) -> ModelOutput:
+        output.last_hidden_state = hidden
+        return output
+
+    hook = decoder.register_forward_hook(replace)
+    try:
+        own = base(input_ids=ids, attention_mask=masks, position_ids=slots[None], use_cache=False).logits.float().cpu()
+    finally:
+        hook.remove()
+    difference, spread = float((own - expected).abs().max()), float(own.std())
+    if not difference <= HEAD_TOLERANCE.get(dtype, 0.1) * spread:
+        raise ValueError(
+            f"model_type={config.model_type!r}: the logits of its own forward differ from those of its head by up to "
+            f"{difference:.2g}, so log-probabilities would be wrong; take a model without a scale on its logits"
+        )
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether any part of the model drops values while it learns."""
+
+    def share(module: nn.Module) -> float:
+        share = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+        return share if isinstance(share, int | float) else 0.0  # an attention may hold a layer of dropout by that name
+
+    return any(share(module) > 0 for module in model.modules())

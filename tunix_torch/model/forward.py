@@ -1,0 +1,106 @@
+"""A Hugging Face model in its parts: the decoder, the head, one pass over prompts, and the reference policy."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..runtime import device
+from .attention import PrefixCache, attention_masks, prompt_positions
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model, adapter layers inside, without PEFT's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def adapters_in_use(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that act now; none where the model has none, or they are off or merged."""
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    return () if layer is None or layer.disable_adapters or layer.merged else tuple(layer.active_adapters)
+
+
+def checkpoint_layers(model: nn.Module, settings: dict[str, Any] | None = None) -> None:
+    """Keep only each layer's input for the backward pass, which computes the layer again. Training mode only.
+
+    `settings`: see `device.checkpoint`.
+
+    Raises:
+        ValueError: on XLA, with settings, or for a model whose layers share keys and values.
+    """
+    base = base_model(model)
+    if device.checkpoint_is_reentrant():
+        if settings:
+            raise ValueError(f"gradient_checkpointing_kwargs={settings!r}: XLA takes none, leave it out")
+        if getattr(text_config(model), "num_kv_shared_layers", 0):  # they would reach later layers without a gradient
+            raise ValueError(
+                "gradient_checkpointing=True: on XLA not for a model whose layers share keys and values; "
+                "take a smaller micro_batch_size"
+            )
+    base.gradient_checkpointing_enable()
+    checkpoint = functools.partial(device.checkpoint, **settings or {})
+    base._set_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
+
+
+def text_config(model: nn.Module) -> PretrainedConfig:
+    """The config of the text decoder."""
+    return base_model(model).config.get_text_config()
+
+
+@contextlib.contextmanager
+def reference_policy(model: nn.Module, start: dict[str, Tensor] | None = None) -> Iterator[None]:
+    """Within this context the model is the reference policy, without gradient.
+
+    Args:
+        start: the adapter's matrices by parameter name, as they were when the run began; None: the adapter is off.
+    """
+    assert isinstance(model, PeftModel), "the reference policy is the model without its adapter, and there is none"
+    parameters = dict(model.named_parameters())
+    learning = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    now = {name: parameters[name].data for name in start or {}}
+    try:
+        with torch.no_grad(), contextlib.nullcontext() if start else model.disable_adapter():
+            for name, weight in (start or {}).items():
+                parameters[name].data = weight
+            yield
+    finally:
+        for name, weight in now.items():
+            parameters[name].data = weight
+        for name, learns in learning.items():  # PEFT lets all matrices of an adapter learn that is switched on
+            parameters[name].requires_grad_(learns)
+
+
+def hidden_states(
+    model: nn.Module, ids: Tensor, masks: dict[str, Tensor] | Tensor, position_ids: Tensor, cache: object | None
+) -> Tensor:
+    """The decoder's last hidden states, (R, Q, D), for ids and position_ids (R, Q) int64 and ready masks."""
+    decoder = base_model(model).get_decoder()
+    return decoder(
+        input_ids=ids,
+        attention_mask=masks,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+
+
+def logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """The head, with Gemma's soft-cap where the model has one: (..., D) -> (..., V) float32."""
+    scores = base_model(model).get_output_embeddings()(hidden).float()
+    cap = getattr(text_config(model), "final_logit_softcapping", None)
+    return scores if cap is None else torch.tanh(scores / cap) * cap
+
+
+def prefill(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, PrefixCache]:
+    """One pass over the prompts, (N, P): the hidden state of each prompt's last token, (N, D), and the KV cache."""
+    cache = PrefixCache()
+    slots = torch.arange(prompt_ids.shape[1], device=prompt_ids.device)
+    masks = attention_masks(text_config(model), prompt_mask, slots, base_model(model).dtype)
+    hidden = hidden_states(model, prompt_ids, masks, prompt_positions(prompt_mask), cache)
+    return hidden[:, -1], cache

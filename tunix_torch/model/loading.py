@@ -1,0 +1,214 @@
+"""Load models, adapters and tokenizers by name, put a LoRA on a model, and place it on the device."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config.model import ModelConfig
+from ..runtime import device
+from ..runtime.mesh import shard_model
+from . import tiny
+from .fast_layers import speed_up_layers
+from .forward import base_model
+from .merged_lora import merge_lora
+
+logger = logging.getLogger(__name__)
+
+TESTED_MODEL_TYPES = ("gemma2", "gemma3_text", "gemma3", "gemma4_text", "gemma4", "llama", "qwen3")
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Of models that also see or hear: these parts do not run on text.
+LORA_EXCLUDED = r".*(vision_tower|audio_tower|multi_modal_projector).*"
+
+
+def default_dtype() -> torch.dtype:
+    """bfloat16 on a TPU and on CUDA; float32 where a CPU computes (XLA on the CPU too)."""
+    return torch.bfloat16 if device.is_accelerator() else torch.float32
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The type that `ModelConfig.model_dtype` names."""
+    return default_dtype() if name == "auto" else getattr(torch, name)
+
+
+def resolve_model_name(name: str) -> str:
+    """The folder or hub id that `from_pretrained` takes; "tiny" is made on first use.
+
+    Raises:
+        ValueError: a folder that holds no model.
+    """
+    if name == tiny.NAME or (not os.path.exists(name) and Path(name).name.startswith(tiny.FOLDER_PREFIX)):
+        return str(tiny.ensure_tiny_model())  # also when an adapter names a cache folder that is no longer there
+    if os.path.isdir(name):
+        files = os.listdir(name)
+        if "config.json" not in files and "adapter_config.json" not in files:
+            raise ValueError(f"model_name={name!r}: the folder has no config.json, so it is not a Hugging Face model")
+        if not any(file.endswith((".safetensors", ".bin", ".safetensors.index.json")) for file in files):
+            raise ValueError(f"model_name={name!r}: the folder has no weights (expected model.safetensors)")
+    elif name.startswith((".", "/", "~")):
+        raise ValueError(f"model_name={name!r}: no such folder")
+    return name
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Turn the many ways in which a download fails into one clear line."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = "check the name, accept the licence on huggingface.co and run `hf auth login`, or give a local folder"
+        raise ValueError(f"model_name={name!r} could not be loaded: {reason} ({hint})") from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, an adapter folder or a hub id. A missing padding token becomes the EOS token.
+
+    Raises:
+        ValueError: it can't be found or read.
+    """
+    path = resolve_model_name(name)
+    with _hub_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A causal language model with its weights, on the CPU.
+
+    Args:
+        name: "tiny", a folder or a hub id.
+        dtype: of the weights; None: `default_dtype()`.
+
+    Raises:
+        ValueError: unknown name, weights missing or cut short, or a hub that can't be reached.
+    """
+    path = resolve_model_name(name)
+    with _hub_errors(name):
+        config = AutoConfig.from_pretrained(path)
+        # sdpa has no soft-cap on attention scores, so Gemma 2 would be silently wrong with it
+        attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or default_dtype(), attn_implementation=attention, output_loading_info=True
+        )
+    _require_all(name, loading["missing_keys"])  # Transformers would fill them in at random
+    if model.config.model_type not in TESTED_MODEL_TYPES:
+        logger.warning("Model type %r is not among the tested ones: %s", model.config.model_type, TESTED_MODEL_TYPES)
+    return model
+
+
+def _require_all(name: str, missing: Collection[str]) -> None:
+    if missing:
+        raise ValueError(f"model_name={name!r}: {len(missing)} weights are missing, such as {min(missing)}")
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an answer: what the chat template writes after it (Gemma: <end_of_turn>), else EOS."""
+    if tokenizer.chat_template is None:
+        return tokenizer.eos_token_id
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@answer@"}]
+    after = tokenizer.apply_chat_template(messages, tokenize=False).partition("@answer@")[2]
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
+
+
+def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: the tokenizer's, the chat template's, those of the model's generation config."""
+    configured = base_model(model).generation_config.eos_token_id
+    configured = configured if isinstance(configured, list | tuple) else [configured]
+    return sorted({*configured, tokenizer.eos_token_id, end_of_turn_id(tokenizer)} - {None})
+
+
+def lora_config(config: ModelConfig) -> LoraConfig:
+    """The LoRA that a `ModelConfig` describes: every projection of attention and MLP, none of the embeddings."""
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=LORA_TARGETS,
+        task_type="CAUSAL_LM",
+    )
+
+
+def base_model_name(name: str) -> str:
+    """The base model that an adapter folder names; any other name itself."""
+    if not (Path(name) / "adapter_config.json").is_file():
+        return name
+    return LoraConfig.from_pretrained(name).base_model_name_or_path
+
+
+def load_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel | PeftModel:
+    """A model ready to answer: a base model, or the base model with the adapter that an adapter folder holds."""
+    base_name = base_model_name(name)
+    if base_name == name:
+        return load_base_model(name, dtype)
+    resolve_model_name(name)  # complains when the folder has no weights
+    base, weights = load_base_model(base_name, dtype), Path(name) / "adapter_model.safetensors"
+    saved: dict[str, int] = {}  # rows of each saved matrix
+    with _hub_errors(name):
+        if weights.is_file():
+            with safe_open(weights, framework="pt") as file:
+                saved = {key: file.get_slice(key).get_shape()[0] for key in file.keys()}
+        _resize_embeddings(base, saved)
+        model = PeftModel.from_pretrained(base, name)
+        if saved:
+            _require_all(name, set(get_peft_model_state_dict(model, save_embedding_layers=False)) - set(saved))
+    return model
+
+
+def _resize_embeddings(base: PreTrainedModel, saved: dict[str, int]) -> None:
+    """Give the embeddings as many rows as those have that were saved with an adapter, whose run added tokens."""
+    embeddings = base.get_input_embeddings()
+    place = next(module for module, found in base.named_modules() if found is embeddings)
+    rows = saved.get(f"base_model.model.{place}.weight", embeddings.weight.shape[0])
+    if rows != embeddings.weight.shape[0]:
+        base.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Wrap a model with a fresh LoRA, in float32 whatever the base weights are. At first it changes nothing (B = 0)."""
+    if config.exclude_modules is None and any(re.fullmatch(LORA_EXCLUDED, name) for name, _ in model.named_modules()):
+        config = dataclasses.replace(config, exclude_modules=LORA_EXCLUDED)
+    return get_peft_model(model, config, autocast_adapter_dtype=True)
+
+
+def place(model: nn.Module) -> nn.Module:
+    """Move a model to this process's device. Tied embeddings come untied on XLA, so they are tied again.
+
+    What is faster and equal up to rounding in float32 is put in place: on the CPU another form of Gemma's layers
+    (`fast_layers.py`), and there or on a single XLA device of its LoRA layers (`merged_lora.py`). The form of attention
+    is up to the `Sampler`.
+    """
+    model.to(device.torch_device())
+    base = base_model(model)
+    if device.KIND != "cuda" and not device.has_mesh():
+        merge_lora(model)
+    if device.KIND == "cpu":
+        speed_up_layers(model)
+    if base.config.get_text_config().tie_word_embeddings:
+        _tie_embeddings(base)
+    if device.has_mesh():
+        shard_model(model, base.config.get_text_config().num_key_value_heads)
+    return model
+
+
+def _tie_embeddings(base: PreTrainedModel) -> None:
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    if isinstance(head, BaseTunerLayer):  # Transformers can't tie what PEFT has wrapped
+        head.get_base_layer().weight = embeddings.weight
+    else:
+        base.tie_weights()
+    assert head.weight is embeddings.weight, "embeddings came untied"

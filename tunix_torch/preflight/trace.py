@@ -1,0 +1,221 @@
+"""Trace the graphs of a job with torch-xla, without weights and without running them.
+
+A `TunixTrainer` is made around a model of zeros, and its own methods are called: the rollout, the reference's
+log-probabilities, a learning pass, the optimizer's step. `device.sync`, where each would run its graph, hands the graph
+over instead, and zeros stand for its results. So what is planned is what is trained; `tests/test_preflight.py` holds
+the graphs against those that a real run compiles.
+"""
+
+import gc
+import hashlib
+import logging
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from .. import GRPOConfig, ModelConfig, TunixTrainer
+from ..batch import PromptBatch, TrainBatch
+from ..model import tiny
+from ..model.loading import lora_config, torch_dtype
+from ..runtime import device
+
+# A step's graphs, in the order in which they run.
+PREFILL, DECODE, REFERENCE, OLD, LEARN, OPTIMIZER = (
+    "prefill",
+    "decode",
+    "reference log-probabilities",
+    "old log-probabilities",
+    "learn",
+    "optimizer",
+)
+
+
+@dataclass
+class Graph:
+    """One graph of a step, of a model with so many layers."""
+
+    name: str
+    hlo: bytes  # a serialized HloModuleProto with shardings
+    donated: list[int]  # arguments whose buffers its results may take over
+    runs: int  # times a step
+    live_bytes: int  # a chip's, of all tensors that lie in its memory when it begins, arguments or not
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.hlo + repr(self.donated).encode()).hexdigest()
+
+
+def model_of_zeros(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model on the CPU whose every parameter is one zero, expanded: it takes no memory."""
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # as `load_base_model`
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+    model.tie_weights()
+    return model
+
+
+class _TrainerOfZeros(TunixTrainer):
+    def _fingerprint_base(self) -> list[float]:
+        return []  # would be computed, in float32: of a large model more than the memory of the host
+
+
+def make_trainer(config: PretrainedConfig, model_config: ModelConfig, args: GRPOConfig) -> TunixTrainer:
+    """The job's trainer around a model of zeros, ready for its first step. Rows and rewards stand for the job's."""
+
+    def no_reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
+        return [0.0] * len(completions)
+
+    logging.getLogger("tunix_torch.trainer").setLevel(logging.ERROR)  # that equal rewards teach nothing is no news here
+    args.system_message = ""
+    args.reward_weights = None
+    args.output_dir = os.path.join(tempfile.gettempdir(), "plan-tpu")  # nothing is written there
+    args.report_to = []
+    rows = [{"prompt": "?", "answer": "!"}] * args.per_device_train_batch_size
+    model = model_of_zeros(config, torch_dtype(model_config.model_dtype))
+    trainer = _TrainerOfZeros(
+        model,
+        no_reward,
+        args,
+        rows,
+        rows,
+        processing_class=tiny.make_tokenizer(),
+        peft_config=lora_config(model_config),
+    )
+    trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+    trainer.create_optimizer()
+    trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    device.sync()
+    return trainer
+
+
+class Recorder:
+    """Takes over each graph that a trainer would run."""
+
+    def __init__(self, trainer: TunixTrainer) -> None:
+        self.trainer = trainer
+        self.placed = {id(p): device.sharding_of(p) for p in trainer.model.parameters()}
+        self.found: list[Graph] = []
+
+    def graphs_of(self, run: Callable[[], object]) -> list[Graph]:
+        """The graphs that a call would run, in order."""
+        self.found = []
+        few = int(os.environ.get("CPU_NUM_DEVICES", 1)) <= 127  # autograd's own threads can't count more devices
+        with device.recording(self.record), torch.autograd.set_multithreading_enabled(few):
+            run()
+        return self.found
+
+    def record(self) -> None:
+        """Take the pending graph, and put zeros in the place of its results."""
+        tensors, lazy = [], {}
+        for tensor in live_tensors(self.trainer.model):
+            state = device.lazy_tensor(tensor)
+            tensors.append((tensor, state))
+            lazy.setdefault(state.number, (tensor, state))
+        # in the order in which they came to be, as `torch_xla.sync` has them: the graph is the same each time
+        pending = [(tensor, state) for _, (tensor, state) in sorted(lazy.items()) if state.pending]
+        if not pending:
+            return
+        hlo, read = device.graph_of([tensor for tensor, _ in pending])
+        overwritten = {state.overwrites for _, state in pending}
+        live = [state for _, state in lazy.values() if not state.pending or state.overwrites in read]
+        live_bytes = sum(state.bytes_per_device for state in live)
+        donated = [i for i, number in enumerate(read) if number in overwritten]
+        self.found.append(Graph("", hlo, donated, 1, live_bytes))
+        layouts = self._layouts_of_learned()
+        zeros: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for tensor, state in tensors:
+                if state.pending:
+                    if state.number not in zeros:
+                        layout = device.sharding_of(tensor) or layouts.get(state.number)
+                        zeros[state.number] = device.zeros_in_place_of(tensor, layout)
+                    tensor.data = zeros[state.number]
+
+    def _layouts_of_learned(self) -> dict[int, object]:
+        """A gradient and AdamW's averages lie as their parameter does: XLA lays out results that nothing is said of."""
+        layouts = {}
+        for parameter in self.trainer.model.parameters():
+            if parameter.requires_grad:
+                layout = self.placed[id(parameter)]
+                state = self.trainer.optimizer.state.get(parameter, {}).values()
+                for tensor in (parameter, parameter.grad, *state):
+                    if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
+                        layouts[device.lazy_tensor(tensor).number] = layout
+        return layouts
+
+
+def live_tensors(model: nn.Module) -> list[Tensor]:
+    """Every tensor on the device that Python can still reach: what `torch_xla.sync` would compute."""
+    kind = device.torch_device().type
+    found = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and o.device.type == kind]
+    return found + [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def trace_step(trainer: TunixTrainer) -> list[Graph]:
+    """The graphs of one step of the job, each once, with the times that it runs.
+
+    Small graphs between them, which cut a batch into micro-batches, are left out.
+    """
+    args, recorder = trainer.args, Recorder(trainer)
+    target = device.torch_device()
+    num_prompts, group = args.per_device_train_batch_size, args.num_completions_per_prompt
+    rows, width = num_prompts * group, args.generation_max_length
+    prompt_ids = torch.zeros(num_prompts, args.max_prompt_length, dtype=torch.int64).to(target)
+    prompt_mask = torch.ones(num_prompts, args.max_prompt_length, dtype=torch.bool).to(target)
+    prompts = PromptBatch(prompt_ids, prompt_mask, [{"prompt": "?", "answer": "!"}] * num_prompts)
+
+    learn, step = trainer.learning_pass, trainer.optimizer_step
+    recorder.graphs_of(lambda: (learn(_zeros(prompts, rows, width, args)), step()))  # now AdamW has its state
+    batches = []
+    rollout_graphs = recorder.graphs_of(lambda: batches.append(trainer.collect(prompts)))
+    learn_graphs = recorder.graphs_of(lambda: learn(batches[0]))
+    optimizer_graphs = recorder.graphs_of(step)
+
+    # What multiplies matrices: not the graphs that cut a batch into micro-batches.
+    large = [graph for graph in rollout_graphs if b"dot" in graph.hlo]
+    names = [PREFILL, DECODE] + [REFERENCE] * (args.beta > 0) + [OLD] * (args.num_iterations > 1)
+    different = list({graph.digest: graph for graph in large}.values())
+    assert len(different) >= len(names), f"{len(different)} graphs for {names}"
+    different = different[-len(names) :]  # float32 weights are merged with the LoRA before, in a graph of their own
+    counts = Counter(graph.digest for graph in large)
+    graphs = [
+        replace(graph, name=name, runs=counts[graph.digest]) for name, graph in zip(names, different, strict=True)
+    ]
+    graphs[1].runs = width - 1  # traced once, see `device.recording`
+    passes = [graph for graph in learn_graphs if b"dot" in graph.hlo]
+    # the last, which adds to gradients that are there, when there are several micro-batches
+    graphs.append(replace(passes[-1], name=LEARN, runs=len(passes) * args.num_iterations))
+    graphs.append(replace(optimizer_graphs[-1], name=OPTIMIZER, runs=args.num_iterations))
+    return graphs
+
+
+def _zeros(prompts: PromptBatch, rows: int, width: int, args: GRPOConfig) -> TrainBatch:
+    """A batch such as `TunixTrainer.make_train_batch` makes, of zeros."""
+    target = device.torch_device()
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype).to(target)
+
+    return TrainBatch(
+        prompt_ids=prompts.prompt_ids,
+        prompt_mask=prompts.prompt_mask,
+        completion_ids=zeros(rows, width, dtype=torch.int64),
+        completion_mask=zeros(rows, width, dtype=torch.bool),
+        advantages=zeros(rows),
+        token_weights=zeros(rows, width),
+        ref_per_token_logps=zeros(rows, width) if args.beta > 0 else None,
+        old_per_token_logps=zeros(rows, width) if args.num_iterations > 1 else None,
+        sampler_logps=zeros(rows, width),
+    )

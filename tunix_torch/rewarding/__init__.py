@@ -1,0 +1,1 @@
+"""Calling reward functions and judges: their columns, time limits and worker processes."""

@@ -1,0 +1,241 @@
+"""Call reward functions with the columns that they take, and check what they return."""
+
+import concurrent.futures
+import functools
+import inspect
+import math
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.rows import ANSWER_COLUMNS, NO_ANSWER, TURNS, WHERE, Row, columns_of, has_column, own_columns, prompt_of
+from .workers import RewardWorkers, awaited
+
+# (prompts, completions, **columns) -> one value a completion, or None where the function does not apply; may be async.
+# A function without **columns gets those that it names. Where the data's prompt is a list of messages, a completion is
+# one too, as in TRL: [{"role": "assistant", "content": "..."}]
+RewardFunc = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
+
+
+def name_of(function: RewardFunc) -> str:
+    """The name of a reward function; of a `functools.partial` that of its function, of an object that of its class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def names_of(functions: Sequence[RewardFunc]) -> list[str]:
+    """The names under which reward functions are logged: where several have one name, "name", "name_2" and so on."""
+    names: list[str] = []
+    for function in functions:
+        name, count = name_of(function), 1
+        while name in names:
+            count += 1
+            name = f"{name_of(function)}_{count}"
+        names.append(name)
+    return names
+
+
+def _parameters(function: RewardFunc) -> tuple[set[str], set[str] | None]:
+    """The names that it can't be called without, and those that it takes; None: it takes any.
+
+    Raises:
+        ValueError: it takes something by position only.
+    """
+    try:
+        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+    except ValueError:  # some that are not written in Python have none
+        return set(), None
+    for p in parameters:
+        if p.kind == p.POSITIONAL_ONLY and p.default is p.empty:
+            raise ValueError(
+                f"reward function {name_of(function)!r} takes {p.name!r} by position; it is called by names"
+            )
+    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    taken, required = {p.name for p in by_name}, {p.name for p in by_name if p.default is p.empty}
+    if all(p.kind != p.VAR_KEYWORD for p in parameters):
+        return required, taken
+    wrapped = getattr(function, "__wrapped__", None)  # a decorator passes on what it is given, and may add to it
+    if wrapped is None:
+        return required, None
+    more_required, more = _parameters(wrapped)
+    return required | more_required.intersection(ANSWER_COLUMNS), None if more is None else taken | more
+
+
+def required_columns(function: RewardFunc) -> set[str]:
+    """The columns of the data that a reward function can't be called without."""
+    return _parameters(function)[0] - {"prompts", "completions"}
+
+
+def require_columns(
+    functions: Sequence[RewardFunc],
+    rows: Iterable[Row],
+    what: str = "reward function",
+    names: Sequence[str] | None = None,
+) -> None:
+    """See that rows have the columns that reward functions can't be called without.
+
+    Args:
+        what: the functions are, for the message.
+        names: of all the data's columns, if the rows have only some; for the message.
+
+    Raises:
+        ValueError: a row lacks one, or has no expected answer where one is taken; or a column is called as what reward
+            functions get besides the columns.
+    """
+    needs = [(function, sorted(required_columns(function))) for function in functions]
+    for number, row in enumerate(rows, start=1):
+        where = row.get(WHERE, f"row {number}")
+        for name in ("prompts", "completions"):
+            if name in row or name in (names or ()):
+                raise ValueError(f"column {name!r} of the data set: reward functions get something else by this name")
+        for function, columns in needs:
+            lacking = next((name for name in columns if not has_column(row, name)), None)
+            if lacking is None:
+                continue
+            why, hint = f"no column {lacking!r}", f"it has {', '.join(names or own_columns([row]))}"
+            if lacking in ANSWER_COLUMNS:
+                why, hint = row.get(NO_ANSWER) or "no answer", "give the parameter a default if it can do without"
+            raise ValueError(f"{where}: {why}. The {what} {name_of(function)!r} takes {lacking!r}; {hint}")
+
+
+def score_completions(
+    functions: Sequence[RewardFunc],
+    rows: Sequence[dict[str, Any]],
+    completions: Sequence[str],
+    timeout: float | None = None,
+    workers: RewardWorkers | None = None,
+) -> Tensor:
+    """Values of R reward functions for B completions of N rows: see `call_rewards`.
+
+    Returns:
+        (B, R) float64 on the host, NaN where a function returned None.
+
+    Raises:
+        ValueError: as `call_rewards`, or no function judged some completion.
+    """
+    values = call_rewards(functions, rows, completions, timeout, workers)
+    rewards = torch.tensor([[math.nan if v is None else v for v in column] for column in values], dtype=torch.float64).T
+    unjudged = rewards.isnan().all(dim=1)
+    if unjudged.any():
+        raise ValueError(f"no reward function judged the completion {completions[int(unjudged.int().argmax())]!r}")
+    return rewards
+
+
+def call_rewards(
+    functions: Sequence[RewardFunc],
+    rows: Sequence[dict[str, Any]],
+    completions: Sequence[str],
+    timeout: float | None = None,
+    workers: RewardWorkers | None = None,
+    started: float | None = None,
+) -> list[list[float | None]]:
+    """What R reward functions say about B completions of N rows, copies of a row side by side.
+
+    Functions that are `async` run at the same time as each other and as the others.
+
+    Args:
+        timeout: seconds that the functions may take for the whole batch; None: as long as they like.
+        workers: processes that call the functions that are not async; None: this one does.
+        started: when that time began, by `time.monotonic`, where several calls share it; None: now.
+
+    Returns:
+        R lists of B values, None where a function does not apply.
+
+    Raises:
+        ValueError: a row lacks a column that a function takes; a function returned the wrong number of values or
+            something that is no finite number, or took longer than `timeout`. An exception of the function itself
+            passes through.
+    """
+    require_columns(functions, rows)
+    copies = len(completions) // len(rows)
+    each = [row for row in rows for _ in range(copies)]
+    columns = columns_of(list(rows), copies) | {
+        "prompts": [prompt_of(row) for row in each],
+        "completions": [
+            [{"role": "assistant", "content": text}] if row.get(TURNS) else text
+            for row, text in zip(each, completions, strict=True)
+        ],
+    }
+    calls: list[Callable[[], Any]] = []
+    for function in functions:
+        taken = _parameters(function)[1]
+        arguments = {name: list(column) for name, column in columns.items() if taken is None or name in taken}
+        if not arguments:
+            raise ValueError(
+                f"reward function {name_of(function)!r} takes neither prompts nor completions nor a column"
+            )
+        if workers is None or is_async(function):
+            calls.append(functools.partial(function, **arguments))
+        else:
+            calls.append(workers.submit(function, len(rows), arguments))
+    result, threaded = [], timeout is not None or workers is not None
+    for function, values in zip(functions, _results(functions, calls, threaded, timeout, started), strict=True):
+        try:
+            values = [None if value is None else float(value) for value in values]
+        except (TypeError, ValueError) as error:
+            shown = f"{values!r:.80}"
+            raise ValueError(f"reward function {name_of(function)!r} returned {shown}: expected numbers") from error
+        if len(values) != len(completions):
+            counts = f"{len(values)} values for {len(completions)} completions"
+            raise ValueError(f"reward function {name_of(function)!r} returned {counts}")
+        for i, value in enumerate(values):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"reward function {name_of(function)!r} returned {value!r} for {completions[i]!r}")
+        result.append(values)
+    return result
+
+
+def _results(
+    functions: Sequence[RewardFunc],
+    calls: Sequence[Callable[[], Any]],
+    threaded: bool,
+    timeout: float | None,
+    started: float | None,
+) -> list[Any]:
+    """What each call returns.
+
+    An async function runs in a thread with an event loop of its own, so that it works where one is running already
+    (notebooks). With `threaded` every function runs in a thread, which a timeout needs: Python can't stop a function,
+    but it can stop waiting. Without, the others run here, one after the other.
+    """
+    started = time.monotonic() if started is None else started
+    in_thread = [threaded or is_async(function) for function in functions]
+    futures = [_in_thread(call) if away else None for call, away in zip(calls, in_thread, strict=True)]
+    results: list[Any] = [None if away else call() for call, away in zip(calls, in_thread, strict=True)]
+    for j, future in enumerate(futures):
+        if future is None and inspect.isawaitable(results[j]):  # of a plain function that wraps an async one
+            future = _in_thread(functools.partial(lambda awaitable: awaitable, results[j]))
+        if future is None:
+            continue
+        left = None if timeout is None else max(0.0, started + timeout - time.monotonic())
+        try:
+            results[j] = future.result(left)
+        except concurrent.futures.TimeoutError:
+            if future.done():  # its own TimeoutError
+                raise
+            raise ValueError(f"reward_timeout={timeout}: {name_of(functions[j])!r} takes longer than that") from None
+    return results
+
+
+def is_async(function: RewardFunc) -> bool:
+    """Whether calling it gives something to await."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def _in_thread(call: Callable[[], Any]) -> concurrent.futures.Future:
+    """Start a call in a thread that does not keep the process alive; a coroutine that it returns is run there."""
+    future: concurrent.futures.Future = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(awaited(call()))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

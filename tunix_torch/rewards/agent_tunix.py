@@ -1,0 +1,130 @@
+"""The four rewards of agent-tunix: the format exactly and approximately, the answer, and the number in it.
+
+Source: agent-tunix's README (kzhou003/agent-tunix), which follows the Tunix GRPO demo. Here a number is parsed by
+`rewards.answers`, so "-5" is -5 and "1,234" is 1234.
+
+What a policy can exploit: 5.0 of the 9.5 are for the tags, whatever they hold. With a wrong number in the answer 4.0
+are left, with words or a date 4.5, within 20% of the right number 5.25, within 10% 5.5. A text of several numbers, the
+first of which is right ("600, 5 or 7"), earns 6.0.
+"""
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+
+from .answers import (
+    ANSWER_TAGS,
+    REASONING_TAGS,
+    extract_verbatim_answer,
+    final_answer,
+    find_numbers,
+    parse_number,
+    score_against_answers,
+)
+from .conversations import takes_conversations
+from .units import changes_value
+
+TAGS = REASONING_TAGS + ANSWER_TAGS
+
+_FIRST_NUMBER = re.compile(r"[^0-9]*[0-9]+(?:[.,][0-9]+)*[^0-9,;.!?\n]*")  # with the words around it
+
+
+@takes_conversations
+def match_format_exactly(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
+    """3.0 for a reasoning part and then an answer part, neither of them empty, else 0.0.
+
+    Each tag has to occur once; before and after there may be white space only, between the parts any text.
+
+    >>> match_format_exactly(["?"] * 2, ["<reasoning>6 * 12</reasoning> so <answer>72</answer>", "<answer>72</answer>"])
+    [3.0, 0.0]
+    """
+    return [3.0 if _has_exact_format(completion.strip()) else 0.0 for completion in completions]
+
+
+@takes_conversations
+def match_format_approximately(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
+    """In [-2, 2]: for each of the four tags 0.5 if it occurs exactly once, else -0.5.
+
+    >>> match_format_approximately(["?"] * 2, ["<answer>72</answer>", "<answer>7</answer><answer>72</answer>"])
+    [0.0, -2.0]
+    """
+    return [sum(0.5 if completion.count(tag) == 1 else -0.5 for tag in TAGS) for completion in completions]
+
+
+@takes_conversations
+def check_answer(
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[object], **columns: object
+) -> list[float | None]:
+    """In [-1, 3]: how near the text in the answer tags is to the expected answer; None where that is None.
+
+    3.0 the same text; 1.5 the same but for white space around it, or exactly the expected number written in another way
+    (agent-tunix gives that 0.5, as it does a near miss); 0.5 a number within 10% of the expected one; 0.25 within 20%;
+    -1.0 another number; -0.5 one of the two is not a number; 0.0 no answer at all. Within 10% of 0 is only 0.
+
+    A policy can earn 0.5 for a guess that is near; a text of several numbers loses 0.5 here and wins 1.5 with
+    `check_numbers`, if the first of them is right.
+
+    Raises:
+        ValueError: `answer` has not one value for every completion.
+
+    >>> texts = ["72", " 72", "72.0", "70", "60", "27", "many"]
+    >>> check_answer(["?"] * 7, [f"<answer>{text}</answer>" for text in texts], answer=["72"] * 7)
+    [3.0, 1.5, 1.5, 0.5, 0.25, -1.0, -0.5]
+    >>> check_answer(["?"] * 3, ["72", "<answer>-5</answer>", "<answer>72</answer>"], answer=["72", "5", None])
+    [0.0, -1.0, None]
+    """
+    return score_against_answers(completions, answer, _score_answer)
+
+
+@takes_conversations
+def check_numbers(
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[object], **columns: object
+) -> list[float | None]:
+    """1.5 where the first number in the answer tags is exactly the expected one, else 0.0; None where that is None.
+
+    It is 0.0 where the words around that number negate or bound it, or make it another one (`changes_value`).
+
+    Raises:
+        ValueError: `answer` has not one value for every completion.
+
+    >>> texts = ["1,234", "She has 1234.0 clips.", "-1234", "many", "not 1234"]
+    >>> check_numbers(["?"] * 5, [f"<answer>{text}</answer>" for text in texts], answer=["#### 1234"] * 5)
+    [1.5, 1.5, 0.0, 0.0, 0.0]
+    """
+    return score_against_answers(completions, answer, _score_number)
+
+
+def _has_exact_format(completion: str) -> bool:
+    if any(completion.count(tag) != 1 for tag in TAGS):
+        return False
+    starts = [completion.index(tag) for tag in TAGS]
+    parts = [completion[starts[i] + len(TAGS[i]) : starts[i + 1]] for i in (0, 2)]
+    in_order = starts == sorted(starts)
+    return in_order and starts[0] == 0 and completion.endswith(TAGS[-1]) and all(part.strip() for part in parts)
+
+
+def _score_answer(completion: str, expected: str) -> float:
+    given, expected = extract_verbatim_answer(completion), final_answer(expected)
+    if given is None or not given.strip():
+        return 0.0
+    if given == expected:
+        return 3.0
+    if given.strip() == expected.strip():
+        return 1.5
+    given_number, expected_number = parse_number(given), parse_number(expected)
+    if given_number is None or expected_number is None:
+        return -0.5
+    difference = abs(given_number - expected_number)
+    if difference == 0:
+        return 1.5
+    if difference <= abs(expected_number) * Fraction(1, 10):
+        return 0.5
+    return 0.25 if difference <= abs(expected_number) * Fraction(1, 5) else -1.0
+
+
+def _score_number(completion: str, expected: str) -> float:
+    given, expected_number = extract_verbatim_answer(completion) or "", parse_number(expected)
+    if parse_number(given) is None and (around := _FIRST_NUMBER.match(given)) and changes_value(around[0]):
+        return 0.0
+    numbers = find_numbers(given)
+    return 1.5 if numbers and numbers[0] == expected_number else 0.0

@@ -1,0 +1,1 @@
+"""Sampling completions: choosing tokens, and the rows that are decoded."""

@@ -1,0 +1,1 @@
+"""A whole job: its folder, callbacks, curves and export."""

@@ -1,0 +1,152 @@
+"""What a run does at the side: a line of progress now and then, metrics.jsonl, a checkpoint before it is taken away."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+METRICS_FILE = "metrics.jsonl"
+# (key in the logs, how it is shown)
+PROGRESS_COLUMNS = (
+    ("loss", "loss {:.4f}"),
+    ("reward", "reward {:.3f}"),
+    ("rewards/correctness_reward/mean", "correct {:.0%}"),
+    ("kl", "kl {:.4f}"),
+    ("completions/mean_length", "length {:.0f}"),
+)
+
+
+class BeforeTraining(TrainerCallback):
+    """Calls a function when all is ready to train: model, data, optimizer and schedule are there, and the checkpoint is
+    loaded. So what fails while these are made fails before it."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.function()
+
+
+class SaveOnSigterm(TrainerCallback):
+    """On SIGTERM, which a machine gets before it is taken away: finish the step, save a checkpoint, stop training.
+
+    Args:
+        anyone: whether any process of the run has been told, from whether this one has: all must stop at one step.
+    """
+
+    def __init__(self, anyone: Callable[[bool], bool]) -> None:
+        self.anyone, self.told, self.stopped = anyone, False, False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.before = signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.told = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.anyone(self.told) and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log to `output_dir/metrics.jsonl`, one object a line, with its `step`.
+
+    A resumed run first drops the lines that lie beyond its checkpoint, so the file reads as if nothing had happened.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        path = Path(args.output_dir) / METRICS_FILE
+        if state.is_world_process_zero and path.exists():
+            rows = []
+            for line in path.read_text().splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError:  # cut short when the run was killed
+                    break
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            with open(Path(args.output_dir) / METRICS_FILE, "a") as file:
+                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+class ConsoleProgress(TrainerCallback):
+    """A progress bar, and about twenty lines a run with the mean of what happened since the line before."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+        self.since: list[dict[str, float]] = []
+        self.started = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+            self.started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        write = print if self.bar is None else self.bar.write  # evaluations may come after the last step
+        place = f"step {state.global_step:>4}/{state.max_steps}"
+        evaluation = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+        if evaluation:
+            shown = [
+                f"{name} {value:.1%}" if name == "accuracy" or name.startswith("mean@") else f"{name} {value:.4g}"
+                for name, value in evaluation.items()
+            ]
+            write(f"{place}  evaluation: {', '.join(shown)}")
+        elif "loss" in logs:
+            self.since.append(logs)
+            if state.global_step % max(1, state.max_steps // 20) == 0 or state.global_step == state.max_steps:
+                shown = []
+                for key, form in PROGRESS_COLUMNS:
+                    values = [row[key] for row in self.since if key in row]
+                    if values:
+                        shown.append(form.format(sum(values) / len(values)))
+                seconds = time.perf_counter() - self.started
+                write(f"{place}  {'  '.join(shown)}  ({seconds:.0f} s)")
+                self.since.clear()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

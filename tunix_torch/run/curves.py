@@ -1,0 +1,55 @@
+"""A run's metrics as rows, and drawn as curves."""
+
+import json
+from pathlib import Path
+
+from .callbacks import METRICS_FILE
+
+CURVES_FILE = "training_curves.png"
+
+
+# ---- metrics ----
+
+
+def load_metrics(output_dir: str | Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl."""
+    path = Path(output_dir) / METRICS_FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def plot_training_curves(output_dir: str | Path) -> Path:
+    """Draw loss, reward, KL, completion length and evaluation accuracy of a run; writes CURVES_FILE."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = load_metrics(output_dir)
+    panels = {
+        "accuracy": [name for name in ("eval_accuracy", *sorted({k for r in rows for k in r if "mean@" in k}))],
+        "reward": ["reward", "reward_std"],
+        "loss": ["loss"],
+        "KL from the reference": ["kl"],
+        "entropy": ["entropy"],
+        "completion length": ["completions/mean_length"],
+    }
+    panels = {title: [n for n in names if any(n in row for row in rows)] for title, names in panels.items()}
+    panels = {title: names for title, names in panels.items() if names} or {"no metrics": []}
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.5 * columns, 3 * lines), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            marker = "o" if name.startswith("eval_") else None
+            axis.plot(*zip(*points, strict=True), label=name.removeprefix("eval_"), marker=marker)
+        axis.set(title=title, xlabel="step")
+        if len(names) > 1:
+            axis.legend()
+    figure.tight_layout()
+    path = Path(output_dir) / CURVES_FILE
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

@@ -1,0 +1,251 @@
+"""Merge an adapter into its base model: a plain Hugging Face model, proved to compute the adapter's logits.
+
+python -m tunix_torch.export ./outputs --merged ./merged
+python -m tunix_torch.export ./outputs/checkpoint-40 --merged ./merged --dtype bfloat16 --push_to_hub NAME/MODEL
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import httpx
+import huggingface_hub
+import torch
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftConfig, PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from ..checkpoints.files import newest_checkpoint
+from ..model.forward import base_model, text_config
+from ..model.loading import load_model, load_tokenizer, resolve_model_name
+from .folder import find_system_message
+
+DTYPES = ("float32", "bfloat16")
+TOLERANCE = 1e-4  # of logits in float32, in units of their standard deviation
+PROBE_SHAPE = (4, 32)
+PROBE_VOCABULARY = 50_000  # below the placeholders for images and sound, which want an image
+
+
+def export_merged(
+    output_dir: str | Path, merged: str | Path, dtype: str | None = None, push_to_hub: str | None = None
+) -> float:
+    """Write base model + adapter as a plain Hugging Face model, with its generation config and tokenizer.
+
+    The merge is done on the CPU in float32; the written folder is loaded again and must compute the same logits.
+    `merged` appears only when it is whole and proved; its config.json has the run's `system_message`. Of a model that
+    also sees, the image processor is not copied.
+
+    Args:
+        output_dir: a run's folder, one of its checkpoints, or any folder with a LoRA.
+        merged: the folder to write; must not exist, or be empty. Missing parents are made.
+        dtype: of the written weights, "float32" or "bfloat16"; None: as the base model is stored.
+        push_to_hub: a hub repository (NAME/MODEL), into which the model and the tokenizer are then uploaded.
+
+    Returns:
+        the largest difference between the written model's logits and the adapter's, in units of the standard
+        deviation of these. In float32 at most `TOLERANCE`; below float32 it is what rounding costs.
+
+    Raises:
+        ValueError: no adapter there, its base model can't be loaded, `merged` can't be written or is not empty,
+            a name that is none, or an upload that failed (what was written then stands).
+    """
+    output_dir, merged = Path(output_dir), Path(merged).resolve()
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
+    if push_to_hub is not None:
+        try:
+            validate_repo_id(push_to_hub)
+        except ValueError as error:
+            raise ValueError(f"push_to_hub={push_to_hub!r}: expected NAME/MODEL: {error}") from error
+    base_name = _find_base(output_dir)
+    _check_target(merged, output_dir)
+    tokenizer_source = str(output_dir) if (output_dir / "tokenizer_config.json").is_file() else base_name
+    tokenizer = load_tokenizer(tokenizer_source)
+    with _whole_or_nothing(merged) as unfinished:
+        adapter = load_model(str(output_dir), torch.float32).eval()
+        expected = probe_logits(adapter)
+        model = _merge(adapter, output_dir)
+        difference = _largest_difference(probe_logits(model), expected)
+        assert difference <= TOLERANCE, f"merging changed the logits by {difference:.1e} of their spread"
+
+        written_dtype = getattr(torch, dtype) if dtype else _stored_dtype(base_name)
+        _record_attention(model.to(written_dtype))
+        model.config.system_message = find_system_message(str(output_dir))  # which inference then finds again
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        del adapter, model  # two models at once might not fit
+
+        model, loading = AutoModelForCausalLM.from_pretrained(unfinished, dtype="auto", output_loading_info=True)
+        assert not loading["missing_keys"] and not loading["unexpected_keys"], loading
+        assert model.dtype == written_dtype, f"written as {written_dtype}, but loaded as {model.dtype}"
+        difference = _largest_difference(probe_logits(model), expected)
+        limit = TOLERANCE if written_dtype == torch.float32 else math.inf
+        assert difference < limit, f"the written model's logits differ by {difference:.1e} of their spread"
+    name = str(written_dtype).removeprefix("torch.")
+    print(f"Wrote {merged} ({name}); its logits differ from the adapter's by {difference:.1e} of their spread")
+    if push_to_hub is not None:
+        _push(model, tokenizer, push_to_hub, merged)
+    return difference
+
+
+def probe_logits(model: PreTrainedModel | PeftModel) -> Tensor:
+    """What a model computes on a fixed prompt of arbitrary tokens: (R, L, V) float32."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(text_config(model).vocab_size, PROBE_VOCABULARY), PROBE_SHAPE, generator=generator)
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def _largest_difference(logits: Tensor, expected: Tensor) -> float:
+    return ((logits - expected).abs().max() / expected.std()).item()
+
+
+def _find_base(output_dir: Path) -> str:
+    """The base model that the LoRA in this folder names."""
+    given = f"output_dir={str(output_dir)!r}"
+    if not output_dir.is_dir():
+        raise ValueError(f"{given}: no such folder; expected a run's folder, or one of its checkpoints")
+    if not (output_dir / "adapter_config.json").is_file():
+        if newest := newest_checkpoint(output_dir):
+            raise ValueError(f"{given}: the run has not ended; its newest checkpoint is {str(newest)!r}, give that")
+        if list(output_dir.glob("model*.safetensors")) or list(output_dir.glob("pytorch_model*.bin")):
+            raise ValueError(f"{given}: a whole model already, not an adapter; there is nothing to merge")
+        raise ValueError(f"{given}: not an adapter (no adapter_config.json); expected a run's folder or a checkpoint")
+    try:
+        config = PeftConfig.from_pretrained(output_dir)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{given}: its adapter_config.json can't be read: {error!r}") from error
+    if config.peft_type != PeftType.LORA:
+        raise ValueError(f"{given}: an adapter of type {config.peft_type!s}, expected a LoRA")
+    if not config.base_model_name_or_path:
+        raise ValueError(f"{given}: its adapter_config.json names no base model; set base_model_name_or_path there")
+    try:
+        resolve_model_name(config.base_model_name_or_path)
+    except ValueError as error:
+        hint = "put the base model there, or set base_model_name_or_path in adapter_config.json"
+        raise ValueError(f"{given}: its base model is not to be found: {error}; {hint}") from error
+    return config.base_model_name_or_path
+
+
+def _check_target(merged: Path, output_dir: Path) -> None:
+    """Refuse a folder that is taken, or lies where training sets aside, deletes and uploads what it finds."""
+    given = f"merged={str(merged)!r}"
+    if merged.exists() and not merged.is_dir():
+        raise ValueError(f"{given}: is a file; give a new folder")
+    if merged.is_relative_to(output_dir.resolve()):
+        raise ValueError(f"{given}: lies in the adapter's own folder {str(output_dir)!r}; give a folder outside it")
+    if merged.is_dir() and any(merged.iterdir()):
+        raise ValueError(f"{given}: exists and is not empty; nothing is overwritten, give a new folder")
+
+
+@contextlib.contextmanager
+def _whole_or_nothing(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, which takes its name when the block ends well, else is removed."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.mkdir()
+        yield unfinished
+        os.replace(unfinished, folder)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"merged={str(folder)!r}: can't be written: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _merge(adapter: PeftModel, output_dir: Path) -> PreTrainedModel:
+    """The base model with the LoRA added to its weights."""
+    inner = base_model(adapter)
+    if text_config(adapter).tie_word_embeddings:
+        for layer in (inner.get_input_embeddings(), inner.get_output_embeddings()):
+            if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                raise ValueError(
+                    f"output_dir={str(output_dir)!r}: the adapter changes the embeddings, which the model's head "
+                    "shares; a plain model can't hold both, expected a LoRA on projections only"
+                )
+    model = adapter.merge_and_unload(safe_merge=True)  # complains of NaN
+    if text_config(model).tie_word_embeddings:
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight, "embeddings came untied"
+    return model
+
+
+def _stored_dtype(name: str) -> torch.dtype:
+    """The type that a model's config names; float32, which loses nothing, where it names none."""
+    config = AutoConfig.from_pretrained(resolve_model_name(name))
+    return config.dtype or config.get_text_config().dtype or torch.float32
+
+
+def _record_attention(model: PreTrainedModel) -> None:
+    """Let the config choose eager attention where attention scores have a soft-cap: sdpa, the default, omits it."""
+    if getattr(text_config(model), "attn_logit_softcapping", None):
+        model.config.attn_implementation = "eager"  # is written to config.json, and obeyed by from_pretrained
+
+
+def _push(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, repo_id: str, merged: Path) -> None:
+    """Upload both; the folder that was written stays whatever happens."""
+    given, stands = f"push_to_hub={repo_id!r}", f"the model in {str(merged)!r} is whole and stays"
+    if huggingface_hub.get_token() is None:
+        raise ValueError(f"{given}: no token, so nothing was uploaded; run `hf auth login` or set HF_TOKEN; {stands}")
+    _record_attention(model)
+    try:
+        model.push_to_hub(repo_id)
+        tokenizer.push_to_hub(repo_id)
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{given}: the upload failed: {reason}; {stands}") from error
+    print(f"Uploaded to {repo_id}")
+
+
+# ---- the command ----
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tunix_torch.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = _fail
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="a run's folder, a checkpoint, or any LoRA's folder")
+    parser.add_argument("--merged", metavar="FOLDER", required=True, help="where to write; must be new or empty")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: as the base model is stored)")
+    parser.add_argument(
+        "--push_to_hub",
+        metavar="NAME/MODEL",
+        help="then upload to this hub repository, which is made if need be, public unless the account says otherwise",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command: a user's mistake becomes one line and exit code 2, Ctrl-C 130. TUNIX_DEBUG=1 shows tracebacks."""
+    args = parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        export_merged(args.output_dir, args.merged, args.dtype, args.push_to_hub)
+    except ValueError as error:
+        if os.environ.get("TUNIX_DEBUG") == "1":
+            raise
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing half-written is left", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

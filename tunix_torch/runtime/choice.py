@@ -1,0 +1,108 @@
+"""Decides, before PyTorch is imported, whether this process computes through XLA. Imports nothing heavy.
+
+Transformers and Accelerate take the XLA device by themselves as soon as they see torch_xla, so the decision must come
+first: `tunix_torch` makes it when it is imported, from `TUNIX_DEVICE`; a command that has a flag `--device` makes it
+anew before it imports the rest.
+"""
+
+import glob
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import sys
+
+KINDS = ("auto", "xla", "cuda", "cpu")
+
+# Google's PCI vendor id, and the device ids of TPUs (torch_xla/_internal/tpu.py and jax/_src/hardware_utils.py).
+_TPU_VENDOR = "0x1ae0"
+_TPU_DEVICES = {
+    "0x0027": "v2 or v3",
+    "0x0056": "without a public name",
+    "0x005e": "v4",
+    "0x0062": "v5p",
+    "0x0063": "v5e",
+    "0x006f": "v6e",
+    "0x0076": "v7x",
+}
+PCI_DEVICES = "/sys/bus/pci/devices"
+_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # "0": importing torch does not import torch_xla
+
+
+def choose() -> str:
+    """Set the environment for the device that `TUNIX_DEVICE` asks for, and say which kind that is.
+
+    Returns:
+        "xla" where XLA was asked for, or where there is a TPU and nothing else was asked for; otherwise what was asked
+        for: "cuda", "cpu" or "auto", between which PyTorch decides.
+
+    Raises:
+        ValueError: `TUNIX_DEVICE` is no kind of device, or XLA was asked for and can't be had.
+    """
+    requested = os.environ.get("TUNIX_DEVICE", "auto")
+    if requested not in KINDS:
+        raise ValueError(f"TUNIX_DEVICE={requested!r}: choose one of {', '.join(KINDS)}")
+    has_xla = importlib.util.find_spec("torch_xla") is not None
+    if requested == "xla" and not has_xla:
+        raise ValueError("device='xla' needs torch_xla, which is not installed: pip install 'torch-xla[tpu]==2.9.0'")
+    if requested == "xla" or (requested == "auto" and has_xla and tpu_is_present()):
+        loaded = sys.modules.get("transformers.utils.import_utils")
+        if loaded is not None and not loaded.is_torch_xla_available():
+            raise ValueError("device='xla': Transformers was imported with USE_TORCH_XLA=0; import tunix_torch first")
+        os.environ["USE_TORCH_XLA"] = "1"
+        os.environ.pop(_AUTOLOAD, None)
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the partitioner's warnings, one a graph
+        os.environ.setdefault("PJRT_DEVICE", "TPU" if tpu_is_present() else "CPU")
+        return "xla"
+    _keep_transformers_off_xla()
+    return requested
+
+
+def _keep_transformers_off_xla() -> None:
+    """Hide torch_xla from Transformers and Accelerate, also when they were imported before this library."""
+    os.environ["USE_TORCH_XLA"] = "0"
+    os.environ[_AUTOLOAD] = "0"
+    if "transformers.utils.import_utils" in sys.modules:
+        import_utils = sys.modules["transformers.utils.import_utils"]
+        import_utils.USE_TORCH_XLA = "0"
+        import_utils.is_torch_xla_available.cache_clear()
+    if "accelerate.utils.imports" in sys.modules:
+        imports = sys.modules["accelerate.utils.imports"]
+        imports._torch_xla_available = False
+        imports.is_torch_xla_available.cache_clear()
+
+
+def tpu_chips() -> list[str]:
+    """The version of each TPU chip on this host's PCI bus, such as "v5e". Looks at files only; initialises nothing."""
+    chips = []
+    for vendor in glob.glob(f"{PCI_DEVICES}/*/vendor"):
+        product = pathlib.Path(vendor).with_name("device").read_text().strip()
+        if pathlib.Path(vendor).read_text().strip() == _TPU_VENDOR and product in _TPU_DEVICES:
+            chips.append(_TPU_DEVICES[product])
+    return chips
+
+
+def tpu_is_present() -> bool:
+    """True when there is a TPU chip on this host."""
+    return bool(tpu_chips())
+
+
+def check_libtpu() -> str:
+    """The version of the installed libtpu, which is the one that the installed torch_xla was built for.
+
+    Raises:
+        ValueError: torch_xla or libtpu is not installed, or they do not belong together.
+    """
+    hint = "pip install 'torch-xla[tpu]==2.9.0'"
+    try:
+        needed = importlib.metadata.requires("torch_xla") or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(f"torch_xla is not installed: {hint}") from None
+    wanted = next(word.partition("==")[2].split(";")[0].strip() for word in needed if word.startswith("libtpu=="))
+    try:
+        found = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        found = "none"
+    if found != wanted:
+        raise ValueError(f"libtpu {found}: torch_xla {importlib.metadata.version('torch_xla')} needs {wanted}: {hint}")
+    return found

@@ -1,0 +1,235 @@
+"""What the processes of one run must agree on. In a process by itself nothing here has an effect.
+
+Those of several GPUs: `accelerate launch` starts them, and `GRPOConfig` joins them (`torch.distributed`). Each has
+prompts of its own; together they are the batch of one process with as many prompts.
+
+Those of a mesh over several hosts, one a host: torch-xla splits the work, if all run the same graphs in the same order.
+So each has the whole batch, of which it uploads what its own chips need, and takes every decision alike: what a clock,
+a reward function or a signal decides, the first host tells the others. See "hosts" below.
+"""
+
+import atexit
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+
+def count() -> int:
+    """How many processes with prompts of their own take part in this run."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def index() -> int:
+    """Which of them this one is."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return index() == 0 and _host == 0
+
+
+def wait() -> None:
+    """Wait until all processes and hosts are here."""
+    _everyone(None)
+
+
+def anyone(told: bool) -> bool:
+    """Whether any process or host says so; the same on all of them."""
+    return any(_everyone(told))
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of every process, in their order: anything that can be pickled; tensors on the host."""
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """A tensor on the host with the rows of every process: (R, ...) of each -> (sum of R, ...)."""
+    return torch.cat(gather(tensor))
+
+
+def own_rows(tensor: Tensor) -> Tensor:
+    """This process's part of rows that `gather_rows` joined, where all have as many: (count * R, ...) -> (R, ...)."""
+    return tensor.tensor_split(count())[index()]
+
+
+def own_part(num_rows: int) -> slice:
+    """Which of so many rows that all processes have are this one's to work on: as many for each as can be."""
+    each = -(-num_rows // count())
+    return slice(index() * each, (index() + 1) * each)
+
+
+def sum_numbers(numbers: dict[str, float]) -> dict[str, float]:
+    """Each number, summed over the processes; the same on all of them, to the last bit."""
+    everyone = gather(numbers)
+    return {name: sum(theirs[name] for theirs in everyone) for name in numbers}
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its sum over the processes, in one exchange."""
+    if count() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient))
+
+
+def keep_frozen_out_of_ddp(model: nn.Module) -> None:
+    """Let DDP copy only what is trained from process 0 to the others when it wraps the model.
+
+    It copies buffers by their place, and Gemma 3 registers those of its two rotary embeddings in the order of a set,
+    which differs between processes: the others would compute with the frequencies swapped.
+    """
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    buffers = [name for name, _ in model.named_buffers()]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen + buffers)
+
+
+# ---- hosts ----
+
+PORT = 12355  # on the first host; MASTER_PORT is another one
+PATIENCE = 3600.0  # seconds, with a host that says nothing
+PACKAGES = ("torch", "torch_xla", "transformers", "peft", "accelerate")  # they decide how a graph is traced
+
+_host, _num_hosts, _num_exchanges = 0, 1, 0
+_store: torch.distributed.TCPStore | None = None
+
+
+def join_hosts(host: int, num_hosts: int, address: str) -> None:
+    """Join the hosts of a mesh, the first of which has this address; waits for all. On one host: nothing."""
+    global _host, _num_hosts, _store
+    if num_hosts > 1 and _store is None:
+        port = int(os.environ.get("MASTER_PORT", PORT))
+        _store = torch.distributed.TCPStore(address, port, num_hosts, is_master=host == 0)
+        _host, _num_hosts = host, num_hosts
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """So that no host waits for one that has ended, well or not."""
+    with contextlib.suppress(torch.distributed.DistNetworkError):  # host 0 has ended, and the store with it
+        _store.set("ended", str(_host))
+
+
+def num_hosts() -> int:
+    """Over how many hosts the mesh lies."""
+    return _num_hosts
+
+
+def _everyone(value: Any) -> list[Any]:
+    """The value of every process or host, in their order: what JSON can hold."""
+    global _num_exchanges
+    if _store is None:
+        return gather(value)
+    _num_exchanges += 1
+    said, read = ([f"{_num_exchanges}/{what}/{host}" for host in range(_num_hosts)] for what in ("said", "read"))
+    try:
+        _store.set(said[_host], json.dumps(value))
+        _wait_for(said)
+        values = [json.loads(_store.get(key)) for key in said]
+        _store.set(read[_host], "")
+        if _host == 0:  # the store is its own, so it must not end before the others have read
+            _wait_for(read)
+            for key in said + read:
+                _store.delete_key(key)
+    except torch.distributed.DistNetworkError as error:
+        raise ValueError("host 0 has ended, and with it this one; see what it said") from error
+    return values
+
+
+def _wait_for(keys: list[str]) -> None:
+    """In Python, so that Ctrl-C and SIGTERM are noticed."""
+    deadline = time.monotonic() + PATIENCE
+    while not _store.check(keys):
+        if _store.check(["ended"]) and not _store.check(keys):
+            raise ValueError(f"host {_store.get('ended').decode()} has ended, and with it this one; see what it said")
+        if time.monotonic() > deadline:
+            raise ValueError(f"a host has said nothing for {PATIENCE:.0f} s; see what they said")
+        time.sleep(0.001)
+
+
+def of_first(decide: Callable[[], Any]) -> Any:
+    """What `decide()` returns on the first host, which alone calls it: what JSON can hold. On one host: `decide()`.
+
+    What it raises there is raised on the first host, and as a ValueError on the others.
+    """
+    if _store is None:
+        return decide()
+    value = problem = None
+    if _host == 0:
+        try:
+            value = decide()
+        except Exception as error:  # the others must not wait for what never comes
+            problem = error
+    value, message = _everyone((value, None if problem is None else str(problem)))[0]
+    if problem is not None:
+        raise problem
+    if message is not None:
+        raise ValueError(f"host 0: {message}")
+    return value
+
+
+def check_same(facts: Callable[[], dict[str, Any]]) -> None:
+    """All hosts must have the same facts. On one host `facts` is not called.
+
+    Raises:
+        ValueError: on every host, when one has another value; names the fact and the host.
+    """
+    if _store is None:
+        return
+    first, *others = _everyone({name: str(value) for name, value in facts().items()})
+    for host, theirs in enumerate(others, 1):
+        for name in sorted(first.keys() | theirs.keys()):
+            if first.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"{name}: {first.get(name)} on host 0, but {theirs.get(name)} on host {host}; "
+                    "the hosts of a mesh need the same settings, code, data and files"
+                )
+
+
+def surroundings() -> dict[str, Any]:
+    """What decides how graphs are traced, besides the settings: for `check_same`."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
+        code.update(path.read_bytes())
+    facts = {f"version of {name}": importlib.metadata.version(name) for name in PACKAGES}
+    facts["hash of a word (set PYTHONHASHSEED=0)"] = hash("word")  # decides the order of sets
+    return facts | {"code of tunix_torch": code.hexdigest()[:12]}
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """A word that changes with the tensors; of large ones with some of their numbers. For `check_same`."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        some = tensor.detach().cpu().flatten()[:: 1 + tensor.numel() // 2**16]
+        total.update(some.contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def folder_to_write(folder: str) -> Iterator[str]:
+    """This folder on the first host; on others one that is thrown away, for what must run on all and writes."""
+    if _host == 0:
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield scratch
