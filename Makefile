@@ -44,11 +44,11 @@ test: setup  ## the tests: on the CPU, then through XLA on the CPU
 	else echo "torch_xla is not installed here: the tests through XLA are left out"; fi
 
 test-slow: setup  ## whole jobs and every mesh, on the CPU and through XLA (about half an hour)
-	TUNIX_DEVICE=cpu $(BIN)/python -m pytest -m "slow and not xla" -s --ignore tests/test_preflight.py
+	TUNIX_DEVICE=cpu $(BIN)/python -m pytest -m "slow and not xla" -s --ignore tests/preflight/test_preflight.py
 	TUNIX_DEVICE=xla $(BIN)/python -m pytest -m "slow and xla" -s
 
 test-plans: setup  ## every recipe compiled for its slice, and the extrapolation checked (an hour; later runs are cached)
-	TUNIX_DEVICE=cpu $(BIN)/python -m pytest -m slow -s tests/test_preflight.py
+	TUNIX_DEVICE=cpu $(BIN)/python -m pytest -m slow -s tests/preflight/test_preflight.py
 
 crosscheck: setup  ## the same batches through Google's Tunix on JAX, TRL and this library (six minutes; ARGS="--cases gspo")
 	$(BIN)/python -m crosscheck $(ARGS)

@@ -20,7 +20,7 @@ ACCURACIES_FILE = "accuracies.json"  # of all: see held_out.py
 
 @dataclass(frozen=True)
 class Job:
-    """One run. What train.py decides has train.py's values: `tests/test_time_to_accuracy.py` holds that."""
+    """One run. What train.py decides has train.py's values: `tests/benchmarks/test_time_to_accuracy.py` holds that."""
 
     seed: int = 42
     steps: int = 80  # optimizer steps, and rollouts; the learning rate falls linearly to 0 at the last

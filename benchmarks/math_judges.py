@@ -1,4 +1,4 @@
-"""What judges of mathematical answers say of tests/math_triples.txt: wrong answers paid, right ones refused, and time.
+"""What judges of mathematical answers say of the triples in tests/rewards: wrong answers paid, right ones refused, time.
 
 `python -m benchmarks.math_judges`. With `--math_verify`, Hugging Face's math-verify too, alone and after ours; it is no
 requirement: `pip install math-verify`, in an environment of its own if you like.
@@ -17,7 +17,7 @@ from tunix_torch.rewards.math_answer import read_items
 from tunix_torch.rewards.math_equal import math_equal
 from tunix_torch.rewards.math_latex import Unreadable, simplify_latex
 
-TRIPLES = Path(__file__).resolve().parent.parent / "tests" / "math_triples.txt"
+TRIPLES = Path(__file__).resolve().parent.parent / "tests" / "rewards" / "math_triples.txt"
 ARROW, SEPARATOR = " => ", " ;; "
 
 Judge = Callable[[str, str], bool]  # (given, expected) -> equal?

@@ -4,7 +4,7 @@ A deep model takes the compiler many minutes and more memory than a workstation 
 models of more than `CUT_DEPTHS[1]` layers are compiled with few layers, twice, and every figure is taken to grow
 linearly with the number of layers. It does but for the compiler's choices: layers do the same work, with a sliding
 window too (it is a mask), and what a learning pass keeps of each is alive when the head's gradient is computed.
-`tests/test_preflight.py` compares with 6 layers of Gemma 3 270m. Where sequences outgrow the window, layers with one
+`test_preflight.py` compares with 6 layers of Gemma 3 270m. Where sequences outgrow the window, layers with one
 keep fewer keys while decoding: then a third cut tells how figures grow with each kind.
 """
 

@@ -1,7 +1,7 @@
 """Plan a job by arithmetic alone: weights, KV cache and activations against a chip's HBM. Seconds, no compiler.
 
 Shapes and layouts are the library's own (`sharding.axes_of` over the model's parameters). What XLA keeps besides is
-estimated: `SAVED` is fitted to compiled learning passes, see `tests/test_preflight.py` for how near that comes.
+estimated: `SAVED` is fitted to compiled learning passes, see `test_preflight.py` for how near that comes.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 A `TunixTrainer` is made around a model of zeros, and its own methods are called: the rollout, the reference's
 log-probabilities, a learning pass, the optimizer's step. `device.sync`, where each would run its graph, hands the graph
-over instead, and zeros stand for its results. So what is planned is what is trained; `tests/test_preflight.py` holds
+over instead, and zeros stand for its results. So what is planned is what is trained; `test_preflight.py` holds
 the graphs against those that a real run compiles.
 """
 

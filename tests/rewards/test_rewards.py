@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tunix_torch.rewards.answers import final_answer
 
 from tunix_torch.rewards import (
     PRESET_REWARDS,
@@ -32,10 +31,12 @@ from tunix_torch.rewards import (
     score_with_breakdown,
     trajectory_reward,
 )
+from tunix_torch.rewards.answers import final_answer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 ALL_REWARDS = REWARDS | PRESET_REWARDS
-MODULES = ["rewards"] + [f"rewards.{path.stem}" for path in (ROOT / "rewards").glob("*.py") if path.stem != "__init__"]
+FILES = (ROOT / "tunix_torch" / "rewards").glob("*.py")
+MODULES = ["tunix_torch.rewards"] + [f"tunix_torch.rewards.{path.stem}" for path in FILES if path.stem != "__init__"]
 
 # Arbitrary text almost never holds a tag or a number, so half of it is assembled from such pieces.
 PIECES = ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "####", "72", "-1", "1,000", ".5", "1/2", "/0", "1e9"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 MIB = 2**20
 
 # Memory of its own (RssAnon): pages of the files themselves are the kernel's cache, which gives them back when needed.

@@ -13,7 +13,7 @@ import pytest
 from tunix_torch.preflight import hlo
 from tunix_torch.preflight.chips import CHIPS, parse_topology
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
 
 

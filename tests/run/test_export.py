@@ -23,7 +23,7 @@ from tunix_torch.run import export
 from tunix_torch.run.export import TOLERANCE, export_merged, main
 from tunix_torch.run.folder import find_system_message
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 IDS = torch.arange(40) * 7 % 97  # longer than the window of attention
 
 

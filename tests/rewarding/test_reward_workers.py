@@ -16,7 +16,7 @@ from tunix_torch.model import tiny
 from tunix_torch.rewarding.scoring import call_rewards
 from tunix_torch.rewarding.workers import RewardWorkers
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 NUM_PROMPTS, GROUP = 3, 2
 ROWS = [{"prompt": f"{i} + {i}?", "answer": str(2 * i)} for i in range(NUM_PROMPTS)]
 COMPLETIONS = ["0", "1", "2", "2", "4", "5"]

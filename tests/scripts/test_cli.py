@@ -20,7 +20,7 @@ import inference
 import train
 import utils
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SMALL = (
     "--max_steps 2 --batch_size 2 --max_completion_length 12 --max_prompt_length 48 --num_eval_rows 4 "
     "--per_device_eval_batch_size 4 --num_train_rows 16 --system_message="

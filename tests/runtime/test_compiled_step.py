@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.xla
 
 
@@ -91,7 +91,7 @@ def test_a_compiled_step_sees_weights_that_change():
 def test_a_compiled_step_sees_weights_that_change_on_a_mesh():
     code = (
         "from tunix_torch import device; device.use_mesh(((2, 2), ('fsdp', 'tp')))\n"
-        "from tunix_torch.runtime.mesh import shard_rows; from tests.test_compiled_step import check_steps\n"
+        "from tunix_torch.runtime.mesh import shard_rows; from tests.runtime.test_compiled_step import check_steps\n"
         "check_steps(shard_rows)"
     )
     environment = {**os.environ, "TUNIX_DEVICE": "xla", "PYTHONPATH": str(ROOT), "CPU_NUM_DEVICES": "4"}

@@ -2,7 +2,7 @@
 
 XLA on the CPU has one process, so each has a whole mesh of its own and only what they tell each other is real. That
 they run the same graphs in the same order is what torch-xla needs of real hosts, on which this has never been run.
-`TUNIX_DEVICE=xla pytest -m xla tests/test_hosts.py`.
+`TUNIX_DEVICE=xla pytest -m xla tests/runtime/test_hosts.py`.
 """
 
 import os
@@ -12,12 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import models
 import pytest
 import torch
 
-from tests import models
-
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 STEPS, KILLED = 3, 2  # steps of the run; the one in which host 1 gets a SIGTERM
 REWARD = """
 import random

@@ -28,7 +28,7 @@ from tunix_torch.config.data import DataConfig
 from tunix_torch.config.model import ModelConfig
 from tunix_torch.model import tiny
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 # What makes a documented command short enough for a test.
 SHORT = (
     "training.max_steps=2 training.micro_batch_size=2 evaluation.num_eval_completions=2 data.num_eval_rows=4 "

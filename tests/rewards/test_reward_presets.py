@@ -7,7 +7,6 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tunix_torch.rewards.math_equal import MAX_CHARS
 
 from tunix_torch import rewards
 from tunix_torch.rewards import (
@@ -40,6 +39,7 @@ from tunix_torch.rewards import (
     structure_reward,
     trajectory_reward,
 )
+from tunix_torch.rewards.math_equal import MAX_CHARS
 
 RANGES = {
     "match_format_exactly": (0, 3),

@@ -15,7 +15,7 @@ from benchmarks.curves import Point, draw, first_crossing, make_curve, ratios, s
 from benchmarks.learner import Run, check_run, remember_answers
 from benchmarks.time_to_accuracy import caption, make_jobs, parse_args
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def run_bench(*args, **environment):

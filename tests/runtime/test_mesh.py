@@ -1,6 +1,7 @@
 """Meshes of eight virtual devices give what one device gives: rollouts, losses, gradients, checkpoints, resumed runs.
 
-Each run is a process of its own, since a process keeps its mesh. `TUNIX_DEVICE=xla pytest -m xla tests/test_mesh.py`.
+Each run is a process of its own, since a process keeps its mesh.
+`TUNIX_DEVICE=xla pytest -m xla tests/runtime/test_mesh.py`.
 """
 
 import math
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from tunix_torch.preflight.hlo import collectives_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 STEPS, SAVED = 5, 3  # steps of a run, and the one after which it has a checkpoint
 ONE, FAST, ALL = (1, 1), (2, 4), ((8, 1), (1, 8), (2, 4), (4, 2))
 

@@ -28,7 +28,7 @@ from benchmarks.workload import (
     write_spec,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def run_bench(*args):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 STEPS, PROMPTS = 4, 4  # optimizer steps of a case; prompts a step, over all processes
 
 JOB = """

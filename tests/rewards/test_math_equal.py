@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from benchmarks.math_judges import read_triples
+from tunix_torch.rewards import math_equal_reward
 from tunix_torch.rewards.math_answer import agree, read_items
 from tunix_torch.rewards.math_equal import MAX_CHARS, POINTS, math_equal
 from tunix_torch.rewards.math_latex import Unreadable, simplify_latex
 from tunix_torch.rewards.math_numbers import Part
 from tunix_torch.rewards.math_value import variable
 
-from benchmarks.math_judges import read_triples
-from tunix_torch.rewards import math_equal_reward
-
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 TRIPLES = read_triples()
 MATHEMATICS = st.recursive(
     st.sampled_from(["0", "1", "2", "7", "0.5", "100", "x", "y", "e", "\\pi", "1\\frac{1}{2}"]),

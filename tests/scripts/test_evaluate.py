@@ -30,7 +30,7 @@ from tunix_torch.evals.results import JudgedCompletion, summarize
 from tunix_torch.model import tiny
 from tunix_torch.model.loading import eos_token_ids
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SAMPLED = ["--preset", "liberal", "--num_passes", "2", "--batch_size", "4"]
 REWARDS = """
 def length_is_even(prompts, completions, **columns):

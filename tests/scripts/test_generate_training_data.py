@@ -12,7 +12,6 @@ from itertools import permutations, product
 from pathlib import Path
 
 import pytest
-from tunix_torch.rewards.reasoning_coherence_reward import _judge_equations
 
 import generate_training_data as script
 from training_data import DIFFICULTIES, TEMPLATES, Question, common_sense_questions
@@ -21,8 +20,9 @@ from tunix_torch.data.readers import load_rows
 from tunix_torch.data.rows import QUESTION, answer_of
 from tunix_torch.data.shapes import completion_of, normalize_row
 from tunix_torch.rewards import answers_match, extract_answer, extract_reasoning, format_reward
+from tunix_torch.rewards.reasoning_coherence_reward import _judge_equations
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TYPES = ["math", "logic", "science", "common_sense", "code"]
 COLUMNS = ["question", "answer", "type", "difficulty"]
 

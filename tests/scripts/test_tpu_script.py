@@ -16,7 +16,7 @@ import utils
 from tunix_torch.preflight.chips import parse_topology
 from tunix_torch.runtime import choice
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "run_tpu_training.sh"
 
 
