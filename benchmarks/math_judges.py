@@ -1,4 +1,4 @@
-"""What judges of mathematical answers say of the triples in tests/rewards: wrong answers paid, right ones refused, time.
+"""What judges of mathematical answers say of the triples in tests/rewards: wrong ones paid, right ones refused, time.
 
 `python -m benchmarks.math_judges`. With `--math_verify`, Hugging Face's math-verify too, alone and after ours; it is no
 requirement: `pip install math-verify`, in an environment of its own if you like.
