@@ -40,7 +40,7 @@ from tunix_torch.model.loading import eos_token_ids, place
 from tunix_torch.rewarding.columns import check_columns
 from tunix_torch.rewarding.scoring import call_rewards
 from tunix_torch.run.folder import find_system_message, newest_run
-from tunix_torch.runtime import device
+from tunix_torch.runtime import device, mesh
 
 # agent-tunix's: the likeliest token; some variety; much. (temperature, top_k, top_p)
 PRESETS = {"greedy": (1e-4, 1, 1.0), "standard": (0.7, 50, 0.95), "liberal": (0.85, 2000, 1.0)}
@@ -303,7 +303,7 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, float]:
     rows, row_numbers = render_questions(questions, tokenizer, system_message, args.max_prompt_length)
     check_columns(functions, rows)
     params, passes = sampling_params(args), args.num_passes
-    print(f"Model: {model_path}, on {device.describe()}")
+    print(f"Model: {model_path}, on {mesh.describe()}")
     votes_by = args.judge if takes_answer(judge) else "text"
     print(
         f"Judge: {args.judge}{'' if takes_answer(judge) else ', which takes no answer: for maj@K texts are compared'}"

@@ -30,7 +30,7 @@ from tunix_torch.model import tiny
 from tunix_torch.model.loading import eos_token_ids, place
 from tunix_torch.rewards import extract_answer, extract_reasoning
 from tunix_torch.run.folder import find_system_message, newest_run
-from tunix_torch.runtime import device
+from tunix_torch.runtime import mesh
 
 PROMPT_TEMPLATES = {
     "alpaca": (
@@ -189,7 +189,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     questions = load_questions(args)
     model_path = args.model_path or newest_run() or tiny.NAME
-    print(f"Model: {model_path}, on {device.describe()}")
+    print(f"Model: {model_path}, on {mesh.describe()}")
     results = answer(args, questions, model_path)
     for result in results:
         show(result, args.show_prompt)

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from tunix_torch import DataConfig, GRPOConfig, ModelConfig, train
 from tunix_torch.config.settings import ALIASES, canonical_names, nearest
 from tunix_torch.model import tiny
-from tunix_torch.runtime import device
+from tunix_torch.runtime import mesh
 
 CONFIGS = (ModelConfig, DataConfig, GRPOConfig)
 # Ways to say the same: where the first is given, the others' values of lower precedence (recipe, file) are dropped.
@@ -74,7 +74,7 @@ def parse_args(argv: Sequence[str]) -> tuple[ModelConfig, DataConfig, GRPOConfig
         recipe = {name: value for name, value in tiny.RECIPE.items() if name not in dropped}
         parser.set_defaults(**_as_defaults(lowest | recipe | settings))
     # before the device is in use, which GRPOConfig does
-    device.use_mesh(ModelConfig(mesh_shape=model.mesh_shape, mesh_axes=model.mesh_axes).mesh)
+    mesh.use_mesh(ModelConfig(mesh_shape=model.mesh_shape, mesh_axes=model.mesh_axes).mesh)
     model_config, data_config, args, _, unknown = parser.parse_args_into_dataclasses(
         list(argv), return_remaining_strings=True, look_for_args_file=False
     )

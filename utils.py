@@ -150,12 +150,12 @@ def verify_tpu_setup() -> dict[str, Any]:
     """What this process computes on, after a small matrix product there whose result is checked."""
     import torch
 
-    from tunix_torch.runtime import device
+    from tunix_torch.runtime import device, mesh
 
     ones = torch.ones(8, 8, device=device.torch_device())
     total = float((ones @ ones).sum().cpu())
     assert total == 512.0, f"the device multiplied wrongly: {total}"
-    return {"kind": device.KIND, "tpu": device.is_tpu(), "description": device.describe(), "torch": torch.__version__}
+    return {"kind": device.KIND, "tpu": device.is_tpu(), "description": mesh.describe(), "torch": torch.__version__}
 
 
 # ---- before a job on a TPU ----

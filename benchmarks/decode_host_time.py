@@ -24,7 +24,7 @@ import utils
 from tunix_torch.config.model import ModelConfig
 from tunix_torch.model.loading import add_lora, lora_config, place
 from tunix_torch.rollout.sampler import Sampler, SamplingParams, draw_uniforms
-from tunix_torch.runtime import device
+from tunix_torch.runtime import compiled, device, mesh
 
 ROWS, TOKENS = 4, 64
 
@@ -43,7 +43,7 @@ def measure(num_layers: int) -> list[float]:
     )
     model = place(add_lora(Gemma3ForCausalLM(config), lora_config(ModelConfig(lora_rank=4))))
     milliseconds: list[float] = []
-    compile_step = device.compile_step
+    compile_step = compiled.compile_step
 
     def timed(*args: object) -> object:
         step = compile_step(*args)
@@ -56,7 +56,7 @@ def measure(num_layers: int) -> list[float]:
 
         return call
 
-    with mock.patch.object(device, "compile_step", timed):
+    with mock.patch.object(compiled, "compile_step", timed):
         sampler = Sampler(model, [64], 0, stop_check_interval=TOKENS)  # no token ends a completion
         prompt = torch.ones(ROWS, 8, dtype=torch.int64, device=device.torch_device())
         for number in range(2):
@@ -76,7 +76,7 @@ def main() -> None:
     for layers in layer_counts:
         found = measure(layers)
         spread = f"min {min(found):.2f}, median {statistics.median(found):.2f}, max {max(found):.2f}"
-        print(f"{layers} layers: {spread} ms of the host a step, on {device.describe()}", flush=True)
+        print(f"{layers} layers: {spread} ms of the host a step, on {mesh.describe()}", flush=True)
 
 
 if __name__ == "__main__":

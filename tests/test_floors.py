@@ -119,9 +119,9 @@ def test_the_peers_are_imported_in_one_place_each():
     assert {p for p, names in places.items() if "trl" in names} == {"tunix_torch/crosscheck/trl_side.py"}
 
 
-def test_only_the_runtime_imports_torch_xla():
+def test_only_the_runtime_and_plans_import_torch_xla():
     importers = {path for path in modules() if "torch_xla" in {module[0] for module, _ in imports_of(path)}}
-    assert {room_of(name_of(path)) for path in importers} == {"runtime"}
+    assert {room_of(name_of(path)) for path in importers} == {"runtime", "preflight"}
 
 
 def test_library_stays_off_xla_even_when_transformers_was_imported_first():

@@ -23,7 +23,7 @@ _HOMES = {
     "SamplingParams": "rollout.sampler",
     "TrainingConfig": "compat.agent_tunix",
     "TunixTrainer": "trainer",
-    "device": "runtime.device",
+    "device": "runtime",
     "load_model": "model.loading",
     "load_tokenizer": "model.loading",
     "train": "run.job",

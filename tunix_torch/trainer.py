@@ -66,7 +66,7 @@ from .rewarding.columns import check_columns
 from .rewarding.scoring import RewardFunc, is_async, names_of, score_completions
 from .rewarding.workers import RewardWorkers
 from .rollout.sampler import Sampler, SamplingParams, draw_uniforms
-from .runtime import device, processes
+from .runtime import device, mesh, processes
 from .runtime.profiling import ProfileStep, span
 
 logger = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ class TunixTrainer(Trainer):
             )
         if args.load_best_model_at_end and processes.num_hosts() > 1:
             raise ValueError("load_best_model_at_end=True: with several hosts the last model stays; leave it out")
-        prompts, fsdp = args.per_device_train_batch_size, device.axis_size("fsdp")
+        prompts, fsdp = args.per_device_train_batch_size, mesh.axis_size("fsdp")
         if prompts % fsdp:
             raise ValueError(
                 f"per_device_train_batch_size={prompts}: prompts are spread over fsdp={fsdp}; give a multiple of that"
@@ -546,7 +546,7 @@ class TunixTrainer(Trainer):
             FloatingPointError: it is not finite.
         """
         norm = super()._get_grad_norm(model, grad_norm)
-        if not device.is_recording():
+        if device.planner() is None:
             check_gradient_norm(float(norm), self.model, self.state.global_step + 1)
         return norm
 
@@ -757,7 +757,7 @@ def _facts(model: nn.Module, args: GRPOConfig, *datasets: object) -> dict[str, A
         "weights of the model": processes.digest(model.parameters()),
         "the model's config": _but_for_paths(base_model(model).config.to_dict()),
         "the LoRA's config": {name: _but_for_paths(config.to_dict()) for name, config in model.peft_config.items()},
-        "mesh (fsdp, tp)": (device.axis_size("fsdp"), device.axis_size("tp")),
+        "mesh (fsdp, tp)": (mesh.axis_size("fsdp"), mesh.axis_size("tp")),
         "training, evaluation rows": lengths,
     }
     return settings_of(args) | processes.surroundings() | facts

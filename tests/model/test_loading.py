@@ -15,13 +15,13 @@ MIB = 2**20
 # Memory of its own (RssAnon): pages of the files themselves are the kernel's cache, which gives them back when needed.
 LOAD = """
 import sys, threading, time, torch
-from tunix_torch import device
+from tunix_torch.runtime import device, mesh
 from tunix_torch.model.loading import load_base_model, place
 
 on_mesh = len(sys.argv) > 3
 if on_mesh:
-    device.use_mesh(((1, 4), ("fsdp", "tp")))
-    device.shard(torch.ones(4, 4).to(device.torch_device()), ("fsdp", "tp"))
+    mesh.use_mesh(((1, 4), ("fsdp", "tp")))
+    mesh.shard(torch.ones(4, 4).to(device.torch_device()), ("fsdp", "tp"))
     device.wait()
 
 def own_memory():

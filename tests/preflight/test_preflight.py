@@ -347,7 +347,7 @@ def test_a_smaller_batch_is_advised_only_where_fsdp_divides_it(mesh, group, prom
 def test_a_dimension_that_does_not_divide_is_named_with_the_meshes_that_fit():
     import torch
 
-    from tunix_torch.runtime.mesh import check_divisible
+    from tunix_torch.runtime.sharding import check_divisible
 
     layout = [
         ("embed_tokens.weight", torch.zeros(96, 4), ("tp", None)),
@@ -492,7 +492,8 @@ def test_a_tiny_model_is_planned(small_model, tmp_path):
 # A real run writes the graphs that it compiles; those that are planned are the same, operation by operation.
 TRAINED = """
 import sys
-from tunix_torch import GRPOConfig, TunixTrainer, device, tiny
+from tunix_torch import GRPOConfig, TunixTrainer, device
+from tunix_torch.model import tiny
 device.use_mesh(((2, 2), ("fsdp", "tp")))
 args = GRPOConfig(output_dir=sys.argv[2], report_to="none", disable_tqdm=True, per_device_train_batch_size=2,
     max_prompt_length=16, generation_max_length=8, system_message="", max_steps=2, save_strategy="no", micro_batch_size=4)

@@ -1,4 +1,4 @@
-"""`device.compile_step` on XLA: a step that is traced once gives what the plain function does, whatever has changed."""
+"""`compile_step` on XLA: a step that is traced once gives what the plain function does, whatever has changed."""
 
 import os
 import subprocess
@@ -43,12 +43,13 @@ def check_steps(place=lambda tensor: tensor):
     import torch_xla.debug.metrics as metrics
 
     from tunix_torch.runtime import device
+    from tunix_torch.runtime.compiled import compile_step
 
     xla, cpu = Steps(device.torch_device()), Steps("cpu")
     for parameter in xla.layer.parameters():
         place(parameter.data)
     with torch.no_grad():
-        compiled = device.compile_step(xla, xla.layer)
+        compiled = compile_step(xla, xla.layer)
 
         def compare(what, rows=8):
             for got, expected in zip(
@@ -91,7 +92,8 @@ def test_a_compiled_step_sees_weights_that_change():
 def test_a_compiled_step_sees_weights_that_change_on_a_mesh():
     code = (
         "from tunix_torch import device; device.use_mesh(((2, 2), ('fsdp', 'tp')))\n"
-        "from tunix_torch.runtime.mesh import shard_rows; from tests.runtime.test_compiled_step import check_steps\n"
+        "from tunix_torch.runtime.sharding import shard_rows\n"
+        "from tests.runtime.test_compiled_step import check_steps\n"
         "check_steps(shard_rows)"
     )
     environment = {**os.environ, "TUNIX_DEVICE": "xla", "PYTHONPATH": str(ROOT), "CPU_NUM_DEVICES": "4"}
@@ -101,14 +103,15 @@ def test_a_compiled_step_sees_weights_that_change_on_a_mesh():
 
 def test_a_compiled_step_refuses_what_it_would_take_for_a_constant():
     from tunix_torch.runtime import device
+    from tunix_torch.runtime.compiled import compile_step
 
     hidden = torch.ones(4).to(device.torch_device())
     layer = torch.nn.Linear(4, 4).to(device.torch_device())
     state = torch.ones(2, 4).to(device.torch_device())
     with torch.no_grad(), pytest.raises(AssertionError, match="unknown origin"):
-        device.compile_step(lambda state: (layer(state) + hidden,), layer)(state)
+        compile_step(lambda state: (layer(state) + hidden,), layer)(state)
     with torch.no_grad(), pytest.raises(AssertionError, match="random"):
-        device.compile_step(lambda state: (layer(state) + torch.rand_like(state),), layer)(state)
+        compile_step(lambda state: (layer(state) + torch.rand_like(state),), layer)(state)
 
 
 def test_a_step_is_made_anew_when_the_adapter_is_switched_off(model_folder):

@@ -25,13 +25,16 @@ def luck_reward(prompts, completions, **columns):
 """
 JOB = """
 import os, pathlib, shutil, signal, sys, torch
-from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer, device, job, processes, static_rows
+from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer
+from tunix_torch.rollout import rows as static_rows
+from tunix_torch.run import job
+from tunix_torch.runtime import device, mesh, processes
 import torch_xla.debug.metrics as met
 
 model, host = sys.argv[1], int(sys.argv[2])
-device.hosts = lambda: (host, 2, "localhost")
+mesh.hosts = lambda: (host, 2, "localhost")
 static_rows.SHORTEST_HALVED = 2
-device.use_mesh(((2, 2), ("fsdp", "tp")))
+mesh.use_mesh(((2, 2), ("fsdp", "tp")))
 result = {"refused": [], "code": None}
 
 def train():
@@ -166,16 +169,16 @@ def test_hosts_that_differ_are_refused_on_each_of_them(hosts):
 
 
 def test_hosts_are_the_workers_of_one_slice_and_need_a_mesh(monkeypatch):
-    from tunix_torch.runtime import device
+    from tunix_torch.runtime import mesh
 
-    monkeypatch.setattr(device.xla_runtime, "process_count", lambda: 2)
-    monkeypatch.setattr(device, "is_tpu", lambda: True)
+    monkeypatch.setattr(mesh.xla_runtime, "process_count", lambda: 2)
+    monkeypatch.setattr(mesh, "is_tpu", lambda: True)
     with pytest.raises(ValueError, match="mesh_shape: 2 hosts need a mesh"):
-        device.use_mesh(None)
-    monkeypatch.setattr(device, "_mesh", object())
-    monkeypatch.setattr(device.xla_tpu, "worker_id", lambda: 1)
-    monkeypatch.setattr(device.xla_tpu, "get_worker_ips", lambda: ["10.0.0.5", "10.0.0.6"])
-    assert device.hosts() == (1, 2, "10.0.0.5")
-    monkeypatch.setattr(device.xla_tpu, "get_worker_ips", lambda: ["10.0.0.5"])
+        mesh.use_mesh(None)
+    monkeypatch.setattr(mesh, "_mesh", object())
+    monkeypatch.setattr(mesh.xla_tpu, "worker_id", lambda: 1)
+    monkeypatch.setattr(mesh.xla_tpu, "get_worker_ips", lambda: ["10.0.0.5", "10.0.0.6"])
+    assert mesh.hosts() == (1, 2, "10.0.0.5")
+    monkeypatch.setattr(mesh.xla_tpu, "get_worker_ips", lambda: ["10.0.0.5"])
     with pytest.raises(ValueError, match="2 hosts, but the slice has 1"):
-        device.hosts()
+        mesh.hosts()

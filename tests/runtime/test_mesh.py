@@ -24,13 +24,18 @@ ONE, FAST, ALL = (1, 1), (2, 4), ((8, 1), (1, 8), (2, 4), (4, 2))
 JOB = """
 import sys, torch, torch_xla
 from transformers import TrainerCallback
-from tunix_torch import GRPOConfig, TunixTrainer, device, learning, static_rows, tiny
+from tunix_torch import GRPOConfig, TunixTrainer
+from tunix_torch.learn import step as learning
+from tunix_torch.model import tiny
+from tunix_torch.rollout import rows as static_rows
+from tunix_torch.runtime import device
+from tunix_torch.runtime.mesh import has_mesh, use_mesh
 from tunix_torch.model.loading import load_model, place
 
 static_rows.cache_widths = lambda room: [3, room]  # so that the KV cache grows
 folder, output_dir, mesh, checkpoint = sys.argv[1:]
-device.use_mesh((tuple(map(int, mesh.split(","))), ("fsdp", "tp")))
-if device.has_mesh():
+use_mesh((tuple(map(int, mesh.split(","))), ("fsdp", "tp")))
+if has_mesh():
     learning.SHORTEST_PACKED = static_rows.SHORTEST_HALVED = 2
 
 def digits_reward(prompts, completions, **columns):
@@ -77,7 +82,7 @@ trainer.save_model()
 final = trained()
 shards = {}
 for name, p in trainer.model.named_parameters():
-    if device.has_mesh() and ("embed_tokens" in name or "layers.0.self_attn" in name):
+    if has_mesh() and ("embed_tokens" in name or "layers.0.self_attn" in name):
         on_devices = torch_xla._XLAC._get_local_shards([p.data])[0]
         shards[".".join(name.split(".")[-3:])] = [list(shard.shape) for shard, _ in on_devices]
 again = place(load_model(output_dir))

@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from ..grpo import ALGORITHMS, KL_ESTIMATORS, LOSS_AGGREGATIONS
 from ..runtime import device as process_device
-from ..runtime import processes
+from ..runtime import mesh, processes
 from ..runtime.choice import KINDS
 from .settings import accept_aliases, check_types, require, setting
 
@@ -147,7 +147,7 @@ class GRPOConfig(TrainingArguments):
         check_types(self)
         self._check_values()
         self._resolve()
-        processes.join_hosts(*process_device.hosts())
+        processes.join_hosts(*mesh.hosts())
         super().__post_init__()
         if self.follows_metric:  # they take every metric for a loss otherwise
             mode = {"mode": "max" if self.greater_is_better else "min"}
@@ -213,8 +213,8 @@ class GRPOConfig(TrainingArguments):
         """Rows in one learning pass where a group has so many completion tokens; None: the whole batch."""
         if self.micro_batch_size is not None or not self.use_grpo:
             return self.micro_batch_size or None
-        groups = process_device.axis_size("fsdp")  # each device a group of its own
-        if not (process_device.is_accelerator() or process_device.has_mesh()):  # a CPU is kept busy by more
+        groups = mesh.axis_size("fsdp")  # each device a group of its own
+        if not (process_device.is_accelerator() or mesh.has_mesh()):  # a CPU is kept busy by more
             tokens = self.max_prompt_length + completion_tokens
             passes = math.ceil(self.per_device_train_batch_size / max(1, CPU_TOKENS_PER_PASS // tokens))
             groups = math.ceil(self.per_device_train_batch_size / passes)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..batch import TrainBatch
 from ..model.attention import PrefixCache, attention_masks, packed_masks, prompt_positions
 from ..model.forward import base_model, hidden_states, logits, prefill, text_config
-from ..runtime import device
+from ..runtime import device, mesh
 
 _SHORT = 16  # tokens: shorter completions are not told apart
 LOGITS_AT_ONCE = 2**25  # numbers of one chunk of logits: 128 MiB in float32
@@ -41,7 +41,7 @@ def token_logps(
         ids = ids if places is None else ids.flatten()[places][None]  # as hidden, but for D
     vocabulary = base_model(model).get_output_embeddings().weight.shape[0]
     # Whole columns, so that on a mesh each device keeps its rows; a chunk is spread over all devices.
-    columns = max(1, LOGITS_AT_ONCE * device.axis_size("fsdp") * device.axis_size("tp") // (len(ids) * vocabulary))
+    columns = max(1, LOGITS_AT_ONCE * mesh.axis_size("fsdp") * mesh.axis_size("tp") // (len(ids) * vocabulary))
 
     def score(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         logps = torch.log_softmax(logits(model, hidden) / temperature, dim=-1)  # (B, columns, V)
@@ -50,7 +50,7 @@ def token_logps(
         return logps.gather(-1, ids[..., None])[..., 0], entropy
 
     chunks = [
-        device.checkpoint(score, h.contiguous(), i) if torch.is_grad_enabled() else score(h.contiguous(), i)
+        device.recomputed(score, h.contiguous(), i) if torch.is_grad_enabled() else score(h.contiguous(), i)
         for h, i in zip(hidden.split(columns, 1), ids.split(columns, 1), strict=True)
     ]
     values = [torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)]  # logps and entropy, as ids

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..batch import TrainBatch
 from ..config.grpo import GRPOConfig
 from ..grpo import grpo_loss
-from ..runtime import device
-from ..runtime.mesh import shard_rows
+from ..runtime import device, mesh
+from ..runtime.sharding import shard_rows
 from .logprobs import token_logps
 from .packing import pack
 
@@ -33,7 +33,7 @@ def micro_batches(batch: TrainBatch, args: GRPOConfig) -> list[TrainBatch]:
 
 def may_pack(args: GRPOConfig) -> bool:
     """Whether completions may be packed: on XLA, where they keep their widest shape. Then a batch has their lengths."""
-    fixed = device.KIND == "xla" and not device.is_recording()  # a plan looks at the largest
+    fixed = device.KIND == "xla" and device.planner() is None  # a plan looks at the largest
     return fixed and not args.gradient_checkpointing and args.generation_max_length >= SHORTEST_PACKED
 
 
@@ -54,7 +54,7 @@ def _num_bins(part: TrainBatch) -> int | None:
     """Half the rows of each prompt; None where lengths are not known, or no device would have fewer rows."""
     num_prompts, rows = len(part.prompt_ids), len(part.completion_ids) // len(part.prompt_ids)
     num_bins = -(-rows // 2)
-    if part.lengths is None or num_bins == rows or num_prompts * num_bins % device.axis_size("fsdp"):
+    if part.lengths is None or num_bins == rows or num_prompts * num_bins % mesh.axis_size("fsdp"):
         return None
     return num_bins
 

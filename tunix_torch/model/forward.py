@@ -29,13 +29,13 @@ def adapters_in_use(model: nn.Module) -> tuple[str, ...]:
 def checkpoint_layers(model: nn.Module, settings: dict[str, Any] | None = None) -> None:
     """Keep only each layer's input for the backward pass, which computes the layer again. Training mode only.
 
-    `settings`: see `device.checkpoint`.
+    `settings`: see `device.recomputed`.
 
     Raises:
         ValueError: on XLA, with settings, or for a model whose layers share keys and values.
     """
     base = base_model(model)
-    if device.checkpoint_is_reentrant():
+    if device.recomputes_reentrantly():
         if settings:
             raise ValueError(f"gradient_checkpointing_kwargs={settings!r}: XLA takes none, leave it out")
         if getattr(text_config(model), "num_kv_shared_layers", 0):  # they would reach later layers without a gradient
@@ -44,7 +44,7 @@ def checkpoint_layers(model: nn.Module, settings: dict[str, Any] | None = None) 
                 "take a smaller micro_batch_size"
             )
     base.gradient_checkpointing_enable()
-    checkpoint = functools.partial(device.checkpoint, **settings or {})
+    checkpoint = functools.partial(device.recomputed, **settings or {})
     base._set_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
 
 

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.model import ModelConfig
-from ..runtime import device
-from ..runtime.mesh import shard_model
+from ..runtime import device, mesh
+from ..runtime.sharding import shard_model
 from . import tiny
 from .fast_layers import speed_up_layers
 from .forward import base_model
@@ -194,13 +194,13 @@ def place(model: nn.Module) -> nn.Module:
     """
     model.to(device.torch_device())
     base = base_model(model)
-    if device.KIND != "cuda" and not device.has_mesh():
+    if device.KIND != "cuda" and not mesh.has_mesh():
         merge_lora(model)
     if device.KIND == "cpu":
         speed_up_layers(model)
     if base.config.get_text_config().tie_word_embeddings:
         _tie_embeddings(base)
-    if device.has_mesh():
+    if mesh.has_mesh():
         shard_model(model, base.config.get_text_config().num_key_value_heads)
     return model
 

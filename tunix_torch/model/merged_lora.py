@@ -46,7 +46,7 @@ def _product_of_projected(rows: Tensor, matrix: Tensor, others: Tensor) -> Tenso
     """
     if not _ON_XLA:
         return (matrix @ rows.t()) @ others
-    return device.as_written(device.as_written(rows @ matrix.t()).t() @ others)
+    return device.optimization_barrier(device.optimization_barrier(rows @ matrix.t()).t() @ others)
 
 
 class MergedLinear(peft.tuners.lora.Linear):

@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from ..learn.logprobs import LOGITS_AT_ONCE
 from ..model.attention import kept_tokens, layer_windows
 from ..model.loading import add_lora, lora_config, torch_dtype
-from ..runtime.mesh import axes_of, check_divisible
+from ..runtime.sharding import axes_of, check_divisible
 from .models import vision_parameters
 from .plan import GraphPlan, Job, Plan, Traffic
 from .trace import DECODE, LEARN, OLD, OPTIMIZER, PREFILL, REFERENCE, model_of_zeros

@@ -25,6 +25,8 @@ from ..batch import PromptBatch, TrainBatch
 from ..model import tiny
 from ..model.loading import lora_config, torch_dtype
 from ..runtime import device
+from ..runtime.mesh import sharding_of
+from .lazy_graphs import graph_of, lazy_tensor, traced_once, zeros_in_place_of
 
 # A step's graphs, in the order in which they run.
 PREFILL, DECODE, REFERENCE, OLD, LEARN, OPTIMIZER = (
@@ -100,34 +102,37 @@ def make_trainer(config: PretrainedConfig, model_config: ModelConfig, args: GRPO
     return trainer
 
 
-class Recorder:
+class GraphPlanner:
     """Takes over each graph that a trainer would run."""
 
     def __init__(self, trainer: TunixTrainer) -> None:
         self.trainer = trainer
-        self.placed = {id(p): device.sharding_of(p) for p in trainer.model.parameters()}
+        self.placed = {id(p): sharding_of(p) for p in trainer.model.parameters()}
         self.found: list[Graph] = []
 
     def graphs_of(self, run: Callable[[], object]) -> list[Graph]:
         """The graphs that a call would run, in order."""
         self.found = []
         few = int(os.environ.get("CPU_NUM_DEVICES", 1)) <= 127  # autograd's own threads can't count more devices
-        with device.recording(self.record), torch.autograd.set_multithreading_enabled(few):
+        with device.planned_by(self), torch.autograd.set_multithreading_enabled(few):
             run()
         return self.found
 
-    def record(self) -> None:
+    def plan_step(self, step: Callable[..., object]) -> Callable[..., object]:
+        return traced_once(step)
+
+    def graph_ends(self) -> None:
         """Take the pending graph, and put zeros in the place of its results."""
         tensors, lazy = [], {}
         for tensor in live_tensors(self.trainer.model):
-            state = device.lazy_tensor(tensor)
+            state = lazy_tensor(tensor)
             tensors.append((tensor, state))
             lazy.setdefault(state.number, (tensor, state))
         # in the order in which they came to be, as `torch_xla.sync` has them: the graph is the same each time
         pending = [(tensor, state) for _, (tensor, state) in sorted(lazy.items()) if state.pending]
         if not pending:
             return
-        hlo, read = device.graph_of([tensor for tensor, _ in pending])
+        hlo, read = graph_of([tensor for tensor, _ in pending])
         overwritten = {state.overwrites for _, state in pending}
         live = [state for _, state in lazy.values() if not state.pending or state.overwrites in read]
         live_bytes = sum(state.bytes_per_device for state in live)
@@ -139,8 +144,8 @@ class Recorder:
             for tensor, state in tensors:
                 if state.pending:
                     if state.number not in zeros:
-                        layout = device.sharding_of(tensor) or layouts.get(state.number)
-                        zeros[state.number] = device.zeros_in_place_of(tensor, layout)
+                        layout = sharding_of(tensor) or layouts.get(state.number)
+                        zeros[state.number] = zeros_in_place_of(tensor, layout)
                     tensor.data = zeros[state.number]
 
     def _layouts_of_learned(self) -> dict[int, object]:
@@ -152,7 +157,7 @@ class Recorder:
                 state = self.trainer.optimizer.state.get(parameter, {}).values()
                 for tensor in (parameter, parameter.grad, *state):
                     if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
-                        layouts[device.lazy_tensor(tensor).number] = layout
+                        layouts[lazy_tensor(tensor).number] = layout
         return layouts
 
 
@@ -168,7 +173,7 @@ def trace_step(trainer: TunixTrainer) -> list[Graph]:
 
     Small graphs between them, which cut a batch into micro-batches, are left out.
     """
-    args, recorder = trainer.args, Recorder(trainer)
+    args, planner = trainer.args, GraphPlanner(trainer)
     target = device.torch_device()
     num_prompts, group = args.per_device_train_batch_size, args.num_completions_per_prompt
     rows, width = num_prompts * group, args.generation_max_length
@@ -177,11 +182,11 @@ def trace_step(trainer: TunixTrainer) -> list[Graph]:
     prompts = PromptBatch(prompt_ids, prompt_mask, [{"prompt": "?", "answer": "!"}] * num_prompts)
 
     learn, step = trainer.learning_pass, trainer.optimizer_step
-    recorder.graphs_of(lambda: (learn(_zeros(prompts, rows, width, args)), step()))  # now AdamW has its state
+    planner.graphs_of(lambda: (learn(_zeros(prompts, rows, width, args)), step()))  # now AdamW has its state
     batches = []
-    rollout_graphs = recorder.graphs_of(lambda: batches.append(trainer.collect(prompts)))
-    learn_graphs = recorder.graphs_of(lambda: learn(batches[0]))
-    optimizer_graphs = recorder.graphs_of(step)
+    rollout_graphs = planner.graphs_of(lambda: batches.append(trainer.collect(prompts)))
+    learn_graphs = planner.graphs_of(lambda: learn(batches[0]))
+    optimizer_graphs = planner.graphs_of(step)
 
     # What multiplies matrices: not the graphs that cut a batch into micro-batches.
     large = [graph for graph in rollout_graphs if b"dot" in graph.hlo]
@@ -193,7 +198,7 @@ def trace_step(trainer: TunixTrainer) -> list[Graph]:
     graphs = [
         replace(graph, name=name, runs=counts[graph.digest]) for name, graph in zip(names, different, strict=True)
     ]
-    graphs[1].runs = width - 1  # traced once, see `device.recording`
+    graphs[1].runs = width - 1  # traced once, see `traced_once`
     passes = [graph for graph in learn_graphs if b"dot" in graph.hlo]
     # the last, which adds to gradients that are there, when there are several micro-batches
     graphs.append(replace(passes[-1], name=LEARN, runs=len(passes) * args.num_iterations))

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..model.attention import PrefixCache, kept_tokens
-from ..runtime import device
-from ..runtime.mesh import shard_rows
+from ..runtime import device, mesh
+from ..runtime.sharding import shard_rows
 
 SHORTEST_HALVED = 128  # tokens: where completions can't be longer, more decode steps are not worth compiling
 
@@ -29,7 +29,7 @@ def group_sizes(group_size: int, num_prompts: int, num_tokens: int) -> list[int]
     sizes = [group_size]
     while num_tokens >= SHORTEST_HALVED and len(sizes) < 3 and sizes[-1] > 1:
         half = -(-sizes[-1] // 2)
-        if num_prompts * half % device.axis_size("fsdp"):
+        if num_prompts * half % mesh.axis_size("fsdp"):
             break
         sizes.append(half)
     return sizes
@@ -72,7 +72,7 @@ class StaticRows:
         for tensors in self.of_prompts:
             for tensor in tensors:
                 shard_rows(tensor, heads_dim=1)
-        plans = device.is_recording()  # a plan looks at the largest
+        plans = device.planner() is not None  # a plan looks at the largest
         widths = [room] if plans else cache_widths(room)
         self.sizes = group_sizes(len(ids) // self.num_prompts, self.num_prompts, 0 if plans else ids.shape[1])
         self.widths = [widths[::-1][:: 2**level][::-1] for level in range(len(self.sizes))]

@@ -17,9 +17,9 @@ from ..batch import Rollout
 from ..model.attention import ATTENTION, PrefixCache, SharedPrefixCache, SlotCache, attention_masks, layer_windows
 from ..model.fast_layers import packed_for_decoding
 from ..model.forward import adapters_in_use, base_model, hidden_states, logits, prefill, text_config
-from ..runtime import device
-from ..runtime.mesh import shard_rows
+from ..runtime import compiled, device
 from ..runtime.recorded import RecordedStep
+from ..runtime.sharding import shard_rows
 from .rows import StaticRows
 
 _LEAVE_AT = 7 / 8  # rows that have ended leave when so few are left: each time the KV cache is copied
@@ -224,7 +224,7 @@ class Sampler:
         else:
             decode = self._compiled_step(params, layer_ids)
             batch = (params, adapters_in_use(self.model), num_prompts, prompt_mask.shape)
-            ahead = self.compile_ahead and params.max_new_tokens > 1 and not device.is_recording()
+            ahead = self.compile_ahead and params.max_new_tokens > 1 and device.planner() is None
             if ahead and batch not in self._seen:
                 rows.rehearse(decode)
                 self._seen.add(batch)
@@ -251,7 +251,7 @@ class Sampler:
         """The decode step, compiled once for each static shape."""
         key = (params, adapters_in_use(self.model))
         if key not in self._steps:
-            self._steps[key] = device.compile_step(self._decode_step(params, layer_ids), self.model)
+            self._steps[key] = compiled.compile_step(self._decode_step(params, layer_ids), self.model)
         return self._steps[key]
 
     def _decode_step(self, params: SamplingParams, layer_ids: tuple[int, ...]) -> Callable:

@@ -26,7 +26,7 @@ from ..data.shapes import completion_of
 from ..data.sources import load_data
 from ..model.loading import base_model_name, load_model, load_tokenizer, lora_config, torch_dtype
 from ..rewarding.scoring import RewardFunc, name_of, require_columns
-from ..runtime import device, processes
+from ..runtime import device, mesh, processes
 from ..trainer import TunixTrainer
 from .callbacks import BeforeTraining, ConsoleProgress, MetricsFile, SaveOnSigterm
 from .curves import CURVES_FILE, plot_training_curves
@@ -145,7 +145,7 @@ def train(
         ValueError: a setting, file, model or data set that can't work; nothing has been written or moved then.
         SystemExit: with code 143, after SIGTERM: the step was finished and a checkpoint saved.
     """
-    device.use_mesh((config.model if isinstance(config, GRPOTrainingConfig) else config).mesh)  # before args are made
+    mesh.use_mesh((config.model if isinstance(config, GRPOTrainingConfig) else config).mesh)  # before args are made
     if isinstance(config, GRPOTrainingConfig):
         if data_config is not None or args is not None:
             raise ValueError("train: a GRPOTrainingConfig is the whole job; leave out data_config and args")
@@ -252,7 +252,7 @@ def _leave_complete(trainer: TunixTrainer, checkpoint: str | None) -> TunixTrain
 def _describe(trainer: TunixTrainer, model_name: str) -> None:
     together = f", {processes.count()} processes" if processes.count() > 1 else ""
     together += f", {processes.num_hosts()} hosts" if processes.num_hosts() > 1 else ""
-    print(f"{'GRPO' if trainer.args.use_grpo else 'SFT'} of {model_name} on {device.describe()}{together}")
+    print(f"{'GRPO' if trainer.args.use_grpo else 'SFT'} of {model_name} on {mesh.describe()}{together}")
     num_rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
     print(f"{num_rows} training rows, {len(trainer.eval_dataset or [])} evaluation rows", flush=True)
 

@@ -1,130 +1,120 @@
-"""Which dimension of each tensor lies on which axis of the (fsdp, tp) mesh. XLA's partitioner does the rest.
+"""The mesh of devices that this process computes on: made once, before any tensor exists. Without one, one device."""
 
-The mesh is the process's: `device.use_mesh` makes it, before any tensor exists. Without one nothing here has an effect.
-"""
+import math
+from collections.abc import Sequence
+from typing import Any
 
-import logging
-from collections.abc import Iterator, Sequence
+import numpy as np
+import torch
 
-from torch import Tensor, nn
+from .device import KIND, is_tpu
 
-from . import device
+if KIND == "xla":
+    import torch_xla
+    import torch_xla._internal.tpu as xla_tpu
+    import torch_xla.core.xla_model as xm
+    import torch_xla.distributed.spmd as spmd
+    import torch_xla.runtime as xla_runtime
 
-logger = logging.getLogger(__name__)
-
-BY_OUTPUT, BY_INPUT = ("tp", None), (None, "tp")
-# The last part of a module's name -> axes of its (out, in) weight; of an embedding, (vocabulary, hidden).
-WEIGHTS = {
-    "embed_tokens": BY_OUTPUT,
-    "lm_head": BY_OUTPUT,
-    "q_proj": BY_OUTPUT,
-    "k_proj": BY_OUTPUT,
-    "v_proj": BY_OUTPUT,
-    "gate_proj": BY_OUTPUT,
-    "up_proj": BY_OUTPUT,
-    "o_proj": BY_INPUT,
-    "down_proj": BY_INPUT,
-}
-SPLIT_OUTPUT = ("lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # on tp, by the last dimension
+_mesh: "spmd.Mesh | None" = None
 
 
-def axes_of(name: str, dims: int, split_kv_heads: bool = True) -> tuple[str | None, ...]:
-    """The axis of each dimension of a parameter, by its name; None: not split.
+def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
+    """Spread this process's tensors over a mesh of devices from now on: its sizes and the names of its axes.
 
-    A LoRA's A is (rank, in) and its B (out, rank): each has its layer's axis where it meets the layer, and the rank is
-    never split. Norms, biases and what is in no layer of the table lie whole on every device.
-    """
-    parts = name.split(".")
-    layer = next((part for part in reversed(parts) if part in WEIGHTS), None)
-    if layer is None or dims != 2:
-        return (None,) * dims
-    out, inner = WEIGHTS[layer]
-    if layer in ("k_proj", "v_proj") and not split_kv_heads:
-        out = None
-    if "lora_A" in parts:
-        out = None
-    if "lora_B" in parts:
-        inner = None
-    return out, inner
-
-
-def shard_model(model: nn.Module, num_kv_heads: int) -> None:
-    """Lay every parameter on the mesh. Where the KV heads do not divide by tp, their projections stay whole.
+    Must come before any tensor is on a device, and so before a `GRPOConfig` is made. None, or one device: nothing
+    changes. The devices are those of all hosts of a TPU slice, which must run the same program: see `processes.py`.
 
     Raises:
-        ValueError: a dimension does not divide by its axis; names the parameter, and the meshes that would fit.
+        ValueError: there are not as many devices, the process is not on XLA, the device is in use already, or a mesh
+            of another shape is; or there are several hosts, and no mesh.
     """
-    tp = device.axis_size("tp")
-    split_kv_heads = num_kv_heads % tp == 0
-    if not split_kv_heads:
-        logger.warning(
-            "The %d KV heads do not divide by tp=%d: every device along tp has all of them", num_kv_heads, tp
-        )
-    layout = [(n, p, axes_of(n, p.dim(), split_kv_heads)) for n, p in model.named_parameters()]
-    check_divisible(layout, {axis: device.axis_size(axis) for axis in ("fsdp", "tp", None)})
-    for _, parameter, axes in layout:
-        device.shard(parameter.data, axes)
-    constrain_activations(model, num_kv_heads)
+    global _mesh
+    if mesh is None and _mesh is not None:
+        return
+    shape, axes = mesh or ((1,), ("fsdp",))
+    wanted, asked = math.prod(shape), f"mesh_shape={','.join(map(str, shape))!r}"
+    if _mesh is not None and _mesh.mesh_shape != tuple(shape):
+        raise ValueError(f"{asked}: this process has a mesh of {_mesh.mesh_shape} already, and keeps it")
+    if wanted == 1:
+        if is_tpu() and xla_runtime.process_count() > 1:
+            raise ValueError(f"mesh_shape: {xla_runtime.process_count()} hosts need a mesh of all their devices")
+        return
+    if KIND != "xla":
+        raise ValueError(f"{asked}: a mesh needs device='xla', and this process is on {KIND!r}")
+    if not xla_runtime.is_spmd():
+        if torch_xla._XLAC._xla_get_spmd_config_is_locked():
+            raise ValueError(f"{asked}: too late, the device is in use; call device.use_mesh before GRPOConfig is made")
+        xla_runtime.use_spmd()
+    found = xla_runtime.global_runtime_device_count()
+    if found != wanted:
+        hint = "" if is_tpu() else f"; CPU_NUM_DEVICES={wanted} makes as many on the CPU"
+        raise ValueError(f"{asked}: {wanted} devices, and there are {found}{hint}")
+    _mesh = spmd.Mesh(np.arange(wanted), tuple(shape), tuple(axes))
 
 
-def check_divisible(layout: Sequence[tuple[str, Tensor, tuple[str | None, ...]]], sizes: dict[str | None, int]) -> None:
-    """Whether the mesh divides every parameter.
-
-    Args:
-        layout: name, parameter, and the axis of each of its dimensions.
-        sizes: devices along "fsdp" and "tp"; 1 for None.
+def hosts() -> tuple[int, int, str]:
+    """Which host of the mesh this one is, how many there are, and the address of the first: Google Cloud's worker 0.
 
     Raises:
-        ValueError: names the first parameter that it does not divide, and the meshes that would fit.
+        ValueError: they are not the workers of one slice.
     """
-    for name, parameter, axes in layout:
-        for size, axis in zip(parameter.shape, axes, strict=True):
-            if size % sizes[axis]:
-                fitting = _meshes_that_fit(layout, sizes["fsdp"] * sizes["tp"])
-                meshes = ", ".join(f"{fsdp},{tp}" for fsdp, tp in fitting) or "none"
-                raise ValueError(
-                    f"mesh_shape: {axis}={sizes[axis]} does not divide the {size} of {name} {tuple(parameter.shape)}; "
-                    f"with as many devices, these meshes (fsdp,tp) fit: {meshes}"
-                )
+    count = 1 if _mesh is None else xla_runtime.process_count()
+    if count == 1:
+        return 0, 1, "localhost"
+    addresses = xla_tpu.get_worker_ips()
+    if len(addresses) != count:
+        raise ValueError(f"mesh_shape: {count} hosts, but the slice has {len(addresses)}; a mesh lies on one slice")
+    return xla_tpu.worker_id(), count, addresses[0]
 
 
-def constrain_activations(model: nn.Module, num_kv_heads: int) -> None:
-    """Say where activations lie, since XLA's partitioner guesses badly: rows on fsdp, and heads, the MLP's inner
-    dimension and the vocabulary on tp; hidden states whole along tp. Gradients lie as what they are gradients of.
-
-    Without this the decode step of Gemma 2 2B gathered whole KV caches, see `README.md`, TPU.
-    """
-    split_kv_heads = num_kv_heads % device.axis_size("tp") == 0
-    for name, module in model.named_modules():
-        layer = name.rpartition(".")[2]
-        if layer not in WEIGHTS:
-            continue
-        axis = WEIGHTS[layer][0] if layer in SPLIT_OUTPUT else None
-        if layer in ("k_proj", "v_proj") and not split_kv_heads:
-            axis = None
-
-        def lay(module: nn.Module, inputs: tuple[object, ...], output: Tensor, axis: str | None = axis) -> Tensor:
-            rows = "fsdp" if output.shape[0] % device.axis_size("fsdp") == 0 else None
-            return device.shard_activation(output, (rows, *[None] * (output.dim() - 2), axis))
-
-        module.register_forward_hook(lay)
+def has_mesh() -> bool:
+    """Whether this process spreads its tensors over several devices."""
+    return _mesh is not None
 
 
-def _meshes_that_fit(
-    layout: Sequence[tuple[str, Tensor, tuple[str | None, ...]]], devices: int
-) -> Iterator[tuple[int, int]]:
-    for fsdp in range(1, devices + 1):
-        sizes = {"fsdp": fsdp, "tp": devices // fsdp, None: 1}
-        dimensions = [(size, axis) for _, p, axes in layout for size, axis in zip(p.shape, axes, strict=True)]
-        if devices % fsdp == 0 and all(size % sizes[axis] == 0 for size, axis in dimensions):
-            yield sizes["fsdp"], sizes["tp"]
+def axis_size(axis: str | None) -> int:
+    """Devices along an axis of the mesh; 1 where there is no such axis or no mesh."""
+    return 1 if _mesh is None or axis is None else _mesh.shape().get(axis, 1)
 
 
-def shard_rows(tensor: Tensor, heads_dim: int | None = None) -> Tensor:
-    """Lay a tensor's rows on the fsdp axis, and the heads of a KV cache on tp, where they divide. Returns it."""
-    axes: list[str | None] = [None] * tensor.dim()
-    for dim, axis in ((0, "fsdp"), (heads_dim, "tp")):
-        if dim is not None and tensor.shape[dim] % device.axis_size(axis) == 0:
-            axes[dim] = axis
-    device.shard(tensor, axes)
-    return tensor
+def _on_mesh(axes: Sequence[str | None]) -> tuple[str | None, ...]:
+    return tuple(axis if axis in _mesh.axis_names else None for axis in axes)
+
+
+def shard(tensor: torch.Tensor, axes: Sequence[str | None]) -> None:
+    """Lay each dimension of a tensor on an axis of the mesh; None, or an axis that the mesh lacks: not split."""
+    if _mesh is not None:
+        spmd.mark_sharding(tensor, _mesh, _on_mesh(axes))
+
+
+def shard_activation(tensor: torch.Tensor, axes: Sequence[str | None]) -> torch.Tensor:
+    """Lay an intermediate result on the mesh, and in the backward pass its gradient alike. Returns it."""
+    if _mesh is None:
+        return tensor
+    return spmd.xla_sharding.mark_sharding_with_gradients(tensor, _mesh, _on_mesh(axes))
+
+
+def describe() -> str:
+    """One line for people: which device, and how many of it."""
+    if KIND == "xla":
+        count = len(xm.get_xla_supported_devices())
+        name = f"TPU through torch-xla, {count} device(s)" if is_tpu() else "XLA on the CPU (no TPU was found)"
+        sizes = ", ".join(f"{axis} {size}" for axis, size in _mesh.shape().items()) if _mesh is not None else ""
+        return f"{name}, mesh of {sizes}" if sizes else name
+    if KIND == "cuda":
+        return f"CUDA: {torch.cuda.get_device_name(0)}, {torch.cuda.device_count()} device(s)"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def sharding_of(tensor: torch.Tensor) -> Any:
+    """How a tensor lies on the mesh, for `lay`; None: nothing has been said of it."""
+    return torch_xla._XLAC._get_xla_op_sharding(tensor) if torch_xla._XLAC._get_xla_sharding_spec(tensor) else None
+
+
+def lay(tensor: torch.Tensor, sharding: Any) -> None:
+    """Lay a tensor on the mesh as `sharding_of` said of another one; None: whole on every device."""
+    if sharding is not None:
+        torch_xla._XLAC._xla_mark_sharding(tensor, sharding)
+    elif _mesh is not None:
+        spmd.mark_sharding(tensor, _mesh, (None,) * tensor.dim())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import device
+from . import compiled, device
 
 
 class RecordedStep:
@@ -28,7 +28,7 @@ class RecordedStep:
         self.places: list[tuple[int, torch.Size]] = []  # where the tensors lie for which it was recorded
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        places = [(tensor.data_ptr(), tensor.shape) for tensor in device.tensors_in(args)]
+        places = [(tensor.data_ptr(), tensor.shape) for tensor in compiled.tensors_in(args)]
         if places != self.places:
             device.wait()  # for what replays the old graph
             self.replay = None

@@ -1,0 +1,117 @@
+"""A decode step that is compiled once for each shape of its arguments. Without XLA it is called as it is."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .device import KIND, planner
+from .mesh import has_mesh
+
+if KIND == "xla":
+    import torch_xla
+    import torch_xla.core.xla_model as xm
+    import torch_xla.utils.buffer_donor_context as buffer_donor_context
+
+
+def compile_step(step: Callable[..., Any], model: torch.nn.Module) -> Callable[..., Any]:
+    """Compile a function of static shapes that runs once a token. On XLA this removes 20 to 30 ms of tracing a call.
+
+    Args:
+        step: takes tensors and lists of tensors, and returns tensors. It may change arguments in place, and reads
+            nothing else that changes but the weights of `model`; it draws no random numbers. Its first results have
+            the shapes of its first arguments: they take their place in the next call.
+        model: whose tensors the step reads: parameters, buffers and other attributes of its modules. Their values may
+            change between calls; what is no tensor, such as whether an adapter is on, is that of the first call.
+    """
+    if KIND != "xla":
+        return step
+    planning = planner()
+    return _CompiledStep(step, model) if planning is None else planning.plan_step(step)
+
+
+def tensors_in(args: Sequence[Any]) -> list[torch.Tensor]:
+    """Those of a step's arguments, which are tensors and lists of tensors, in order."""
+    return [tensor for arg in args for tensor in (arg if isinstance(arg, list) else [arg])]
+
+
+class _CompiledStep:
+    """A step whose graph is traced once for each shape of its arguments, and then run by its hash.
+
+    This is what `torch.compile(backend="openxla")` does, without Dynamo, which traces slowly, and right on a mesh
+    too: there, torch-xla 2.9's bridge takes the weights for constants, because it tells a graph's inputs apart by
+    tensor ids that its own copies have overwritten. Here an input is known by the handle of its data.
+    """
+
+    def __init__(self, step: Callable[..., Any], model: torch.nn.Module) -> None:
+        self.step = step
+        self.slots = [
+            (tensors, name)
+            for module in model.modules()
+            for tensors in (module._parameters, module._buffers, vars(module))
+            for name, tensor in tensors.items()
+            if isinstance(tensor, torch.Tensor)
+        ]
+        self.programs: dict[tuple[torch.Size, ...], _Program] = {}
+
+    def __call__(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        tensors = tensors_in(args)
+        weights = [tensors_of_module[name] for tensors_of_module, name in self.slots]
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if shapes not in self.programs:
+            self.programs[shapes] = _Program(self.step, args, tensors, weights)
+        return self.programs[shapes].run(tensors, weights)
+
+
+class _Program:
+    """One compiled graph of a step, and where each of its inputs comes from."""
+
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        args: tuple[Any, ...],
+        tensors: list[torch.Tensor],
+        weights: list[torch.Tensor],
+    ) -> None:
+        torch_xla.sync()
+        xm.wait_device_ops()
+        handles = torch_xla._XLAC._get_tensors_handle([*tensors, *weights])
+        places = dict(zip(handles, range(len(handles)), strict=True))
+        distinct = len(tensors) + len({id(weight) for weight in weights})
+        assert len(places) == distinct, "two inputs of a compiled step share their data, so they can't be told apart"
+
+        # Traced on copies, which have the same data: what the step changes in place stays untouched here.
+        copies = iter([tensor.clone() for tensor in tensors])
+        copied_args = [[next(copies) for _ in arg] if isinstance(arg, list) else next(copies) for arg in args]
+        results = list(step(*copied_args))
+        copied = tensors_in(copied_args)
+        changed = torch_xla._XLAC._check_tensor_need_materialization(copied)
+        self.num_results, self.changed = len(results), [i for i, new in enumerate(changed) if new]
+        outputs = results + [copied[i] for i in self.changed]
+        for output, i in zip(outputs, [*range(len(results)), *self.changed], strict=True):
+            assert output.shape == tensors[i].shape, (output.shape, tensors[i].shape)
+            if has_mesh():  # left alone, the partitioner may lay out a result otherwise than the graph takes it
+                sharding = torch_xla._XLAC._get_xla_op_sharding(tensors[i])
+                torch_xla._XLAC._xla_mark_sharding(output, sharding)
+
+        ids, inputs = torch_xla._XLAC._get_tensors_xla_device_data_node(outputs)
+        assert torch_xla._XLAC._get_seed_info_id() not in ids, "a compiled step draws random numbers"
+        handles = torch_xla._XLAC._get_tensors_handle(inputs)
+        self.inputs = [places.get(handle) for handle in handles]
+        self.constants = [tensor if place is None else None for tensor, place in zip(inputs, self.inputs, strict=True)]
+        assert all(c is None or c.dim() == 0 for c in self.constants), (
+            "a compiled step reads a tensor of unknown origin"
+        )
+        with buffer_donor_context.alias_with_buffer_donor_config():  # what is changed in place needs its memory once
+            for i in self.changed:
+                torch_xla._XLAC._set_buffer_donation(tensors[i], True)
+            self.hash = torch_xla._XLAC._get_graph_hash(outputs)
+            torch_xla._XLAC._xla_warm_up_cache(outputs, [])
+
+    def run(self, tensors: list[torch.Tensor], weights: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        given = tensors + weights
+        inputs = [c if i is None else given[i] for i, c in zip(self.inputs, self.constants, strict=True)]
+        outputs = torch_xla._XLAC._run_cached_graph(self.hash, inputs)
+        for i, output in zip(self.changed, outputs[self.num_results :], strict=True):
+            tensors[i].data = output
+        return tuple(outputs[: self.num_results])

@@ -1,0 +1,130 @@
+"""Which dimension of each tensor lies on which axis of the (fsdp, tp) mesh. XLA's partitioner does the rest.
+
+The mesh is the process's: `mesh.use_mesh` makes it, before any tensor exists. Without one nothing here has an effect.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from . import mesh
+
+logger = logging.getLogger(__name__)
+
+BY_OUTPUT, BY_INPUT = ("tp", None), (None, "tp")
+# The last part of a module's name -> axes of its (out, in) weight; of an embedding, (vocabulary, hidden).
+WEIGHTS = {
+    "embed_tokens": BY_OUTPUT,
+    "lm_head": BY_OUTPUT,
+    "q_proj": BY_OUTPUT,
+    "k_proj": BY_OUTPUT,
+    "v_proj": BY_OUTPUT,
+    "gate_proj": BY_OUTPUT,
+    "up_proj": BY_OUTPUT,
+    "o_proj": BY_INPUT,
+    "down_proj": BY_INPUT,
+}
+SPLIT_OUTPUT = ("lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # on tp, by the last dimension
+
+
+def axes_of(name: str, dims: int, split_kv_heads: bool = True) -> tuple[str | None, ...]:
+    """The axis of each dimension of a parameter, by its name; None: not split.
+
+    A LoRA's A is (rank, in) and its B (out, rank): each has its layer's axis where it meets the layer, and the rank is
+    never split. Norms, biases and what is in no layer of the table lie whole on every device.
+    """
+    parts = name.split(".")
+    layer = next((part for part in reversed(parts) if part in WEIGHTS), None)
+    if layer is None or dims != 2:
+        return (None,) * dims
+    out, inner = WEIGHTS[layer]
+    if layer in ("k_proj", "v_proj") and not split_kv_heads:
+        out = None
+    if "lora_A" in parts:
+        out = None
+    if "lora_B" in parts:
+        inner = None
+    return out, inner
+
+
+def shard_model(model: nn.Module, num_kv_heads: int) -> None:
+    """Lay every parameter on the mesh. Where the KV heads do not divide by tp, their projections stay whole.
+
+    Raises:
+        ValueError: a dimension does not divide by its axis; names the parameter, and the meshes that would fit.
+    """
+    tp = mesh.axis_size("tp")
+    split_kv_heads = num_kv_heads % tp == 0
+    if not split_kv_heads:
+        logger.warning(
+            "The %d KV heads do not divide by tp=%d: every device along tp has all of them", num_kv_heads, tp
+        )
+    layout = [(n, p, axes_of(n, p.dim(), split_kv_heads)) for n, p in model.named_parameters()]
+    check_divisible(layout, {axis: mesh.axis_size(axis) for axis in ("fsdp", "tp", None)})
+    for _, parameter, axes in layout:
+        mesh.shard(parameter.data, axes)
+    constrain_activations(model, num_kv_heads)
+
+
+def check_divisible(layout: Sequence[tuple[str, Tensor, tuple[str | None, ...]]], sizes: dict[str | None, int]) -> None:
+    """Whether the mesh divides every parameter.
+
+    Args:
+        layout: name, parameter, and the axis of each of its dimensions.
+        sizes: devices along "fsdp" and "tp"; 1 for None.
+
+    Raises:
+        ValueError: names the first parameter that it does not divide, and the meshes that would fit.
+    """
+    for name, parameter, axes in layout:
+        for size, axis in zip(parameter.shape, axes, strict=True):
+            if size % sizes[axis]:
+                fitting = _meshes_that_fit(layout, sizes["fsdp"] * sizes["tp"])
+                meshes = ", ".join(f"{fsdp},{tp}" for fsdp, tp in fitting) or "none"
+                raise ValueError(
+                    f"mesh_shape: {axis}={sizes[axis]} does not divide the {size} of {name} {tuple(parameter.shape)}; "
+                    f"with as many devices, these meshes (fsdp,tp) fit: {meshes}"
+                )
+
+
+def constrain_activations(model: nn.Module, num_kv_heads: int) -> None:
+    """Say where activations lie, since XLA's partitioner guesses badly: rows on fsdp, and heads, the MLP's inner
+    dimension and the vocabulary on tp; hidden states whole along tp. Gradients lie as what they are gradients of.
+
+    Without this the decode step of Gemma 2 2B gathered whole KV caches, see `README.md`, TPU.
+    """
+    split_kv_heads = num_kv_heads % mesh.axis_size("tp") == 0
+    for name, module in model.named_modules():
+        layer = name.rpartition(".")[2]
+        if layer not in WEIGHTS:
+            continue
+        axis = WEIGHTS[layer][0] if layer in SPLIT_OUTPUT else None
+        if layer in ("k_proj", "v_proj") and not split_kv_heads:
+            axis = None
+
+        def lay(module: nn.Module, inputs: tuple[object, ...], output: Tensor, axis: str | None = axis) -> Tensor:
+            rows = "fsdp" if output.shape[0] % mesh.axis_size("fsdp") == 0 else None
+            return mesh.shard_activation(output, (rows, *[None] * (output.dim() - 2), axis))
+
+        module.register_forward_hook(lay)
+
+
+def _meshes_that_fit(
+    layout: Sequence[tuple[str, Tensor, tuple[str | None, ...]]], devices: int
+) -> Iterator[tuple[int, int]]:
+    for fsdp in range(1, devices + 1):
+        sizes = {"fsdp": fsdp, "tp": devices // fsdp, None: 1}
+        dimensions = [(size, axis) for _, p, axes in layout for size, axis in zip(p.shape, axes, strict=True)]
+        if devices % fsdp == 0 and all(size % sizes[axis] == 0 for size, axis in dimensions):
+            yield sizes["fsdp"], sizes["tp"]
+
+
+def shard_rows(tensor: Tensor, heads_dim: int | None = None) -> Tensor:
+    """Lay a tensor's rows on the fsdp axis, and the heads of a KV cache on tp, where they divide. Returns it."""
+    axes: list[str | None] = [None] * tensor.dim()
+    for dim, axis in ((0, "fsdp"), (heads_dim, "tp")):
+        if dim is not None and tensor.shape[dim] % mesh.axis_size(axis) == 0:
+            axes[dim] = axis
+    mesh.shard(tensor, axes)
+    return tensor
