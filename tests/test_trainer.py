@@ -11,11 +11,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.utils.data import SequentialSampler
+from trainers import digits_reward, ends_early, first_batch, gradients, lora_weights, make_trainer
 from transformers import Gemma3ForCausalLM
 
 import tunix_torch.trainer
 from tunix_torch import GRPOConfig, ModelConfig, TunixTrainer
-from tunix_torch.batch import PromptBatch
 from tunix_torch.checkpoints.files import is_whole, newest_checkpoint
 from tunix_torch.learn.record import StepRecord
 from tunix_torch.learn.step import micro_batches
@@ -24,59 +24,6 @@ from tunix_torch.model.forward import base_model
 from tunix_torch.model.loading import lora_config
 from tunix_torch.run.callbacks import MetricsFile
 from tunix_torch.runtime.profiling import PARTS
-
-
-def digits_reward(prompts, completions, **columns):
-    """Varies even when a random model writes: the share of digits."""
-    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
-
-
-def ends_early(prompts, completions, **columns):
-    return [1 / (1 + len(text)) for text in completions]
-
-
-def make_trainer(
-    model,
-    output_dir,
-    reward_funcs=digits_reward,
-    callbacks=None,
-    peft_config=None,
-    rows=64,
-    judge=None,
-    processing_class=None,
-    **settings,
-):
-    settings = {
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "generation_max_length": 12,
-        "max_prompt_length": 40,
-        "system_message": "",
-        "learning_rate": 1e-2,
-        "micro_batch_size": 0,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    } | settings
-    args = GRPOConfig(output_dir=str(output_dir), **settings)
-    train, evaluation = tiny.arithmetic_rows("train", rows), tiny.arithmetic_rows("test", 8)
-    return TunixTrainer(model, reward_funcs, args, train, evaluation, processing_class, peft_config, callbacks, judge)
-
-
-def first_batch(trainer):
-    trainer.current_gradient_accumulation_steps = 1
-    inputs = next(iter(trainer.get_train_dataloader()))
-    return trainer.collect(PromptBatch(**inputs))
-
-
-def lora_weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-
-
-def gradients(trainer, batch):
-    trainer.model.zero_grad()
-    loss = trainer.update(batch)
-    return loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def test_training_changes_the_lora_and_only_the_lora(model_folder, tmp_path):

@@ -4,11 +4,12 @@ import dataclasses
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from runs import SMALL, files, run
 from safetensors.torch import load_file
+from trainers import digits_reward
 from transformers import EarlyStoppingCallback
 
 from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer, train
@@ -16,33 +17,6 @@ from tunix_torch.checkpoints.files import is_finished
 from tunix_torch.config.saved import MAY_CHANGE, check_same_run, save_config, settings_of
 from tunix_torch.model import tiny
 from tunix_torch.model.loading import lora_config
-
-SMALL = {
-    "max_steps": 4,
-    "per_device_train_batch_size": 2,
-    "generation_max_length": 8,
-    "max_prompt_length": 48,
-    "per_device_eval_batch_size": 4,
-    "system_message": "",
-    "learning_rate": 1e-2,
-    "lr_scheduler_type": "constant",
-    "save_steps": 2,
-    "eval_strategy": "steps",
-    "eval_steps": 2,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
-
-
-def run(model, output_dir, judge=None, **settings):
-    """A whole job in this process."""
-    args = GRPOConfig(output_dir=str(output_dir), **(SMALL | settings))
-    return train(ModelConfig(model), DataConfig(num_train_rows=16, num_eval_rows=4, judge=judge), args)
-
-
-def files(folder):
-    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path(folder).rglob("*") if path.is_file()}
-
 
 def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -173,14 +147,10 @@ def test_a_finished_run_that_is_resumed_elsewhere_spares_what_is_there(model_fol
     assert json.loads((tmp_path / "b" / "config.json").read_text())["seed"] == 42
 
 
-def digits(prompts, completions, **columns):
-    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
-
-
 def make_trainer(model, output_dir, alpha=32.0, **settings):
     args = GRPOConfig(output_dir=str(output_dir), **(SMALL | settings))
     data = tiny.arithmetic_rows("train", 16), tiny.arithmetic_rows("test", 4)
-    return TunixTrainer(model, digits, args, *data, peft_config=lora_config(ModelConfig(lora_alpha=alpha)))
+    return TunixTrainer(model, digits_reward, args, *data, peft_config=lora_config(ModelConfig(lora_alpha=alpha)))
 
 
 @pytest.mark.parametrize("checkpoint", [True, "checkpoint-4"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_trainer import lora_weights, make_trainer
+from trainers import lora_weights, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunix_torch.checkpoints.files import is_whole

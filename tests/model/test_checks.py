@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import COMMON, FAMILIES, make_model
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from test_trainer import digits_reward, make_trainer
+from trainers import digits_reward, make_trainer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, PAD, VOCABULARY, WINDOW, add_nontrivial_lora, hugging_face_logits, make_batch, make_model
+from models import FAMILIES, PAD, WINDOW, add_nontrivial_lora, hugging_face_logits, make_batch, make_model
+from rollouts import GROUP, MORE, NEVER, PARAMS, SOME, assert_same
 from transformers import GPTJConfig, GPTJForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import tunix_torch.rollout.sampler
@@ -21,12 +22,6 @@ from tunix_torch.rollout.rows import cache_widths, group_sizes
 from tunix_torch.rollout.sampler import Sampler, SamplingParams, choose_tokens, draw_uniforms
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
-
-NEVER = (VOCABULARY,)  # no token
-SOME = tuple(range(1, 9))  # end a completion of a random model after about twelve tokens
-MORE = tuple(range(1, 17))  # after about half as many
-GROUP = 3
-PARAMS = SamplingParams(max_new_tokens=20)  # longer than two windows
 
 
 def make_policy(family="gemma3", **lora):
@@ -44,12 +39,6 @@ def sample(
     if static:
         sampler._decode = sampler._decode_static
     return sampler.sample(ids, mask, group, params, uniforms)
-
-
-def assert_same(left, right):
-    assert torch.equal(left.completion_mask, right.completion_mask)
-    assert torch.equal(left.completion_ids * left.completion_mask, right.completion_ids * right.completion_mask)
-    torch.testing.assert_close(left.sampler_logps, right.sampler_logps, rtol=0, atol=1e-5)
 
 
 # ---- a decode step against a full forward ----

@@ -5,7 +5,8 @@ import re
 
 import pytest
 import torch
-from test_resume import SMALL, digits, files, run
+from runs import SMALL, files, run
+from trainers import digits_reward
 from transformers import TrainerCallback, TrainingArguments
 
 from tunix_torch import GRPOConfig, TunixTrainer, load_model, load_tokenizer
@@ -104,7 +105,7 @@ def test_whatever_fails_before_the_first_step_moves_nothing(place, model_folder,
 def test_plain_training_arguments_are_refused(model_folder, tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
     with pytest.raises(ValueError, match="args: expected a GRPOConfig, which takes the same fields"):
-        TunixTrainer(load_model(model_folder), digits, args, processing_class=load_tokenizer(model_folder))
+        TunixTrainer(load_model(model_folder), digits_reward, args, processing_class=load_tokenizer(model_folder))
 
 
 def test_the_metric_is_one_that_this_trainer_gives(model_folder, tmp_path):
@@ -120,7 +121,7 @@ def test_the_metric_is_one_that_this_trainer_gives(model_folder, tmp_path):
 
 def test_evaluations_give_the_metrics_that_are_promised(model_folder, tmp_path):
     data = tiny.arithmetic_rows("train", 8), tiny.arithmetic_rows("test", 4)
-    for use_grpo, reward_funcs in ((True, digits), (False, digits), (False, None)):
+    for use_grpo, reward_funcs in ((True, digits_reward), (False, digits_reward), (False, None)):
         settings = SMALL | {"use_grpo": use_grpo, "generation_max_length": 64, "num_eval_completions": 2}
         args = GRPOConfig(output_dir=str(tmp_path), **settings)
         given = TunixTrainer(model_folder, reward_funcs, args, *data).evaluate()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import FAMILIES, PAD, add_nontrivial_lora, make_batch, make_model
-from test_sampler import GROUP, MORE, NEVER, PARAMS, SOME, assert_same
+from rollouts import GROUP, MORE, NEVER, PARAMS, SOME, assert_same
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only

@@ -149,7 +149,8 @@ def test_only_the_first_process_writes(results):
 
 
 def test_a_step_needs_prompts_for_every_process_and_records_need_a_single_one(model_folder, tmp_path, monkeypatch):
-    from tests.test_trainer import make_trainer
+    from trainers import make_trainer
+
     from tunix_torch.runtime import processes
 
     monkeypatch.setattr(processes, "count", lambda: 2)

@@ -1,0 +1,18 @@
+"""What tests of sampling share: end-of-sequence tokens, settings, and when two rollouts are the same."""
+
+import torch
+from models import VOCABULARY
+
+from tunix_torch.rollout.sampler import SamplingParams
+
+NEVER = (VOCABULARY,)  # no token
+SOME = tuple(range(1, 9))  # end a completion of a random model after about twelve tokens
+MORE = tuple(range(1, 17))  # after about half as many
+GROUP = 3
+PARAMS = SamplingParams(max_new_tokens=20)  # longer than two windows
+
+
+def assert_same(left, right):
+    assert torch.equal(left.completion_mask, right.completion_mask)
+    assert torch.equal(left.completion_ids * left.completion_mask, right.completion_ids * right.completion_mask)
+    torch.testing.assert_close(left.sampler_logps, right.sampler_logps, rtol=0, atol=1e-5)

@@ -1,0 +1,31 @@
+"""A small training job in this process, and what it leaves on the disk."""
+
+from pathlib import Path
+
+from tunix_torch import DataConfig, GRPOConfig, ModelConfig, train
+
+SMALL = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 2,
+    "generation_max_length": 8,
+    "max_prompt_length": 48,
+    "per_device_eval_batch_size": 4,
+    "system_message": "",
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+def run(model, output_dir, judge=None, **settings):
+    """A whole job in this process."""
+    args = GRPOConfig(output_dir=str(output_dir), **(SMALL | settings))
+    return train(ModelConfig(model), DataConfig(num_train_rows=16, num_eval_rows=4, judge=judge), args)
+
+
+def files(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path(folder).rglob("*") if path.is_file()}
