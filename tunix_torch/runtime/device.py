@@ -79,6 +79,21 @@ def is_accelerator() -> bool:
     return KIND == "cuda" or is_tpu()
 
 
+def tokens_per_pass() -> int | None:
+    """Tokens that a learning pass is best made of, where nobody has said how many rows it has. None: as few rows as
+    keep every device busy, since on a TPU or a mesh memory is what is short."""
+    if KIND == "cuda":
+        return 32_768  # not measured: enough to keep a GPU busy, by the sizes of its matrix products
+    return None if is_tpu() or has_mesh() else 4096  # a CPU is slower with less, and no faster with more
+
+
+def upload(tensor: "torch.Tensor", place: "torch.device") -> "torch.Tensor":
+    """Copy a tensor from the CPU's memory to a device, without waiting for what that device has still to do."""
+    if place.type != "cuda":
+        return tensor.to(place)
+    return tensor.pin_memory().to(place, non_blocking=True)  # from memory that is not pinned, the copy would wait
+
+
 if "TUNIX_COMPILE_CACHE" in os.environ:
     keep_compilations(os.environ["TUNIX_COMPILE_CACHE"])
 
