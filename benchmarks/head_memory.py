@@ -24,6 +24,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from tunix_torch.batch import TrainBatch
 from tunix_torch.config.model import ModelConfig
 from tunix_torch.learn.logprobs import token_logps
+from tunix_torch.learn.passes import shared_prompts
 from tunix_torch.model.loading import add_lora, lora_config, place
 
 
@@ -54,8 +55,9 @@ def measure(vocabulary: int, rows: int, length: int, hidden: int = 64) -> dict[s
             completion_mask=torch.ones(rows, width, dtype=torch.bool),
             advantages=torch.ones(rows),
             token_weights=torch.ones(rows, width),
+            lengths=torch.full((rows,), width),
         )
-        logps, _ = token_logps(model, batch)
+        logps, _ = token_logps(model, shared_prompts(batch))
         (-logps.sum()).backward()
 
     learn(1)  # what libraries set aside at first use

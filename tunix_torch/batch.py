@@ -36,7 +36,8 @@ class Rollout:
 @dataclass
 class TrainBatch:
     """All that the loss needs. `old_per_token_logps` is None when the batch is used once (then it equals the policy's
-    own, without gradient); `ref_per_token_logps` is None when there is no KL penalty."""
+    own, without gradient); `ref_per_token_logps` is None when there is no KL penalty. `lengths` and `rewards` lie in
+    main memory, so that reading them never waits for the device; all other tensors lie on the device."""
 
     prompt_ids: Tensor  # (N, P) int64
     prompt_mask: Tensor  # (N, P) bool
@@ -44,16 +45,14 @@ class TrainBatch:
     completion_mask: Tensor  # (B, C) bool
     advantages: Tensor  # (B,) float32
     token_weights: Tensor  # (B, C) float32: loss = sum(per-token loss * token_weights), over the *whole* batch
+    lengths: Tensor  # (B,) int64, what `completion_lengths` says of completion_mask
     ref_per_token_logps: Tensor | None = None  # (B, C) float32
     old_per_token_logps: Tensor | None = None  # (B, C) float32
     sampler_logps: Tensor | None = None  # (B, C) float32, to compare with what the learning pass computes
-    rewards: Tensor | None = None  # (B,) float64 on the host: the weighted totals that the advantages come from
-    lengths: Tensor | None = None  # (B,) int64 on the host: tokens of each completion, where packing may use them
-    packing: Tensor | None = None  # (N * bins, C) int64, of a micro-batch: see `packing.pack`
-    starts: Tensor | None = None  # (B,) int64, likewise
+    rewards: Tensor | None = None  # (B,) float64: the weighted totals that the advantages come from
 
     def tensors(self) -> list[Tensor]:
-        """Those that are there and on the device."""
+        """The tensors on the device, without those that are None."""
         values = [getattr(self, field.name) for field in fields(self) if field.name not in ("rewards", "lengths")]
         return [value for value in values if value is not None]
 
@@ -62,7 +61,6 @@ class TrainBatch:
 
         `micro_batch_size` divides G or is a multiple of it (`GRPOConfig` checks that); None: no cut.
         """
-        assert self.packing is None, "a micro-batch is not cut again"
         num_rows, num_prompts = self.completion_ids.shape[0], self.prompt_ids.shape[0]
         if micro_batch_size is None or micro_batch_size >= num_rows:
             return [self]
@@ -79,3 +77,9 @@ class TrainBatch:
                     cut[field.name] = None if value is None else value[start:stop]
             parts.append(TrainBatch(**cut))
         return parts
+
+
+def completion_lengths(completion_mask: Tensor) -> Tensor:
+    """Where each row's last token ends, (B, C) bool -> (B,) int64 in main memory. The device is waited for."""
+    mask = completion_mask.cpu()
+    return (mask * torch.arange(1, mask.shape[1] + 1)).amax(dim=1)

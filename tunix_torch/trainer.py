@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
-from .batch import PromptBatch, Rollout, TrainBatch
+from .batch import PromptBatch, Rollout, TrainBatch, completion_lengths
 from .checkpoints.files import STATE_FILE, check_same_scale, fingerprint, is_finished
 from .checkpoints.resuming import EarlyStoppingCallback, OwnIntervals
 from .config.grpo import GRPOConfig
@@ -43,9 +43,10 @@ from .evals.answers import Answers, answer
 from .grpo import aggregation_weights, compute_group_advantages
 from .learn.finite import check_finite, check_gradient_norm
 from .learn.metrics import add_up, broken_invariant, learning_metrics, rollout_metrics, sum_up
+from .learn.passes import rehearsals
 from .learn.record import FOLDER, record_step
 from .learn.sft import completion_loss, learn_completions, sft_batch
-from .learn.step import learn, logps_without_gradient, may_pack, micro_batches, rehearsals
+from .learn.step import learn, logps_without_gradient
 from .model.adapter import (
     REFERENCE_FILE,
     adapter_weights,
@@ -445,7 +446,7 @@ class TunixTrainer(Trainer):
             advantages=torch.zeros(len(mask), device=args.device),
             token_weights=self._token_weights([mask])[0][:, :width],
             sampler_logps=rollout.sampler_logps[:, :width],
-            lengths=mask.sum(dim=1) if may_pack(args) else None,
+            lengths=completion_lengths(mask),
         )
         self._add_logps(batch)
         return batch
@@ -518,8 +519,7 @@ class TunixTrainer(Trainer):
 
     def learning_pass(self, batch: TrainBatch) -> list[dict[str, Tensor]]:
         """Forward and backward of every micro-batch; the gradients add up in the parameters. See `learn`."""
-        self.model.train()
-        parts = [learn(self.model, part, self.args, self._backward) for part in micro_batches(batch, self.args)]
+        parts = learn(self.model, batch, self.args, self._backward)
         self._sum_gradients()
         return parts
 

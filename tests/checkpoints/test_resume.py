@@ -18,6 +18,7 @@ from tunix_torch.config.saved import MAY_CHANGE, check_same_run, save_config, se
 from tunix_torch.model import tiny
 from tunix_torch.model.loading import lora_config
 
+
 def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

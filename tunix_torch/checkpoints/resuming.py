@@ -1,16 +1,9 @@
 """Callbacks by which a resumed run follows its own settings rather than those in its checkpoint."""
 
-import json
-import signal
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import transformers
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
 
 
 class OwnIntervals(TrainerCallback):

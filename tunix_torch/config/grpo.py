@@ -42,8 +42,6 @@ CHOICES = {  # of `TrainingArguments`
 }
 SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # which follow `metric_for_best_model`
 
-CPU_TOKENS_PER_PASS = 4096  # at most, by default: less is slower, and more is not faster
-
 SYSTEM_MESSAGE = (
     "Reason step by step between <reasoning> and </reasoning>, "
     "then give only the final answer between <answer> and </answer>."
@@ -119,7 +117,8 @@ class GRPOConfig(TrainingArguments):
     micro_batch_size: int | None = setting(
         None,
         "completions in one learning pass: divides the group size or is a multiple of it; "
-        "none: one group, on the CPU as many as make 4,096 tokens (SFT: the whole batch); 0: the whole batch",
+        "none: as many groups as make 4,096 tokens on the CPU and 32,768 on CUDA, on a TPU one for each device (SFT: "
+        "the whole batch); 0: the whole batch",
     )
     reward_weights: list[float] | None = setting(None, "weight of each reward function; none: 1 each, or the preset's")
     reward_timeout: float | None = setting(None, "stop with an error when a reward function takes longer, in seconds")
@@ -213,10 +212,12 @@ class GRPOConfig(TrainingArguments):
         """Rows in one learning pass where a group has so many completion tokens; None: the whole batch."""
         if self.micro_batch_size is not None or not self.use_grpo:
             return self.micro_batch_size or None
-        groups = mesh.axis_size("fsdp")  # each device a group of its own
-        if not (process_device.is_accelerator() or mesh.has_mesh()):  # a CPU is kept busy by more
+        budget = mesh.tokens_per_pass()
+        if budget is None:
+            groups = mesh.axis_size("fsdp")  # each device a group of its own
+        else:  # as many groups as the budget holds, and at least one, in passes of about the same size
             tokens = self.max_prompt_length + completion_tokens
-            passes = math.ceil(self.per_device_train_batch_size / max(1, CPU_TOKENS_PER_PASS // tokens))
+            passes = math.ceil(self.per_device_train_batch_size / max(1, budget // tokens))
             groups = math.ceil(self.per_device_train_batch_size / passes)
         return self.num_completions_per_prompt * groups
 

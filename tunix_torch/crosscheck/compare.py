@@ -9,6 +9,7 @@ from torch import nn
 
 from .. import GRPOConfig
 from ..learn.logprobs import token_logps
+from ..learn.passes import shared_prompts
 from ..learn.record import StepRecord
 from . import tunix_side
 from .tunix_side import TUNIX_EPSILON, TunixBatch, TunixPolicy
@@ -85,7 +86,7 @@ def compare_step(
     yield Row(case, "advantages", difference, ADVANTAGES)
     base_logps = tunix_side.token_logps(tunix.base, theirs, temperature)[:, shown]
     with torch.no_grad():
-        ours, _ = token_logps(base, batch, temperature)
+        ours, _ = token_logps(base, shared_prompts(batch), temperature)
     yield Row(case, "base log-probabilities", largest_difference(ours, base_logps), LOGPS)
     if batch.ref_per_token_logps is not None:
         difference = largest_difference(batch.ref_per_token_logps, base_logps)

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ..batch import TrainBatch
+from ..batch import TrainBatch, completion_lengths
 from ..learn.logprobs import token_logps
+from ..learn.passes import shared_prompts
 from ..model.forward import base_model
 from ..model.loading import load_base_model
 from ..rollout.sampler import Sampler, SamplingParams, draw_uniforms
@@ -70,9 +71,10 @@ def end_token_that_is_padding() -> Iterator[Row]:
         mask = prompts.prompt_mask
         ids = prompts.prompt_ids.masked_fill(prompts.prompt_ids == end, 3).masked_fill(~mask, end)
         rollout = Sampler(model, [end], end).sample(ids, mask, GROUP, params, uniforms)
-        no_advantages = torch.zeros(len(rollout.completion_ids))
-        weights = rollout.completion_mask.float()
-        return TrainBatch(ids, mask, rollout.completion_ids, rollout.completion_mask, no_advantages, weights)
+        completions = rollout.completion_mask
+        no_advantages, weights = torch.zeros(len(completions)), completions.float()
+        lengths = completion_lengths(completions)
+        return TrainBatch(ids, mask, rollout.completion_ids, completions, no_advantages, weights, lengths)
 
     free = sample(VOCABULARY - 1)
     end = int(free.completion_ids[free.completion_mask].mode().values)  # a token that really occurs
@@ -87,7 +89,7 @@ def end_token_that_is_padding() -> Iterator[Row]:
     )
     yield Row(name, "completion mask", largest_difference(batch.completion_mask, by_tunix), 0.0, note)
     with torch.no_grad():
-        ours, _ = token_logps(model, batch)
+        ours, _ = token_logps(model, shared_prompts(batch))
     difference = largest_difference(ours, float64_logps(model, batch))
     yield Row(name, "policy log-probabilities", difference, LOGPS, "ours against float64, end tokens included")
 

@@ -10,6 +10,7 @@ import torch
 
 from .. import GRPOConfig, ModelConfig, TunixTrainer
 from ..learn.logprobs import token_logps
+from ..learn.passes import shared_prompts
 from ..learn.record import StepRecord, record_step
 from ..model import tiny
 from ..model.loading import lora_config
@@ -75,7 +76,7 @@ def record_steps(trainer: TunixTrainer, case: Case, count: int, empty: bool = Tr
         batch = trainer.make_train_batch(prompts, rollout, rewards)
         if case.given_old:
             with torch.no_grad():
-                logps, _ = token_logps(trainer.model, batch, trainer.args.generation_temperature)
+                logps, _ = token_logps(trainer.model, shared_prompts(batch), trainer.args.generation_temperature)
             noise = torch.randn(logps.shape, generator=torch.Generator().manual_seed(2000 + number))
             batch.old_per_token_logps = (logps + 0.3 * noise).masked_fill(~batch.completion_mask, 0.0)
         parts = trainer.learning_pass(batch)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..batch import TrainBatch
+from ..batch import TrainBatch, completion_lengths
 
 FOLDER = "batches"  # in a run's output_dir
 
@@ -66,7 +66,9 @@ class StepRecord:
         missing = {field.name for field in fields(cls)} - set(values)
         if missing:
             raise ValueError(f"{path}: not a recorded step: it lacks {', '.join(sorted(missing))}")
-        values["batch"] = TrainBatch(**values["batch"])
+        batch = values["batch"]
+        batch.setdefault("lengths", completion_lengths(batch["completion_mask"]))  # early versions did not write them
+        values["batch"] = TrainBatch(**batch)
         values["learning_rate"] = float(values["learning_rate"])
         return cls(**values)
 

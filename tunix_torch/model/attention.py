@@ -49,22 +49,28 @@ def attention_masks(
     return _as_taken(config, full, distance, dtype)
 
 
-def packed_masks(
-    config: PretrainedConfig, prompt_mask: Tensor, rows: Tensor, offsets: Tensor, dtype: torch.dtype
+def continuation_masks(
+    config: PretrainedConfig, prompt_mask: Tensor, offsets: Tensor, segments: Tensor | None, dtype: torch.dtype
 ) -> dict[str, Tensor] | Tensor:
-    """As `attention_masks`, where several completions of a prompt lie in one row of keys, one after the other.
+    """As `attention_masks`, for K tokens that follow a prompt whose keys are in a cache.
 
     Args:
         prompt_mask: (R, P) bool, False at padding.
-        rows, offsets: (R, K) int64, of each token its completion, and its place in that.
+        offsets: the place of each token in its completion: (K,) int64, or (R, K) with segments.
+        segments: (R, K) int64, the completion of each token, where several lie in one row, one after the other; None:
+            each row is one completion.
 
     Returns:
         masks (R, 1, K, P + K): a token may look at its prompt, at tokens of its own completion before it, and itself.
     """
-    width, slots = prompt_mask.shape[1], torch.arange(rows.shape[1], device=rows.device)
-    between = (slots[:, None] - slots).expand(len(rows), -1, -1)  # (R, K, K)
-    from_prompt = width + offsets[:, :, None] - torch.arange(width, device=rows.device)  # (R, K, P)
-    own = (between >= 0) & (rows[:, :, None] == rows[:, None, :])
+    width = prompt_mask.shape[1]
+    if segments is None:
+        key_mask = nn.functional.pad(prompt_mask, (0, len(offsets)), value=True)
+        return attention_masks(config, key_mask, width + offsets, dtype)
+    slots = torch.arange(segments.shape[1], device=segments.device)
+    between = (slots[:, None] - slots).expand(len(segments), -1, -1)  # (R, K, K)
+    from_prompt = width + offsets[:, :, None] - torch.arange(width, device=segments.device)  # (R, K, P)
+    own = (between >= 0) & (segments[:, :, None] == segments[:, None, :])
     full = torch.cat((prompt_mask[:, None].expand_as(from_prompt), own), dim=2)[:, None]
     return _as_taken(config, full, torch.cat((from_prompt, between), dim=2)[:, None], dtype)
 

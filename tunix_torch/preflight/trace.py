@@ -220,6 +220,7 @@ def _zeros(prompts: PromptBatch, rows: int, width: int, args: GRPOConfig) -> Tra
         completion_mask=zeros(rows, width, dtype=torch.bool),
         advantages=zeros(rows),
         token_weights=zeros(rows, width),
+        lengths=torch.zeros(rows, dtype=torch.int64),
         ref_per_token_logps=zeros(rows, width) if args.beta > 0 else None,
         old_per_token_logps=zeros(rows, width) if args.num_iterations > 1 else None,
         sampler_logps=zeros(rows, width),

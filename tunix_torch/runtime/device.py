@@ -91,6 +91,13 @@ def step_kind() -> str:
 # ---- verbs ----
 
 
+def upload(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
+    """Copy a tensor from the CPU's memory to a device, without waiting for what that device has still to do."""
+    if place.type != "cuda":
+        return tensor.to(place)
+    return tensor.pin_memory().to(place, non_blocking=True)  # from memory that is not pinned, the copy would wait
+
+
 def sync() -> None:
     """Cut the lazily traced XLA graph here and start running it. Does nothing on CUDA and CPU."""
     if _planner is not None:
@@ -116,7 +123,7 @@ def random_numbers_kept() -> Iterator[None]:
         xm.set_rng_state(state)
 
 
-def optimization_barrier(tensor: "torch.Tensor") -> "torch.Tensor":
+def optimization_barrier(tensor: torch.Tensor) -> torch.Tensor:
     """Keep XLA from merging the computation of a tensor into what follows. Returns the tensor.
 
     No other view of the tensor may be in use. Elsewhere nothing happens.
