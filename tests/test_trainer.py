@@ -17,8 +17,8 @@ from transformers import Gemma3ForCausalLM
 import tunix_torch.trainer
 from tunix_torch import GRPOConfig, ModelConfig, TunixTrainer
 from tunix_torch.checkpoints.files import is_whole, newest_checkpoint
+from tunix_torch.learn.passes import lay_out
 from tunix_torch.learn.record import StepRecord
-from tunix_torch.learn.step import micro_batches
 from tunix_torch.model import tiny
 from tunix_torch.model.forward import base_model
 from tunix_torch.model.loading import lora_config
@@ -93,15 +93,15 @@ def test_accumulated_batches_give_the_gradient_of_one_batch(model_folder, tmp_pa
 
 
 def test_a_cpu_learns_at_once_from_as_many_rows_as_their_real_lengths_allow(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("tunix_torch.config.grpo.CPU_TOKENS_PER_PASS", 100)  # one group at its longest
+    monkeypatch.setattr("tunix_torch.runtime.mesh.tokens_per_pass", lambda: 100)  # one group at its longest
     trainer = make_trainer(model_folder, tmp_path, micro_batch_size=None, num_completions_per_prompt=4)
     batch = first_batch(trainer)
     short = batch.completion_mask & (torch.arange(batch.completion_mask.shape[1]) < 2)
     for mask, rows in ((torch.ones_like(short), [4] * 4), (short, [8] * 2)):
-        parts = micro_batches(replace(batch, completion_mask=mask), trainer.args)
-        assert [len(part.completion_ids) for part in parts] == rows
+        passes = lay_out(replace(batch, completion_mask=mask, lengths=mask.sum(dim=1)), trainer.args)
+        assert [len(part.batch.completion_ids) for part in passes] == rows
     trainer.args.gradient_checkpointing = True  # which pads every row
-    assert len(micro_batches(replace(batch, completion_mask=short), trainer.args)) == 4
+    assert len(lay_out(replace(batch, completion_mask=short, lengths=short.sum(dim=1)), trainer.args)) == 4
 
 
 def test_layers_under_gradient_checkpointing_give_the_same_gradient(model_folder, tmp_path):
@@ -112,7 +112,7 @@ def test_layers_under_gradient_checkpointing_give_the_same_gradient(model_folder
     layer = base_model(trainer.model).get_decoder().layers[0].mlp
     layer.register_forward_hook(lambda *_: computed.append(torch.is_grad_enabled()))
     _, got = gradients(trainer, batch)
-    assert computed == [True] * 2 * len(micro_batches(batch, trainer.args)), "each layer is computed twice"
+    assert computed == [True] * 2 * len(lay_out(batch, trainer.args)), "each layer is computed twice"
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-5)
 
@@ -305,7 +305,7 @@ def test_an_accelerator_is_given_the_reference_before_rewards_are_computed(model
     """So that it works while the host computes them."""
     order = []
     trainer = make_trainer(model_folder, tmp_path, kl_penalty_coef=0.1)
-    trainer.reward_funcs = [lambda prompts, completions, **_: order.append("rewards") or [0.0] * len(completions)]
+    trainer.scorer.functions = [lambda prompts, completions, **_: order.append("rewards") or [0.0] * len(completions)]
     logps = tunix_torch.trainer.logps_without_gradient
     monkeypatch.setattr(
         tunix_torch.trainer, "logps_without_gradient", lambda *args: order.append("reference") or logps(*args)

@@ -177,12 +177,12 @@ def test_an_adapter_that_is_trained_further_by_accumulated_batches_is_that_of_th
 def test_gradient_checkpointing_is_refused_where_a_gradient_would_be_lost():
     from models import add_nontrivial_lora, make_model
 
-    from tunix_torch.model.forward import checkpoint_layers
+    from tunix_torch.model.forward import recompute_layers
 
     with pytest.raises(ValueError, match="layers share keys and values"):
-        checkpoint_layers(add_nontrivial_lora(make_model("gemma4")))
+        recompute_layers(add_nontrivial_lora(make_model("gemma4")))
     with pytest.raises(ValueError, match="gradient_checkpointing_kwargs=.*takes none"):
-        checkpoint_layers(add_nontrivial_lora(make_model("gemma3")), {"use_reentrant": False})
+        recompute_layers(add_nontrivial_lora(make_model("gemma3")), {"use_reentrant": False})
 
 
 def test_layers_under_gradient_checkpointing_give_the_same_gradient():
@@ -190,7 +190,7 @@ def test_layers_under_gradient_checkpointing_give_the_same_gradient():
 
     from tunix_torch.batch import TrainBatch
     from tunix_torch.learn.logprobs import token_logps
-    from tunix_torch.model.forward import base_model, checkpoint_layers
+    from tunix_torch.model.forward import base_model, recompute_layers
     from tunix_torch.model.loading import place
     from tunix_torch.runtime import device
 
@@ -210,7 +210,7 @@ def test_layers_under_gradient_checkpointing_give_the_same_gradient():
         return found
 
     expected = gradients()
-    checkpoint_layers(model)
+    recompute_layers(model)
     got = gradients()
     assert passes == [True, False, True], "computed once, then twice"
     for name in expected:

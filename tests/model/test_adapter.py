@@ -125,8 +125,8 @@ def test_a_checkpoint_of_the_adapter_alone_has_its_reference_too(trained, tmp_pa
     resumed = make_trainer(trained, tmp_path / "resumed", **settings)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     start = adapter_weights(load_model(trained), "default")
-    assert resumed._reference.keys() == start.keys()
-    assert all(torch.equal(weight, start[name]) for name, weight in resumed._reference.items())
+    assert resumed.reference.keys() == start.keys()
+    assert all(torch.equal(weight, start[name]) for name, weight in resumed.reference.items())
     assert (f"has no {REFERENCE_FILE}" in caplog.text) == lost
 
 

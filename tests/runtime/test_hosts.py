@@ -28,7 +28,7 @@ import os, pathlib, shutil, signal, sys, torch
 from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer
 from tunix_torch.rollout import rows as static_rows
 from tunix_torch.run import job
-from tunix_torch.runtime import device, mesh, processes
+from tunix_torch.runtime import device, mesh, together
 import torch_xla.debug.metrics as met
 
 model, host = sys.argv[1], int(sys.argv[2])
@@ -77,12 +77,12 @@ result["written"] = files().keys() - before.keys() | {name for name in before if
 result["adapter"] = {name: p.detach().cpu() for name, p in trainer.model.named_parameters() if p.requires_grad}
 result["best"] = trainer.state.best_metric
 result["log"] = [{k: v for k, v in row.items() if "second" not in k} for row in trainer.state.log_history]
-expect_refusal(lambda: processes.check_same(lambda: {"seed": 0, "beta": host}))
-expect_refusal(lambda: processes.of_first(lambda: int("a reward function's mistake")))
+expect_refusal(lambda: together.check_same(lambda: {"seed": 0, "beta": host}))
+expect_refusal(lambda: together.decided_by_first(lambda: int("a reward function's mistake")))
 result["counted"] = {name: met.counter_value(name) for name in met.counter_names()}
 result["measured"] = {name: met.metric_data(name)[0] for name in met.metric_names()}
 if host == 1:
-    expect_refusal(processes.wait)  # host 0 has ended
+    expect_refusal(together.wait)  # host 0 has ended
 torch.save(result, "result.pt")
 """.replace("STEPS", str(STEPS)).replace("KILLED", str(KILLED))
 

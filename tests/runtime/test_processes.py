@@ -17,7 +17,9 @@ STEPS, PROMPTS = 4, 4  # optimizer steps of a case; prompts a step, over all pro
 JOB = """
 import sys, datasets, torch
 from transformers import TrainerCallback
-from tunix_torch import GRPOConfig, TunixTrainer, processes, tiny
+from tunix_torch import GRPOConfig, TunixTrainer
+from tunix_torch.model import tiny
+from tunix_torch.runtime import together
 
 folder, root, steps, prompts = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 
@@ -46,8 +48,8 @@ CASES = {
 GRPOConfig(output_dir=root)  # joins the processes
 for case, settings in CASES.items():
     args = GRPOConfig(**{
-        "output_dir": f"{root}/{case}" if processes.index() == 0 else f"{root}/not-the-first/{case}",
-        "per_device_train_batch_size": prompts // processes.count(), "max_steps": steps, "learning_rate": 1e-2,
+        "output_dir": f"{root}/{case}" if together.index() == 0 else f"{root}/not-the-first/{case}",
+        "per_device_train_batch_size": prompts // together.count(), "max_steps": steps, "learning_rate": 1e-2,
         "adam_epsilon": 1e-3,  # else where a gradient is nearly 0, its rounding decides where the weight goes
         "num_completions_per_prompt": 2, "generation_max_length": 12, "max_prompt_length": 40, "system_message": "",
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "per_device_eval_batch_size": 4,
@@ -61,17 +63,17 @@ for case, settings in CASES.items():
     sample = trainer.sample_completions_for_prompts
     def recording_sample(prompts):
         rollout = sample(prompts)
-        completions.append(processes.gather_rows(rollout.completion_ids))
+        completions.append(together.gather_rows(rollout.completion_ids))
         return rollout
     trainer.sample_completions_for_prompts = recording_sample
     trainer.train(resume_from_checkpoint=f"{root}/grpo/checkpoint-2" if case == "resumed" else None)
     trainer.save_model()
     answers = trainer.last_answers and trainer.last_answers.completions
     result = {"gradients": gradients, "completions": completions, "weights": trained(trainer), "answers": answers,
-              "log": trainer.state.log_history, "processes": processes.count()}
-    everyones = processes.gather(result["weights"])
+              "log": trainer.state.log_history, "processes": together.count()}
+    everyones = together.gather(result["weights"])
     assert all(torch.equal(everyones[0][name], other[name]) for other in everyones for name in other)
-    if processes.index() == 0:
+    if together.index() == 0:
         torch.save(result, f"{root}/{case}.pt")
 """
 CASES = ("grpo", "resumed", "token_mean", "accumulated", "streamed", "sft")
@@ -151,9 +153,9 @@ def test_only_the_first_process_writes(results):
 def test_a_step_needs_prompts_for_every_process_and_records_need_a_single_one(model_folder, tmp_path, monkeypatch):
     from trainers import make_trainer
 
-    from tunix_torch.runtime import processes
+    from tunix_torch.runtime import together
 
-    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(together, "count", lambda: 2)
     with pytest.raises(ValueError, match="per_device_train_batch_size=40: .* 64 training rows for 2 process"):
         make_trainer(model_folder, tmp_path, per_device_train_batch_size=40)
     with pytest.raises(ValueError, match="save_batches=1"):

@@ -1,9 +1,20 @@
-"""Callbacks by which a resumed run follows its own settings rather than those in its checkpoint."""
+"""Callbacks of every run: a resumed one follows its own settings rather than those in its checkpoint."""
 
 from typing import Any
 
 import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..runtime import device
+
+
+class EndGraphWithOptimizer(TrainerCallback):
+    """Cuts XLA's graph after the optimizer's step, so that it is the same one whatever follows. Elsewhere no effect."""
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        device.sync()
 
 
 class OwnIntervals(TrainerCallback):

@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from ..grpo import ALGORITHMS, KL_ESTIMATORS, LOSS_AGGREGATIONS
 from ..runtime import device as process_device
-from ..runtime import mesh, processes
+from ..runtime import mesh, together
 from ..runtime.choice import KINDS
 from .settings import accept_aliases, check_types, require, setting
 
@@ -146,7 +146,7 @@ class GRPOConfig(TrainingArguments):
         check_types(self)
         self._check_values()
         self._resolve()
-        processes.join_hosts(*mesh.hosts())
+        together.join_hosts(*mesh.hosts())
         super().__post_init__()
         if self.follows_metric:  # they take every metric for a loss otherwise
             mode = {"mode": "max" if self.greater_is_better else "min"}
@@ -165,7 +165,7 @@ class GRPOConfig(TrainingArguments):
     @property
     def process_index(self) -> int:
         """Which process this is, for Transformers, where 0 writes; of several hosts torch-xla calls each one 0."""
-        return super().process_index if processes.num_hosts() == 1 else int(not processes.is_first())
+        return super().process_index if together.num_hosts() == 1 else int(not together.is_first())
 
     def evaluation_metrics(self, judged: bool = True) -> list[str]:
         """What `TunixTrainer.evaluate` gives, without `eval_`; not judged: there is no judge, as in plain SFT."""

@@ -189,6 +189,18 @@ def training_rows(rows: Any) -> list[Row] | datasets.Dataset | datasets.Iterable
     return _rows_at_hand(rows, "train_dataset", ("train",))
 
 
+def check_stream(rows: Any, max_steps: int, num_workers: int) -> None:
+    """See that a stream of training rows can be used. Other rows are not looked at.
+
+    Raises:
+        ValueError: the run has no number of steps, or the data loader has several workers.
+    """
+    if isinstance(rows, datasets.IterableDataset):
+        require(max_steps > 0, "max_steps", max_steps, "streamed rows have no end: set it above 0")
+        hint = "each would read the whole stream: set it to 0"
+        require(num_workers == 0, "dataloader_num_workers", num_workers, hint)
+
+
 def evaluation_rows(rows: Any) -> list[Row] | datasets.Dataset:
     """Likewise to evaluate on. Of a dict of splits "test" or "validation" is taken; a stream is read to its end."""
     rows = _rows_at_hand(rows, "eval_dataset", ("test", "validation"))

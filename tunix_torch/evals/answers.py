@@ -12,7 +12,7 @@ from ..data.prompts import Collator, decode_completions
 from ..data.rows import ANSWER_COLUMNS, Row, with_answer
 from ..rewarding.scoring import RewardFunc, call_rewards, name_of
 from ..rollout.sampler import Sampler, SamplingParams, draw_uniforms
-from ..runtime import device, processes
+from ..runtime import device, together
 
 RIGHT = 1.0  # an answer is right where the judging reward function's value is at least this
 
@@ -107,7 +107,7 @@ def sample_texts(
     count = -(-len(rows) // rows_at_once(len(rows), batch_size, num_completions))
     texts, lengths = [], []
     for some_texts, some_lengths in tqdm(
-        batches, desc="Sampling", total=count, unit="batch", leave=False, disable=count < 20 or not processes.is_first()
+        batches, desc="Sampling", total=count, unit="batch", leave=False, disable=count < 20 or not together.is_first()
     ):
         texts += some_texts
         lengths += some_lengths
@@ -235,16 +235,16 @@ def answer(
     Raises:
         ValueError: see `call_rewards`.
     """
-    part = processes.own_part(len(rows))
+    part = together.own_part(len(rows))
     mine, answers = rows[part], Answers([], [], [])
     if mine:
         size = max(batch_size, num_completions)
         texts, lengths = sample_texts(
             sampler, tokenizer, mine, params, collator, size, num_completions, seed, number=part.start
         )
-        right = processes.of_first(lambda: judge_answers(mine, texts, lengths, judge, timeout).right)
+        right = together.decided_by_first(lambda: judge_answers(mine, texts, lengths, judge, timeout).right)
         answers = Answers(texts, right, lengths)
-    everyones = processes.gather(answers)
+    everyones = together.gather(answers)
     return Answers(
         completions=[texts for theirs in everyones for texts in theirs.completions],
         right=[right for theirs in everyones for right in theirs.right],

@@ -1,9 +1,12 @@
 """The numbers of a step, under the names that TRL and Tunix use, and the invariants read off them."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def rollout_metrics(
@@ -40,6 +43,18 @@ def rollout_metrics(
             metrics[f"rewards/{name}/mean"] = values.mean()
             metrics[f"rewards/{name}/std"] = values.std(correction=0)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def warn_of_equal_rewards(metrics: dict[str, float], step: int, example: str) -> None:
+    """Say what may be wrong where no group has completions of different rewards; `example` is one of them."""
+    if metrics["frac_reward_zero_std"] == 1.0:
+        logger.warning(
+            "Step %d: within every group all rewards are equal, so there is nothing to learn from this batch. "
+            "The questions are too easy or too hard, the temperature is too low, or the reward functions do not "
+            "find what they look for in completions such as %.200r",
+            step,
+            example,
+        )
 
 
 def sum_up(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:

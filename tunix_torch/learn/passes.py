@@ -14,7 +14,7 @@ never waits for the device.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -215,6 +215,22 @@ def rehearsals(batch: TrainBatch, args: GRPOConfig) -> list[list[TrainBatch]]:
     adding = len(parts) > 1 or args.gradient_accumulation_steps > 1
     parts = parts[:1] + list({len(part.completion_ids): part for part in parts}.values()) * adding
     return [[_of_length(part, length) for part in parts] for length in (width, 1)]
+
+
+def rehearse(
+    batch: TrainBatch, args: GRPOConfig, learn_from: Callable[[TrainBatch], Any], forget: Callable[[], None]
+) -> None:
+    """Compile every shape that a learning pass may take, so that none is new later. Where nothing is compiled: nothing.
+
+    Args:
+        learn_from: does with a micro-batch all that is done when it is learned from, but for the optimizer's step.
+        forget: drops the gradients.
+    """
+    with device.random_numbers_kept():
+        for parts in rehearsals(batch, args):
+            for part in parts:
+                learn_from(part)
+            forget()
 
 
 def _of_length(part: TrainBatch, length: int) -> TrainBatch:

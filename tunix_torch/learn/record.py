@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..batch import TrainBatch, completion_lengths
+from ..config.grpo import GRPOConfig
 
 FOLDER = "batches"  # in a run's output_dir
 
@@ -71,6 +72,20 @@ class StepRecord:
         values["batch"] = TrainBatch(**batch)
         values["learning_rate"] = float(values["learning_rate"])
         return cls(**values)
+
+
+def keep_step(
+    model: nn.Module,
+    batch: TrainBatch,
+    parts: Sequence[dict[str, Tensor]],
+    step: int,
+    learning_rate: float,
+    args: GRPOConfig,
+) -> None:
+    """Write the record of an optimizer step, from 1, into the run's folder; `parts` as for `record_step`."""
+    record = record_step(model, batch, parts, learning_rate)
+    if args.should_save:
+        record.save(Path(args.output_dir) / FOLDER / f"step-{step:04}.safetensors")
 
 
 def record_step(

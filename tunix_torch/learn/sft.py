@@ -1,5 +1,6 @@
 """Supervised fine-tuning: the data set's completions as a batch, learning from them, and their loss at evaluation."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ from ..batch import TrainBatch, completion_lengths
 from ..config.grpo import GRPOConfig
 from ..data.prompts import Collator
 from ..data.rows import Row
-from ..runtime import device, processes
+from ..runtime import device, together
+from ..runtime.profiling import span
 from .logprobs import token_logps
 from .passes import Pass, in_passes, shared_prompts
 
@@ -54,11 +56,41 @@ def completion_loss(model: nn.Module, rows: Sequence[Row], collator: Collator, b
     """
     model.eval()
     total, tokens = 0.0, 0
-    mine = rows[processes.own_part(len(rows))]
+    mine = rows[together.own_part(len(rows))]
     for start in range(0, len(mine), batch_size):
         part = list(mine[start : start + batch_size])
         batch = sft_batch(collator(part + [part[-1]] * (batch_size - len(part))), 1)  # so that all have one shape
         logps, _ = token_logps(model, shared_prompts(batch))
         total -= float(logps[: len(part)].sum())
         tokens += int(batch.completion_mask[: len(part)].sum())
-    return sum(processes.gather(total)) / sum(processes.gather(tokens))
+    return sum(together.gather(total)) / sum(together.gather(tokens))
+
+
+def learn_rows(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    together_with: Sequence[dict[str, Any]],
+    args: GRPOConfig,
+    backward: Callable[[Tensor], None],
+    sum_gradients: Callable[[], None],
+) -> tuple[Tensor, dict[str, float]]:
+    """Forward and backward of one batch of rows with completions.
+
+    Args:
+        inputs: what `Collator` made of the rows.
+        together_with: all batches of the same optimizer step, this one among them.
+        backward: as in `learn`.
+        sum_gradients: is called when the batch has been learned from.
+
+    Returns:
+        the batch's share of the step's loss, (), scaled so that the mean over processes is the loss; and metrics.
+    """
+    started = time.perf_counter()
+    with span("learning"):
+        model.train()
+        counts = {"step": sum(int(batch["completion_mask"].sum()) for batch in together_with)}
+        tokens = together.sum_numbers(counts | {"batch": int(inputs["completion_mask"].sum())})
+        loss = learn_completions(model, sft_batch(inputs, tokens["step"]), args, backward)
+        sum_gradients()
+    seconds = time.perf_counter() - started
+    return loss * together.count(), {"learning_tokens_per_second": tokens["batch"] / seconds}

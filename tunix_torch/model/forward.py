@@ -26,7 +26,7 @@ def adapters_in_use(model: nn.Module) -> tuple[str, ...]:
     return () if layer is None or layer.disable_adapters or layer.merged else tuple(layer.active_adapters)
 
 
-def checkpoint_layers(model: nn.Module, settings: dict[str, Any] | None = None) -> None:
+def recompute_layers(model: nn.Module, settings: dict[str, Any] | None = None) -> None:
     """Keep only each layer's input for the backward pass, which computes the layer again. Training mode only.
 
     `settings`: see `device.recomputed`.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.rows import ANSWER_COLUMNS, NO_ANSWER, TURNS, WHERE, Row, columns_of, has_column, own_columns, prompt_of
-from .workers import RewardWorkers, awaited
+from .workers import RewardWorkers, awaited, is_async
 
 # (prompts, completions, **columns) -> one value a completion, or None where the function does not apply; may be async.
 # A function without **columns gets those that it names. Where the data's prompt is a list of messages, a completion is
@@ -220,11 +220,6 @@ def _results(
                 raise
             raise ValueError(f"reward_timeout={timeout}: {name_of(functions[j])!r} takes longer than that") from None
     return results
-
-
-def is_async(function: RewardFunc) -> bool:
-    """Whether calling it gives something to await."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _in_thread(call: Callable[[], Any]) -> concurrent.futures.Future:

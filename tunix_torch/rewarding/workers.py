@@ -2,15 +2,18 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import inspect
 import multiprocessing
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Barrier
 from typing import Any
+
+from ..runtime import together
 
 
 class RewardWorkers:
@@ -84,6 +87,38 @@ class RewardWorkers:
         for process in self._processes:
             process.kill()
         self._pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def reward_workers(functions: Sequence[Callable[..., Any]], count: int) -> Iterator[RewardWorkers | None]:
+    """While a run lasts, `count` processes on the first host that call the functions which are not async.
+
+    Yields:
+        None where there are none: `count` is 0, all functions are async, or this is another host.
+
+    Raises:
+        ValueError: see `RewardWorkers`.
+    """
+    workers = None
+
+    def start() -> None:
+        nonlocal workers
+        plain = [function for function in functions if not is_async(function)]
+        if plain:
+            workers = RewardWorkers(count, plain)
+
+    try:
+        if count > 0:
+            together.decided_by_first(start)
+        yield workers
+    finally:
+        if workers is not None:
+            workers.close()
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether calling it gives something to await."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _begin(barrier: Barrier) -> None:

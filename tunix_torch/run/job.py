@@ -26,7 +26,7 @@ from ..data.shapes import completion_of
 from ..data.sources import load_data
 from ..model.loading import base_model_name, load_model, load_tokenizer, lora_config, torch_dtype
 from ..rewarding.scoring import RewardFunc, name_of, require_columns
-from ..runtime import device, mesh, processes
+from ..runtime import device, mesh, together
 from ..trainer import TunixTrainer
 from .callbacks import BeforeTraining, ConsoleProgress, MetricsFile, SaveOnSigterm
 from .curves import CURVES_FILE, plot_training_curves
@@ -97,7 +97,7 @@ def build_trainer(
         args.eval_strategy = "no"
     model = load_model(model_config.model_name, torch_dtype(model_config.model_dtype))
     has_adapter = isinstance(model, PeftModel)
-    if has_adapter and processes.is_first():
+    if has_adapter and together.is_first():
         lora = f"rank {model_config.lora_rank}, alpha {model_config.lora_alpha:g}"
         further = "" if args.reference == "base" else "; it is the reference policy, as it is now"
         print(f"{model_config.model_name}: an adapter ({lora}), trained further{further}")
@@ -163,7 +163,7 @@ def _without_empty_folders(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for path in missing if processes.is_first() else ():
+        for path in missing if together.is_first() else ():
             with contextlib.suppress(OSError):  # it holds something, or never came to be
                 path.rmdir()
         raise
@@ -173,27 +173,27 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
     started = time.perf_counter()
     output_dir = Path(args.output_dir)
     check_output_dir(output_dir)
-    checkpoint = processes.of_first(lambda: resolve_checkpoint(args.resume_from_checkpoint, output_dir))
+    checkpoint = together.decided_by_first(lambda: resolve_checkpoint(args.resume_from_checkpoint, output_dir))
     settings = settings_in_force(model_config, data_config, args)
     if checkpoint is not None:
         check_same_run(settings, checkpoint)
-    sigterm = SaveOnSigterm(processes.anyone)
+    sigterm = SaveOnSigterm(together.anyone)
     trainer = build_trainer(model_config, data_config, args, [sigterm])
 
     here, finished = False, False
     if checkpoint is not None:
         args.eval_on_start = False  # the run that is resumed has done it
         here = Path(checkpoint).resolve().parent == output_dir.resolve()
-        finished = processes.of_first(lambda: trainer.is_finished(checkpoint))
-        newest = not names_folder(args.resume_from_checkpoint) and processes.num_hosts() == 1
+        finished = together.decided_by_first(lambda: trainer.is_finished(checkpoint))
+        newest = not names_folder(args.resume_from_checkpoint) and together.num_hosts() == 1
         # without a checkpoint after the last step, the final files alone say that it was taken
-        if here and (finished or newest) and processes.of_first(lambda: _is_complete(trainer)):
+        if here and (finished or newest) and together.decided_by_first(lambda: _is_complete(trainer)):
             return _leave_complete(trainer, checkpoint if finished else None)
 
     def begin() -> None:
         """Make the folder that of this run."""
-        processes.wait()  # all have read what is in it
-        if processes.is_first():
+        together.wait()  # all have read what is in it
+        if together.is_first():
             if not here:
                 set_aside_previous_run(output_dir)
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -204,7 +204,7 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
                 print(f"Continuing from {checkpoint}", flush=True)
 
     if not finished:  # as late as can be: what fails before leaves an earlier run where it is
-        ready = [lambda: processes.of_first(lambda: log_in(trainer)), begin]
+        ready = [lambda: together.decided_by_first(lambda: log_in(trainer)), begin]
         trainer.callback_handler.callbacks[:0] = map(BeforeTraining, ready)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -215,14 +215,14 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
         print(f"\nStopped at step {trainer.state.global_step}; {hint}", file=sys.stderr)
         raise
     if sigterm.stopped:
-        if processes.is_first():
+        if together.is_first():
             where = f"--resume_from_checkpoint latest continues from {get_latest_checkpoint(output_dir)}"
             print(f"\nStopped by SIGTERM after step {trainer.state.global_step}; {where}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     if finished:
         begin()
     _write_final_files(trainer)
-    if processes.is_first():
+    if together.is_first():
         seconds = time.perf_counter() - started
         print(f"\n{seconds:.0f} s, {device.memory_summary()}. Adapter, metrics and curves: {output_dir}")
     return trainer
@@ -242,7 +242,7 @@ def _leave_complete(trainer: TunixTrainer, checkpoint: str | None) -> TunixTrain
     else:
         set_peft_model_state_dict(trainer.model, load_peft_weights(str(output_dir)), trainer.model.active_adapters[0])
         trainer.stay_finished(output_dir)
-    if processes.is_first():
+    if together.is_first():
         if not (output_dir / CURVES_FILE).is_file():
             plot_training_curves(output_dir)
         print(f"Adapter, metrics and curves: {output_dir}; resume_from_checkpoint=false begins a new run")
@@ -250,9 +250,9 @@ def _leave_complete(trainer: TunixTrainer, checkpoint: str | None) -> TunixTrain
 
 
 def _describe(trainer: TunixTrainer, model_name: str) -> None:
-    together = f", {processes.count()} processes" if processes.count() > 1 else ""
-    together += f", {processes.num_hosts()} hosts" if processes.num_hosts() > 1 else ""
-    print(f"{'GRPO' if trainer.args.use_grpo else 'SFT'} of {model_name} on {mesh.describe()}{together}")
+    others = f", {together.count()} processes" if together.count() > 1 else ""
+    others += f", {together.num_hosts()} hosts" if together.num_hosts() > 1 else ""
+    print(f"{'GRPO' if trainer.args.use_grpo else 'SFT'} of {model_name} on {mesh.describe()}{others}")
     num_rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
     print(f"{num_rows} training rows, {len(trainer.eval_dataset or [])} evaluation rows", flush=True)
 
@@ -261,7 +261,7 @@ def _write_final_files(trainer: TunixTrainer) -> None:
     """What follows the last step: an evaluation where it had none, adapter, state, curves, and the comparison."""
     args, state = trainer.args, trainer.state
     best = state.best_global_step if args.load_best_model_at_end else None
-    if best is not None and processes.is_first():
+    if best is not None and together.is_first():
         name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
         print(f"The best model, with {name} {state.best_metric:.4g}, is that of step {best}")
     last = evaluations(trainer)[-1]["step"]
@@ -269,7 +269,7 @@ def _write_final_files(trainer: TunixTrainer) -> None:
         trainer.evaluate()  # the last step was not one of eval_steps, or the best model is an earlier one
     trainer.save_model()
     trainer.save_state()
-    if processes.is_first():
+    if together.is_first():
         plot_training_curves(args.output_dir)
         if trainer.eval_dataset is not None:
             print_comparison(trainer)

@@ -168,6 +168,20 @@ def num_compilations() -> int:
     return int(xla_metrics.counter_value("UncachedCompile") or 0)
 
 
+def counters() -> dict[str, int]:
+    """What a device counts that a run should log: on XLA `compilations`, which must not grow after the warm-up."""
+    return {"compilations": num_compilations()} if KIND == "xla" else {}
+
+
+def scalar(value: float) -> torch.Tensor:
+    """A number as a float32 tensor, (), on the device, whose value changes no graph.
+
+    It is made with shape (1,) and indexed, since torch-xla folds a tensor without dimensions that is 0 into a constant,
+    and would compile the graph again for it.
+    """
+    return torch.tensor([value], device=torch_device())[0]
+
+
 def peak_memory_bytes() -> int:
     """Peak memory so far: the device's on CUDA, else the resident set of this process."""
     if KIND == "cuda":

@@ -23,7 +23,7 @@ def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
     """Spread this process's tensors over a mesh of devices from now on: its sizes and the names of its axes.
 
     Must come before any tensor is on a device, and so before a `GRPOConfig` is made. None, or one device: nothing
-    changes. The devices are those of all hosts of a TPU slice, which must run the same program: see `processes.py`.
+    changes. The devices are those of all hosts of a TPU slice, which must run the same program: see `together.py`.
 
     Raises:
         ValueError: there are not as many devices, the process is not on XLA, the device is in use already, or a mesh

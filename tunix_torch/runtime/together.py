@@ -69,6 +69,11 @@ def own_rows(tensor: Tensor) -> Tensor:
     return tensor.tensor_split(count())[index()]
 
 
+def own_share(num_rows: int) -> tuple[int, int]:
+    """Of rows that are numbered through, as many for each process: the number of this one's first row, and of all."""
+    return num_rows * index(), num_rows * count()
+
+
 def own_part(num_rows: int) -> slice:
     """Which of so many rows that all processes have are this one's to work on: as many for each as can be."""
     each = -(-num_rows // count())
@@ -167,7 +172,7 @@ def _wait_for(keys: list[str]) -> None:
         time.sleep(0.001)
 
 
-def of_first(decide: Callable[[], Any]) -> Any:
+def decided_by_first(decide: Callable[[], Any]) -> Any:
     """What `decide()` returns on the first host, which alone calls it: what JSON can hold. On one host: `decide()`.
 
     What it raises there is raised on the first host, and as a ValueError on the others.

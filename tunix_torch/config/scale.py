@@ -1,0 +1,28 @@
+"""Settings that must fit the number of processes, hosts and devices that train together."""
+
+from ..runtime import mesh, together
+from .grpo import GRPOConfig
+from .settings import require
+
+
+def check_scale(args: GRPOConfig, num_rows: int | None) -> None:
+    """Check what depends on how many take part in a run.
+
+    Args:
+        num_rows: of the training data; None: a stream, or no data.
+
+    Raises:
+        ValueError: fewer rows than one step needs, prompts that can't be spread over a mesh, or a setting that works
+            in one process or on one host only.
+    """
+    prompts, processes = args.per_device_train_batch_size, together.count()
+    if num_rows is not None and num_rows < prompts * processes:
+        there = f"there are only {num_rows} training rows for {processes} process(es)"
+        raise ValueError(f"per_device_train_batch_size={prompts}: {there}")
+    fsdp = mesh.axis_size("fsdp")
+    hint = f"prompts are spread over fsdp={fsdp}; give a multiple of that"
+    require(prompts % fsdp == 0, "per_device_train_batch_size", prompts, hint)
+    alone = not args.save_batches or processes == 1
+    require(alone, "save_batches", args.save_batches, "a record is of one process; leave it at 0 with several")
+    alone = not args.load_best_model_at_end or together.num_hosts() == 1
+    require(alone, "load_best_model_at_end", True, "with several hosts the last model stays; leave it out")

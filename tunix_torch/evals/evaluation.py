@@ -1,0 +1,63 @@
+"""Evaluation while a model is trained: greedy answers to held-out questions, sampled ones, and the loss with SFT."""
+
+import functools
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..config.grpo import GRPOConfig
+from ..data.prompts import Collator
+from ..data.rows import Row
+from ..learn.sft import completion_loss
+from ..rewarding.scoring import RewardFunc
+from ..rollout.sampler import Sampler, SamplingParams
+from .answers import Answers, answer
+
+
+def evaluate_policy(
+    model: nn.Module,
+    sampler: Sampler,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    collator: Collator,
+    judge: RewardFunc | None,
+    args: GRPOConfig,
+) -> tuple[dict[str, float], Answers | None]:
+    """Answer the evaluation questions.
+
+    Args:
+        rows: from `prepare_rows`; with SFT they have completions.
+        collator: that of the training batches.
+        judge: decides which answers are right; None: nothing is answered.
+
+    Returns:
+        metrics: `accuracy` (greedy pass@1), `mean_length`, with `num_eval_completions` = k also `mean@k`, and with SFT
+        `loss`; and the greedy answers.
+
+    Raises:
+        ValueError: see `call_rewards`.
+    """
+    metrics: dict[str, float] = {}
+    greedy = None
+    if judge is not None:
+        answer_rows = functools.partial(
+            answer,
+            sampler,
+            tokenizer,
+            rows,
+            collator=Collator(collator.pad_token_id, args.max_prompt_length),
+            batch_size=args.per_device_eval_batch_size,
+            judge=judge,
+            seed=args.seed,
+            timeout=args.reward_timeout,
+        )
+        greedy = answer_rows(SamplingParams(args.generation_max_length, temperature=0.0))
+        metrics |= {"accuracy": greedy.accuracy, "mean_length": greedy.mean_length}
+        if args.num_eval_completions:
+            params = SamplingParams(args.generation_max_length, temperature=args.eval_temperature)
+            samples = answer_rows(params, num_completions=args.num_eval_completions)
+            metrics[f"mean@{args.num_eval_completions}"] = samples.accuracy
+    if not args.use_grpo:
+        metrics["loss"] = completion_loss(model, rows, collator, args.per_device_eval_batch_size)
+    return metrics, greedy
