@@ -361,7 +361,8 @@ def test_nan_in_the_policy_is_caught_with_its_step_and_matrix(model_folder, tmp_
 
 
 def test_changed_frozen_weights_are_caught_before_they_are_saved(model_folder, tmp_path):
-    trainer = make_trainer(model_folder, tmp_path)
+    trainer = make_trainer(model_folder, tmp_path, max_steps=1)
+    trainer.train()
     with torch.no_grad():
         next(p for p in trainer.model.parameters() if not p.requires_grad).mul_(1.01)
     with pytest.raises(AssertionError, match="frozen weights changed"):

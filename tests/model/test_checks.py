@@ -131,7 +131,7 @@ def test_schedule_free_optimizers_are_told_what_happens(model_folder, tmp_path, 
             modes.append(("save", self.optimizer.optimizer.mode))
             super()._save_optimizer_and_scheduler(output_dir)
 
-    monkeypatch.setattr("test_trainer.TunixTrainer", Watched)
+    monkeypatch.setattr("trainers.TunixTrainer", Watched)
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
     make_trainer(model_folder, tmp_path, **settings).train()
     assert modes == [

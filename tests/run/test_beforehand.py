@@ -10,8 +10,9 @@ from trainers import digits_reward
 from transformers import TrainerCallback, TrainingArguments
 
 from tunix_torch import GRPOConfig, TunixTrainer, load_model, load_tokenizer
+from tunix_torch.config import services
 from tunix_torch.model import tiny
-from tunix_torch.run import services as beforehand
+from tunix_torch.rewarding.workers import RewardWorkers
 from tunix_torch.trainer import TunixTrainer as Trainer
 
 
@@ -32,8 +33,8 @@ def service(monkeypatch):
         def setup(self, args, state, model):
             Service.set_up()
 
-    monkeypatch.setitem(beforehand.INTEGRATION_TO_CALLBACK, "wandb", Service)
-    monkeypatch.setattr(beforehand, "get_available_reporting_integrations", lambda: ["tensorboard", "wandb"])
+    monkeypatch.setitem(services.INTEGRATION_TO_CALLBACK, "wandb", Service)
+    monkeypatch.setattr(services, "get_available_reporting_integrations", lambda: ["tensorboard", "wandb"])
     return Service
 
 
@@ -88,13 +89,17 @@ def test_a_service_that_cannot_be_reached_is_named_before_anything_is_moved(mode
     assert files(earlier_run) == before
 
 
-@pytest.mark.parametrize("place", ["create_scheduler", "_load_optimizer_and_scheduler", "_start_reward_workers"])
+@pytest.mark.parametrize(
+    "place",
+    [(Trainer, "create_scheduler"), (Trainer, "_load_optimizer_and_scheduler"), (RewardWorkers, "__init__")],
+    ids=lambda place: place[1],
+)
 def test_whatever_fails_before_the_first_step_moves_nothing(place, model_folder, earlier_run, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("as it happens")
 
     run(model_folder, tmp_path, max_steps=1)
-    monkeypatch.setattr(Trainer, place, fail)
+    monkeypatch.setattr(*place, fail)
     before = files(earlier_run)
     with pytest.raises(OSError, match="as it happens"):
         resume = str(tmp_path / "checkpoint-1")
