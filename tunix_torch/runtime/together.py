@@ -8,15 +8,14 @@ So each has the whole batch, of which it uploads what its own chips need, and ta
 a reward function or a signal decides, the first host tells the others. See "hosts" below.
 """
 
-import atexit
 import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -115,24 +114,19 @@ PORT = 12355  # on the first host; MASTER_PORT is another one
 PATIENCE = 3600.0  # seconds, with a host that says nothing
 PACKAGES = ("torch", "torch_xla", "transformers", "peft", "accelerate")  # they decide how a graph is traced
 
-_host, _num_hosts, _num_exchanges = 0, 1, 0
-_store: torch.distributed.TCPStore | None = None
+_host, _num_hosts = 0, 1
+# Not the default group: Transformers and Accelerate would take its members for processes with prompts of their own.
+_hosts: torch.distributed.ProcessGroupGloo | None = None
 
 
 def join_hosts(host: int, num_hosts: int, address: str) -> None:
-    """Join the hosts of a mesh, the first of which has this address; waits for all. On one host: nothing."""
-    global _host, _num_hosts, _store
-    if num_hosts > 1 and _store is None:
-        port = int(os.environ.get("MASTER_PORT", PORT))
-        _store = torch.distributed.TCPStore(address, port, num_hosts, is_master=host == 0)
+    """Join the hosts of a mesh, the first of which has this address; waits for all. On one host nothing happens."""
+    global _host, _num_hosts, _hosts
+    if num_hosts > 1 and _hosts is None:
+        port, patience = int(os.environ.get("MASTER_PORT", PORT)), timedelta(seconds=PATIENCE)
+        store = torch.distributed.TCPStore(address, port, num_hosts, is_master=host == 0, timeout=patience)
+        _hosts = torch.distributed.ProcessGroupGloo(store, host, num_hosts, patience)
         _host, _num_hosts = host, num_hosts
-        atexit.register(_leave)
-
-
-def _leave() -> None:
-    """So that no host waits for one that has ended, well or not."""
-    with contextlib.suppress(torch.distributed.DistNetworkError):  # host 0 has ended, and the store with it
-        _store.set("ended", str(_host))
 
 
 def num_hosts() -> int:
@@ -141,35 +135,27 @@ def num_hosts() -> int:
 
 
 def _everyone(value: Any) -> list[Any]:
-    """The value of every process or host, in their order: what JSON can hold."""
-    global _num_exchanges
-    if _store is None:
+    """The value of every process or host, in their order: what JSON can hold.
+
+    Raises:
+        ValueError: another host has ended, or says nothing for too long.
+    """
+    if _hosts is None:
         return gather(value)
-    _num_exchanges += 1
-    said, read = ([f"{_num_exchanges}/{what}/{host}" for host in range(_num_hosts)] for what in ("said", "read"))
+    said = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
     try:
-        _store.set(said[_host], json.dumps(value))
-        _wait_for(said)
-        values = [json.loads(_store.get(key)) for key in said]
-        _store.set(read[_host], "")
-        if _host == 0:  # the store is its own, so it must not end before the others have read
-            _wait_for(read)
-            for key in said + read:
-                _store.delete_key(key)
-    except torch.distributed.DistNetworkError as error:
-        raise ValueError("host 0 has ended, and with it this one; see what it said") from error
-    return values
+        lengths = [int(length) for length in _of_each_host(torch.tensor([len(said)]))]
+        texts = _of_each_host(nn.functional.pad(said, (0, max(lengths) - len(said))))
+    except RuntimeError as error:
+        raise ValueError(f"another host has ended, and with it this one; see what it said ({error})") from error
+    return [json.loads(bytes(text[:length].tolist())) for text, length in zip(texts, lengths, strict=True)]
 
 
-def _wait_for(keys: list[str]) -> None:
-    """In Python, so that Ctrl-C and SIGTERM are noticed."""
-    deadline = time.monotonic() + PATIENCE
-    while not _store.check(keys):
-        if _store.check(["ended"]) and not _store.check(keys):
-            raise ValueError(f"host {_store.get('ended').decode()} has ended, and with it this one; see what it said")
-        if time.monotonic() > deadline:
-            raise ValueError(f"a host has said nothing for {PATIENCE:.0f} s; see what they said")
-        time.sleep(0.001)
+def _of_each_host(tensor: Tensor) -> list[Tensor]:
+    """A tensor of every host, all of one shape, in their order."""
+    tensors = [torch.empty_like(tensor) for _ in range(_num_hosts)]
+    _hosts.allgather([tensors], [tensor]).wait()
+    return tensors
 
 
 def decided_by_first(decide: Callable[[], Any]) -> Any:
@@ -177,7 +163,7 @@ def decided_by_first(decide: Callable[[], Any]) -> Any:
 
     What it raises there is raised on the first host, and as a ValueError on the others.
     """
-    if _store is None:
+    if _hosts is None:
         return decide()
     value = problem = None
     if _host == 0:
@@ -199,7 +185,7 @@ def check_same(facts: Callable[[], dict[str, Any]]) -> None:
     Raises:
         ValueError: on every host, when one has another value; names the fact and the host.
     """
-    if _store is None:
+    if _hosts is None:
         return
     first, *others = _everyone({name: str(value) for name, value in facts().items()})
     for host, theirs in enumerate(others, 1):
