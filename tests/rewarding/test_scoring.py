@@ -9,7 +9,7 @@ import pytest
 from tunix_torch import DataConfig, GRPOConfig, rewards
 from tunix_torch.rewarding.scoring import call_rewards, score_completions
 from tunix_torch.rewarding.workers import RewardWorkers
-from tunix_torch.run.job import choose_rewards
+from tunix_torch.run.setup import choose_rewards
 
 ROWS = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "2 + 2?", "answer": "4"}]
 COMPLETIONS = ["2", "3", "4", "4"]

@@ -1,4 +1,4 @@
-"""A `transformers.Trainer` of one LoRA: what its checkpoints hold, how it goes on from one, what must stay as it is."""
+"""The part of the trainer that saves and resumes: what checkpoints hold, and what must not change during a run."""
 
 import logging
 import math
@@ -28,27 +28,26 @@ from ..model.forward import recompute_layers
 from ..model.policy import Policy
 from ..runtime import device, together
 from ..runtime.profiling import ProfileStep
-from .files import STATE_FILE, check_same_scale, fingerprint, is_finished
+from .files import STATE_FILE, check_same_scale, digest_of_files, is_finished
 from .resuming import EarlyStoppingCallback, EndGraphWithOptimizer, OwnIntervals
 
 logger = logging.getLogger(__name__)
 
 
 class AdapterTrainer(Trainer):
-    """Trains the LoRA of a policy and nothing else, and writes it in PEFT's layout.
+    """A `transformers.Trainer` that trains the LoRA of a policy and nothing else, and writes it in PEFT's layout.
 
-    What stays as it is while a run lasts is kept when the run begins: the frozen weights, by one number each, and the
-    reference policy. That is the model without its adapter where this is the policy as the run starts; otherwise it is
-    the adapter's matrices as they are then, which checkpoints hold too.
+    When a run begins, the trainer keeps two things that must not change until it ends. One is a number for each frozen
+    weight, by which a change would be noticed. The other is the reference policy: the model without its adapter where
+    that is the policy with which the run begins, otherwise a copy of the adapter's matrices. Checkpoints hold the copy.
 
     Args:
-        policy: see `make_policy`.
-        args: settings.
-        callbacks: the user's; those that belong to every run are added.
-        others: arguments of `transformers.Trainer`.
+        policy: what `make_policy` returns.
+        callbacks: those of the user. The callbacks that every run needs are added.
+        others: further arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: the base model is asked for as the reference, and the LoRA's initialisation has changed it.
+        ValueError: the base model shall be the reference, but the initialisation of the LoRA has changed its weights.
     """
 
     def __init__(
@@ -76,8 +75,8 @@ class AdapterTrainer(Trainer):
     # ---- the beginning of a run ----
 
     def begin_run(self, checkpoint: str | None = None) -> None:
-        """Keep what stays as it is while a run lasts. A run that goes on from a checkpoint has its reference there."""
-        self._frozen = self._fingerprint_frozen()
+        """Keep what must not change during the run. A resumed run finds its reference policy in the checkpoint."""
+        self._frozen = self._sums_of_frozen()
         weights = adapter_weights(self.model, self.policy.adapter)
         silent = changes_nothing(weights)
         self.reference: dict[str, Tensor] | None = None  # None: the model without its adapter
@@ -89,12 +88,12 @@ class AdapterTrainer(Trainer):
         self.has_dropout = has_dropout(self.model)
 
     def begin_run_if_needed(self) -> None:
-        """For steps that are taken one by one, without `train`."""
+        """Begin a run when a step is taken without `train`."""
         if self._frozen is None:
             self.begin_run()
 
-    def _fingerprint_frozen(self) -> dict[str, float]:
-        """A number for each frozen weight, which changes with it: nothing but the LoRA may learn."""
+    def _sums_of_frozen(self) -> dict[str, float]:
+        """The sum of absolute values of each frozen weight. It changes when the weight does."""
         names = self._frozen or [name for name, p in self.model.named_parameters() if not p.requires_grad]
         weights = dict(self.model.named_parameters())
         with torch.no_grad():
@@ -129,12 +128,12 @@ class AdapterTrainer(Trainer):
     # ---- a run that is finished ----
 
     def is_finished(self, folder: str | Path) -> bool:
-        """Whether a run that left this checkpoint, or these final files, has no step left to do: see `files.py`."""
+        """Whether the run that left this checkpoint, or these final files, has no step left to do."""
         num_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
         return is_finished(folder, num_steps, self.args.early_stopping_patience)
 
     def stay_finished(self, folder: str | Path) -> TrainOutput:
-        """What resuming a finished run comes to, when its weights are loaded: its state, and no step more."""
+        """Take over the state of a finished run, whose weights are loaded already. No step is taken."""
         self.state = TrainerState.load_from_json(str(Path(folder) / STATE_FILE))
         self.state.is_world_process_zero = self.is_world_process_zero()
         self.state.is_local_process_zero = self.is_local_process_zero()
@@ -146,7 +145,7 @@ class AdapterTrainer(Trainer):
             logger.warning("%s. Nothing is trained; more steps or epochs would go on from there.", done)
         return TrainOutput(self.state.global_step, math.nan, {})
 
-    # ---- what other people's code makes of settings ----
+    # ---- errors of other libraries, as errors of a setting ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         with blamed_on("optim", self.args.optim.value):
@@ -178,7 +177,7 @@ class AdapterTrainer(Trainer):
         return self._step_inputs if any(batch is inputs for batch in self._step_inputs) else [inputs]
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss to the parameters'."""
+        """Compute the gradient of a loss and add it to the gradients of the parameters."""
         self.accelerator.backward(loss)
 
     def sum_gradients(self) -> None:
@@ -190,7 +189,7 @@ class AdapterTrainer(Trainer):
             together.sum_gradients(self.model.parameters())
 
     def optimizer_step(self) -> None:
-        """Clip the gradient, step, and forget the gradient: as `transformers.Trainer` does after a batch."""
+        """Clip the gradient, step, and drop the gradient, as `transformers.Trainer` does after a batch."""
         norm = self._clip_grad_norm(self.model) if self.args.max_grad_norm > 0 else None
         self._get_grad_norm(self.model, norm)
         self.optimizer.step()
@@ -198,10 +197,10 @@ class AdapterTrainer(Trainer):
         self.model.zero_grad()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:
-        """The gradient's norm, before clipping; looked at before the optimizer may step.
+        """The norm of the gradient before clipping. It is checked before the optimizer steps.
 
         Raises:
-            FloatingPointError: it is not finite.
+            FloatingPointError: the norm is not finite.
         """
         norm = super()._get_grad_norm(model, grad_norm)
         if device.planner() is None:
@@ -214,7 +213,7 @@ class AdapterTrainer(Trainer):
             getattr(self.optimizer, mode)()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # the estimate of Transformers knows nothing of rollouts
+        return 0  # the estimate that Transformers makes leaves rollouts out
 
     # ---- metrics ----
 
@@ -235,10 +234,10 @@ class AdapterTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter in PEFT's layout, and the tokenizer. The weights stay on the device.
 
-        All hosts of a mesh gather what the first writes, here and below.
+        All hosts of a mesh take part in copying the weights to the CPU, though only the first host writes files.
         """
         frozen = self._frozen
-        assert frozen is None or self._fingerprint_frozen() == frozen, "frozen weights changed: only the LoRA may learn"
+        assert frozen is None or self._sums_of_frozen() == frozen, "frozen weights changed: only the LoRA may learn"
         self.put_optimizer("eval")
         weights = adapter_weights(self.model, self.policy.adapter)
         if self.policy.has_new_embeddings:
@@ -259,7 +258,9 @@ class AdapterTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         states = enumerate(self.optimizer.state_dict()["state"].values())
         moments = {f"{name} of optimizer state {i}": v for i, state in states for name, v in state.items()}
-        moments = {name: v.cpu() for name, v in moments.items() if isinstance(v, Tensor)}  # on XLA to compile nothing
+        moments = {
+            name: v.cpu() for name, v in moments.items() if isinstance(v, Tensor)
+        }  # on the CPU nothing is compiled
         check_finite(moments, f"step {self.state.global_step}")
         with together.folder_to_write(output_dir) as folder:
             super()._save_optimizer_and_scheduler(folder)
@@ -269,7 +270,7 @@ class AdapterTrainer(Trainer):
             super()._save_rng_state(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        together.check_same(lambda: {f"files in {resume_from_checkpoint}": fingerprint(resume_from_checkpoint)})
+        together.check_same(lambda: {f"files in {resume_from_checkpoint}": digest_of_files(resume_from_checkpoint)})
         check_same_scale(self.model.peft_config[self.policy.adapter], resume_from_checkpoint)
         learning = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is whole, which is the newest, and whether it is the run's last."""
+"""Finds the newest whole checkpoint of a run, and tells whether a run is finished."""
 
 import hashlib
 import json
@@ -8,12 +8,12 @@ from pathlib import Path
 from peft import LoraConfig, PeftConfig
 
 STATE_FILE = "trainer_state.json"
-# What a run writes last, the state after the others.
+# The files that a run writes after its last step. It writes the state after the others.
 FINAL_FILES = ("adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json", STATE_FILE)
 
 
 def is_whole(folder: Path) -> bool:
-    """True when a checkpoint was written to its end: the trainer's state, written last, can be read."""
+    """True when a checkpoint was written to its end: the trainer's state, which is written last, can be read."""
     needed = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
     if not all((folder / name).is_file() for name in needed):
         return False
@@ -40,11 +40,11 @@ def has_final_files(output_dir: str | Path) -> bool:
 
 
 def is_finished(folder: str | Path, num_steps: int, patience: int | None = None) -> bool:
-    """Whether a run that left this checkpoint, or these final files, has no step left to do.
+    """Whether the run that left this checkpoint, or these final files, has no step left to do.
 
     Args:
-        num_steps: that the run has.
-        patience: `early_stopping_patience`: after so many evaluations without a better one it stops before.
+        num_steps: how many steps the run has.
+        patience: `early_stopping_patience`, the number of evaluations without improvement after which a run stops.
     """
     state = json.loads((Path(folder) / STATE_FILE).read_text())
     stopping = state["stateful_callbacks"].get("EarlyStoppingCallback", [])  # a list where there are several
@@ -54,10 +54,10 @@ def is_finished(folder: str | Path, num_steps: int, patience: int | None = None)
 
 
 def check_same_scale(adapter: LoraConfig, folder: str | Path) -> None:
-    """See that the weights of a checkpoint's LoRA mean the same in a model with this one.
+    """See that the weights of a checkpoint's LoRA mean the same in a model with this LoRA.
 
     Raises:
-        ValueError: they would be scaled otherwise.
+        ValueError: they would be scaled by another factor.
     """
     if not (Path(folder) / "adapter_config.json").is_file():
         return
@@ -68,8 +68,8 @@ def check_same_scale(adapter: LoraConfig, folder: str | Path) -> None:
             raise ValueError(f"{name}={given!r}: the LoRA in {folder} has {there!r}; give that")
 
 
-def fingerprint(folder: str | Path) -> str:
-    """A word that changes with the files of a checkpoint; "none" where there are none."""
+def digest_of_files(folder: str | Path) -> str:
+    """A word that changes with the files in a checkpoint's folder, or "none" where there are no files."""
     files = [path for path in sorted(Path(folder).glob("*")) if path.is_file()]
     total = hashlib.sha256()
     for path in files:

@@ -1,4 +1,4 @@
-"""Callbacks of every run: a resumed one follows its own settings rather than those in its checkpoint."""
+"""Callbacks that every run has. They make a resumed run follow its own settings, not those in its checkpoint."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from ..runtime import device
 
 
 class EndGraphWithOptimizer(TrainerCallback):
-    """Cuts XLA's graph after the optimizer's step, so that it is the same one whatever follows. Elsewhere no effect."""
+    """Ends XLA's graph after the optimizer's step, so that the graph does not depend on what follows."""
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -18,8 +18,10 @@ class EndGraphWithOptimizer(TrainerCallback):
 
 
 class OwnIntervals(TrainerCallback):
-    """Lets a resumed run log, evaluate and save as often as it is told; the state of a checkpoint has the earlier
-    run's intervals, which `transformers.Trainer` would keep."""
+    """Lets a resumed run log, evaluate and save as often as its own settings say.
+
+    A checkpoint's state holds the intervals of the earlier run, and `transformers.Trainer` would keep those.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -28,9 +30,9 @@ class OwnIntervals(TrainerCallback):
 
 
 class EarlyStoppingCallback(transformers.EarlyStoppingCallback):
-    """That of Transformers, with the patience that a resumed run is told, and a final state that says that it stopped.
+    """The callback of Transformers; but a resumed run may change the patience, and the final state has the count.
 
-    It keeps the name, under which checkpoints hold its state.
+    The class keeps its name, since checkpoints hold its state under this name.
     """
 
     def on_train_begin(

@@ -1,4 +1,4 @@
-"""What a run does at the side: a line of progress now and then, metrics.jsonl, a checkpoint before it is taken away."""
+"""Callbacks of a job: progress on the terminal, metrics.jsonl, and a checkpoint when the machine is taken away."""
 
 import json
 import signal
@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 METRICS_FILE = "metrics.jsonl"
-# (key in the logs, how it is shown)
+# The columns of a progress line: the key in the logs, and how its value is shown.
 PROGRESS_COLUMNS = (
     ("loss", "loss {:.4f}"),
     ("reward", "reward {:.3f}"),
@@ -22,8 +22,10 @@ PROGRESS_COLUMNS = (
 
 
 class BeforeTraining(TrainerCallback):
-    """Calls a function when all is ready to train: model, data, optimizer and schedule are there, and the checkpoint is
-    loaded. So what fails while these are made fails before it."""
+    """Calls a function when model, data, optimizer and schedule are made and the checkpoint is loaded.
+
+    Whatever fails while these are made fails before the function is called.
+    """
 
     def __init__(self, function: Callable[[], None]) -> None:
         self.function = function
@@ -35,10 +37,11 @@ class BeforeTraining(TrainerCallback):
 
 
 class SaveOnSigterm(TrainerCallback):
-    """On SIGTERM, which a machine gets before it is taken away: finish the step, save a checkpoint, stop training.
+    """On SIGTERM, finishes the step, saves a checkpoint and stops training. A machine gets it before it is taken away.
 
     Args:
-        anyone: whether any process of the run has been told, from whether this one has: all must stop at one step.
+        anyone: takes whether this process got the signal, and returns whether any process of the run did. All of them
+            must stop at the same step.
     """
 
     def __init__(self, anyone: Callable[[bool], bool]) -> None:
@@ -63,9 +66,9 @@ class SaveOnSigterm(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log to `output_dir/metrics.jsonl`, one object a line, with its `step`.
+    """Appends every log to `output_dir/metrics.jsonl`, as one JSON object a line with its `step`.
 
-    A resumed run first drops the lines that lie beyond its checkpoint, so the file reads as if nothing had happened.
+    A resumed run first drops the lines of steps after its checkpoint, so the file reads as if the run had not stopped.
     """
 
     def on_train_begin(
@@ -95,7 +98,7 @@ class MetricsFile(TrainerCallback):
 
 
 class ConsoleProgress(TrainerCallback):
-    """A progress bar, and about twenty lines a run with the mean of what happened since the line before."""
+    """Shows a progress bar, and about twenty lines a run with the means of the steps since the line before."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None

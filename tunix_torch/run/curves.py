@@ -1,4 +1,4 @@
-"""A run's metrics as rows, and drawn as curves."""
+"""Reads the metrics of a run, and draws them as curves."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,6 @@ from .callbacks import METRICS_FILE
 CURVES_FILE = "training_curves.png"
 
 
-# ---- metrics ----
-
-
 def load_metrics(output_dir: str | Path) -> list[dict[str, float]]:
     """The rows of a run's metrics.jsonl."""
     path = Path(output_dir) / METRICS_FILE
@@ -18,7 +15,7 @@ def load_metrics(output_dir: str | Path) -> list[dict[str, float]]:
 
 
 def plot_training_curves(output_dir: str | Path) -> Path:
-    """Draw loss, reward, KL, completion length and evaluation accuracy of a run; writes CURVES_FILE."""
+    """Draw accuracy, reward, loss, KL, entropy and completion length of a run into CURVES_FILE. Returns the file."""
     import matplotlib
 
     matplotlib.use("Agg")

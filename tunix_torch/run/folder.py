@@ -1,4 +1,4 @@
-"""A run's folder: its settings, checkpoints, metrics and curves, and what an earlier run left there."""
+"""Finds what a run left in its folder: checkpoints, files to set aside, the newest adapter, its instruction."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from ..model import tiny
 from ..model.loading import base_model_name, resolve_model_name
 from .curves import CURVES_FILE
 
-# What a run writes into its output_dir, besides checkpoint-N.
+# The files and folders that a run writes into its output_dir, besides checkpoint-N.
 RUN_FILES = (
     "README.md",
     "adapter_config.json",
@@ -31,9 +31,6 @@ RUN_FILES = (
 )
 
 
-# ---- the folder ----
-
-
 def get_latest_checkpoint(output_dir: str | Path) -> str | None:
     """The newest whole checkpoint in a run's folder, or None."""
     checkpoint = newest_checkpoint(output_dir)
@@ -41,17 +38,19 @@ def get_latest_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def names_folder(resume_from_checkpoint: str | None) -> bool:
-    """Whether `--resume_from_checkpoint` names a folder, rather than asks for the newest checkpoint."""
+    """Whether the setting names a folder, and does not ask for the newest checkpoint or for none."""
     return str(resume_from_checkpoint).lower() not in ("auto", "latest", "true", "false", "none")
 
 
 def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) -> str | None:
-    """The checkpoint folder that `--resume_from_checkpoint` means: a folder, "latest" / "true", or "auto".
+    """The checkpoint folder that `--resume_from_checkpoint` asks for, or None for a new run.
 
-    "auto" is "latest" where there is a whole checkpoint, and None, a new run, where there is none.
+    Args:
+        resume_from_checkpoint: a folder; "latest" or "true" for the newest whole checkpoint in `output_dir`; "auto" for
+            that one if there is one and otherwise a new run; "false" or None for a new run.
 
     Raises:
-        ValueError: there is none, or it is not whole.
+        ValueError: "latest", and there is no whole checkpoint; or the folder is not a whole checkpoint.
     """
     if resume_from_checkpoint is None or str(resume_from_checkpoint).lower() == "false":
         return None
@@ -68,10 +67,10 @@ def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Pat
 
 
 def check_output_dir(output_dir: str | Path) -> None:
-    """See that a run may be written there; creates nothing.
+    """See that a run can be written into this folder. Nothing is created.
 
     Raises:
-        ValueError: it is a file, lies below one, may not be written, or holds a whole model, which is no run's.
+        ValueError: it is a file or lies below one, it may not be written, or it holds a whole model.
     """
     output_dir = Path(output_dir)
     there = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
@@ -84,9 +83,9 @@ def check_output_dir(output_dir: str | Path) -> None:
 
 
 def set_aside_previous_run(output_dir: str | Path) -> None:
-    """Move what an earlier run left in this folder to `previous/TIME/` inside it: nothing is overwritten.
+    """Move the files that an earlier run left in this folder to `previous/TIME/` inside it. Nothing is overwritten.
 
-    Files that are not a run's stay where they are.
+    Files that no run writes stay where they are.
     """
     output_dir = Path(output_dir)
     left = [output_dir / name for name in RUN_FILES if (output_dir / name).exists()]
@@ -101,14 +100,14 @@ def set_aside_previous_run(output_dir: str | Path) -> None:
 
 
 def newest_run(outputs: str | Path = "./outputs") -> str | None:
-    """The folder up to three levels under `outputs`, or itself, whose final adapter is the newest, or None."""
+    """The folder with the newest final adapter: `outputs`, or one up to three levels below. None: there is none."""
     folders = [path.parent for depth in range(4) for path in Path(outputs).glob("*/" * depth + "adapter_config.json")]
     finished = [f for f in folders if "previous" not in f.parts and not f.name.startswith("checkpoint-")]
     return str(max(finished, key=lambda folder: (folder / "adapter_config.json").stat().st_mtime)) if finished else None
 
 
 def find_system_message(model_path: str) -> str:
-    """The instruction that the model was trained with: that of the run's config.json; none for the tiny model."""
+    """The instruction that a model was trained with: that of its run's config.json, else that of its base model."""
     for folder in (Path(model_path), Path(model_path).parent):
         if (folder / "config.json").is_file():
             message = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("system_message")

@@ -1,4 +1,4 @@
-"""Log in to the services that `report_to` names, before anything of an earlier run is moved."""
+"""Logs in to the services that `report_to` names, before the files of an earlier run are moved."""
 
 import inspect
 
@@ -9,12 +9,12 @@ from ..config.services import blamed_on
 
 
 def log_in(trainer: Trainer) -> None:
-    """Set up the services that `report_to` names, where it may take an account and a network.
+    """Set up the services that `report_to` names and that may need an account and a network.
 
-    Those that only write files have nothing to set up.
+    Services that only write files have nothing to set up.
 
     Raises:
-        ValueError: one can't be reached.
+        ValueError: a service can't be reached.
     """
     for name in trainer.args.report_to:
         for callback in trainer.callback_handler.callbacks:

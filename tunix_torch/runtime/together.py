@@ -1,11 +1,12 @@
-"""What the processes of one run must agree on. In a process by itself nothing here has an effect.
+"""Collectives over DDP processes and over the hosts of a mesh. In a process that is alone, each does nothing.
 
-Those of several GPUs: `accelerate launch` starts them, and `GRPOConfig` joins them (`torch.distributed`). Each has
-prompts of its own; together they are the batch of one process with as many prompts.
+There are two ways in which several processes train together:
 
-Those of a mesh over several hosts, one a host: torch-xla splits the work, if all run the same graphs in the same order.
-So each has the whole batch, of which it uploads what its own chips need, and takes every decision alike: what a clock,
-a reward function or a signal decides, the first host tells the others. See "hosts" below.
+- DDP processes, one for each GPU. `accelerate launch` starts them and `GRPOConfig` joins them. Each process has prompts
+  of its own, and all prompts together are the batch that one process would have.
+- Hosts of a mesh, with one process on each. torch-xla splits the work between them as long as all hosts run the same
+  graphs in the same order. So every host has the whole batch, and uploads the part that its own chips need. All hosts
+  must decide alike: what a clock, a reward function or a signal decides, the first host decides and tells the others.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ def count() -> int:
 
 
 def index() -> int:
-    """Which of them this one is."""
+    """The number of this process among those with prompts of their own, from 0."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
@@ -40,17 +41,17 @@ def is_first() -> bool:
 
 
 def wait() -> None:
-    """Wait until all processes and hosts are here."""
+    """Wait until every process and every host has called this."""
     _everyone(None)
 
 
 def anyone(told: bool) -> bool:
-    """Whether any process or host says so; the same on all of them."""
+    """Whether any process or host says so. All of them get the same answer."""
     return any(_everyone(told))
 
 
 def gather(value: Any) -> list[Any]:
-    """The value of every process, in their order: anything that can be pickled; tensors on the host."""
+    """The value of every process, in the order of their numbers. It must be picklable, with tensors on the CPU."""
     if count() == 1:
         return [value]
     values: list[Any] = [None] * count()
@@ -59,35 +60,30 @@ def gather(value: Any) -> list[Any]:
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
-    """A tensor on the host with the rows of every process: (R, ...) of each -> (sum of R, ...)."""
+    """A CPU tensor with the rows of every process: (R, ...) of each -> (sum of R, ...)."""
     return torch.cat(gather(tensor))
 
 
-def own_rows(tensor: Tensor) -> Tensor:
-    """This process's part of rows that `gather_rows` joined, where all have as many: (count * R, ...) -> (R, ...)."""
-    return tensor.tensor_split(count())[index()]
-
-
 def own_share(num_rows: int) -> tuple[int, int]:
-    """Of rows that are numbered through, as many for each process: the number of this one's first row, and of all."""
+    """Where each process has `num_rows` rows: the number of this process's first row, and how many rows there are."""
     return num_rows * index(), num_rows * count()
 
 
 def own_part(num_rows: int) -> slice:
-    """Which of so many rows that all processes have are this one's to work on: as many for each as can be."""
+    """Which of `num_rows` rows, which all processes hold, this process works on. Shares are as equal as they can be."""
     each = -(-num_rows // count())
     return slice(index() * each, (index() + 1) * each)
 
 
 def sum_numbers(numbers: dict[str, float]) -> dict[str, float]:
-    """Each number, summed over the processes; the same on all of them, to the last bit."""
+    """Each number, summed over the processes. The sums are the same on all of them, to the last bit."""
     everyone = gather(numbers)
     return {name: sum(theirs[name] for theirs in everyone) for name in numbers}
 
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by its sum over the processes, in one exchange."""
+    """Replace each gradient by its sum over the processes. All gradients travel in one exchange."""
     if count() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -98,10 +94,10 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def keep_frozen_out_of_ddp(model: nn.Module) -> None:
-    """Let DDP copy only what is trained from process 0 to the others when it wraps the model.
+    """Keep DDP from copying frozen weights and buffers from process 0 to the others when it wraps the model.
 
-    It copies buffers by their place, and Gemma 3 registers those of its two rotary embeddings in the order of a set,
-    which differs between processes: the others would compute with the frequencies swapped.
+    DDP copies buffers in the order in which a model registers them. Gemma 3 registers the buffers of its two rotary
+    embeddings in the order of a set, which differs between processes: the others would swap the two frequencies.
     """
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     buffers = [name for name, _ in model.named_buffers()]
@@ -120,7 +116,12 @@ _hosts: torch.distributed.ProcessGroupGloo | None = None
 
 
 def join_hosts(host: int, num_hosts: int, address: str) -> None:
-    """Join the hosts of a mesh, the first of which has this address; waits for all. On one host nothing happens."""
+    """Join the hosts of a mesh and wait until all are there. On one host nothing happens.
+
+    Args:
+        host: the number of this host, from 0.
+        address: where the first host is reached.
+    """
     global _host, _num_hosts, _hosts
     if num_hosts > 1 and _hosts is None:
         port, patience = int(os.environ.get("MASTER_PORT", PORT)), timedelta(seconds=PATIENCE)
@@ -130,12 +131,12 @@ def join_hosts(host: int, num_hosts: int, address: str) -> None:
 
 
 def num_hosts() -> int:
-    """Over how many hosts the mesh lies."""
+    """How many hosts the mesh lies on."""
     return _num_hosts
 
 
 def _everyone(value: Any) -> list[Any]:
-    """The value of every process or host, in their order: what JSON can hold.
+    """The value of every process or host, in the order of their numbers. JSON must be able to hold it.
 
     Raises:
         ValueError: another host has ended, or says nothing for too long.
@@ -152,16 +153,16 @@ def _everyone(value: Any) -> list[Any]:
 
 
 def _of_each_host(tensor: Tensor) -> list[Tensor]:
-    """A tensor of every host, all of one shape, in their order."""
+    """The tensor of every host, in the order of their numbers. All must have one shape."""
     tensors = [torch.empty_like(tensor) for _ in range(_num_hosts)]
     _hosts.allgather([tensors], [tensor]).wait()
     return tensors
 
 
 def decided_by_first(decide: Callable[[], Any]) -> Any:
-    """What `decide()` returns on the first host, which alone calls it: what JSON can hold. On one host: `decide()`.
+    """What `decide()` returns on the first host, which is the only one that calls it. JSON must be able to hold it.
 
-    What it raises there is raised on the first host, and as a ValueError on the others.
+    An exception of `decide` is raised on the first host as it is, and on the others as a ValueError.
     """
     if _hosts is None:
         return decide()
@@ -169,7 +170,7 @@ def decided_by_first(decide: Callable[[], Any]) -> Any:
     if _host == 0:
         try:
             value = decide()
-        except Exception as error:  # the others must not wait for what never comes
+        except Exception as error:  # told to the others first, which would wait for an answer otherwise
             problem = error
     value, message = _everyone((value, None if problem is None else str(problem)))[0]
     if problem is not None:
@@ -180,10 +181,10 @@ def decided_by_first(decide: Callable[[], Any]) -> Any:
 
 
 def check_same(facts: Callable[[], dict[str, Any]]) -> None:
-    """All hosts must have the same facts. On one host `facts` is not called.
+    """See that all hosts have the same facts. On one host `facts` is not called.
 
     Raises:
-        ValueError: on every host, when one has another value; names the fact and the host.
+        ValueError: raised on every host when two hosts differ. The message names the fact and the host.
     """
     if _hosts is None:
         return
@@ -198,7 +199,7 @@ def check_same(facts: Callable[[], dict[str, Any]]) -> None:
 
 
 def surroundings() -> dict[str, Any]:
-    """What decides how graphs are traced, besides the settings: for `check_same`."""
+    """Facts for `check_same` that decide how graphs are traced, besides the settings: versions and the code."""
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
         code.update(path.read_bytes())
@@ -208,7 +209,7 @@ def surroundings() -> dict[str, Any]:
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """A word that changes with the tensors; of large ones with some of their numbers. For `check_same`."""
+    """A word for `check_same` that changes with the tensors. Of large tensors only some of the numbers are read."""
     total = hashlib.sha256()
     for tensor in tensors:
         some = tensor.detach().cpu().flatten()[:: 1 + tensor.numel() // 2**16]
@@ -218,7 +219,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 @contextlib.contextmanager
 def folder_to_write(folder: str) -> Iterator[str]:
-    """This folder on the first host; on others one that is thrown away, for what must run on all and writes."""
+    """Where code that must run on all hosts writes: into this folder on the first, elsewhere into a temporary one."""
     if _host == 0:
         yield folder
     else:

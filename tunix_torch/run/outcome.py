@@ -1,0 +1,56 @@
+"""What follows the last step of a job: an evaluation, the adapter, curves, and a comparison of before and after."""
+
+from ..data.rows import answer_text, question_of
+from ..runtime import together
+from ..trainer import TunixTrainer
+from .curves import plot_training_curves
+
+NUM_SHOWN = 3  # answers that are printed, each before and after training
+
+
+def write_final_files(trainer: TunixTrainer) -> None:
+    """Evaluate once more where the last step has not been evaluated, then write adapter, state and curves."""
+    args, state = trainer.args, trainer.state
+    best = state.best_global_step if args.load_best_model_at_end else None
+    if best is not None and together.is_first():
+        name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+        print(f"The best model, with {name} {state.best_metric:.4g}, is that of step {best}")
+    last = evaluations(trainer)[-1]["step"]
+    if trainer.eval_dataset is not None and (last != state.global_step or best not in (None, last)):
+        trainer.evaluate()  # the last step was not one of eval_steps, or the best model is an earlier one
+    trainer.save_model()
+    trainer.save_state()
+    if together.is_first():
+        plot_training_curves(args.output_dir)
+        if trainer.eval_dataset is not None:
+            print_comparison(trainer)
+
+
+def evaluations(trainer: TunixTrainer) -> list[dict[str, float]]:
+    """The logged evaluations, oldest first. Where there was none, one entry that only has a step, -1."""
+    return [row for row in trainer.state.log_history if "eval_runtime" in row] or [{"step": -1}]
+
+
+def print_comparison(trainer: TunixTrainer) -> None:
+    """Accuracy before and after, and a few answers of each; the loss where nothing is judged."""
+    rows = evaluations(trainer)
+    names = [name for name in rows[0] if name == "eval_accuracy" or name.startswith("eval_mean@")]
+    print(f"\n{'on held-out questions':<24}{'before':>10}{'after':>10}")
+    for name in names:
+        label = "greedy pass@1" if name == "eval_accuracy" else f"{name.removeprefix('eval_')} (sampled)"
+        print(f"{label:<24}{rows[0][name]:>10.1%}{rows[-1][name]:>10.1%}")
+    if trainer.judge is None:
+        print(f"{'loss':<24}{rows[0]['eval_loss']:>10.4f}{rows[-1]['eval_loss']:>10.4f}")
+        return
+    first, last = trainer.first_answers, trainer.last_answers
+    if last is None:  # a finished run that is resumed was evaluated by another process
+        return
+    changed = [i for i in range(len(last.right)) if first.right[i] != last.right[i]]
+    for i in (changed or list(range(len(last.right))))[:NUM_SHOWN]:
+        print(f"\n{question_of(trainer.eval_dataset[i])}  (answer: {answer_text(trainer.eval_dataset[i])})")
+        for label, answers in (("before", first), ("after", last)):
+            if label == "before" and first is last:
+                continue  # a resumed run has not seen what was answered before
+            verdict = "right" if answers.right[i][0] else "wrong"
+            text = answers.completions[i][0].replace("\n", " \u23ce ")
+            print(f"  {label:<7}{verdict:<7}{text}")

@@ -1,0 +1,119 @@
+"""Makes the trainer of a job: model, tokenizer, data and reward functions by their names, and settings in force."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from .. import rewards
+from ..config.data import DataConfig
+from ..config.grpo import GRPOConfig
+from ..config.model import ModelConfig
+from ..config.saved import settings_of
+from ..config.settings import require
+from ..data.rows import Row, has_column
+from ..data.shapes import completion_of
+from ..data.sources import load_data
+from ..model.loading import base_model_name, load_model, load_tokenizer, lora_config, torch_dtype
+from ..rewarding.scoring import RewardFunc, name_of, require_columns
+from ..runtime import together
+from ..trainer import TunixTrainer
+from .callbacks import ConsoleProgress, MetricsFile
+
+logger = logging.getLogger(__name__)
+
+
+def choose_rewards(config: DataConfig, args: GRPOConfig) -> list[RewardFunc]:
+    """The reward functions that a configuration names. Sets `args.reward_weights` to a preset's, unless it is given.
+
+    Raises:
+        ValueError: an unknown name, or not one weight for each function.
+    """
+    if config.reward_preset is None:
+        functions = [rewards.find_reward(name) for name in config.reward_funcs or [config.right_answers, "format"]]
+    else:
+        functions, weights = map(list, zip(*rewards.get_preset(config.reward_preset), strict=True))
+        args.reward_weights = args.reward_weights or weights
+    weights = args.reward_weights
+    twice = {name for name, count in Counter(map(name_of, functions)).items() if count > 1}
+    require(not twice, "reward_funcs", config.reward_funcs, f"{', '.join(twice)} is there twice")
+    right = f"{len(functions)} reward functions need as many weights"
+    require(weights is None or len(weights) == len(functions), "reward_weights", weights, right)
+    return functions
+
+
+def build_trainer(
+    model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig, callbacks: Sequence[TrainerCallback] = ()
+) -> TunixTrainer:
+    """Load model, tokenizer, data and rewards, and put them together.
+
+    Raises:
+        ValueError: any of them can't be had.
+    """
+    reward_funcs = choose_rewards(data_config, args)
+    judge = rewards.find_reward(data_config.judge_in_force)
+
+    def check_first(row: Row) -> None:
+        """Of a stream more is not known now."""
+        if args.use_grpo:
+            require_columns(reward_funcs, [row])
+        else:
+            completion_of(row)
+
+    train_rows, eval_rows = load_data(data_config, args.seed, check_first)
+    if args.use_grpo and isinstance(train_rows, list):  # before a large model is loaded
+        require_columns(reward_funcs, train_rows)
+    unanswered = bool(eval_rows) and not any(has_column(row, "answer") for row in eval_rows)
+    if unanswered and not args.use_grpo and data_config.judge is None:
+        reward_funcs, judge, args.reward_weights = [], None, None  # of completions that are learned the loss is enough
+    elif eval_rows:
+        require_columns([judge], eval_rows, "judge")
+    tokenizer = load_tokenizer(model_config.model_name)
+    for name, value in (
+        ("early_stopping_patience", args.early_stopping_patience),
+        ("load_best_model_at_end", args.load_best_model_at_end),
+        ("save_strategy", args.save_strategy == "best" and "best"),
+        ("lr_scheduler_type", args.follows_metric and args.lr_scheduler_type.value),
+    ):
+        right = "evaluations decide this, and there are no evaluation rows: give val_data_path or train_fraction"
+        require(bool(eval_rows) or not value, name, value, right)
+    if not eval_rows and args.eval_strategy != "no":
+        logger.warning("There are no evaluation rows (val_data_path, train_fraction), so nothing is evaluated.")
+        args.eval_strategy = "no"
+    model = load_model(model_config.model_name, torch_dtype(model_config.model_dtype))
+    has_adapter = isinstance(model, PeftModel)
+    if has_adapter and together.is_first():
+        lora = f"rank {model_config.lora_rank}, alpha {model_config.lora_alpha:g}"
+        further = "" if args.reference == "base" else "; it is the reference policy, as it is now"
+        print(f"{model_config.model_name}: an adapter ({lora}), trained further{further}")
+    trainer = TunixTrainer(
+        model,
+        reward_funcs,
+        args,
+        train_rows,
+        eval_rows or None,
+        processing_class=tokenizer,
+        peft_config=None if has_adapter else lora_config(model_config),
+        callbacks=[MetricsFile(), ConsoleProgress(), *callbacks],
+        judge=judge,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def settings_in_force(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig) -> dict[str, Any]:
+    """What a run's config.json holds. Fills in what an adapter that is trained further and a preset decide.
+
+    Raises:
+        ValueError: an unknown reward, or a LoRA that is not that of the adapter.
+    """
+    name = model_config.model_name
+    if base_model_name(name) != name:
+        adapter = LoraConfig.from_pretrained(name)
+        model_config.take_from_adapter(adapter.r, adapter.lora_alpha, adapter.lora_dropout)
+    choose_rewards(data_config, args)
+    return settings_of(model_config, data_config, args)
