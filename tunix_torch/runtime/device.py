@@ -1,7 +1,7 @@
-"""The device that this process computes on, and what differs between XLA, CUDA and CPU as facts and verbs.
+"""The device that this process computes on. What differs between XLA, CUDA and the CPU is a fact or a verb here.
 
-The device is that of `TUNIX_DEVICE` (commands set it from `--device`), else a TPU that is really there, else CUDA, else
-the CPU. A process keeps its choice for life.
+`TUNIX_DEVICE` chooses the device (commands set it from `--device`). Without it, a TPU that is really there is taken,
+else CUDA, else the CPU. A process keeps its device for life.
 """
 
 import contextlib
@@ -38,9 +38,9 @@ if KIND == "xla":
 
 
 def keep_compilations(folder: str) -> None:
-    """Keep compiled graphs in a folder, so that the next process need not compile them. On a TPU; before any graph.
+    """Keep graphs that are compiled for a TPU in a folder, so that the next process need not compile them again.
 
-    XLA:CPU can write such files but not read them, so there nothing is kept.
+    Must be called before the first graph. XLA:CPU can write such files but not read them, so it keeps nothing.
     """
     if is_tpu():
         xla_runtime.initialize_cache(folder)
@@ -52,7 +52,7 @@ def torch_device() -> torch.device:
 
 
 def is_tpu() -> bool:
-    """True on a real TPU, and where a job is planned for one; False on XLA:CPU, which runs the same graphs."""
+    """True on a real TPU and in a process that plans a job for one. XLA:CPU runs the same graphs, but is none."""
     return KIND == "xla" and (_planned_for_tpu or os.environ["PJRT_DEVICE"] == "TPU")
 
 
@@ -60,14 +60,14 @@ _planned_for_tpu = False
 
 
 def plan_for_tpu() -> None:
-    """From now on settings are chosen as on a TPU, for a process that traces graphs without running them."""
+    """Choose all settings as on a TPU from now on. A process that only traces graphs calls this."""
     global _planned_for_tpu
     assert KIND == "xla", KIND
     _planned_for_tpu = True
 
 
 def is_accelerator() -> bool:
-    """True on a real TPU and on CUDA; False where the host's processor computes, through XLA or not."""
+    """True on a real TPU and on CUDA. False where the CPU computes, be it through XLA or not."""
     return KIND == "cuda" or is_tpu()
 
 
@@ -79,7 +79,7 @@ if "TUNIX_COMPILE_CACHE" in os.environ:
 
 
 def static_shapes() -> bool:
-    """Whether batches and learning passes keep the widths of the configuration, as each new shape would be compiled."""
+    """Whether batches and learning passes keep the widths of the configuration, since each new shape is compiled."""
     return KIND == "xla"
 
 
@@ -92,14 +92,14 @@ def step_kind() -> str:
 
 
 def upload(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
-    """Copy a tensor from the CPU's memory to a device, without waiting for what that device has still to do."""
+    """Copy a tensor from the CPU's memory to a device, without waiting for the work that the device has left."""
     if place.type != "cuda":
         return tensor.to(place)
-    return tensor.pin_memory().to(place, non_blocking=True)  # from memory that is not pinned, the copy would wait
+    return tensor.pin_memory().to(place, non_blocking=True)  # a copy from memory that is not pinned waits
 
 
 def sync() -> None:
-    """Cut the lazily traced XLA graph here and start running it. Does nothing on CUDA and CPU."""
+    """End the graph that XLA has traced so far, and start running it. On CUDA and the CPU nothing happens."""
     if _planner is not None:
         _planner.graph_ends()
     elif KIND == "xla":
@@ -107,7 +107,7 @@ def sync() -> None:
 
 
 def wait() -> None:
-    """Wait until the device has done all that was started."""
+    """Wait until the device has finished all work that was started."""
     if KIND == "xla":
         xm.wait_device_ops()
     elif KIND == "cuda":
@@ -116,7 +116,7 @@ def wait() -> None:
 
 @contextlib.contextmanager
 def random_numbers_kept() -> Iterator[None]:
-    """What an XLA device draws within this context changes nothing of what it draws after. Elsewhere: no effect."""
+    """Within this context an XLA device may draw random numbers without changing those that it draws later."""
     state = xm.get_rng_state() if KIND == "xla" else None
     yield
     if KIND == "xla":
@@ -134,63 +134,63 @@ def optimization_barrier(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def start_trace(folder: "os.PathLike[str]") -> None:
-    """Record what an XLA device does, until `stop_trace`. Elsewhere PyTorch's own profiler sees it."""
+    """Profile what an XLA device does until `stop_trace`. PyTorch's own profiler sees the other devices."""
     if KIND == "xla":
         xla_profiler.start_trace(folder)
 
 
 def stop_trace() -> None:
-    """Write what was recorded to `folder/plugins/profile`, for TensorBoard."""
+    """Write the profile to `folder/plugins/profile`, for TensorBoard."""
     if KIND == "xla":
         xla_profiler.stop_trace()
 
 
 def recomputes_reentrantly() -> bool:
-    """Whether `recomputed` sends gradients through the function's arguments and results only, and takes no settings."""
+    """Whether `recomputed` takes no settings and sends gradients only through the function's arguments and results."""
     return KIND == "xla"
 
 
 def recomputed(function: Callable[..., Any], *args: Any, **settings: Any) -> Any:
-    """Run `function(*args)` without keeping its intermediate results: the backward pass computes them again.
+    """Run `function(*args)` without keeping its intermediate results. The backward pass computes them again.
 
-    `settings` are those of `torch.utils.checkpoint.checkpoint`; none on XLA.
+    Args:
+        settings: those of `torch.utils.checkpoint.checkpoint`. On XLA there must be none.
     """
-    if KIND == "xla":  # with optimisation barriers, or XLA would merge the second computation into the first
+    if KIND == "xla":  # with optimization barriers, since XLA would merge the second computation into the first
         assert not settings, settings
         return xla_checkpoint.checkpoint(function, *args, use_reentrant=True)
     return torch.utils.checkpoint.checkpoint(function, *args, **{"use_reentrant": False} | settings)
 
 
 def num_compilations() -> int:
-    """How many graphs XLA has compiled in this process so far; 0 on CUDA and CPU, where nothing is compiled."""
+    """How many graphs XLA has compiled in this process so far. On CUDA and the CPU it is 0."""
     if KIND != "xla":
         return 0
     return int(xla_metrics.counter_value("UncachedCompile") or 0)
 
 
 def counters() -> dict[str, int]:
-    """What a device counts that a run should log: on XLA `compilations`, which must not grow after the warm-up."""
+    """Numbers for a run's log: on XLA `compilations`, which must not grow after the warm-up. Elsewhere none."""
     return {"compilations": num_compilations()} if KIND == "xla" else {}
 
 
 def scalar(value: float) -> torch.Tensor:
-    """A number as a float32 tensor, (), on the device, whose value changes no graph.
+    """A number as a float32 tensor, (), on the device. The graphs that read it do not depend on its value.
 
-    It is made with shape (1,) and indexed, since torch-xla folds a tensor without dimensions that is 0 into a constant,
-    and would compile the graph again for it.
+    It is built with shape (1,) and indexed: torch-xla folds a 0-d zero into a constant and would recompile.
     """
     return torch.tensor([value], device=torch_device())[0]
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory so far: the device's on CUDA, else the resident set of this process."""
+    """The most memory that this process has used so far: on CUDA that of the device, else its resident set."""
     if KIND == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def memory_summary() -> str:
-    """Peak memory of this process so far, for people."""
+    """The peak memory of this process so far, as words."""
     return f"peak memory {peak_memory_bytes() / 2**30:.2f} GiB"
 
 
@@ -211,7 +211,7 @@ _planner: Planner | None = None
 
 
 def planner() -> Planner | None:
-    """The planner that has taken over; None where graphs are run."""
+    """The planner that takes over graphs; None where graphs are run."""
     return _planner
 
 

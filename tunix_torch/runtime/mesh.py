@@ -1,4 +1,4 @@
-"""The mesh of devices that this process computes on: made once, before any tensor exists. Without one, one device."""
+"""The mesh of devices that this process computes on. It is made once, before any tensor exists."""
 
 import math
 from collections.abc import Sequence
@@ -20,10 +20,13 @@ _mesh: "spmd.Mesh | None" = None
 
 
 def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
-    """Spread this process's tensors over a mesh of devices from now on: its sizes and the names of its axes.
+    """Spread this process's tensors over a mesh of devices from now on.
 
-    Must come before any tensor is on a device, and so before a `GRPOConfig` is made. None, or one device: nothing
-    changes. The devices are those of all hosts of a TPU slice, which must run the same program: see `together.py`.
+    This must come before any tensor is on a device, and so before a `GRPOConfig` is made. The devices are those of all
+    hosts of a TPU slice, which must all run the same program (see `together.py`).
+
+    Args:
+        mesh: the sizes of the mesh's axes, and their names. With None, or with one device, nothing changes.
 
     Raises:
         ValueError: there are not as many devices, the process is not on XLA, the device is in use already, or a mesh
@@ -54,10 +57,10 @@ def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
 
 
 def hosts() -> tuple[int, int, str]:
-    """Which host of the mesh this one is, how many there are, and the address of the first: Google Cloud's worker 0.
+    """The number of this host, how many hosts the mesh has, and the address of the first, Google Cloud's worker 0.
 
     Raises:
-        ValueError: they are not the workers of one slice.
+        ValueError: the hosts are not the workers of one slice.
     """
     count = 1 if _mesh is None else xla_runtime.process_count()
     if count == 1:
@@ -74,16 +77,18 @@ def has_mesh() -> bool:
 
 
 def axis_size(axis: str | None) -> int:
-    """Devices along an axis of the mesh; 1 where there is no such axis or no mesh."""
+    """How many devices lie along an axis of the mesh: 1 where there is no such axis or no mesh."""
     return 1 if _mesh is None or axis is None else _mesh.shape().get(axis, 1)
 
 
 def tokens_per_pass() -> int | None:
-    """Tokens that a learning pass is best made of, where nobody has said how many rows it has. None: as few rows as
-    keep every device busy, since on a TPU or a mesh memory is what is short."""
+    """How many tokens a learning pass should have where the user has not said how many rows it has.
+
+    None means as few rows as keep every device busy, since on a TPU or a mesh it is memory that is short.
+    """
     if KIND == "cuda":
         return 32_768  # not measured: enough to keep a GPU busy, by the sizes of its matrix products
-    return None if is_tpu() or has_mesh() else 4096  # a CPU is slower with less, and no faster with more
+    return None if is_tpu() or has_mesh() else 4096  # a CPU is slower with fewer, and no faster with more
 
 
 def _on_mesh(axes: Sequence[str | None]) -> tuple[str | None, ...]:
@@ -91,20 +96,20 @@ def _on_mesh(axes: Sequence[str | None]) -> tuple[str | None, ...]:
 
 
 def shard(tensor: torch.Tensor, axes: Sequence[str | None]) -> None:
-    """Lay each dimension of a tensor on an axis of the mesh; None, or an axis that the mesh lacks: not split."""
+    """Split each dimension of a tensor along an axis of the mesh; None, or an axis that the mesh lacks: not split."""
     if _mesh is not None:
         spmd.mark_sharding(tensor, _mesh, _on_mesh(axes))
 
 
 def shard_activation(tensor: torch.Tensor, axes: Sequence[str | None]) -> torch.Tensor:
-    """Lay an intermediate result on the mesh, and in the backward pass its gradient alike. Returns it."""
+    """Split an intermediate result over the mesh, and its gradient in the same way. Returns the result."""
     if _mesh is None:
         return tensor
     return spmd.xla_sharding.mark_sharding_with_gradients(tensor, _mesh, _on_mesh(axes))
 
 
 def describe() -> str:
-    """One line for people: which device, and how many of it."""
+    """One line of words about the device, and about how many there are."""
     if KIND == "xla":
         count = len(xm.get_xla_supported_devices())
         name = f"TPU through torch-xla, {count} device(s)" if is_tpu() else "XLA on the CPU (no TPU was found)"
@@ -116,12 +121,12 @@ def describe() -> str:
 
 
 def sharding_of(tensor: torch.Tensor) -> Any:
-    """How a tensor lies on the mesh, for `lay`; None: nothing has been said of it."""
+    """How a tensor lies on the mesh, as `lay` takes it; None where nothing has decided that."""
     return torch_xla._XLAC._get_xla_op_sharding(tensor) if torch_xla._XLAC._get_xla_sharding_spec(tensor) else None
 
 
 def lay(tensor: torch.Tensor, sharding: Any) -> None:
-    """Lay a tensor on the mesh as `sharding_of` said of another one; None: whole on every device."""
+    """Lay a tensor on the mesh as another one lies, of which `sharding_of` told it. None: whole on every device."""
     if sharding is not None:
         torch_xla._XLAC._xla_mark_sharding(tensor, sharding)
     elif _mesh is not None:

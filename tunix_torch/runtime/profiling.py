@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a Chrome / Perfetto trace of one optimizer step, and its parts as a table."""
+"""Shows where the time of a step goes: a Chrome or Perfetto trace of one optimizer step, and a table of its parts."""
 
 import logging
 from pathlib import Path
@@ -17,7 +17,7 @@ PARTS = ("rollout", "reference", "old policy", "scoring", "learning")
 
 
 def span(name: str) -> record_function:
-    """A context that shows as a span in the trace, and as a row of the table; costs microseconds."""
+    """A context that shows as a span in the trace and as a row of the table. It costs microseconds."""
     assert name in PARTS, name
     return record_function(f"tunix_torch.{name}")
 
@@ -25,9 +25,9 @@ def span(name: str) -> record_function:
 class ProfileStep(TrainerCallback):
     """Records optimizer step number `step` (from 1) to `output_dir/profile/step-N.json`.
 
-    Open it in https://ui.perfetto.dev or chrome://tracing. On XLA it shows what the host does; what the device does is
-    written beside it as TensorBoard's profile plugin reads it. The table has the host's time: an accelerator may still
-    be at work on one part when the next begins.
+    The file opens in https://ui.perfetto.dev or chrome://tracing. On XLA it shows what the CPU does; what the device does
+    is written beside it, in the form that TensorBoard's profile plugin reads. The table has the CPU's time, since an
+    accelerator may still be at work on one part when the next one begins.
     """
 
     def __init__(self, step: int) -> None:

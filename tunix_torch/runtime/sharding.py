@@ -1,6 +1,6 @@
-"""Which dimension of each tensor lies on which axis of the (fsdp, tp) mesh. XLA's partitioner does the rest.
+"""Which dimension of each tensor is split along which axis of the (fsdp, tp) mesh. XLA's partitioner does the rest.
 
-The mesh is the process's: `mesh.use_mesh` makes it, before any tensor exists. Without one nothing here has an effect.
+`mesh.use_mesh` makes the mesh of the process before any tensor exists. Without a mesh nothing here has an effect.
 """
 
 import logging
@@ -13,7 +13,7 @@ from . import mesh
 logger = logging.getLogger(__name__)
 
 BY_OUTPUT, BY_INPUT = ("tp", None), (None, "tp")
-# The last part of a module's name -> axes of its (out, in) weight; of an embedding, (vocabulary, hidden).
+# The last part of a module's name -> the axes of its (out, in) weight. An embedding is (vocabulary, hidden).
 WEIGHTS = {
     "embed_tokens": BY_OUTPUT,
     "lm_head": BY_OUTPUT,
@@ -25,14 +25,15 @@ WEIGHTS = {
     "o_proj": BY_INPUT,
     "down_proj": BY_INPUT,
 }
-SPLIT_OUTPUT = ("lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # on tp, by the last dimension
+# Layers whose output is split along tp, in its last dimension.
+SPLIT_OUTPUT = ("lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
 def axes_of(name: str, dims: int, split_kv_heads: bool = True) -> tuple[str | None, ...]:
-    """The axis of each dimension of a parameter, by its name; None: not split.
+    """The axis along which each dimension of a parameter is split, by the parameter's name; None: it is not split.
 
-    A LoRA's A is (rank, in) and its B (out, rank): each has its layer's axis where it meets the layer, and the rank is
-    never split. Norms, biases and what is in no layer of the table lie whole on every device.
+    The matrices of a LoRA, A (rank, in) and B (out, rank), are split as their layer is where they meet it, and the rank
+    is never split. Norms, biases and parameters of layers that `WEIGHTS` lacks lie whole on every device.
     """
     parts = name.split(".")
     layer = next((part for part in reversed(parts) if part in WEIGHTS), None)
@@ -49,10 +50,10 @@ def axes_of(name: str, dims: int, split_kv_heads: bool = True) -> tuple[str | No
 
 
 def shard_model(model: nn.Module, num_kv_heads: int) -> None:
-    """Lay every parameter on the mesh. Where the KV heads do not divide by tp, their projections stay whole.
+    """Lay every parameter on the mesh. Where tp does not divide the KV heads, their projections stay whole.
 
     Raises:
-        ValueError: a dimension does not divide by its axis; names the parameter, and the meshes that would fit.
+        ValueError: an axis does not divide a dimension. The message names the parameter and the meshes that would fit.
     """
     tp = mesh.axis_size("tp")
     split_kv_heads = num_kv_heads % tp == 0
@@ -89,10 +90,12 @@ def check_divisible(layout: Sequence[tuple[str, Tensor, tuple[str | None, ...]]]
 
 
 def constrain_activations(model: nn.Module, num_kv_heads: int) -> None:
-    """Say where activations lie, since XLA's partitioner guesses badly: rows on fsdp, and heads, the MLP's inner
-    dimension and the vocabulary on tp; hidden states whole along tp. Gradients lie as what they are gradients of.
+    """Say how activations are split, since XLA's partitioner guesses badly.
 
-    Without this the decode step of Gemma 2 2B gathered whole KV caches, see `README.md`, TPU.
+    Rows are split along fsdp; heads, the MLP's inner dimension and the vocabulary along tp; hidden states are not split
+    along tp. A gradient is split as the activation is that it belongs to.
+
+    Without this the decode step of Gemma 2 2B gathered whole KV caches (see `docs/tpu.md`).
     """
     split_kv_heads = num_kv_heads % mesh.axis_size("tp") == 0
     for name, module in model.named_modules():
@@ -121,7 +124,7 @@ def _meshes_that_fit(
 
 
 def shard_rows(tensor: Tensor, heads_dim: int | None = None) -> Tensor:
-    """Lay a tensor's rows on the fsdp axis, and the heads of a KV cache on tp, where they divide. Returns it."""
+    """Split the rows of a tensor along fsdp, and the heads of a KV cache along tp, where that is even. Returns it."""
     axes: list[str | None] = [None] * tensor.dim()
     for dim, axis in ((0, "fsdp"), (heads_dim, "tp")):
         if dim is not None and tensor.shape[dim] % mesh.axis_size(axis) == 0:
