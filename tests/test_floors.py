@@ -1,6 +1,7 @@
 """The library has rooms; imports run one way between them, and each room keeps its private names to itself."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,19 @@ def test_no_room_takes_another_rooms_private_names():
             if module[0] == "tunix_torch" and private and room_of(module) != room_of(name_of(path)):
                 wrong.append(f"{path.relative_to(LIBRARY)} imports {'.'.join(module)}.{name}")
     assert not wrong, "\n".join(wrong)
+
+
+ALGORITHM = ("batch.py", "grpo.py", "trainer.py", "rollout/sampler.py", "learn/step.py")
+MACHINES = re.compile(r"\b(xla|cuda|gpus?|tpus?|mesh(es)?|fsdp|hosts?|process(es)?|KIND)\b", re.IGNORECASE)
+
+
+def test_the_algorithm_is_five_short_files_that_name_no_machine():
+    """What differs between machines is behind `runtime` and behind the shapes that the caller gets."""
+    texts = {name: (LIBRARY / name).read_text() for name in ALGORITHM}
+    counts = {name: len(text.splitlines()) for name, text in texts.items()}
+    assert sum(counts.values()) <= 900 and counts["trainer.py"] <= 350, counts
+    found = [f"{name}: {match[0]!r}" for name, text in texts.items() for match in MACHINES.finditer(text)]
+    assert not found, found
 
 
 def test_rewards_are_pure():

@@ -1,7 +1,7 @@
-"""The mathematics of GRPO and its variants: advantages, KL, ratios, aggregation, loss. Pure functions of tensors.
+"""The mathematics of GRPO and its variants: advantages, KL, ratios, aggregation, loss. All are pure functions.
 
-Numerics follow google-tunix 0.1.7 (`rl/algo_core.py`, `rl/common.py`), where not said otherwise.
-Letters: B rows (completions), G rows a group, C completion tokens.
+The numerics follow google-tunix 0.1.7 (`rl/algo_core.py`, `rl/common.py`) unless a docstring says otherwise.
+The letters of the shapes: B rows (completions), G rows in a group, C completion tokens.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ LOSS_AGGREGATIONS = (
     "seq-mean-token-sum",
     "sequence-mean-token-sum-norm",
 )
-LARGEST_EXPONENT = 80.0  # exp of it is about 1e35: finite in float32, and above any clamp
-ROUNDING = 8 * 2.0**-52  # relative: rewards that differ by less are equal, but for the rounding of a weighted total
+LARGEST_EXPONENT = 80.0  # its exp, about 1e35, is finite in float32 and above any clamp
+ROUNDING = 8 * 2.0**-52  # a relative difference of rewards that only the rounding of a weighted total can cause
 
 
 def compute_group_advantages(
@@ -35,8 +35,8 @@ def compute_group_advantages(
         group_size: G, at least 2.
 
     Returns:
-        (B,) float32, on the device of `rewards`; computed in float64. Exactly 0 where a group's rewards are equal, or
-        differ by no more than float64 rounds (0.1 + 0.2 and 0.3).
+        (B,) float32 on the device of `rewards`, computed in float64. Advantages are exactly 0 in a group whose rewards
+        are equal, or differ only by the rounding of float64 (0.1 + 0.2 and 0.3).
 
     Raises:
         ValueError: `group_size` is below 2 or does not divide B, or `rewards` is not one-dimensional.
@@ -45,13 +45,13 @@ def compute_group_advantages(
         raise ValueError(f"rewards of shape {tuple(rewards.shape)} are not groups of {group_size}, at least 2, rows")
     grouped = rewards.double().view(-1, group_size)  # (N, G)
     centred = grouped - grouped.mean(dim=1, keepdim=True)
-    centred = centred - centred.mean(dim=1, keepdim=True)  # what the first subtraction rounded
+    centred = centred - centred.mean(dim=1, keepdim=True)  # corrects the rounding of the first subtraction
     if algorithm == "rloo":
         centred = centred * (group_size / (group_size - 1))  # r - (sum - r) / (G - 1)
     elif normalize and algorithm != "dr_grpo":
         centred = centred / (centred.std(dim=1, keepdim=True) + epsilon)
     spread = grouped.amax(dim=1, keepdim=True) - grouped.amin(dim=1, keepdim=True)
-    equal = spread <= ROUNDING * grouped.abs().amax(dim=1, keepdim=True)  # their mean may be off by as much
+    equal = spread <= ROUNDING * grouped.abs().amax(dim=1, keepdim=True)  # the rounding of their mean may be as large
     return torch.where(equal, 0.0, centred).flatten().float()
 
 
@@ -59,10 +59,10 @@ def per_token_kl(logps: Tensor, ref_logps: Tensor, estimator: str, clamp: float 
     """KL(policy || reference) estimated at each token, (B, C); see http://joschu.net/blog/kl-approx.html.
 
     k1: log-ratio; k2: half its square; k3: exp(-log-ratio) - 1 + log-ratio, never negative. (google-tunix calls them
-    "kl", "mse_kl" and "low_var_kl".) `clamp` limits the estimate's absolute value; where it does, the gradient is 0.
+    "kl", "mse_kl" and "low_var_kl".) `clamp` limits the estimate's absolute value. Where it does, the gradient is 0.
     """
     difference = ref_logps - logps
-    if clamp is not None:  # beyond this, exp overflows, and the gradient would be 0 * inf
+    if clamp is not None:  # exp of a larger difference overflows, and the gradient would be 0 * inf
         difference = difference.clamp(max=LARGEST_EXPONENT)
     if estimator == "k1":
         kl = -difference
@@ -84,9 +84,8 @@ def aggregation_weights(
 ) -> Tensor:
     """The weight of each token in the loss, so that loss = sum(per_token_loss * weights) for every mode.
 
-    Weights are computed once for all that an optimizer step learns from; so micro-batches, batches that are
-    accumulated, and processes add up to exactly what one whole batch gives. Rows without any token do not count as
-    rows.
+    Weights are computed once for everything that an optimizer step learns from. So the losses of micro-batches and of
+    accumulated batches add up to exactly that of one whole batch. A row without any token does not count as a row.
 
     Args:
         completion_mask: (B, C) bool.
@@ -96,9 +95,9 @@ def aggregation_weights(
             sequence-mean-token-scale: sum of a row divided by `max_length`, then mean over rows;
             seq-mean-token-sum: sum of a row, then mean over rows;
             sequence-mean-token-sum-norm: sum of everything divided by the number of rows.
-            The last two are the same number; google-tunix keeps both names, so both are taken here.
-        max_length: the longest completion allowed (not the longest that occurs).
-        num_tokens, num_rows: how many all batches of the optimizer step have together; None: those of this mask.
+            The last two give the same number. Both names exist because google-tunix has both.
+        max_length: the number of tokens that a completion may have at most.
+        num_tokens, num_rows: how many there are in all batches of the optimizer step. None: only this mask counts.
 
     Returns:
         (B, C) float32.
@@ -120,14 +119,14 @@ def aggregation_weights(
 
 @dataclass
 class LossTerms:
-    """Of one (micro-)batch, float32. Scalars are already weighted: those of micro-batches add up to the batch's."""
+    """The terms of a micro-batch's loss, float32. Scalars are weighted already, so those of micro-batches add up."""
 
     loss: Tensor  # policy_loss + beta * kl_loss, with gradient
     policy_loss: Tensor
     kl_loss: Tensor  # 0 without a reference
-    clipped_weight: Tensor  # weight of the tokens whose ratio the clip holds back
-    ratio_gap: Tensor  # (B,) each row's largest |ratio - 1| over completion tokens
-    largest_kl: Tensor  # (B,) each row's largest |KL estimate|
+    clipped_weight: Tensor  # the weight of the tokens whose ratio is clipped
+    ratio_gap: Tensor  # (B,) the largest |ratio - 1| of each row
+    largest_kl: Tensor  # (B,) the largest |KL estimate| of each row
 
 
 def grpo_loss(
@@ -148,12 +147,12 @@ def grpo_loss(
     """The clipped policy loss plus the KL penalty (arXiv 2402.03300, equation 3).
 
     Args:
-        logps, old_logps, ref_logps: (B, C) float32; `old_logps` None: the policy's own, without gradient.
+        logps, old_logps, ref_logps: (B, C) float32. Without `old_logps` they are `logps` without a gradient.
         advantages: (B,) float32.
         token_weights: (B, C) float32 from `aggregation_weights`, 0 where masked.
         epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high].
-        epsilon_c: dual clip: for negative advantages the loss is at most -epsilon_c * advantage.
-        sequence_level: GSPO (arXiv 2507.18071): one ratio a row, the geometric mean, with token-level gradient.
+        epsilon_c: the dual clip: with a negative advantage the loss is at most -epsilon_c * advantage.
+        sequence_level: GSPO (arXiv 2507.18071): a row has one ratio, the geometric mean, with token-level gradients.
     """
     mask = token_weights > 0
     old_logps = logps.detach() if old_logps is None else old_logps

@@ -47,22 +47,22 @@ class TunixTrainer(AdapterTrainer):
     """Trains the LoRA of a causal language model.
 
     Args:
-        model: a hub id, a folder (of a model or of an adapter, which is then trained further), "tiny", or a loaded
-            model, with or without a LoRA.
-        reward_funcs: one function or several, `(prompts, completions, **columns) -> list[float | None]`; None: does
-            not apply to this row. They may be `async`. Needed unless `args.use_grpo` is False.
-        args: settings.
-        train_dataset, eval_dataset: rows with a prompt or question, and an answer where a reward function or the judge
-            takes one: a list of dicts, a `datasets.Dataset`, or what else `training_rows` takes; for training also a
-            `datasets.IterableDataset`, with `args.max_steps`. Of a `datasets.DatasetDict` the split train, and test or
-            validation.
-        processing_class: the tokenizer; by default the model's own, when `model` is a name.
-        peft_config: of the LoRA put on a model that has none; default: rank 16 on all projections.
-        judge: the reward function that decides at evaluation: an answer is right where its value is at least 1. By
-            default the first of `reward_funcs`.
+        model: a hub id, a folder, "tiny", or a loaded model. A folder holds a model, or an adapter that is then trained
+            further. A loaded model may have a LoRA.
+        reward_funcs: one function or several, `(prompts, completions, **columns) -> list[float | None]`. None means
+            that the function does not apply to the row. Functions may be `async`. SFT needs none.
+        args: all settings.
+        train_dataset, eval_dataset: rows with a prompt or question, and with an answer where a reward function or the
+            judge takes one: a list of dicts, a `datasets.Dataset`, or whatever `training_rows` takes. To train on, it
+            may be a `datasets.IterableDataset` when `args.max_steps` is set. Of a `datasets.DatasetDict` the splits
+            train, and test or validation, are taken.
+        processing_class: the tokenizer. When `model` is a name, it defaults to that model's.
+        peft_config: the LoRA for a model that has none; by default of rank 16 on all projections.
+        judge: the reward function that decides at evaluation: an answer is right where its value is at least 1. The
+            default is the first of `reward_funcs`.
 
     Raises:
-        ValueError: something the user gave can't work; the message says what would.
+        ValueError: something that the user gave can't work. The message says what would.
     """
 
     def __init__(
@@ -100,14 +100,15 @@ class TunixTrainer(AdapterTrainer):
         self.questions.prepare(num_embeddings, self.scorer.functions, self.judge)
         args.eval_on_start = args.eval_on_start and eval_dataset is not None
         super().__init__(policy, args, callbacks, processing_class=processing_class, **self.questions.for_trainer())
-        self.first_answers: Answers | None = None  # greedy answers of this process's first evaluation
-        self.last_answers: Answers | None = None  # and of its newest
+        self.first_answers: Answers | None = None  # the greedy answers of the first evaluation
+        self.last_answers: Answers | None = None  # and of the newest one
         self._rewards = torch.empty(0, len(self.scorer.functions))  # (B, R) of the newest rollout
         self._rows_drawn = (-1, 0)  # (optimizer step, rows drawn in it so far)
         self._rehearsed = False
-        # of accumulated batches, those that are sampled and not learned from, with their rewards (B, R)
+        # The accumulated batches of an optimizer step that are sampled and not yet learned from, with rewards (B, R),
+        # and for each batch that is learned from, the numbers of the first and of the last pass.
         self._waiting: list[tuple[TrainBatch, Tensor]] = []
-        self._learned: list[tuple[dict[str, float], dict[str, float]]] = []  # and the numbers of the others
+        self._learned: list[tuple[dict[str, float], dict[str, float]]] = []
         self.validate_grpo_setup()
 
     def validate_grpo_setup(self) -> None:
@@ -122,7 +123,7 @@ class TunixTrainer(AdapterTrainer):
         check_trainable(self.model)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """See `transformers.Trainer.train`. What calls reward functions elsewhere lives as long as it runs."""
+        """See `transformers.Trainer.train`. The workers that call reward functions live as long as it runs."""
         with self.scorer.in_workers(self.args.reward_processes if self.args.use_grpo else 0):
             return super().train(*args, **kwargs)
 
@@ -131,12 +132,12 @@ class TunixTrainer(AdapterTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One rollout batch, or with SFT one batch of rows: forward and backward. Returns its share of the loss of
-        the optimizer step, detached."""
+        """Forward and backward of one rollout batch, or with SFT of one batch of rows. Returns the batch's share of the
+        loss of the optimizer step, detached."""
         together.check_same(lambda: {"prompts of this step": together.digest([inputs["prompt_ids"]])})
         self.put_optimizer("train")
         batches = self.batches_with(inputs)
-        if inputs is batches[0]:  # a new optimizer step; what an interrupted one has left is forgotten
+        if inputs is batches[0]:  # an optimizer step begins, and forgets what an interrupted one has left
             self._waiting, self._learned = [], []
         if not self.args.use_grpo:
             loss, metrics = learn_rows(self.model, inputs, batches, self.args, self.backward, self.sum_gradients)
@@ -147,33 +148,33 @@ class TunixTrainer(AdapterTrainer):
         return self.grpo_training_step(PromptBatch(**inputs).to(self.args.device))
 
     def _collect_together(self, inputs: list[dict[str, Any]]) -> list[tuple[TrainBatch, Tensor]]:
-        """The batches that one optimizer step accumulates, whose tokens are weighed together, as those of one batch,
-        each with its rewards (B, R)."""
+        """Collect all batches that one optimizer step accumulates, each with its rewards (B, R). Their tokens are
+        weighed together, as if they were one batch."""
         batches = [(self.collect(PromptBatch(**columns).to(self.args.device)), self._rewards) for columns in inputs]
         weights = self._token_weights([batch.completion_mask.cpu() for batch, _ in batches])
         return [(replace(b, token_weights=w), rewards) for (b, rewards), w in zip(batches, weights, strict=True)]
 
     def grpo_training_step(self, prompts: PromptBatch) -> Tensor:
-        """Sample, score, learn. Returns the loss, detached. Of accumulated batches, the first has had all sampled."""
+        """Sample, score and learn. Returns the loss, detached. Accumulated batches have been sampled before."""
         if self._waiting:
             batch, self._rewards = self._waiting.pop(0)
         else:
             batch = self.collect(prompts)
-        if not self._rehearsed:  # every shape of a learning pass is compiled once, so that none is new later
+        if not self._rehearsed:  # so that every shape of a learning pass is compiled before the first one
             self._rehearsed = True
             rehearse(batch, self.args, self._compute_all, self.model.zero_grad)
         with span("learning"):
             return self.update(batch)
 
     def _compute_all(self, part: TrainBatch) -> None:
-        """All that is computed when a batch is learned from, but for the optimizer's step."""
+        """Compute everything that learning from a batch computes, without an optimizer step."""
         self._add_logps(part)
         self.learning_pass(part)
 
     def collect(self, prompts: PromptBatch) -> TrainBatch:
-        """Sample a group of completions for each of N prompts, score them, and compute all that the loss needs."""
+        """Sample a group of completions for each of N prompts, score them, and compute what else the loss needs."""
         self.begin_run_if_needed()
-        device.sync()  # what the Trainer left pending must not become part of the rollout
+        device.sync()  # so that work which the Trainer left pending does not become part of the rollout
         started = time.perf_counter()
         with span("rollout"):
             rollout = self.sample_completions_for_prompts(prompts)
@@ -194,13 +195,13 @@ class TunixTrainer(AdapterTrainer):
         return self._with_rewards(batch, totals)
 
     def make_train_batch(self, prompts: PromptBatch, rollout: Rollout, rewards: Tensor) -> TrainBatch:
-        """All that the loss needs, from a rollout of N prompts and the (B,) weighted total rewards, on the CPU."""
+        """Everything that the loss needs, from a rollout of N prompts and its total rewards, (B,) on the CPU."""
         return self._with_rewards(self._begin_train_batch(prompts, rollout), rewards)
 
     def _begin_train_batch(self, prompts: PromptBatch, rollout: Rollout) -> TrainBatch:
-        """All that the loss needs but the advantages, which are 0 as yet."""
+        """Everything that the loss needs, except that the advantages are 0 until there are rewards."""
         mask = rollout.completion_mask.cpu()
-        # Where a new shape costs nothing, the columns in which all rows are padding are left out.
+        # Columns in which all rows are padding are left out where a new shape costs nothing.
         width = mask.shape[1] if device.static_shapes() else max(1, int(mask.any(dim=0).sum()))
         batch = TrainBatch(
             prompt_ids=prompts.prompt_ids,
@@ -216,14 +217,14 @@ class TunixTrainer(AdapterTrainer):
         return batch
 
     def _token_weights(self, masks: Sequence[Tensor]) -> list[Tensor]:
-        """The weight of each token in the loss, among all tokens of an optimizer step, wherever they are: for each
-        batch's mask, (B, C) bool on the CPU, (B, C) float32 on the device."""
+        """The weight of each token in the loss, relative to all tokens that an optimizer step learns from. For the mask
+        of each batch, (B, C) bool on the CPU, this returns weights (B, C) float32 on the device."""
         counts = {"num_tokens": sum(int(m.sum()) for m in masks), "num_rows": sum(int(m.any(1).sum()) for m in masks)}
         mode, longest, counts = self.args.aggregation, self.args.generation_max_length, together.sum_numbers(counts)
         return [aggregation_weights(mask, mode, longest, **counts).to(self.args.device) for mask in masks]
 
     def _add_logps(self, batch: TrainBatch) -> None:
-        """Those of the reference and of the policy before it learns, where the loss needs them."""
+        """Add the log-probabilities of the reference, and of the policy before it learns, where the loss needs them."""
         if self.args.beta > 0:
             with span("reference"), reference_policy(self.model, self.reference):
                 batch.ref_per_token_logps = logps_without_gradient(self.model, batch, self.args)
@@ -236,11 +237,14 @@ class TunixTrainer(AdapterTrainer):
         return replace(batch, advantages=advantages, rewards=rewards)
 
     def update(self, batch: TrainBatch) -> Tensor:
-        """Learn from a batch: `num_iterations` passes, each in micro-batches. Returns the last pass's loss, detached,
-        over the rows of everyone who takes part; with accumulated batches, its share of their loss.
+        """Learn from a batch in `num_iterations` passes, each in micro-batches.
 
-        The gradient of the last pass is left for `transformers.Trainer`, which clips it and steps the optimizer;
-        between passes that is done here.
+        The gradient of the last pass is left for `transformers.Trainer`, which clips it and steps the optimizer.
+        Between passes the optimizer steps here.
+
+        Returns:
+            the loss of the last pass, detached, over the rows of everyone who takes part. Where batches are
+            accumulated, it is this batch's share of their loss.
         """
         args, started = self.args, time.perf_counter()
         for iteration in range(args.num_iterations):
@@ -273,7 +277,7 @@ class TunixTrainer(AdapterTrainer):
         return loss
 
     def learning_pass(self, batch: TrainBatch) -> list[dict[str, Tensor]]:
-        """Forward and backward of every micro-batch; the gradients add up in the parameters. See `learn`."""
+        """Forward and backward of every micro-batch. The gradients add up in the parameters. See `learn`."""
         parts = learn(self.model, batch, self.args, self.backward)
         self.sum_gradients()
         return parts
@@ -281,7 +285,7 @@ class TunixTrainer(AdapterTrainer):
     # ---- its parts ----
 
     def sample_completions_for_prompts(self, prompts: PromptBatch) -> Rollout:
-        """`num_completions_per_prompt` completions for each prompt: a `Rollout` of B = N * G rows.
+        """Sample `num_completions_per_prompt` completions for each prompt: a `Rollout` of B = N * G rows.
 
         The random numbers of a row depend on the seed, the step and the row's place in it, and on nothing else.
         """
@@ -303,7 +307,7 @@ class TunixTrainer(AdapterTrainer):
         return self.scorer.score(prompts.rows, completions)
 
     def compute_group_advantages(self, rewards: Tensor) -> Tensor:
-        """(B,) total rewards -> (B,) float32 advantages; checks that they are centred in each group."""
+        """(B,) total rewards -> (B,) float32 advantages, which are checked to be centred in each group."""
         args, group = self.args, self.args.num_completions_per_prompt
         advantages = compute_group_advantages(
             rewards, group, args.algorithm, args.normalize_advantages, args.advantage_epsilon
@@ -318,7 +322,7 @@ class TunixTrainer(AdapterTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Greedy answers to the evaluation questions, and with `num_eval_completions` = k sampled ones.
+        """Answer the evaluation questions greedily, and with `num_eval_completions` = k by k sampled answers each.
 
         Returns and logs `eval_accuracy` (greedy pass@1), `eval_mean@k`, `eval_mean_length`, `eval_runtime` (seconds),
         and with SFT `eval_loss`.
@@ -333,7 +337,7 @@ class TunixTrainer(AdapterTrainer):
         )
         self.first_answers = self.first_answers or self.last_answers
         metrics["runtime"] = time.perf_counter() - started
-        metrics = together.decided_by_first(lambda: metrics)  # a run is stopped by them
+        metrics = together.decided_by_first(lambda: metrics)  # early stopping follows them
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

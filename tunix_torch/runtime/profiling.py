@@ -25,8 +25,8 @@ def span(name: str) -> record_function:
 class ProfileStep(TrainerCallback):
     """Records optimizer step number `step` (from 1) to `output_dir/profile/step-N.json`.
 
-    The file opens in https://ui.perfetto.dev or chrome://tracing. On XLA it shows what the CPU does; what the device does
-    is written beside it, in the form that TensorBoard's profile plugin reads. The table has the CPU's time, since an
+    The file opens in https://ui.perfetto.dev or chrome://tracing. On XLA it shows what the CPU does. What the device
+    does is written beside it, in the form that TensorBoard's profile plugin reads. The table has the CPU's time: an
     accelerator may still be at work on one part when the next one begins.
     """
 
