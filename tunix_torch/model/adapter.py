@@ -1,4 +1,4 @@
-"""The LoRA that learns: which of a model's adapters it is, its matrices, and its files in PEFT's layout."""
+"""Finds the LoRA that learns, its matrices, and writes and reads its files in PEFT's layout."""
 
 import json
 import shutil
@@ -13,18 +13,18 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from .forward import adapters_in_use, base_model
 
-REFERENCE_FILE = "reference.safetensors"  # of a checkpoint whose reference policy has an adapter of its own
-ROWS_AT_ONCE = 2**14  # of embeddings, when they are compared
+REFERENCE_FILE = "reference.safetensors"  # in a checkpoint: the adapter of the reference policy, if it has one
+ROWS_AT_ONCE = 2**14  # of embeddings that are compared at a time
 
 
 # ---- which one, and its matrices ----
 
 
 def choose_adapter(model: PeftModel) -> str:
-    """The name of the one adapter that acts, which is the one that learns.
+    """The name of the adapter that is switched on, which is the one that learns.
 
     Raises:
-        ValueError: it is no LoRA, none acts, or several do.
+        ValueError: it is no LoRA, or not exactly one adapter is switched on.
     """
     for name, config in model.peft_config.items():
         if not isinstance(config, LoraConfig):
@@ -41,7 +41,7 @@ def choose_adapter(model: PeftModel) -> str:
 
 
 def adapter_weights(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """The matrices of one adapter by their parameter names, frozen ones too."""
+    """The matrices of an adapter by their parameter names. Frozen matrices are among them."""
 
     def belongs(name: str) -> bool:  # "...q_proj.lora_A.default.weight", "...lora_embedding_B.default"
         parts = name.split(".")
@@ -51,9 +51,9 @@ def adapter_weights(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 
 def make_trainable(weights: dict[str, nn.Parameter]) -> None:
-    """Bring an adapter's matrices into float32. Where all of them are frozen, as after loading, let all learn.
+    """Bring an adapter's matrices into float32, and let all of them learn if all are frozen, as after loading.
 
-    A matrix that the user froze, while others learn, stays frozen.
+    Where some matrices learn and the user froze others, those stay frozen.
     """
     all_frozen = not any(weight.requires_grad for weight in weights.values())
     for weight in weights.values():
@@ -62,9 +62,9 @@ def make_trainable(weights: dict[str, nn.Parameter]) -> None:
 
 
 def changes_nothing(weights: dict[str, nn.Parameter]) -> bool:
-    """Whether the model computes the same with these matrices as without: all B are 0, or all A are.
+    """Whether the model computes the same with these matrices as without them: all B are 0, or all A are.
 
-    Summed, as the hosts of a mesh can't reduce booleans together on the CPU.
+    Absolute values are summed, since the hosts of a mesh can't reduce booleans together on the CPU.
     """
     sides = ([w for name, w in weights.items() if f"lora_{s}" in name or f"embedding_{s}" in name] for s in "BA")
     return any(all(float(weight.detach().abs().sum()) == 0 for weight in side) for side in sides)
@@ -74,16 +74,16 @@ def changes_nothing(weights: dict[str, nn.Parameter]) -> bool:
 
 
 def embedding_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of the embeddings and, where it is not tied to them, of the head, by parameter name."""
+    """The weights of the embeddings by parameter name, and those of the head where it is not tied to them."""
     base = base_model(model)
     places = {id(layer.weight) for layer in (base.get_input_embeddings(), base.get_output_embeddings())}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in places}
 
 
 def has_new_embeddings(model: nn.Module) -> bool:
-    """Whether the embeddings are others than those in the base model's folder: resized, or set.
+    """Whether the embeddings differ from those in the base model's folder, since they were resized or set.
 
-    Without a folder on this machine, or a copy in the hub's cache, it can't be known, and they count as unchanged.
+    Where neither the folder nor a copy in the hub's cache is on this machine, they count as unchanged.
     """
     base = base_model(model)
     embeddings = base.get_input_embeddings().weight.detach()
@@ -106,7 +106,7 @@ def has_new_embeddings(model: nn.Module) -> bool:
 
 
 def _weight_files(name: str) -> list[str]:
-    """The safetensors files of a model's folder, or of its copy in the hub's cache; none where there is neither."""
+    """The safetensors files in a model's folder or in its copy in the hub's cache. There may be neither."""
     for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
         try:
             found = cached_file(name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False)
@@ -123,27 +123,27 @@ def _weight_files(name: str) -> list[str]:
 def save_adapter(
     model: PeftModel, adapter: str, weights: dict[str, Tensor], folder: str | Path, embeddings: bool
 ) -> None:
-    """Write one adapter into a folder in PEFT's layout: its matrices and its config; not in a folder of its name.
+    """Write the matrices and the config of an adapter into a folder in PEFT's layout.
 
     Args:
-        weights: on the host, by parameter name: those of the adapter and, with `embeddings`, of the embeddings too.
+        weights: CPU tensors by parameter name: the adapter's, and with `embeddings` also those of the embeddings.
     """
     folder = Path(folder)
     model.save_pretrained(
         str(folder), state_dict=weights, selected_adapters=[adapter], save_embedding_layers=embeddings
     )
-    if adapter != "default":  # PEFT gives it a folder of its own, in which neither Transformers nor our loading looks
+    if adapter != "default":  # PEFT writes it into a folder of its name, where neither Transformers nor we would look
         for file in (folder / adapter).iterdir():
             shutil.move(file, folder / file.name)
         (folder / adapter).rmdir()
 
 
 def save_reference(weights: dict[str, Tensor], checkpoint: str | Path) -> None:
-    """Keep the reference policy's matrices, by parameter name and on the host, in a checkpoint."""
+    """Write the reference policy's matrices, CPU tensors by parameter name, into a checkpoint."""
     save_file({name: weight.contiguous() for name, weight in weights.items()}, Path(checkpoint) / REFERENCE_FILE)
 
 
 def load_reference(checkpoint: str | Path, device: torch.device) -> dict[str, Tensor] | None:
-    """What `save_reference` kept; None: nothing."""
+    """The matrices that `save_reference` wrote; None where it wrote none."""
     file = Path(checkpoint) / REFERENCE_FILE
     return {name: weight.to(device) for name, weight in load_file(file).items()} if file.is_file() else None

@@ -1,4 +1,4 @@
-"""What can be told of a model, its LoRA and its tokenizer before training."""
+"""Checks of a model, its LoRA and its tokenizer before training: what can't work is an error of one line."""
 
 from typing import Any
 
@@ -14,15 +14,15 @@ from .loading import eos_token_ids
 
 # Values of `init_lora_weights` that leave the base weights as they are.
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
-# Those that change them. Loading an adapter computes the same again only of these
-# two; of the others (pissa_niter, corda, loftq, lora_ga) it depends on chance or on data.
+# Values that change the base weights. Only these two change them in the same way again when the adapter is loaded; what
+# the others (pissa_niter, corda, loftq, lora_ga) do depends on chance or on data.
 CHANGES_BASE_AGAIN = ("pissa", "olora")
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of logits, in units of their standard deviation
 PROBE_WIDTH = 4  # tokens
 
 
 def check_peft_config(config: PeftConfig | None) -> None:
-    """Only a LoRA can be trained, and one that can be loaded again.
+    """See that the adapter is a LoRA, and one that loading the saved files restores.
 
     Raises:
         ValueError: it is another kind, or its initialisation changes the base weights by chance or by data.
@@ -45,10 +45,10 @@ def check_peft_config(config: PeftConfig | None) -> None:
 
 
 def check_reference(reference: str, config: LoraConfig) -> None:
-    """Measuring from the base model needs one that is as it was.
+    """See that the base model can be the reference policy.
 
     Raises:
-        ValueError: `reference` is "base", and the LoRA's initialisation has changed the base weights.
+        ValueError: `reference` is "base", and the initialisation of the LoRA has changed the base weights.
     """
     init = config.init_lora_weights
     if reference == "base" and init not in KEEPS_BASE:
@@ -59,10 +59,10 @@ def check_reference(reference: str, config: LoraConfig) -> None:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
-    """See that there are tokens to pad with and to end with. A missing padding token becomes the EOS token.
+    """See that a padding token and an EOS token exist. A missing padding token becomes the EOS token.
 
     Raises:
-        ValueError: neither can be had.
+        ValueError: one of them is missing.
     """
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -112,7 +112,7 @@ def check_head(model: nn.Module) -> None:
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Whether any part of the model drops values while it learns."""
+    """Whether any module of the model has a dropout that acts in training mode."""
 
     def share(module: nn.Module) -> float:
         share = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)

@@ -1,4 +1,4 @@
-"""A Hugging Face model in its parts: the decoder, the head, one pass over prompts, and the reference policy."""
+"""Runs the parts of a Hugging Face model: the decoder, the head, a pass over prompts, and the reference policy."""
 
 import contextlib
 import functools
@@ -16,29 +16,34 @@ from .attention import PrefixCache, attention_masks, prompt_positions
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model, adapter layers inside, without PEFT's wrapper."""
+    """The Hugging Face model without PEFT's wrapper. It still holds the layers of the adapters."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def adapters_in_use(model: nn.Module) -> tuple[str, ...]:
-    """Names of the adapters that act now; none where the model has none, or they are off or merged."""
+    """The names of the adapters that are switched on. There are none where all are off, merged or missing."""
     layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
     return () if layer is None or layer.disable_adapters or layer.merged else tuple(layer.active_adapters)
 
 
 def recompute_layers(model: nn.Module, settings: dict[str, Any] | None = None) -> None:
-    """Keep only each layer's input for the backward pass, which computes the layer again. Training mode only.
+    """Switch gradient checkpointing on: a layer keeps its input only, and the backward pass computes the layer again.
 
-    `settings`: see `device.recomputed`.
+    It has an effect in training mode only.
+
+    Args:
+        settings: see `device.recomputed`.
 
     Raises:
-        ValueError: on XLA, with settings, or for a model whose layers share keys and values.
+        ValueError: on XLA, where settings are given, or the layers of the model share keys and values.
     """
     base = base_model(model)
     if device.recomputes_reentrantly():
         if settings:
             raise ValueError(f"gradient_checkpointing_kwargs={settings!r}: XLA takes none, leave it out")
-        if getattr(text_config(model), "num_kv_shared_layers", 0):  # they would reach later layers without a gradient
+        if getattr(
+            text_config(model), "num_kv_shared_layers", 0
+        ):  # a shared key or value would reach later layers without a gradient
             raise ValueError(
                 "gradient_checkpointing=True: on XLA not for a model whose layers share keys and values; "
                 "take a smaller micro_batch_size"

@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 TESTED_MODEL_TYPES = ("gemma2", "gemma3_text", "gemma3", "gemma4_text", "gemma4", "llama", "qwen3")
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# Of models that also see or hear: these parts do not run on text.
+# The parts of models that also see or hear, which do not run on text.
 LORA_EXCLUDED = r".*(vision_tower|audio_tower|multi_modal_projector).*"
 
 
 def default_dtype() -> torch.dtype:
-    """bfloat16 on a TPU and on CUDA; float32 where a CPU computes (XLA on the CPU too)."""
+    """bfloat16 on a TPU and on CUDA. float32 where a CPU computes, be it through XLA or not."""
     return torch.bfloat16 if device.is_accelerator() else torch.float32
 
 
@@ -43,10 +43,10 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def resolve_model_name(name: str) -> str:
-    """The folder or hub id that `from_pretrained` takes; "tiny" is made on first use.
+    """The folder or hub id that `from_pretrained` takes. The model "tiny" is made when it is first used.
 
     Raises:
-        ValueError: a folder that holds no model.
+        ValueError: the name is a folder that holds no model.
     """
     if name == tiny.NAME or (not os.path.exists(name) and Path(name).name.startswith(tiny.FOLDER_PREFIX)):
         return str(tiny.ensure_tiny_model())  # also when an adapter names a cache folder that is no longer there
@@ -63,7 +63,7 @@ def resolve_model_name(name: str) -> str:
 
 @contextlib.contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
-    """Turn the many ways in which a download fails into one clear line."""
+    """Turn whatever goes wrong when a model is loaded into a ValueError of one line."""
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
@@ -76,7 +76,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, an adapter folder or a hub id. A missing padding token becomes the EOS token.
 
     Raises:
-        ValueError: it can't be found or read.
+        ValueError: the tokenizer can't be found or read.
     """
     path = resolve_model_name(name)
     with _hub_errors(name):
@@ -91,10 +91,10 @@ def load_base_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedMo
 
     Args:
         name: "tiny", a folder or a hub id.
-        dtype: of the weights; None: `default_dtype()`.
+        dtype: the type of the weights; None means `default_dtype()`.
 
     Raises:
-        ValueError: unknown name, weights missing or cut short, or a hub that can't be reached.
+        ValueError: the name is unknown, weights are missing or cut short, or the hub can't be reached.
     """
     path = resolve_model_name(name)
     with _hub_errors(name):
@@ -116,7 +116,7 @@ def _require_all(name: str, missing: Collection[str]) -> None:
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an answer: what the chat template writes after it (Gemma: <end_of_turn>), else EOS."""
+    """The token that the chat template writes after an answer (Gemma: <end_of_turn>), or the EOS token."""
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@answer@"}]
@@ -126,14 +126,14 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: the tokenizer's, the chat template's, those of the model's generation config."""
+    """Every token that ends an answer, by the tokenizer, the chat template or the model's generation config."""
     configured = base_model(model).generation_config.eos_token_id
     configured = configured if isinstance(configured, list | tuple) else [configured]
     return sorted({*configured, tokenizer.eos_token_id, end_of_turn_id(tokenizer)} - {None})
 
 
 def lora_config(config: ModelConfig) -> LoraConfig:
-    """The LoRA that a `ModelConfig` describes: every projection of attention and MLP, none of the embeddings."""
+    """The LoRA that a `ModelConfig` describes. It is on every projection of attention and MLP, not on embeddings."""
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
@@ -144,14 +144,14 @@ def lora_config(config: ModelConfig) -> LoraConfig:
 
 
 def base_model_name(name: str) -> str:
-    """The base model that an adapter folder names; any other name itself."""
+    """The base model that an adapter's folder names. Any other name is returned as it is."""
     if not (Path(name) / "adapter_config.json").is_file():
         return name
     return LoraConfig.from_pretrained(name).base_model_name_or_path
 
 
 def load_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel | PeftModel:
-    """A model ready to answer: a base model, or the base model with the adapter that an adapter folder holds."""
+    """A base model, or where `name` is an adapter's folder, its base model with the adapter. It is ready to answer."""
     base_name = base_model_name(name)
     if base_name == name:
         return load_base_model(name, dtype)
@@ -170,7 +170,7 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel |
 
 
 def _resize_embeddings(base: PreTrainedModel, saved: dict[str, int]) -> None:
-    """Give the embeddings as many rows as those have that were saved with an adapter, whose run added tokens."""
+    """Resize the embeddings to those that were saved with an adapter, since its run may have added tokens."""
     embeddings = base.get_input_embeddings()
     place = next(module for module, found in base.named_modules() if found is embeddings)
     rows = saved.get(f"base_model.model.{place}.weight", embeddings.weight.shape[0])
@@ -179,7 +179,7 @@ def _resize_embeddings(base: PreTrainedModel, saved: dict[str, int]) -> None:
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """Wrap a model with a fresh LoRA, in float32 whatever the base weights are. At first it changes nothing (B = 0)."""
+    """Put a new LoRA on a model. It is float32 whatever the base weights are, and at first changes nothing (B = 0)."""
     if config.exclude_modules is None and any(re.fullmatch(LORA_EXCLUDED, name) for name, _ in model.named_modules()):
         config = dataclasses.replace(config, exclude_modules=LORA_EXCLUDED)
     return get_peft_model(model, config, autocast_adapter_dtype=True)
