@@ -1,4 +1,4 @@
-"""Merge an adapter into its base model: a plain Hugging Face model, proved to compute the adapter's logits.
+"""Merges an adapter into its base model, and proves that the plain Hugging Face model computes the same logits.
 
 python -m tunix_torch.export ./outputs --merged ./merged
 python -m tunix_torch.export ./outputs/checkpoint-40 --merged ./merged --dtype bfloat16 --push_to_hub NAME/MODEL
@@ -32,9 +32,9 @@ from ..model.loading import load_model, load_tokenizer, resolve_model_name
 from .folder import find_system_message
 
 DTYPES = ("float32", "bfloat16")
-TOLERANCE = 1e-4  # of logits in float32, in units of their standard deviation
-PROBE_SHAPE = (4, 32)
-PROBE_VOCABULARY = 50_000  # below the placeholders for images and sound, which want an image
+TOLERANCE = 1e-4  # the largest difference of float32 logits, in units of their standard deviation
+PROBE_SHAPE = (4, 32)  # rows and tokens of the prompt on which logits are compared
+PROBE_VOCABULARY = 50_000  # its tokens lie below the placeholders for images and sound, which need an image
 
 
 def export_merged(
@@ -42,23 +42,23 @@ def export_merged(
 ) -> float:
     """Write base model + adapter as a plain Hugging Face model, with its generation config and tokenizer.
 
-    The merge is done on the CPU in float32; the written folder is loaded again and must compute the same logits.
-    `merged` appears only when it is whole and proved; its config.json has the run's `system_message`. Of a model that
-    also sees, the image processor is not copied.
+    The merge is done on the CPU in float32. The written folder is loaded again and must compute the same logits. The
+    folder `merged` appears only when it is whole and proved, and its config.json has the run's `system_message`. The
+    image processor of a model that also sees is not copied.
 
     Args:
         output_dir: a run's folder, one of its checkpoints, or any folder with a LoRA.
-        merged: the folder to write; must not exist, or be empty. Missing parents are made.
-        dtype: of the written weights, "float32" or "bfloat16"; None: as the base model is stored.
-        push_to_hub: a hub repository (NAME/MODEL), into which the model and the tokenizer are then uploaded.
+        merged: the folder to write. It must not exist or be empty. Missing parent folders are made.
+        dtype: the type of the written weights, "float32" or "bfloat16". None means the type of the stored base model.
+        push_to_hub: a hub repository (NAME/MODEL), to which the model and the tokenizer are then uploaded.
 
     Returns:
-        the largest difference between the written model's logits and the adapter's, in units of the standard
-        deviation of these. In float32 at most `TOLERANCE`; below float32 it is what rounding costs.
+        the largest difference between the logits of the written model and those of the adapter, in units of the
+        standard deviation of the latter. In float32 it is at most `TOLERANCE`; in bfloat16 rounding makes it larger.
 
     Raises:
-        ValueError: no adapter there, its base model can't be loaded, `merged` can't be written or is not empty,
-            a name that is none, or an upload that failed (what was written then stands).
+        ValueError: there is no adapter, its base model can't be loaded, `merged` can't be written or is not empty, a
+            name is unknown, or the upload failed. In the last case the written folder stays.
     """
     output_dir, merged = Path(output_dir), Path(merged).resolve()
     if dtype is not None and dtype not in DTYPES:
@@ -81,7 +81,7 @@ def export_merged(
 
         written_dtype = getattr(torch, dtype) if dtype else _stored_dtype(base_name)
         _record_attention(model.to(written_dtype))
-        model.config.system_message = find_system_message(str(output_dir))  # which inference then finds again
+        model.config.system_message = find_system_message(str(output_dir))  # for inference, which looks for it there
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         del adapter, model  # two models at once might not fit
@@ -100,7 +100,7 @@ def export_merged(
 
 
 def probe_logits(model: PreTrainedModel | PeftModel) -> Tensor:
-    """What a model computes on a fixed prompt of arbitrary tokens: (R, L, V) float32."""
+    """The logits that a model computes on a fixed prompt of arbitrary tokens: (R, L, V) float32."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(text_config(model).vocab_size, PROBE_VOCABULARY), PROBE_SHAPE, generator=generator)
     with torch.no_grad():
@@ -112,7 +112,7 @@ def _largest_difference(logits: Tensor, expected: Tensor) -> float:
 
 
 def _find_base(output_dir: Path) -> str:
-    """The base model that the LoRA in this folder names."""
+    """The name of the base model in the config of this folder's LoRA."""
     given = f"output_dir={str(output_dir)!r}"
     if not output_dir.is_dir():
         raise ValueError(f"{given}: no such folder; expected a run's folder, or one of its checkpoints")
@@ -139,7 +139,7 @@ def _find_base(output_dir: Path) -> str:
 
 
 def _check_target(merged: Path, output_dir: Path) -> None:
-    """Refuse a folder that is taken, or lies where training sets aside, deletes and uploads what it finds."""
+    """Refuse a folder that is in use, or that lies where training moves, deletes and uploads files."""
     given = f"merged={str(merged)!r}"
     if merged.exists() and not merged.is_dir():
         raise ValueError(f"{given}: is a file; give a new folder")
@@ -151,7 +151,7 @@ def _check_target(merged: Path, output_dir: Path) -> None:
 
 @contextlib.contextmanager
 def _whole_or_nothing(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which takes its name when the block ends well, else is removed."""
+    """A new folder beside `folder`. It takes that name when the block succeeds, and is removed otherwise."""
     unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -181,19 +181,19 @@ def _merge(adapter: PeftModel, output_dir: Path) -> PreTrainedModel:
 
 
 def _stored_dtype(name: str) -> torch.dtype:
-    """The type that a model's config names; float32, which loses nothing, where it names none."""
+    """The type that a model's config names. Without one it is float32, which loses nothing."""
     config = AutoConfig.from_pretrained(resolve_model_name(name))
     return config.dtype or config.get_text_config().dtype or torch.float32
 
 
 def _record_attention(model: PreTrainedModel) -> None:
-    """Let the config choose eager attention where attention scores have a soft-cap: sdpa, the default, omits it."""
+    """Make the config choose eager attention where attention scores have a soft-cap, which the default, sdpa, omits."""
     if getattr(text_config(model), "attn_logit_softcapping", None):
         model.config.attn_implementation = "eager"  # is written to config.json, and obeyed by from_pretrained
 
 
 def _push(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, repo_id: str, merged: Path) -> None:
-    """Upload both; the folder that was written stays whatever happens."""
+    """Upload the model and the tokenizer. The written folder stays, whatever happens."""
     given, stands = f"push_to_hub={repo_id!r}", f"the model in {str(merged)!r} is whole and stays"
     if huggingface_hub.get_token() is None:
         raise ValueError(f"{given}: no token, so nothing was uploaded; run `hf auth login` or set HF_TOKEN; {stands}")

@@ -32,7 +32,7 @@ def evaluations(trainer: TunixTrainer) -> list[dict[str, float]]:
 
 
 def print_comparison(trainer: TunixTrainer) -> None:
-    """Accuracy before and after, and a few answers of each; the loss where nothing is judged."""
+    """Print the accuracy before and after, and a few answers of both. Without a judge, print the loss."""
     rows = evaluations(trainer)
     names = [name for name in rows[0] if name == "eval_accuracy" or name.startswith("eval_mean@")]
     print(f"\n{'on held-out questions':<24}{'before':>10}{'after':>10}")

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import datasets
 from peft import LoraConfig, PeftModel
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -27,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 def choose_rewards(config: DataConfig, args: GRPOConfig) -> list[RewardFunc]:
-    """The reward functions that a configuration names. Sets `args.reward_weights` to a preset's, unless it is given.
+    """The reward functions that a configuration names. A preset also sets `args.reward_weights` if they are not given.
 
     Raises:
-        ValueError: an unknown name, or not one weight for each function.
+        ValueError: a name is unknown, or there is not one weight for each function.
     """
     if config.reward_preset is None:
         functions = [rewards.find_reward(name) for name in config.reward_funcs or [config.right_answers, "format"]]
@@ -40,49 +41,29 @@ def choose_rewards(config: DataConfig, args: GRPOConfig) -> list[RewardFunc]:
     weights = args.reward_weights
     twice = {name for name, count in Counter(map(name_of, functions)).items() if count > 1}
     require(not twice, "reward_funcs", config.reward_funcs, f"{', '.join(twice)} is there twice")
-    right = f"{len(functions)} reward functions need as many weights"
-    require(weights is None or len(weights) == len(functions), "reward_weights", weights, right)
+    hint = f"{len(functions)} reward functions need as many weights"
+    require(weights is None or len(weights) == len(functions), "reward_weights", weights, hint)
     return functions
 
 
 def build_trainer(
     model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig, callbacks: Sequence[TrainerCallback] = ()
 ) -> TunixTrainer:
-    """Load model, tokenizer, data and rewards, and put them together.
+    """Load model, tokenizer, data and reward functions, and make a trainer of them.
 
     Raises:
-        ValueError: any of them can't be had.
+        ValueError: one of them can't be loaded, or they don't fit together.
     """
     reward_funcs = choose_rewards(data_config, args)
     judge = rewards.find_reward(data_config.judge_in_force)
-
-    def check_first(row: Row) -> None:
-        """Of a stream more is not known now."""
-        if args.use_grpo:
-            require_columns(reward_funcs, [row])
-        else:
-            completion_of(row)
-
-    train_rows, eval_rows = load_data(data_config, args.seed, check_first)
-    if args.use_grpo and isinstance(train_rows, list):  # before a large model is loaded
-        require_columns(reward_funcs, train_rows)
+    train_rows, eval_rows = _load_rows(data_config, args, reward_funcs)
     unanswered = bool(eval_rows) and not any(has_column(row, "answer") for row in eval_rows)
     if unanswered and not args.use_grpo and data_config.judge is None:
-        reward_funcs, judge, args.reward_weights = [], None, None  # of completions that are learned the loss is enough
+        reward_funcs, judge, args.reward_weights = [], None, None  # SFT without a judge is evaluated by its loss
     elif eval_rows:
         require_columns([judge], eval_rows, "judge")
     tokenizer = load_tokenizer(model_config.model_name)
-    for name, value in (
-        ("early_stopping_patience", args.early_stopping_patience),
-        ("load_best_model_at_end", args.load_best_model_at_end),
-        ("save_strategy", args.save_strategy == "best" and "best"),
-        ("lr_scheduler_type", args.follows_metric and args.lr_scheduler_type.value),
-    ):
-        right = "evaluations decide this, and there are no evaluation rows: give val_data_path or train_fraction"
-        require(bool(eval_rows) or not value, name, value, right)
-    if not eval_rows and args.eval_strategy != "no":
-        logger.warning("There are no evaluation rows (val_data_path, train_fraction), so nothing is evaluated.")
-        args.eval_strategy = "no"
+    _check_evaluations(args, bool(eval_rows))
     model = load_model(model_config.model_name, torch_dtype(model_config.model_dtype))
     has_adapter = isinstance(model, PeftModel)
     if has_adapter and together.is_first():
@@ -105,11 +86,48 @@ def build_trainer(
     return trainer
 
 
-def settings_in_force(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig) -> dict[str, Any]:
-    """What a run's config.json holds. Fills in what an adapter that is trained further and a preset decide.
+def _load_rows(
+    config: DataConfig, args: GRPOConfig, reward_funcs: Sequence[RewardFunc]
+) -> tuple[list[Row] | datasets.IterableDataset, list[Row]]:
+    """Training and evaluation rows. Training rows are checked now, before a large model is loaded."""
+
+    def check_first(row: Row) -> None:
+        """Check the first row of a stream. The other rows are not known yet."""
+        if args.use_grpo:
+            require_columns(reward_funcs, [row])
+        else:
+            completion_of(row)
+
+    train_rows, eval_rows = load_data(config, args.seed, check_first)
+    if args.use_grpo and isinstance(train_rows, list):
+        require_columns(reward_funcs, train_rows)
+    return train_rows, eval_rows
+
+
+def _check_evaluations(args: GRPOConfig, has_rows: bool) -> None:
+    """Switch evaluations off where there are no rows for them.
 
     Raises:
-        ValueError: an unknown reward, or a LoRA that is not that of the adapter.
+        ValueError: a setting needs evaluations.
+    """
+    for name, value in (
+        ("early_stopping_patience", args.early_stopping_patience),
+        ("load_best_model_at_end", args.load_best_model_at_end),
+        ("save_strategy", args.save_strategy == "best" and "best"),
+        ("lr_scheduler_type", args.follows_metric and args.lr_scheduler_type.value),
+    ):
+        hint = "evaluations decide this, and there are no evaluation rows: give val_data_path or train_fraction"
+        require(has_rows or not value, name, value, hint)
+    if not has_rows and args.eval_strategy != "no":
+        logger.warning("There are no evaluation rows (val_data_path, train_fraction), so nothing is evaluated.")
+        args.eval_strategy = "no"
+
+
+def settings_in_force(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig) -> dict[str, Any]:
+    """The settings that a run's config.json holds. A preset, or an adapter that is trained further, decides some of them.
+
+    Raises:
+        ValueError: a reward function is unknown, or the LoRA differs from that of the adapter.
     """
     name = model_config.model_name
     if base_model_name(name) != name:
