@@ -124,7 +124,7 @@ def _check_evaluations(args: GRPOConfig, has_rows: bool) -> None:
 
 
 def settings_in_force(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig) -> dict[str, Any]:
-    """The settings that a run's config.json holds. A preset, or an adapter that is trained further, decides some of them.
+    """The settings that a run's config.json holds. A preset, or an adapter that is trained further, decides some.
 
     Raises:
         ValueError: a reward function is unknown, or the LoRA differs from that of the adapter.
