@@ -10,7 +10,7 @@ import tunix_torch  # noqa: F401  # first: it decides for or against XLA
 import torch
 
 from tunix_torch import GRPOConfig, ModelConfig, TunixTrainer, load_tokenizer
-from tunix_torch.model import tiny
+from tunix_torch.config import recipes
 from tunix_torch.model.loading import load_base_model, lora_config
 from tunix_torch.rewards import correctness_reward, format_reward
 from tunix_torch.runtime import device
@@ -32,8 +32,8 @@ def settings(job: Job, output_dir: Path) -> GRPOConfig:
         generation_temperature=job.temperature,
         generation_top_p=job.top_p,
         generation_top_k=job.top_k,
-        stop_check_interval=tiny.RECIPE["stop_check_interval"],
-        micro_batch_size=tiny.RECIPE["micro_batch_size"],
+        stop_check_interval=recipes.TINY["stop_check_interval"],
+        micro_batch_size=recipes.TINY["micro_batch_size"],
         system_message="",
         kl_penalty_coef=job.beta,
         epsilon=job.epsilon,

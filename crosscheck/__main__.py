@@ -1,6 +1,7 @@
-"""`python -m crosscheck`: the cross-check of `tunix_torch.crosscheck`, as a command."""
+"""`python -m crosscheck`: the same as `tunix-torch crosscheck`, see `tunix_torch/cli/crosscheck.py`."""
 
-from tunix_torch.crosscheck.__main__ import main
+from tunix_torch.cli.crosscheck import main
+from tunix_torch.cli.script import run_script
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -25,9 +25,10 @@ ROOMS = [
     "trainer",
     "compat",
     "run",
-    "export",
     "preflight",
     "crosscheck",
+    "cli",
+    "export",
 ]
 
 

@@ -4,6 +4,7 @@ Importing it decides for or against XLA (see `runtime/choice.py`) and loads noth
 it is first used.
 """
 
+import contextlib
 import importlib
 from typing import Any
 
@@ -30,7 +31,10 @@ _HOMES = {
 }
 __all__ = list(_HOMES)
 
-choose()
+# Where TUNIX_DEVICE asks for what can't be had, a command's `--device` may still say otherwise: the error is raised by
+# `runtime/device.py`, which chooses again before anything is computed.
+with contextlib.suppress(ValueError):
+    choose()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
-"""`python -m tunix_torch.export`: merges an adapter into its base model, see `run/export.py`."""
+"""`python -m tunix_torch.export`: the same as `tunix-torch export`, see `cli/export.py`."""
 
-from .run.export import main
+from .cli.export import main
+from .cli.script import run_script
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -35,10 +35,10 @@ def curve_of(*accuracies, every=2, seconds_per_step=1.0, seed=42):
 
 
 def test_the_job_is_the_embedded_default(tmp_path):
-    import train
     from benchmarks.learner_ours import settings
+    from tunix_torch.config.flags import parse_job
 
-    model, data, default = train.parse_args(["--use_grpo", "--num_completions_per_prompt", "4"])
+    model, data, default = parse_job(["--use_grpo", "--num_completions_per_prompt", "4"])
     ours, theirs = settings(Job(), tmp_path).to_dict(), default.to_dict()
     different = {name for name in theirs if ours[name] != theirs[name]}
     beside_training = {"output_dir", "logging_dir", "logging_strategy", "save_strategy", "save_steps", "report_to"}

@@ -22,7 +22,7 @@ import tunix_torch.model.forward
 import tunix_torch.trainer
 import utils
 from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer
-from tunix_torch.crosscheck import __main__ as command
+from tunix_torch.cli import crosscheck as command
 from tunix_torch.crosscheck.cases import CASES, FAMILIES, make_rollout
 from tunix_torch.crosscheck.compare import compare_step, gradient_row, tunix_updates
 from tunix_torch.crosscheck.differences import DIFFERENCES

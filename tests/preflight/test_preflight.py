@@ -457,7 +457,7 @@ def test_a_candidate_whose_compiler_fails_is_recorded_and_the_search_goes_on(mon
     monkeypatch.setattr(search, "_settings", lambda job, say: [("1,1", 1), ("1,1", 2)])
     found = search.search(example_plan().job, [], False, lambda text: None)
     assert [(candidate.micro_batch_size, candidate.fits) for candidate in found] == [(2, True), (1, False)]
-    assert search.lines_of(found)[-1].endswith("failed: plan_tpu.py ended with 2")
+    assert search.lines_of(found)[-1].endswith("failed: the plan ended with 2")
 
 
 def test_a_job_that_does_not_fit_ends_with_1():

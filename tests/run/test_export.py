@@ -17,10 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from tunix_torch import load_model, load_tokenizer
+from tunix_torch.cli.export import main
+from tunix_torch.cli.script import run_script
 from tunix_torch.model import tiny
 from tunix_torch.model.loading import eos_token_ids
 from tunix_torch.run import export
-from tunix_torch.run.export import TOLERANCE, export_merged, main
+from tunix_torch.run.export import TOLERANCE, export_merged
 from tunix_torch.run.folder import find_system_message
 
 ROOT = Path(__file__).parent.parent.parent
@@ -58,7 +60,7 @@ def command(capsys):
 
     def run(*args):
         try:
-            main([str(arg) for arg in args])
+            run_script(lambda: main([str(arg) for arg in args]))
         except SystemExit as end:
             return end.code, capsys.readouterr().err
         return 0, capsys.readouterr().err

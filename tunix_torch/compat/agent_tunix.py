@@ -1,8 +1,8 @@
 """A whole job in groups, as agent-tunix and `run_training.py` have it: `GRPOTrainingConfig`.
 
-What a group does not give (None) is agent-tunix's value, or for the tiny model its recipe's. `model` and `data` have
-this library's own defaults, but a model that is named by its size is asked GSM8K's questions. Names are agent-tunix's;
-`flat()` gives the same job as a `ModelConfig`, a `DataConfig` and a `GRPOConfig`.
+What a group does not give (None) is agent-tunix's value, or for the tiny model its recipe's, see `config/recipes.py`.
+`model` and `data` have this library's own defaults, but a model that is named by its size is asked GSM8K's questions.
+Names are agent-tunix's; `flat()` gives the same job as a `ModelConfig`, a `DataConfig` and a `GRPOConfig`.
 """
 
 import dataclasses
@@ -11,13 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..config.aliases import ALIASES
 from ..config.data import DataConfig
 from ..config.grpo import GRPOConfig
-from ..config.model import ModelConfig
-from ..config.settings import ALIASES, canonical_names, check_types, nearest, require
-from ..model import tiny
+from ..config.model import TINY_NAME, ModelConfig
+from ..config.recipes import AGENT_TUNIX, JOB, TINY
+from ..config.settings import canonical_names, check_types, nearest, require, setting
 
-# A group's setting -> that of GRPOConfig, where neither its own name nor an alias says it.
+# A group's setting -> that of GRPOConfig, where neither its own name nor an alias says it. One name means two things:
+# agent-tunix's `training.micro_batch_size` counts the prompts of a step; `GRPOConfig.micro_batch_size` counts the
+# completions of one learning pass, and is `training.rows_per_pass` here.
 RENAMED = {
     "optimizer.warmup_ratio": "warmup_steps",  # below 1, Transformers takes it for a share of all steps
     "training.warmup_ratio": "warmup_steps",
@@ -29,61 +32,43 @@ RENAMED = {
     "evaluation.batch_size": "per_device_eval_batch_size",
 }
 
-AGENT_TUNIX = {
-    "learning_rate": 3e-6,
-    "warmup_steps": 0.1,
-    "max_grad_norm": 0.1,
-    "lr_scheduler_type": "cosine",
-    "num_completions_per_prompt": 4,
-    "num_iterations": 1,
-    "kl_penalty_coef": 0.08,
-    "epsilon": 0.2,
-    "max_prompt_length": 256,
-    "generation_max_length": 512,
-    "generation_temperature": 0.9,
-    "generation_top_k": 50,
-    "generation_top_p": 1.0,
-    "per_device_train_batch_size": 4,
-    "num_train_epochs": 1,
-}
-
 
 @dataclass
 class OptimizerConfig:
     """AdamW and its schedule."""
 
-    learning_rate: float | None = None  # peak
-    warmup_ratio: float | None = None  # warm-up as a share of all steps
-    max_grad_norm: float | None = None
-    weight_decay: float | None = None
-    adam_beta1: float | None = None
-    adam_beta2: float | None = None
-    lr_scheduler_type: str | None = None
+    learning_rate: float | None = setting(None, "peak")
+    warmup_ratio: float | None = setting(None, "warm-up as a share of all steps")
+    max_grad_norm: float | None = setting(None, "gradients are scaled down to this norm")
+    weight_decay: float | None = setting(None, "of AdamW")
+    adam_beta1: float | None = setting(None, "of AdamW")
+    adam_beta2: float | None = setting(None, "of AdamW")
+    lr_scheduler_type: str | None = setting(None, "linear, cosine, constant, ...")
 
 
 @dataclass
 class AlgorithmConfig:
     """The group `grpo`: how a group of completions becomes a loss."""
 
-    num_generations: int | None = None  # completions a prompt
-    num_iterations: int | None = None  # passes over a batch
-    beta: float | None = None  # weight of the KL penalty
-    epsilon: float | None = None  # clipping
-    epsilon_high: float | None = None
-    algorithm: str | None = None
-    kl_estimator: str | None = None
-    loss_aggregation: str | None = None
+    num_generations: int | None = setting(None, "completions a prompt")
+    num_iterations: int | None = setting(None, "passes over a batch")
+    beta: float | None = setting(None, "weight of the KL penalty")
+    epsilon: float | None = setting(None, "clipping of the ratio")
+    epsilon_high: float | None = setting(None, "clipping above; none: epsilon")
+    algorithm: str | None = setting(None, "grpo, gspo, dr_grpo, dapo (with beta=0) or rloo")
+    kl_estimator: str | None = setting(None, "k1, k2 or k3")
+    loss_aggregation: str | None = setting(None, "none: what the algorithm's paper uses")
 
 
 @dataclass
 class GenerationConfig:
     """Widths, and how completions are sampled."""
 
-    max_prompt_length: int | None = None
-    max_generation_steps: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
+    max_prompt_length: int | None = setting(None, "tokens")
+    max_generation_steps: int | None = setting(None, "completion tokens")
+    temperature: float | None = setting(None, "of sampling")
+    top_k: int | None = setting(None, "0 is off")
+    top_p: float | None = setting(None, "1 is off")
 
 
 @dataclass
@@ -94,42 +79,41 @@ class TrainingConfig:
     of the data set. `learning_rate`, `warmup_ratio` and `max_grad_norm` may be given here or in `OptimizerConfig`.
     """
 
-    micro_batch_size: int | None = None  # prompts a step
-    num_batches: int | None = None
-    num_epochs: float | None = None
-    max_steps: int | None = None
-    gradient_accumulation_steps: int | None = None
-    gradient_checkpointing: bool | None = None
-    rows_per_pass: int | None = None  # completions in one learning pass: GRPOConfig.micro_batch_size
-    save_interval_steps: int | None = None
-    max_to_keep: int | None = None  # checkpoints
-    learning_rate: float | None = None
-    warmup_ratio: float | None = None
-    max_grad_norm: float | None = None
+    micro_batch_size: int | None = setting(None, "prompts a step")
+    num_batches: int | None = setting(None, "steps an epoch; none: as many as the data set has")
+    num_epochs: float | None = setting(None, "passes over the data set, or over num_batches")
+    max_steps: int | None = setting(None, "of the whole run, whatever the two above say")
+    gradient_accumulation_steps: int | None = setting(None, "batches of prompts to one optimizer step")
+    gradient_checkpointing: bool | None = setting(None, "compute activations twice, to save memory")
+    rows_per_pass: int | None = setting(
+        None, "completions in one learning pass; none: one group, on the CPU more; 0: all"
+    )
+    save_interval_steps: int | None = setting(None, "write a checkpoint every so many steps")
+    max_to_keep: int | None = setting(None, "checkpoints; none: all")
+    learning_rate: float | None = setting(None, "peak")
+    warmup_ratio: float | None = setting(None, "warm-up as a share of all steps")
+    max_grad_norm: float | None = setting(None, "gradients are scaled down to this norm")
 
 
 @dataclass
 class EvaluationConfig:
     """When and how the model answers held-out questions."""
 
-    eval_interval_steps: int | None = None
-    eval_on_start: bool | None = None
-    batch_size: int | None = None  # completions at a time
-    num_eval_completions: int | None = None  # sampled ones a question, for mean@k
-    eval_temperature: float | None = None
-    load_best_model_at_end: bool | None = None
-    early_stopping_patience: int | None = None
+    eval_interval_steps: int | None = setting(None, "none: before and after training")
+    eval_on_start: bool | None = setting(None, "before training")
+    batch_size: int | None = setting(None, "completions at a time")
+    num_eval_completions: int | None = setting(None, "sampled ones a question, for mean@k")
+    eval_temperature: float | None = setting(None, "of these samples")
+    load_best_model_at_end: bool | None = setting(None, "by metric_for_best_model")
+    early_stopping_patience: int | None = setting(None, "stop after so many evaluations in a row without a better one")
 
 
 @dataclass
 class GRPOTrainingConfig:
     """A whole job for `tunix_torch.train`.
 
-    Attributes:
-        wandb_disabled: False also logs to Weights & Biases, which must be installed.
-        output_dir: where everything is written; None: ./outputs.
-        checkpoint_dir: the same, but a run that has left a whole checkpoint there is continued.
-        args: any other setting of `GRPOConfig`, by its name.
+    `output_dir` and `checkpoint_dir` are where everything is written, ./outputs without them; in `checkpoint_dir` a run
+    that has left a whole checkpoint there is continued.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -139,12 +123,14 @@ class GRPOTrainingConfig:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    seed: int = 42
-    device: str = "auto"
-    wandb_disabled: bool = True
-    output_dir: str | None = None
-    checkpoint_dir: str | None = None
-    args: dict[str, Any] = field(default_factory=dict)
+    seed: int = setting(42, "same seed, same run")
+    device: str = setting("auto", "auto, xla, cuda or cpu")
+    wandb_disabled: bool = setting(True, "false: also log to Weights & Biases, which must be installed")
+    output_dir: str | None = setting(None, "none: the folder of this run, below")
+    checkpoint_dir: str | None = setting(None, "checkpoints and results; a run that is there already is continued")
+    args: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "any other setting of train.py: args.overlong_prompts=raise"}
+    )
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "GRPOTrainingConfig":
@@ -153,7 +139,7 @@ class GRPOTrainingConfig:
         Raises:
             ValueError: an unknown name (with the nearest one), or a value that can't be.
         """
-        values, names, groups = {}, setting_names(), _groups()
+        values, names, groups = {}, setting_names(), groups_of_settings()
         for name, value in settings.items():
             if name in groups:
                 require(isinstance(value, Mapping), name, value, "expected names and values")
@@ -176,7 +162,7 @@ class GRPOTrainingConfig:
         """
         check_types(self)
         given = self._given()
-        settings = dict(tiny.RECIPE if self.model.model_name == tiny.NAME else AGENT_TUNIX) | {"eval_on_start": True}
+        settings = JOB | (TINY if self.model.model_name == TINY_NAME else AGENT_TUNIX)
         if "num_train_epochs" in given:
             settings.pop("max_steps", None)
         if given.get("algorithm", ("", ""))[1] == "dapo":  # which has no KL penalty
@@ -221,7 +207,7 @@ class GRPOTrainingConfig:
                     continue
                 if key == "warmup_ratio":
                     require(0 <= value < 1, name, value, "must be in [0, 1)")
-                put(RENAMED.get(name) or next(iter(canonical_names({key: value}, valid))), name, value)
+                put(name_in_grpo_config(name), name, value)
 
         batches, epochs = self.training.num_batches, self.training.num_epochs
         require(batches is None or batches >= 1, "training.num_batches", batches, "must be at least 1")
@@ -245,14 +231,20 @@ class GRPOTrainingConfig:
         return given
 
 
-def _groups() -> dict[str, type]:
+def groups_of_settings() -> dict[str, type]:
     """The fields of `GRPOTrainingConfig` that are dataclasses themselves."""
     return {f.name: f.type for f in dataclasses.fields(GRPOTrainingConfig) if dataclasses.is_dataclass(f.type)}
 
 
+def name_in_grpo_config(name: str) -> str:
+    """The field of `GRPOConfig` that a group's setting sets: "training.num_epochs" -> "num_train_epochs"."""
+    key = name.rpartition(".")[2]
+    return RENAMED.get(name) or ALIASES.get(key, key)
+
+
 def setting_names() -> list[str]:
     """Every name that a job may set: "seed", "training.num_batches" and so on."""
-    groups = _groups()
+    groups = groups_of_settings()
     names = [f.name for f in dataclasses.fields(GRPOTrainingConfig) if f.name not in groups]
     return names + [f"{group}.{f.name}" for group, config in groups.items() for f in dataclasses.fields(config)]
 
@@ -264,5 +256,5 @@ def unknown_setting(name: str) -> ValueError:
     group, _, key = name.rpartition(".")
     if f"{group}.{ALIASES.get(key)}" in names:
         elsewhere = [f"{group}.{ALIASES[key]}"]
-    hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else nearest(name, [*names, *_groups()])
+    hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else nearest(name, [*names, *groups_of_settings()])
     return ValueError(f"unknown setting {name!r}{hint}")

@@ -2,44 +2,19 @@
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import SchedulerType, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-from transformers.training_args import OptimizerNames
 
-from ..grpo import ALGORITHMS, KL_ESTIMATORS, LOSS_AGGREGATIONS
+from ..grpo import LOSS_AGGREGATIONS
 from ..runtime import device as process_device
 from ..runtime import mesh, together
 from ..runtime.choice import KINDS
+from .checks import check_values
 from .settings import accept_aliases, check_types, require, setting
 
-OVERLONG_PROMPTS = ("drop", "raise")
-REFERENCES = ("start", "base")
-
-# Of `TrainingArguments`: what nobody would read, or `transformers.Trainer` alone, beside its own forward pass.
-NOT_FOR_US = (
-    "torch_compile",
-    "torch_compile_backend",
-    "torch_compile_mode",
-    "use_liger_kernel",
-    "neftune_noise_alpha",
-    "label_smoothing_factor",
-    "auto_find_batch_size",
-    "deepspeed",
-    "fsdp",
-)
-
-CHOICES = {  # of `TrainingArguments`
-    "lr_scheduler_type": SchedulerType,
-    "optim": OptimizerNames,
-    "eval_strategy": IntervalStrategy,
-    "logging_strategy": IntervalStrategy,
-    "save_strategy": SaveStrategy,
-}
 SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # which follow `metric_for_best_model`
 
 SYSTEM_MESSAGE = (
@@ -144,7 +119,7 @@ class GRPOConfig(TrainingArguments):
         self._check_device()
         self._read_mappings()
         check_types(self)
-        self._check_values()
+        check_values(self)
         self._resolve()
         together.join_hosts(*mesh.hosts())
         super().__post_init__()
@@ -247,115 +222,8 @@ class GRPOConfig(TrainingArguments):
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{name}={value!r}: not valid JSON: {error}") from error
         value = self.lr_scheduler_kwargs
-        right = 'expected names and values, such as {"num_cycles": 2}'
-        require(value is None or isinstance(value, dict), "lr_scheduler_kwargs", value, right)
-
-    def _check_values(self) -> None:
-        self._check_lengths()
-        group = self.num_completions_per_prompt
-        if self.use_grpo:
-            require(group > 1, "num_completions_per_prompt", group, "GRPO compares completions: at least 2 are needed")
-        require(
-            self.generation_temperature > 0, "generation_temperature", self.generation_temperature, "must be above 0"
-        )
-        require(0 < self.generation_top_p <= 1, "generation_top_p", self.generation_top_p, "must be in (0, 1]")
-        require(self.advantage_epsilon >= 0, "advantage_epsilon", self.advantage_epsilon, "must not be negative")
-        require(self.kl_penalty_coef >= 0, "kl_penalty_coef", self.kl_penalty_coef, "must not be negative")
-        require(0 < self.epsilon < 1, "epsilon", self.epsilon, "must be in (0, 1)")
-        require(self.epsilon_c is None or self.epsilon_c > 1, "epsilon_c", self.epsilon_c, "must be above 1")
-        clamp = self.kl_clamp_value
-        require(clamp is None or clamp > 0, "kl_clamp_value", clamp, "must be above 0")
-        require(self.eval_temperature > 0, "eval_temperature", self.eval_temperature, "must be above 0")
-        for name in (
-            "generation_max_length",
-            "max_prompt_length",
-            "num_iterations",
-            "stop_check_interval",
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-        ):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name in (
-            "generation_top_k",
-            "num_eval_completions",
-            "reward_processes",
-            "save_batches",
-            "seed",
-            "learning_rate",
-            "max_grad_norm",
-            "weight_decay",
-            "adam_epsilon",
-            "warmup_steps",
-            "eval_delay",
-            "dataloader_num_workers",
-        ):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        require(self.seed < 2**32, "seed", self.seed, "must be below 2**32")
-        for name in ("adam_beta1", "adam_beta2"):
-            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
-        timeout = self.reward_timeout
-        require(timeout is None or timeout > 0, "reward_timeout", timeout, "must be above 0")
-        limit = self.save_total_limit
-        require(limit is None or limit >= 0, "save_total_limit", limit, "must not be negative; 0: no limit")
-        for name in ("early_stopping_patience", "profile_step"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "must be at least 1")
-        for name, choices in (
-            ("algorithm", ALGORITHMS),
-            ("reference", REFERENCES),
-            ("overlong_prompts", OVERLONG_PROMPTS),
-            ("kl_estimator", KL_ESTIMATORS),
-            ("loss_aggregation", (None, *LOSS_AGGREGATIONS)),
-        ):
-            value = getattr(self, name)
-            require(value in choices, name, value, f"choose one of {', '.join(c for c in choices if c)}")
-        for name, kind in CHOICES.items():
-            value, choices = getattr(self, name), [choice.value for choice in kind]
-            require(value in choices, name, value, f"choose one of {', '.join(choices)}")
-        if self.algorithm == "dapo" and self.kl_penalty_coef not in (0.0, type(self).kl_penalty_coef):
-            raise ValueError(
-                f"kl_penalty_coef={self.kl_penalty_coef}: algorithm 'dapo' has no KL penalty; leave it out, or 0"
-            )
-        if self.num_iterations > 1 and self.gradient_accumulation_steps > 1:
-            raise ValueError(
-                f"num_iterations={self.num_iterations} with gradient_accumulation_steps="
-                f"{self.gradient_accumulation_steps}: several passes step the optimizer after each batch; "
-                "raise per_device_train_batch_size and set micro_batch_size instead"
-            )
-        if self.save_batches and (self.gradient_accumulation_steps > 1 or not self.use_grpo):
-            raise ValueError(f"save_batches={self.save_batches}: works with use_grpo, without gradient accumulation")
-        micro = self.micro_batch_size
-        require(micro is None or micro >= 0, "micro_batch_size", micro, "must not be negative")
-        if micro and self.use_grpo:
-            fits = group % micro == 0 or micro % group == 0
-            right = f"must divide num_completions_per_prompt={group} or be a multiple of it"
-            require(fits, "micro_batch_size", micro, right)
-        require(
-            not (self.bf16 or self.fp16),
-            "bf16/fp16",
-            True,
-            "choose the precision with model_dtype (ModelConfig) instead",
-        )
-        for name in NOT_FOR_US:
-            require(not getattr(self, name), name, getattr(self, name), "does not work here: leave it out")
-        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):  # what `accelerate launch` sets
-            value = os.environ.get(name, "false")
-            require(value.lower() == "false", name, value, "does not work here: accelerate launch --multi_gpu")
-        require(
-            not self.remove_unused_columns, "remove_unused_columns", True, "must be False; rewards read the columns"
-        )
-
-    def _check_lengths(self) -> None:
-        """How long a run is, and how often it logs, evaluates and saves."""
-        steps = self.max_steps
-        require(steps == -1 or steps >= 1, "max_steps", steps, "must be at least 1, or -1: num_train_epochs decides")
-        require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "must be above 0")
-        for name in ("logging_steps", "eval_steps", "save_steps"):
-            value, strategy = getattr(self, name), name.replace("steps", "strategy")
-            good = value is None or 0 < value < 1 or (value >= 1 and value == int(value))
-            right = f"must be a whole number above 0, or, below 1, a share of all steps ({strategy}='no': never)"
-            require(good, name, value, right)
+        hint = 'expected names and values, such as {"num_cycles": 2}'
+        require(value is None or isinstance(value, dict), "lr_scheduler_kwargs", value, hint)
 
     def _resolve(self) -> None:
         """Fill in what other fields decide."""
@@ -367,8 +235,8 @@ class GRPOConfig(TrainingArguments):
             ("early_stopping_patience", self.early_stopping_patience),
             ("lr_scheduler_type", self.follows_metric and SchedulerType(self.lr_scheduler_type).value),
         ):
-            right = "evaluations decide this: set eval_strategy (or eval_steps)"
-            require(not value or self.eval_strategy != "no", name, value, right)
+            hint = "evaluations decide this: set eval_strategy (or eval_steps)"
+            require(not value or self.eval_strategy != "no", name, value, hint)
             if value and self.metric_for_best_model is None:
                 self.metric_for_best_model = "accuracy"
         self.check_best_metric()
@@ -376,8 +244,8 @@ class GRPOConfig(TrainingArguments):
             self.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
         if self.max_length is not None:
             left = self.max_length - self.generation_max_length
-            right = f"must leave room for a prompt beside generation_max_length={self.generation_max_length}"
-            require(left >= 1, "max_length", self.max_length, right)
+            hint = f"must leave room for a prompt beside generation_max_length={self.generation_max_length}"
+            require(left >= 1, "max_length", self.max_length, hint)
             if self.max_prompt_length not in (type(self).max_prompt_length, left):
                 raise ValueError(
                     f"max_prompt_length={self.max_prompt_length}: max_length leaves {left}; give one of the two"

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from .settings import accept_aliases, check_types, require, setting
 
-DTYPES = ("auto", "float32", "bfloat16")
+TINY_NAME = "tiny"  # the name of the model that is made here, offline
+STORED_DTYPES = ("float32", "bfloat16")  # of weights on disk
+DTYPES = ("auto", *STORED_DTYPES)
 GEMMA3_SIZES = ("270m", "1b", "4b", "12b", "27b")
 
 
@@ -17,7 +19,7 @@ class ModelConfig:
     "2,4" with `mesh_axes` "fsdp,tp", or both at once as ((2, 4), ("fsdp", "tp")).
     """
 
-    model_name: str = setting("tiny", "a Hugging Face model: hub id or folder; 'tiny' is made here, offline")
+    model_name: str = setting(TINY_NAME, "a Hugging Face model: hub id or folder; 'tiny' is made here, offline")
     model_size: str | None = setting(None, "a Gemma 3 by its size, instead of model_name: " + ", ".join(GEMMA3_SIZES))
     model_dtype: str = setting(
         "auto", "of the base weights: auto (bfloat16 on TPU and CUDA, else float32), float32, bfloat16"
@@ -32,11 +34,11 @@ class ModelConfig:
         self._resolve_mesh()
         check_types(self)
         if self.model_size is not None:
-            right = f"choose one of {', '.join(GEMMA3_SIZES)}"
-            require(self.model_size in GEMMA3_SIZES, "model_size", self.model_size, right)
+            hint = f"choose one of {', '.join(GEMMA3_SIZES)}"
+            require(self.model_size in GEMMA3_SIZES, "model_size", self.model_size, hint)
             name = f"google/gemma-3-{self.model_size}-it"
-            right = f"model_size={self.model_size!r} means {name!r}; give one of the two"
-            require(self.model_name in (type(self).model_name, name), "model_name", self.model_name, right)
+            hint = f"model_size={self.model_size!r} means {name!r}; give one of the two"
+            require(self.model_name in (type(self).model_name, name), "model_name", self.model_name, hint)
             self.model_name = name
         require(self.model_dtype in DTYPES, "model_dtype", self.model_dtype, f"choose one of {', '.join(DTYPES)}")
         require(self.lora_rank >= 1, "lora_rank", self.lora_rank, "must be at least 1")
@@ -51,8 +53,8 @@ class ModelConfig:
         """
         for name, there in (("lora_rank", rank), ("lora_alpha", float(alpha)), ("lora_dropout", dropout)):
             given, default = getattr(self, name), getattr(type(self), name)
-            right = f"the adapter that is trained further, {self.model_name}, has {there!r}; give that, or leave it out"
-            require(given in (default, there), name, given, right)
+            hint = f"the adapter that is trained further, {self.model_name}, has {there!r}; give that, or leave it out"
+            require(given in (default, there), name, given, hint)
             setattr(self, name, there)
 
     @property
@@ -64,17 +66,17 @@ class ModelConfig:
 
     def _resolve_mesh(self) -> None:
         """Bring both ways to give a mesh into one: `mesh_shape` "2,4", `mesh_axes` "fsdp,tp"."""
-        shape, right = self.mesh_shape, 'expected "2,4" or ((2, 4), ("fsdp", "tp"))'
+        shape, hint = self.mesh_shape, 'expected "2,4" or ((2, 4), ("fsdp", "tp"))'
         if shape is not None and not isinstance(shape, str):
             try:
                 numbers, axes = shape
                 self.mesh_shape = ",".join(str(int(number)) for number in numbers)
                 self.mesh_axes = ",".join(axes)
             except (TypeError, ValueError):
-                raise ValueError(f"mesh_shape={shape!r}: {right}") from None
+                raise ValueError(f"mesh_shape={shape!r}: {hint}") from None
         names = str(self.mesh_axes).split(",")
         require(set(names) <= {"fsdp", "tp"}, "mesh_axes", self.mesh_axes, "the axes are fsdp, tp")
         if shape is not None:
             sizes = self.mesh_shape.split(",")
             good = all(size.strip().isdigit() and int(size) >= 1 for size in sizes)
-            require(good and len(sizes) == len(names), "mesh_shape", shape, right)
+            require(good and len(sizes) == len(names), "mesh_shape", shape, hint)

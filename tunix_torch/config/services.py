@@ -38,5 +38,5 @@ def check_reporting(names: Sequence[str]) -> None:
             with blamed_on("report_to", name):
                 INTEGRATION_TO_CALLBACK[name]()
         else:  # MLflow's callback, made without its package, prints a traceback as it is thrown away
-            right = f"needs its package to be installed: pip install {name.replace('_', '-')}"
-            require(name in get_available_reporting_integrations(), "report_to", name, right)
+            hint = f"needs its package to be installed: pip install {name.replace('_', '-')}"
+            require(name in get_available_reporting_integrations(), "report_to", name, hint)

@@ -1,4 +1,4 @@
-"""What every dataclass of settings shares: a field with its help, aliases of names, checks of types and values."""
+"""What every dataclass of settings shares: a field with its help, names that others use, checks of types and values."""
 
 import dataclasses
 import difflib
@@ -9,30 +9,11 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-# The name that others use -> ours.
-ALIASES = {
-    "num_generations": "num_completions_per_prompt",
-    "beta": "kl_penalty_coef",
-    "kl_coef": "kl_penalty_coef",
-    "clip_range": "epsilon",
-    "temperature": "generation_temperature",
-    "top_p": "generation_top_p",
-    "top_k": "generation_top_k",
-    "max_completion_length": "generation_max_length",
-    "max_generation_steps": "generation_max_length",
-    "max_response_length": "generation_max_length",
-    "num_epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "num_training_steps": "max_steps",
-    "dataset_name": "data_path",
-    "num_train_samples": "num_train_rows",
-    "num_test_samples": "num_eval_rows",
-    "dtype": "model_dtype",
-    "profile": "profile_step",
-}
+from .aliases import ALIASES
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field with the help that its flag shows."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -123,6 +104,15 @@ def check_types(config: Any) -> None:
             raise ValueError(f"{name}={value!r}: expected {expected}, got {type(value).__name__}")
 
 
-def require(condition: bool, name: str, value: object, right: str) -> None:
+def require(condition: bool, name: str, value: object, hint: str) -> None:
+    """See that a setting can be what it is.
+
+    Args:
+        condition: whether it can.
+        hint: what would be right, for the message.
+
+    Raises:
+        ValueError: it can't: "NAME=VALUE: HINT".
+    """
     if not condition:
-        raise ValueError(f"{name}={value!r}: {right}")
+        raise ValueError(f"{name}={value!r}: {hint}")

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import snapshot_download
 
-import utils
-
 from .. import GRPOConfig, ModelConfig, load_tokenizer
+from ..config.files import load_config
 from ..learn.record import FOLDER, StepRecord
 from ..model.loading import base_model_name, eos_token_ids, load_base_model, resolve_model_name
 from . import tunix_side
@@ -31,7 +30,7 @@ def load_run(output_dir: Path) -> tuple[ModelConfig, GRPOConfig, dict[int, StepR
     config, run = output_dir / "config.json", f"from_run={str(output_dir)!r}"
     if not config.is_file():
         raise ValueError(f"{run}: no config.json there, so it is not an output_dir of train.py")
-    settings = utils.load_config(config) | {"device": "auto", "report_to": "none"}
+    settings = load_config(config) | {"device": "auto", "report_to": "none"}
 
     def pick(cls: type) -> dict[str, object]:
         return {field.name: settings[field.name] for field in dataclasses.fields(cls) if field.name in settings}

@@ -5,12 +5,16 @@ on worked examples, stopped early, so that reinforcement learning has something 
 Hugging Face folder under the cache folder.
 """
 
+import ast
 import hashlib
+import inspect
+import json
 import os
 import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +22,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-NAME = "tiny"
+from ..config.model import TINY_NAME
+
+NAME = TINY_NAME
 FOLDER_PREFIX = "tunix-torch-tiny-"
 
 CHARACTERS = "\n !\"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abcdefghijklmnopqrstuvwxyz{|}~"
@@ -39,27 +45,6 @@ TEMPLATES = {
 NUM_HELD_OUT = {"+": 400, "-": 400, "x": 120}  # problems that no training row ever shows
 
 WARM_START = {"seed": 0, "steps": 540, "batch_size": 32, "hasty_batch_size": 16, "learning_rate": 4e-3}
-
-# Settings of the job that the tiny model is made for; train.py takes them unless a flag or file says otherwise.
-RECIPE = {
-    "system_message": "",
-    "max_prompt_length": 40,
-    "generation_max_length": 48,
-    "generation_temperature": 1.0,
-    "generation_top_p": 1.0,
-    "generation_top_k": 0,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 256,
-    "num_eval_completions": 8,
-    "micro_batch_size": 0,
-    "learning_rate": 2e-3,
-    "lr_scheduler_type": "linear",
-    "max_steps": 80,
-    "stop_check_interval": 4,
-    "eval_strategy": "steps",
-    "eval_steps": 40,
-    "save_steps": 40,
-}
 
 Problem = tuple[int, str, int]
 
@@ -241,9 +226,36 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TUNIX_CACHE", default))
 
 
+# What the model is made of: all that, if it changed, would make other weights or another tokenizer.
+MADE_BY = (
+    make_tokenizer,
+    make_model,
+    _problems,
+    work_out,
+    arithmetic_rows,
+    _encode_demonstrations,
+    _is_curt,
+    _warm_start,
+)
+MADE_FROM = (CHARACTERS, SPECIAL_TOKENS, ROLES, TAGS, CHAT_TEMPLATE, TEMPLATES, NUM_HELD_OUT, WARM_START)
+
+
 def folder_name() -> str:
-    """Its name in the cache folder; changes with this file, which is its recipe."""
-    return FOLDER_PREFIX + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    """Its name in the cache folder, which changes with the code and the constants that it is made of.
+
+    Comments, docstrings and layout of the code do not count.
+    """
+    parts = [_code_of(function) for function in MADE_BY] + [json.dumps(MADE_FROM)]
+    return FOLDER_PREFIX + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
+def _code_of(function: Callable) -> str:
+    """The statements of a function, in Python's own layout, without its docstring."""
+    tree = ast.parse(inspect.getsource(function))
+    body = tree.body[0].body
+    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        del body[0]
+    return ast.unparse(tree)
 
 
 def ensure_tiny_model() -> Path:

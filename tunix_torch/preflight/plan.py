@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 
 from transformers import PretrainedConfig
 
-import utils
-
 from .. import GRPOConfig, ModelConfig
+from ..config.files import load_config
+from ..config.flags import parse_job
 from ..model.attention import kept_tokens, layer_windows
 from ..model.loading import torch_dtype
 from ..runtime import device
@@ -269,13 +269,11 @@ def job_of(argv: Sequence[str], topology: Topology, any_mesh: bool = False) -> J
         ValueError: an unknown setting, a value that can't be, a mesh of another size than the slice, or supervised
             fine-tuning, which is not planned.
     """
-    import train
-
     if any_mesh:
         argv = [*argv, "--mesh_shape", f"1,{topology.num_chips}", "--mesh_axes", "fsdp,tp"]
     _check_mesh(argv, topology)
     device.plan_for_tpu()
-    model, _, args = train.parse_args([*argv, "--device", "xla"])
+    model, _, args = parse_job([*argv, "--device", "xla"])
     if not args.use_grpo:
         raise ValueError("use_grpo=False: only GRPO is planned; set use_grpo to true")
     return Job(model, args, topology)
@@ -287,7 +285,7 @@ def _check_mesh(argv: Sequence[str], topology: Topology) -> None:
     for name in ("config", "mesh_shape", "mesh_axes"):
         given.add_argument(f"--{name}")
     flags = vars(given.parse_known_args(argv)[0])
-    settings = utils.load_config(flags["config"]) if flags["config"] else {}
+    settings = load_config(flags["config"]) if flags["config"] else {}
     settings |= {name: value for name, value in flags.items() if value is not None}
     mesh = ModelConfig(**{name: settings[name] for name in ("mesh_shape", "mesh_axes") if name in settings}).mesh
     chips = topology.num_chips

@@ -15,7 +15,7 @@ from .plan import Job
 from .quick import quick_plan
 from .report import as_dict
 
-ROOT = Path(__file__).parent.parent.parent
+PACKAGES = Path(__file__).parent.parent.parent  # where `tunix_torch` lies, for the plans' own processes
 HOPELESS = -0.5  # of HBM to spare by arithmetic: not worth compiling
 
 
@@ -93,12 +93,13 @@ def _settings(job: Job, say: Callable[[str], None]) -> Iterator[tuple[str, int]]
 def _compiled(candidate: Candidate, argv: Sequence[str], topology: str) -> Candidate:
     with tempfile.TemporaryDirectory(prefix="plan-tpu-") as folder:
         result = os.path.join(folder, "plan.json")
-        command = [sys.executable, "plan_tpu.py", *argv, "--topology", topology, "--json", result]
+        command = [sys.executable, "-m", "tunix_torch.cli", "plan", *argv, "--topology", topology, "--json", result]
         command += ["--mesh_shape", candidate.mesh_shape, "--mesh_axes", "fsdp,tp"]
         command += ["--micro_batch_size", str(candidate.micro_batch_size)]
-        ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=None)
+        environment = os.environ | {"PYTHONPATH": f"{PACKAGES}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        ended = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=None)
         if not os.path.isfile(result):  # written whether the job fits or not
-            error = f"plan_tpu.py ended with {ended.returncode}"
+            error = f"the plan ended with {ended.returncode}"
             return dataclasses.replace(
                 candidate, fits=False, spare_fraction=None, step_seconds=None, graphs=[], error=error
             )

@@ -1,6 +1,8 @@
 """Reads the metrics of a run, and draws them as curves."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 from .callbacks import METRICS_FILE
@@ -14,8 +16,16 @@ def load_metrics(output_dir: str | Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def plot_training_curves(output_dir: str | Path) -> Path:
-    """Draw accuracy, reward, loss, KL, entropy and completion length of a run into CURVES_FILE. Returns the file."""
+def plot_training_curves(output_dir: str | Path) -> Path | None:
+    """Draw accuracy, reward, loss, KL, entropy and completion length of a run into CURVES_FILE.
+
+    Returns:
+        the file; None where Matplotlib, which is no requirement of training, is not installed: then a line says so.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        hint = "matplotlib is not installed: pip install 'tunix-torch[plots]'"
+        print(f"The curves of {output_dir} were not drawn: {hint}", file=sys.stderr)
+        return None
     import matplotlib
 
     matplotlib.use("Agg")

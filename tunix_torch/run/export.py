@@ -1,18 +1,11 @@
-"""Merges an adapter into its base model, and proves that the plain Hugging Face model computes the same logits.
+"""Merges an adapter into its base model, and proves that the plain Hugging Face model computes the same logits."""
 
-python -m tunix_torch.export ./outputs --merged ./merged
-python -m tunix_torch.export ./outputs/checkpoint-40 --merged ./merged --dtype bfloat16 --push_to_hub NAME/MODEL
-"""
-
-import argparse
 import contextlib
 import math
 import os
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import httpx
 import huggingface_hub
@@ -24,14 +17,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from ..checkpoints.files import newest_checkpoint
+from ..config.model import STORED_DTYPES
 from ..model.forward import base_model, text_config
 from ..model.loading import load_model, load_tokenizer, resolve_model_name
 from .folder import find_system_message
 
-DTYPES = ("float32", "bfloat16")
 TOLERANCE = 1e-4  # the largest difference of float32 logits, in units of their standard deviation
 PROBE_SHAPE = (4, 32)  # rows and tokens of the prompt on which logits are compared
 PROBE_VOCABULARY = 50_000  # its tokens lie below the placeholders for images and sound, which need an image
@@ -61,8 +53,8 @@ def export_merged(
             name is unknown, or the upload failed. In the last case the written folder stays.
     """
     output_dir, merged = Path(output_dir), Path(merged).resolve()
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in STORED_DTYPES:
+        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(STORED_DTYPES)}")
     if push_to_hub is not None:
         try:
             validate_repo_id(push_to_hub)
@@ -205,47 +197,3 @@ def _push(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, repo_id: s
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{given}: the upload failed: {reason}; {stands}") from error
     print(f"Uploaded to {repo_id}")
-
-
-# ---- the command ----
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tunix_torch.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = _fail
-    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="a run's folder, a checkpoint, or any LoRA's folder")
-    parser.add_argument("--merged", metavar="FOLDER", required=True, help="where to write; must be new or empty")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: as the base model is stored)")
-    parser.add_argument(
-        "--push_to_hub",
-        metavar="NAME/MODEL",
-        help="then upload to this hub repository, which is made if need be, public unless the account says otherwise",
-    )
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command: a user's mistake becomes one line and exit code 2, Ctrl-C 130. TUNIX_DEBUG=1 shows tracebacks."""
-    args = parse_args(argv)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        export_merged(args.output_dir, args.merged, args.dtype, args.push_to_hub)
-    except ValueError as error:
-        if os.environ.get("TUNIX_DEBUG") == "1":
-            raise
-        _fail(str(error))
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing half-written is left", file=sys.stderr)
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,4 @@
-"""Feed the same batches to Google's Tunix on JAX and to this library, and print how far apart they are.
-
-python -m crosscheck                                   # every case on every model family
-python -m crosscheck --families gemma3-1 --cases gspo
-python -m crosscheck --from-run outputs                # replay a run made with train.py --save_batches 3
-"""
+"""Feed the same batches to Google's Tunix on JAX and to this library, and print how far apart they are."""
 
 import argparse
 import importlib.util
@@ -20,31 +15,40 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-import utils
-
-from .job import Job, quiet, run_job
-
-os.environ["TUNIX_DEVICE"] = "cpu"
+from ..crosscheck.job import Job, quiet, run_job
+from .script import Parser, check_output_file, choose_device
 
 if TYPE_CHECKING:
-    from .compare import Row
+    from ..crosscheck.compare import Row
+
+EXAMPLES = """
+COMMAND                                   # every case on every model family
+COMMAND --families gemma3-1 --cases gspo
+COMMAND --from-run outputs                # replay a run made with train.py --save_batches 3
+"""
 
 NEEDED = {"jax": "jax==0.10.2", "tunix": "google-tunix==0.1.7"}
 CHAIN = 20  # AdamW steps
 TRL_FAMILIES = ("gemma3-2", "gemma2", "gemma4")
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m crosscheck", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: utils.fail(message)
+def parse_args(argv: Sequence[str], command: str) -> argparse.Namespace:
+    """Which cases, of which models, or which run.
+
+    Raises:
+        ValueError: an unknown flag, or a file that can't be written.
+    """
+    parser = Parser(command, f"{__doc__}\n{EXAMPLES}")
     parser.add_argument("--from-run", "--from_run", type=Path, help="a run's output_dir, made with --save_batches")
     also = "and then without TRL and the differences on purpose; an unknown name lists those that there are"
     parser.add_argument("--families", nargs="+", help=f"only these model families, {also}")
     parser.add_argument("--cases", nargs="+", help=f"only these cases, {also}")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_output_file("json", args.json)
+    if args.from_run and (args.families or args.cases):
+        raise ValueError("from_run: a run has its own model and settings; leave out --families and --cases")
+    return args
 
 
 def check_installed() -> None:
@@ -67,8 +71,8 @@ def rows_of_cases(families: Sequence[str] | None, cases: Sequence[str] | None) -
 
     Jobs of several families run side by side, one thread each: small models keep no more busy.
     """
-    from .cases import CASES, FAMILIES
-    from .run import rows_of
+    from ..crosscheck.cases import CASES, FAMILIES
+    from ..crosscheck.run import rows_of
 
     cases = choose(cases, [case.name for case in CASES], "cases") if cases else None
     jobs = [Job("tunix", family, cases, CHAIN) for family in choose(families, FAMILIES, "families")]
@@ -116,14 +120,21 @@ def summarise(rows: Sequence["Row"]) -> None:
         print(f"{quantity:<28} {len(among):>11} {worst.difference:>19.1e} {worst.tolerance:>10.1e}  {verdict}")
 
 
-def main() -> None:
-    args = parse_args(sys.argv[1:])
+def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
+    """Compare, print each comparison and a summary; exit code 1 where one falls short.
+
+    Args:
+        argv: the flags; None: those of this process.
+        command: what the user has called; None: `python -m crosscheck`.
+
+    Raises:
+        ValueError: a flag, a run or a package that is missing.
+    """
+    args = parse_args(sys.argv[1:] if argv is None else argv, command or "python -m crosscheck")
     check_installed()
-    utils.check_output_file("json", args.json)
-    if args.from_run and (args.families or args.cases):
-        raise ValueError("from_run: a run has its own model and settings; leave out --families and --cases")
+    choose_device(["--device=cpu"])  # where both sides compute
     quiet()
-    from .replay import replay
+    from ..crosscheck.replay import replay
 
     started = time.perf_counter()
     rows = []
@@ -149,7 +160,3 @@ def main() -> None:
         f"First to differ: {failed[0].quantity} of {failed[0].case}."
     )
     sys.exit(1)
-
-
-if __name__ == "__main__":
-    utils.run_script(main)

@@ -1,0 +1,55 @@
+"""Merge an adapter into its base model: a plain Hugging Face model, proved to compute the adapter's logits."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..config.model import STORED_DTYPES
+from .script import Parser, quiet_transformers
+
+EXAMPLES = """
+COMMAND ./outputs --merged ./merged
+COMMAND ./outputs/checkpoint-40 --merged ./merged --dtype bfloat16 --push_to_hub NAME/MODEL
+"""
+
+
+def parse_args(argv: Sequence[str], command: str) -> argparse.Namespace:
+    """What is merged, and where to.
+
+    Raises:
+        ValueError: an unknown flag, or one that is missing.
+    """
+    parser = Parser(command, f"{__doc__}\n{EXAMPLES}")
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="a run's folder, a checkpoint, or any LoRA's folder")
+    parser.add_argument("--merged", metavar="FOLDER", required=True, help="where to write; must be new or empty")
+    parser.add_argument(
+        "--dtype", choices=STORED_DTYPES, help="of the written weights (default: as the base model is stored)"
+    )
+    parser.add_argument(
+        "--push_to_hub",
+        metavar="NAME/MODEL",
+        help="then upload to this hub repository, which is made if need be, public unless the account says otherwise",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
+    """Merge and write.
+
+    Args:
+        argv: the flags; None: those of this process.
+        command: what the user has called; None: `python -m tunix_torch.export`.
+
+    Raises:
+        ValueError: see `export_merged`.
+        KeyboardInterrupt: after it has been said that nothing half-written is left.
+    """
+    args = parse_args(sys.argv[1:] if argv is None else argv, command or "python -m tunix_torch.export")
+    from ..run.export import export_merged  # loads PyTorch, which `--help` does without
+
+    quiet_transformers()
+    try:
+        export_merged(args.output_dir, args.merged, args.dtype, args.push_to_hub)
+    except KeyboardInterrupt:
+        print("\nnothing half-written is left", file=sys.stderr)
+        raise

@@ -1,0 +1,159 @@
+"""Which values of `GRPOConfig`'s fields can be: bounds of numbers, choices among words, and what excludes what."""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from transformers import SchedulerType
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.training_args import OptimizerNames
+
+from ..grpo import ALGORITHMS, KL_ESTIMATORS, LOSS_AGGREGATIONS
+from .settings import require
+
+if TYPE_CHECKING:
+    from .grpo import GRPOConfig
+
+
+class Bound(NamedTuple):
+    """Numbers that these fields may hold; a field that is None is left out."""
+
+    names: tuple[str, ...]
+    holds: Callable[[float], bool]
+    hint: str
+
+
+COUNTS = (
+    "generation_max_length",
+    "max_prompt_length",
+    "num_iterations",
+    "stop_check_interval",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "early_stopping_patience",
+    "profile_step",
+)
+NOT_NEGATIVE = (
+    "generation_top_k",
+    "advantage_epsilon",
+    "kl_penalty_coef",
+    "num_eval_completions",
+    "reward_processes",
+    "save_batches",
+    "micro_batch_size",
+    "seed",
+    "learning_rate",
+    "max_grad_norm",
+    "weight_decay",
+    "adam_epsilon",
+    "warmup_steps",
+    "eval_delay",
+    "dataloader_num_workers",
+)
+POSITIVE = ("generation_temperature", "eval_temperature", "kl_clamp_value", "reward_timeout", "num_train_epochs")
+BOUNDS = (
+    Bound(("max_steps",), lambda v: v == -1 or v >= 1, "must be at least 1, or -1: num_train_epochs decides"),
+    Bound(POSITIVE, lambda v: v > 0, "must be above 0"),
+    Bound(COUNTS, lambda v: v >= 1, "must be at least 1"),
+    Bound(NOT_NEGATIVE, lambda v: v >= 0, "must not be negative"),
+    Bound(("seed",), lambda v: v < 2**32, "must be below 2**32"),
+    Bound(("save_total_limit",), lambda v: v >= 0, "must not be negative; 0: no limit"),
+    Bound(("generation_top_p",), lambda v: 0 < v <= 1, "must be in (0, 1]"),
+    Bound(("epsilon",), lambda v: 0 < v < 1, "must be in (0, 1)"),
+    Bound(("epsilon_c",), lambda v: v > 1, "must be above 1"),
+    Bound(("adam_beta1", "adam_beta2"), lambda v: 0 <= v < 1, "must be in [0, 1)"),
+)
+
+# A word field -> the words that it may hold; None may stand for the default.
+CHOICES = {
+    "algorithm": ALGORITHMS,
+    "reference": ("start", "base"),
+    "overlong_prompts": ("drop", "raise"),
+    "kl_estimator": KL_ESTIMATORS,
+    "loss_aggregation": (None, *LOSS_AGGREGATIONS),
+    "lr_scheduler_type": [choice.value for choice in SchedulerType],
+    "optim": [choice.value for choice in OptimizerNames],
+    "eval_strategy": [choice.value for choice in IntervalStrategy],
+    "logging_strategy": [choice.value for choice in IntervalStrategy],
+    "save_strategy": [choice.value for choice in SaveStrategy],
+}
+
+# Fields of `TrainingArguments` that nobody would read, or `transformers.Trainer` alone, beside its own forward pass.
+NOT_FOR_US = (
+    "torch_compile",
+    "torch_compile_backend",
+    "torch_compile_mode",
+    "use_liger_kernel",
+    "neftune_noise_alpha",
+    "label_smoothing_factor",
+    "auto_find_batch_size",
+    "deepspeed",
+    "fsdp",
+)
+
+
+def check_values(args: "GRPOConfig") -> None:
+    """See that each setting can be what it is, and that those that exclude each other are not both given.
+
+    Raises:
+        ValueError: the first that can't, naming the field, its value, and what would be right.
+    """
+    for bound in BOUNDS:
+        for name in bound.names:
+            value = getattr(args, name)
+            require(value is None or bound.holds(value), name, value, bound.hint)
+    _check_intervals(args)
+    for name, choices in CHOICES.items():
+        value = getattr(args, name)
+        require(value in choices, name, value, f"choose one of {', '.join(choice for choice in choices if choice)}")
+    _check_group(args)
+    _check_combinations(args)
+    _check_left_out(args)
+
+
+def _check_intervals(args: "GRPOConfig") -> None:
+    """How often a run logs, evaluates and saves: every so many steps, or a share of all of them."""
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        value, strategy = getattr(args, name), name.replace("steps", "strategy")
+        good = value is None or 0 < value < 1 or (value >= 1 and value == int(value))
+        hint = f"must be a whole number above 0, or, below 1, a share of all steps ({strategy}='no': never)"
+        require(good, name, value, hint)
+
+
+def _check_group(args: "GRPOConfig") -> None:
+    """GRPO compares the completions of a group, and a learning pass has whole groups or equal parts of one."""
+    if not args.use_grpo:
+        return
+    group, micro = args.num_completions_per_prompt, args.micro_batch_size
+    require(group > 1, "num_completions_per_prompt", group, "GRPO compares completions: at least 2 are needed")
+    fits = not micro or group % micro == 0 or micro % group == 0
+    hint = f"must divide num_completions_per_prompt={group} or be a multiple of it"
+    require(fits, "micro_batch_size", micro, hint)
+
+
+def _check_combinations(args: "GRPOConfig") -> None:
+    """Settings that can't both be given."""
+    penalty, accumulated = args.kl_penalty_coef, args.gradient_accumulation_steps
+    if args.algorithm == "dapo" and penalty not in (0.0, type(args).kl_penalty_coef):
+        raise ValueError(f"kl_penalty_coef={penalty}: algorithm 'dapo' has no KL penalty; leave it out, or 0")
+    if args.num_iterations > 1 and accumulated > 1:
+        raise ValueError(
+            f"num_iterations={args.num_iterations} with gradient_accumulation_steps={accumulated}: several passes step "
+            "the optimizer after each batch; raise per_device_train_batch_size and set micro_batch_size instead"
+        )
+    if args.save_batches and (accumulated > 1 or not args.use_grpo):
+        raise ValueError(f"save_batches={args.save_batches}: works with use_grpo, without gradient accumulation")
+
+
+def _check_left_out(args: "GRPOConfig") -> None:
+    """What `transformers.TrainingArguments` and `accelerate launch` offer, and this library does not take."""
+    half = args.bf16 or args.fp16
+    require(not half, "bf16/fp16", True, "choose the precision with model_dtype (ModelConfig) instead")
+    for name in NOT_FOR_US:
+        require(not getattr(args, name), name, getattr(args, name), "does not work here: leave it out")
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):  # what `accelerate launch` sets
+        value = os.environ.get(name, "false")
+        require(value.lower() == "false", name, value, "does not work here: accelerate launch --multi_gpu")
+    unused = args.remove_unused_columns
+    require(not unused, "remove_unused_columns", True, "must be False; rewards read the columns")

@@ -1,0 +1,108 @@
+"""Reads a job's settings from the flags of `train.py`, which other commands take too, and from the file they name."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser
+
+from ..runtime import mesh
+from .aliases import ALIASES
+from .data import DataConfig
+from .files import load_config
+from .grpo import GRPOConfig
+from .model import TINY_NAME, ModelConfig
+from .recipes import JOB, TINY
+from .settings import canonical_names, nearest
+
+CONFIGS = (ModelConfig, DataConfig, GRPOConfig)
+# Ways to say the same: where the first is given, the others' values of lower precedence (recipe, file) are dropped.
+OUTWEIGHS = {
+    "max_length": ("max_prompt_length",),
+    "num_train_epochs": ("max_steps",),
+    "model_size": ("model_name",),
+    "model_name": ("model_size",),
+    "reward_preset": ("reward_funcs", "reward_weights"),
+    "reward_funcs": ("reward_preset", "reward_weights"),
+}
+
+
+class Parser(HfArgumentParser):
+    """Errors are one line without the usage text, which lists some two hundred flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse_job(
+    argv: Sequence[str], prog: str | None = None, description: str | None = None
+) -> tuple[ModelConfig, DataConfig, GRPOConfig]:
+    """Settings, in rising order of precedence: defaults, the tiny model's recipe, the config file, flags.
+
+    Args:
+        prog, description: what `--help` calls the command, and says of it.
+
+    Raises:
+        ValueError: an unknown name (with the nearest one) or a value that can't be.
+    """
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(CONFIGS, prog=prog, description=description, formatter_class=form, allow_abbrev=False)
+    parser.add_argument("--config", help="a JSON or YAML file with settings; flags win over it")
+    names = sorted({field.name for config in CONFIGS for field in dataclasses.fields(config) if field.init})
+    argv = _replace_aliases(argv)
+    file = parser.parse_known_args(argv)[0].config
+    settings = canonical_names(load_config(file), names) if file else {}
+    _set_defaults(parser, argv, settings)
+    model = parser.parse_known_args(argv)[0]
+    # before the device is in use, which GRPOConfig does
+    mesh.use_mesh(ModelConfig(mesh_shape=model.mesh_shape, mesh_axes=model.mesh_axes).mesh)
+    model_config, data_config, args, _, unknown = parser.parse_args_into_dataclasses(
+        list(argv), return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        name = unknown[0].partition("=")[0].removeprefix("--")
+        raise ValueError(f"unknown argument {unknown[0]!r}{nearest(name, [*names, *ALIASES]) if name else ''}")
+    return model_config, data_config, args
+
+
+def _set_defaults(parser: Parser, argv: Sequence[str], settings: dict[str, Any]) -> None:
+    """Make the parser's defaults those of the file, and below them the recipe's where the model is the tiny one."""
+    given = {word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
+    dropped = _rivals_of(given) - given
+    if "eval_strategy" in given and parser.parse_known_args(argv)[0].eval_strategy == "no":
+        if "eval_steps" in given:
+            raise ValueError("eval_strategy='no': eval_steps says how often to evaluate; give one of the two")
+        dropped.add("eval_steps")
+    settings = {name: value for name, value in settings.items() if name not in dropped}
+    lowest = {"use_grpo": False} | JOB
+    parser.set_defaults(**_as_defaults(lowest | settings))
+    model = parser.parse_known_args(argv)[0]
+    if model.model_name == TINY_NAME and model.model_size is None:
+        dropped |= _rivals_of(given | {name for name, value in settings.items() if value is not None})
+        recipe = {name: value for name, value in TINY.items() if name not in dropped}
+        parser.set_defaults(**_as_defaults(lowest | recipe | settings))
+
+
+def _rivals_of(names: set[str]) -> set[str]:
+    return {rival for name in names & set(OUTWEIGHS) for rival in OUTWEIGHS[name]}
+
+
+def _replace_aliases(argv: Sequence[str]) -> list[str]:
+    """`--beta 0.1` -> `--kl_penalty_coef 0.1`; the same setting under two names is a mistake."""
+    result, seen = [], {}
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            ours = ALIASES.get(name[2:], name[2:])
+            if seen.setdefault(ours, name) != name:
+                raise ValueError(f"{name} and {seen[ours]} are the same setting: give one of them")
+            word = f"--{ours}{equals}{value}"
+        result.append(word)
+    return result
+
+
+def _as_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Values of a file as parser defaults: as text, which the parser converts and checks like a flag's."""
+    plain = (list, dict, type(None), bool)
+    return {name: value if isinstance(value, plain) else str(value) for name, value in settings.items()}

@@ -1,0 +1,55 @@
+"""Settings that a job takes where it is not told otherwise, as differences from the defaults of the dataclasses.
+
+The defaults themselves stand once, in `GRPOConfig`, `ModelConfig` and `DataConfig`. `conf/` and `config_example.json`
+are written from both by `python -m tunix_torch.compat.generate`.
+"""
+
+from typing import Any
+
+# What every job does that a command starts, whichever its model: `transformers.TrainingArguments` says False.
+JOB: dict[str, Any] = {"eval_on_start": True}
+
+# The job that the tiny model is made for.
+TINY: dict[str, Any] = {
+    "system_message": "",
+    "max_prompt_length": 40,
+    "generation_max_length": 48,
+    "generation_temperature": 1.0,
+    "generation_top_p": 1.0,
+    "generation_top_k": 0,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 256,
+    "num_eval_completions": 8,
+    "micro_batch_size": 0,
+    "learning_rate": 2e-3,
+    "max_steps": 80,
+    "stop_check_interval": 4,
+    "eval_steps": 40,
+    "save_steps": 40,
+}
+
+# What agent-tunix trains any other model with; taken by `GRPOTrainingConfig` and so by run_training.py.
+AGENT_TUNIX: dict[str, Any] = {
+    "learning_rate": 3e-6,
+    "warmup_steps": 0.1,
+    "max_grad_norm": 0.1,
+    "lr_scheduler_type": "cosine",
+    "kl_penalty_coef": 0.08,
+    "generation_max_length": 512,
+    "generation_temperature": 0.9,
+    "generation_top_p": 1.0,
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 1,
+}
+
+# Of these agent-tunix has a value too, and it is the default of `GRPOConfig`.
+AGENT_TUNIX_AGREES = (
+    "num_completions_per_prompt",
+    "num_iterations",
+    "epsilon",
+    "max_prompt_length",
+    "generation_top_k",
+)
+
+# agent-tunix's LoRA on the Gemma 3 models that it names by their size.
+AGENT_TUNIX_MODEL: dict[str, Any] = {"lora_rank": 32, "lora_alpha": 32.0}
