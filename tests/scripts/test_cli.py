@@ -16,9 +16,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import inference
-import train
-import utils
+from tunix_torch.cli import answering, ask, train
+from tunix_torch.cli.script import run_script
+from tunix_torch.config.flags import parse_job
+from tunix_torch.config.saved import settings_of
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = (
@@ -43,12 +44,13 @@ def call(monkeypatch, capfd, cache):
     """`call(script, *arguments)`: what `run` does, in this process."""
 
     def call(module, *args, **environment):
-        for name, value in {"TUNIX_CACHE": cache, **environment}.items():
+        # a flag --device sets TUNIX_DEVICE for the life of a process, which ends here with the test
+        for name, value in {"TUNIX_CACHE": cache, "TUNIX_DEVICE": os.environ["TUNIX_DEVICE"], **environment}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
         code = 0
         try:
-            utils.run_script(module.main)
+            run_script(module.main)
         except SystemExit as exit:
             code = exit.code
         return subprocess.CompletedProcess(sys.argv, code, *capfd.readouterr())
@@ -123,9 +125,9 @@ def test_saved_adapter_loads_with_peft(trained, model_folder):
     assert torch.isfinite(loaded(input_ids=torch.arange(10)[None]).logits).all()
 
 
-def test_the_config_that_a_run_wrote_repeats_the_run(trained, tmp_path):
+def test_the_config_that_a_run_wrote_repeats_the_run(trained, call, tmp_path):
     output, _ = trained
-    result = run("train.py", "--config", output / "config.json", "--output_dir", tmp_path / "again")
+    result = call(train, "--config", output / "config.json", "--output_dir", tmp_path / "again")
     assert result.returncode == 0, result.stderr
     first, second = ((folder / "adapter_model.safetensors").read_bytes() for folder in (output, tmp_path / "again"))
     assert first == second
@@ -150,7 +152,7 @@ def test_the_config_that_a_run_wrote_repeats_the_run(trained, tmp_path):
 )
 def test_what_is_said_last_and_nearest_counts(flags, expected, monkeypatch):
     monkeypatch.chdir(ROOT)
-    args = train.parse_args(flags.split())[2]
+    args = parse_job(flags.split())[2]
     assert {name: getattr(args, name) for name in expected} == expected
 
 
@@ -276,12 +278,10 @@ def test_settings_of_gemma2_grpo_and_rewards_of_agent_tunix_on_a_part_of_a_file(
     assert {"rewards/check_answer/mean", "rewards/match_format_approximately/mean"} <= names
 
 
-def test_config_example_holds_every_setting_with_its_default_and_runs(cache, tmp_path):
-    defaults = utils.settings_of(*train.parse_args(["--use_grpo"]))
+def test_config_example_holds_every_setting_with_its_default_and_runs(call, tmp_path):
+    defaults = settings_of(*parse_job(["--use_grpo"]))
     assert json.loads((ROOT / "config_example.json").read_text()) == defaults
-    result = run(
-        "train.py", "--config", ROOT / "config_example.json", "--output_dir", tmp_path / "out", *SMALL, cache=cache
-    )
+    result = call(train, "--config", ROOT / "config_example.json", "--output_dir", tmp_path / "out", *SMALL)
     assert result.returncode == 0, result.stderr
 
 
@@ -396,7 +396,7 @@ def test_ctrl_c_says_how_to_go_on(model_folder, tmp_path):
     assert "--resume_from_checkpoint latest" in stderr and "Traceback" not in stderr, stderr
 
 
-def test_inference_numbers_the_steps_and_writes_a_file(trained, tmp_path):
+def test_inference_numbers_the_steps_and_writes_a_file(trained, call, tmp_path):
     output, _ = trained
     (tmp_path / "questions.txt").write_text("What is 1 + 1?\n\nWhat is 2 + 2?\n")
     flags = ["--questions_file", tmp_path / "questions.txt", "--num_samples", "2", "--max_new_tokens", "8"]
@@ -406,7 +406,7 @@ def test_inference_numbers_the_steps_and_writes_a_file(trained, tmp_path):
     assert [row["question"] for row in rows] == ["What is 1 + 1?", "What is 2 + 2?"]
     assert all(len(row["completions"]) == 2 for row in rows)
     assert "<start_of_turn>user" in result.stdout and "Answer:" in result.stdout
-    again = run("inference.py", "--model_path", output, *flags, "--output_file", tmp_path / "a.jsonl")
+    again = call(ask, "--model_path", output, *flags, "--output_file", tmp_path / "a.jsonl")
     refused(again, "nothing is overwritten")
 
 
@@ -423,8 +423,8 @@ def test_inference_numbers_the_steps_and_writes_a_file(trained, tmp_path):
 )
 def test_inference_asks_the_question_column_or_a_line(name, text, expected, tmp_path):
     (tmp_path / name).write_bytes(text.encode())
-    args = inference.parse_args(["--questions_file", str(tmp_path / name)])
-    assert inference.load_questions(args) == expected
+    args = ask.parse_args(["--questions_file", str(tmp_path / name)], "ask")
+    assert answering.load_questions(args) == expected
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def test_inference_asks_the_question_column_or_a_line(name, text, expected, tmp_
 )
 def test_inference_refuses_a_file_without_questions_with_one_line(name, text, words, call, tmp_path):
     (tmp_path / name).write_bytes(text)
-    refused(call(inference, "--questions_file", tmp_path / name), *words)
+    refused(call(ask, "--questions_file", tmp_path / name), *words)
 
 
 def test_inference_renders_messages(call, model_folder, tmp_path):
@@ -448,23 +448,24 @@ def test_inference_renders_messages(call, model_folder, tmp_path):
     messages = [{"role": role, "content": content} for role, content in turns]
     (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": messages}))
     flags = ["--model_path", model_folder, "--questions_file", tmp_path / "q.jsonl", "--max_new_tokens", "2"]
-    result = call(inference, *flags, "--show_prompt", "--system_message", "Think.")
+    result = call(ask, *flags, "--show_prompt", "--system_message", "Think.")
     assert "Question: So?" in result.stdout and "user\nThink.\n\n1?<end_of_turn>" in result.stdout, result.stderr
-    refused(call(inference, *flags, "--prompt_template", "alpaca"), "prompt_template='alpaca'", "is for texts")
+    refused(call(ask, *flags, "--prompt_template", "alpaca"), "prompt_template='alpaca'", "is for texts")
 
 
-def test_inference_takes_the_newest_run_else_the_tiny_model(trained, cache, tmp_path):
+def test_inference_takes_the_newest_run_else_the_tiny_model(trained, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     question = ["--question", "What is 1 + 1?", "--max_new_tokens", "4", "--no_do_sample"]
-    assert "Model: tiny" in run("inference.py", *question, cwd=tmp_path, cache=cache).stdout
+    assert "Model: tiny" in call(ask, *question).stdout
     (tmp_path / "outputs").mkdir()
     os.symlink(trained[0], tmp_path / "outputs" / "mine")
-    assert "Model: outputs/mine" in run("inference.py", *question, cwd=tmp_path, cache=cache).stdout
+    assert "Model: outputs/mine" in call(ask, *question).stdout
 
 
 @pytest.mark.parametrize("template", ["default", "alpaca", "chatml", "llama2"])
 def test_inference_knows_the_prompt_templates(template, call, model_folder):
     flags = ["--question", "1 + 1?", "--prompt_template", template, "--system_message", "Think.", "--show_prompt"]
-    result = call(inference, "--model_path", model_folder, *flags, "--max_new_tokens", "2")
+    result = call(ask, "--model_path", model_folder, *flags, "--max_new_tokens", "2")
     marker = {"default": "<start_of_turn>", "alpaca": "###", "chatml": "<|im_start|>", "llama2": "[INST]"}[template]
     assert marker in result.stdout and "Think." in result.stdout, result.stderr
 
@@ -483,26 +484,25 @@ def test_inference_knows_the_prompt_templates(template, call, model_folder):
     ],
 )
 def test_inference_refuses_wrong_input_with_one_line(flags, words, call):
-    refused(call(inference, *flags), *words)
+    refused(call(ask, *flags), *words)
 
 
 def test_reasoning_becomes_numbered_steps():
-    reasoning_steps = inference.reasoning_steps
+    reasoning_steps = ask.reasoning_steps
     assert reasoning_steps("<reasoning>40+30=70\n7+8=15</reasoning><answer>85</answer>") == ["40+30=70", "7+8=15"]
     assert reasoning_steps("<reasoning>First this. Then that.</reasoning>") == ["First this.", "Then that."]
     assert reasoning_steps("<reasoning>Step 1: a\n2. b</reasoning>") == ["a", "b"]
     assert reasoning_steps("1.5 is more than 1") == ["1.5 is more than 1"]
 
 
-@pytest.mark.parametrize("number", "1234")
-def test_examples_run(number, cache, tmp_path):
-    result = run("example_usage.py", number, cache=cache, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "step    5/5" in result.stdout + result.stderr
+def test_examples_run_and_refuse_an_unknown_number(call, cache, tmp_path):
+    import example_usage
 
-
-def test_examples_refuse_an_unknown_number():
-    refused(run("example_usage.py", "5"), "1|2|3|4")
+    results = [run("example_usage.py", "3", cache=cache, cwd=tmp_path)]
+    results += [call(example_usage, number) for number in "124"]
+    for result in results:
+        assert result.returncode == 0 and "step    5/5" in result.stdout + result.stderr, result.stderr
+    refused(call(example_usage, "5"), "1|2|3|4")
 
 
 def test_run_tpu_training_reads_its_variables_and_says_that_there_is_no_tpu(model_folder, tmp_path):

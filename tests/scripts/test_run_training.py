@@ -14,9 +14,8 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
-import run_training
-from train import parse_args
 from tunix_torch import GRPOTrainingConfig, train
+from tunix_torch.cli import grouped, hydra_app
 from tunix_torch.compat.agent_tunix import (
     AlgorithmConfig,
     EvaluationConfig,
@@ -25,10 +24,12 @@ from tunix_torch.compat.agent_tunix import (
     TrainingConfig,
 )
 from tunix_torch.config.data import DataConfig
+from tunix_torch.config.flags import parse_job
 from tunix_torch.config.model import ModelConfig
 from tunix_torch.model import tiny
 
 ROOT = Path(__file__).parent.parent.parent
+CONF = ROOT / "conf"
 # What makes a documented command short enough for a test.
 SHORT = (
     "training.max_steps=2 training.micro_batch_size=2 evaluation.num_eval_completions=2 data.num_eval_rows=4 "
@@ -45,10 +46,18 @@ def here(tmp_path, monkeypatch, cache):
     return tmp_path
 
 
+@pytest.fixture
+def without_hydras_log(monkeypatch):
+    """Hydra in this process: it leaves pytest's handlers alone, and its changes to the process end with the test."""
+    monkeypatch.setattr(sys, "argv", ["run_training.py"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr("hydra.core.utils.configure_log", lambda *args: None)
+
+
 def job_of(*overrides, folder="run"):
     """The job that `run_training.py OVERRIDES` runs."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(run_training.CONF)):
-        return run_training.config_from(compose("config", list(overrides)), folder)
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return hydra_app.config_from(compose("config", list(overrides)), folder)
 
 
 def settings_of(*overrides):
@@ -153,13 +162,11 @@ def test_mesh_of_one_device_trains(here):
     assert (config["mesh_shape"], config["mesh_axes"]) == ("1,1", "fsdp,tp")
 
 
-def test_mesh_shape_2_2_fsdp_tp(here):
-    result = command('model.mesh_shape=[[2,2],["fsdp","tp"]]', cwd=here)  # a process without four devices
-    assert result.returncode == 2
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("error: ") and "mesh_shape='2,2'" in line
+def test_mesh_shape_2_2_fsdp_tp(here, without_hydras_log):
+    with pytest.raises(ValueError, match="mesh_shape='2,2'") as refused:  # a process without four devices
+        grouped.main(CONF, ['model.mesh_shape=[[2,2],["fsdp","tp"]]'])
     (log,) = here.glob("outputs/tunix-grpo/*/*/train.log")
-    assert line in log.read_text()
+    assert log.read_text() == f"error: {refused.value}\n"
     assert settings_of("model.mesh_shape=[[2,2],[fsdp,tp]]")[0].mesh_shape == "2,2"  # as a shell leaves it unquoted
 
 
@@ -288,7 +295,7 @@ def flat_dict(model, data, args):
 
 
 def test_without_arguments_it_is_the_job_of_train_py():
-    assert flat_dict(*settings_of()) == flat_dict(*parse_args(["--use_grpo"]))
+    assert flat_dict(*settings_of()) == flat_dict(*parse_job(["--use_grpo"]))
 
 
 def test_conf_has_agent_tunix_values():
@@ -299,7 +306,7 @@ def test_conf_has_agent_tunix_values():
 
 
 def test_conf_names_every_setting():
-    with initialize_config_dir(version_base="1.3", config_dir=str(run_training.CONF)):
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config = compose("config")
     groups = {
         "model": ModelConfig,
@@ -413,31 +420,25 @@ def test_wrong_settings_are_named_with_their_group(groups, message):
         ("foo", "foo"),
     ],
 )
-def test_wrong_words_become_one_line(word, message, here, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["run_training.py", word])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr("hydra.core.utils.configure_log", lambda *args: None)  # leave pytest's handlers alone
+def test_wrong_words_become_one_line(word, message, here, without_hydras_log):
     with pytest.raises(ValueError, match=re.escape(message)):
-        run_training.main()
+        grouped.main(CONF, [word])
 
 
-def test_args_take_any_setting_of_train_py(here, monkeypatch):
+def test_args_take_any_setting_of_train_py(here, monkeypatch, without_hydras_log):
     seen = []
-    monkeypatch.setattr(run_training, "train", lambda job: seen.append(job.flat()[2]))
-    monkeypatch.setattr("hydra.core.utils.configure_log", lambda *args: None)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(hydra_app, "train", lambda job: seen.append(job.flat()[2]))
     words = ["+args.overlong_prompts=raise", "args.stop_check_interval=2", "args.epsilon_c=3", "grpo.algorithm=gspo"]
-    monkeypatch.setattr(sys, "argv", ["run_training.py", *words])
     with pytest.raises(SystemExit, match="0"):
-        run_training.main()
+        grouped.main(CONF, words)
     (args,) = seen
     assert (args.overlong_prompts, args.stop_check_interval, args.epsilon_c, args.algorithm) == ("raise", 2, 3, "gspo")
 
 
-def test_the_device_is_chosen_from_the_arguments(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(run_training.utils, "choose_device", chosen.append)
-    for words in (["device=xla"], ["+device=cpu", "model=tiny"], ["model=tiny"]):
-        monkeypatch.setattr(sys, "argv", ["run_training.py", *words])
-        run_training.choose_device()
-    assert chosen == [["--device=xla"], ["--device=cpu"], []]
+def test_the_device_is_chosen_from_the_arguments():
+    for words, flags in (
+        (["device=xla"], ["--device=xla"]),
+        (["+device=cpu", "model=tiny"], ["--device=cpu"]),
+        (["model=tiny"], []),
+    ):
+        assert grouped.device_among(words) == flags

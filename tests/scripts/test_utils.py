@@ -1,6 +1,7 @@
 """Config files, run folders, curves and the device report."""
 
 import json
+import os
 
 import pytest
 
@@ -20,9 +21,9 @@ def test_device_is_read_from_flags_before_the_config_file(tmp_path, monkeypatch)
     monkeypatch.setenv("TUNIX_DEVICE", "unset")
     utils.save_config({"device": "xla"}, tmp_path / "a.json")
     utils.choose_device(["--config", str(tmp_path / "a.json")])
-    assert utils.os.environ["TUNIX_DEVICE"] == "xla"
+    assert os.environ["TUNIX_DEVICE"] == "xla"
     utils.choose_device([f"--config={tmp_path / 'a.json'}", "--device=cpu"])
-    assert utils.os.environ["TUNIX_DEVICE"] == "cpu"
+    assert os.environ["TUNIX_DEVICE"] == "cpu"
 
 
 def test_newest_run_is_the_one_written_last(tmp_path):
@@ -30,7 +31,7 @@ def test_newest_run_is_the_one_written_last(tmp_path):
     for age, name in ((20, "new"), (10, "old"), (99, "checkpoint-7")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text("{}")
-        utils.os.utime(tmp_path / name / "adapter_config.json", (age, age))
+        os.utime(tmp_path / name / "adapter_config.json", (age, age))
     assert utils.newest_run(tmp_path) == str(tmp_path / "new")
 
 

@@ -16,7 +16,6 @@ class EndGraphWithOptimizer(TrainerCallback):
     ) -> None:
         device.sync()
 
-
 class OwnIntervals(TrainerCallback):
     """Lets a resumed run log, evaluate and save as often as its own settings say.
 
