@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup train train-quick train-show-config train-sweep evaluate check-device test test-slow test-plans crosscheck bench lint format \
+.PHONY: help setup train train-quick train-show-config train-sweep evaluate check-device test test-slow test-plans crosscheck bench config lint format \
 	tensorboard clean
 .DEFAULT_GOAL := help
 
@@ -55,6 +55,9 @@ crosscheck: setup  ## the same batches through Google's Tunix on JAX, TRL and th
 
 bench: setup  ## seconds a GRPO step beside TRL and Tunix, in turns (ARGS="--preset long --rounds 1")
 	$(BIN)/python -m benchmarks.grpo_step $(ARGS)
+
+config: setup  ## write conf/ and config_example.json anew from the defaults and recipes in tunix_torch/config/
+	TUNIX_DEVICE=cpu $(BIN)/python -m tunix_torch.compat.generate
 
 lint: setup  ## formatting and lint
 	$(BIN)/ruff format --check .

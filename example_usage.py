@@ -14,11 +14,12 @@ from transformers.utils import logging as transformers_logging
 
 import utils
 from tunix_torch import GRPOConfig, TunixTrainer
+from tunix_torch.config import recipes
 from tunix_torch.model import tiny
 from tunix_torch.rewards import correctness_reward, format_reward
 from tunix_torch.run.callbacks import ConsoleProgress
 
-SHORT = {**tiny.RECIPE, "max_steps": 5, "per_device_train_batch_size": 8, "save_strategy": "no", "eval_steps": 5}
+SHORT = {**recipes.TINY, "max_steps": 5, "per_device_train_batch_size": 8, "save_strategy": "no", "eval_steps": 5}
 SHORT = {k: v for k, v in SHORT.items() if k not in ("num_eval_completions", "save_steps")}
 
 

@@ -1,5 +1,6 @@
 """The embedded default: its tokenizer loses nothing, its arithmetic is right, and no test problem is trained on."""
 
+import inspect
 import operator
 import re
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunix_torch.data.prompts import end_of_turn_id
+from tunix_torch.model import tiny
 from tunix_torch.model.loading import load_base_model, load_tokenizer
 from tunix_torch.model.tiny import CHARACTERS, ROLES, SPECIAL_TOKENS, TAGS, arithmetic_rows, make_model, make_tokenizer
 
@@ -175,3 +177,16 @@ def test_the_model_has_about_a_million_parameters_and_both_kinds_of_layers():
     assert set(model.config.layer_types) == {"sliding_attention", "full_attention"}
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert model.config.vocab_size == len(TOKENIZER) and model.config.eos_token_id == TOKENIZER.eos_token_id
+
+
+def test_the_name_of_its_folder_changes_with_what_makes_it_and_with_nothing_else(monkeypatch):
+    before = tiny.folder_name()
+    with monkeypatch.context() as changed:
+        changed.setitem(tiny.WARM_START, "steps", 1)
+        assert tiny.folder_name() != before
+    source = inspect.getsource
+    with monkeypatch.context() as changed:
+        changed.setattr(inspect, "getsource", lambda made: source(made).replace('"""', '"""Reworded. ', 1) + "# why\n")
+        assert tiny.folder_name() == before
+        changed.setattr(inspect, "getsource", lambda made: source(made).replace("128", "129"))
+        assert tiny.folder_name() != before

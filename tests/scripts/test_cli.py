@@ -332,16 +332,23 @@ def test_train_refuses_wrong_input_with_one_line(flags, words, call, tmp_path):
     assert not (tmp_path / "out").exists(), "nothing may be written"
 
 
+def test_a_device_that_does_not_exist_is_refused_with_one_line(cache, tmp_path):
+    result = run("train.py", "--output_dir", tmp_path / "out", "--device", "quantum", cache=cache)
+    refused(result, "quantum", "auto, xla, cuda, cpu")
+    assert not (tmp_path / "out").exists(), "nothing may be written"
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
         (["--model_name", "nobody/no-such-model"], ["nobody/no-such-model", "local folder"]),
-        (["--device", "quantum"], ["quantum", "auto, xla, cuda, cpu"]),
         (["--dataset", "gsm8k"], ["dataset='gsm8k': data_path='openai/gsm8k'", "data_source=file"]),
     ],
 )
-def test_what_a_process_settles_at_its_start_is_refused_with_one_line(flags, words, cache, tmp_path):
-    refused(run("train.py", "--output_dir", tmp_path / "out", *flags, cache=cache, HF_HUB_OFFLINE="1"), *words)
+def test_what_is_not_here_is_refused_with_one_line_without_a_network(flags, words, call, tmp_path, monkeypatch):
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    refused(call(train, "--output_dir", tmp_path / "out", *flags), *words)
     assert not (tmp_path / "out").exists(), "nothing may be written"
 
 
@@ -522,6 +529,8 @@ def test_run_tpu_training_reads_its_variables_and_says_that_there_is_no_tpu(mode
         "2",
         "--system_message",
         "",
+        "--eval_on_start",
+        "false",
         timeout=300,
         **environment,
     )

@@ -329,9 +329,9 @@ def test_a_question_without_an_answer_needs_a_judge_that_needs_none(command, row
 
 
 def test_votes_of_a_judge_that_takes_no_answer_are_equal_where_answers_are():
-    assert evaluate.vote_of("72") == evaluate.vote_of(" $72.00 ") == "72"
-    assert evaluate.vote_of("New  York") == evaluate.vote_of("new york") != evaluate.vote_of("York")
-    assert evaluate.vote_of(None) is evaluate.vote_of(" ") is None
+    assert evaluation.vote_of("72") == evaluation.vote_of(" $72.00 ") == "72"
+    assert evaluation.vote_of("New  York") == evaluation.vote_of("new york") != evaluation.vote_of("York")
+    assert evaluation.vote_of(None) is evaluation.vote_of(" ") is None
 
 
 def test_judging_a_batch():

@@ -215,56 +215,30 @@ def evaluate(args: argparse.Namespace, called: Sequence[str]) -> dict[str, float
     config = data_config(args)
     args.judge, args.rewards = config.judge_in_force, args.rewards or [config.right_answers, "format"]
     functions = [rewards.find_reward(name) for name in (*args.rewards, args.judge)]  # complains before all is loaded
-    judge = functions[-1]
     tokenizer = load_tokenizer(model_path)
     system_message = find_system_message(model_path) if args.system_message is None else args.system_message
     questions = load_eval_rows(config, "data_path")
     rows, row_numbers = render_questions(questions, tokenizer, system_message, args.max_prompt_length)
     check_columns(functions, rows)
-    params, passes = sampling_params(args), args.num_passes
-    print(f"Model: {model_path}, on {mesh.describe()}")
-    votes_by = args.judge if takes_answer(judge) else "text"
-    print(
-        f"Judge: {args.judge}{'' if takes_answer(judge) else ', which takes no answer: for maj@K texts are compared'}"
-    )
-    how = f"temperature {params.temperature:g}, top_k {params.top_k}, top_p {params.top_p:g}"
-    print(f"{len(rows)} questions, {passes} x each, {how if params.temperature else 'the likeliest token'}", flush=True)
-    if params.temperature == 0 and passes > 1:
-        print(f"num_passes={passes}: all {passes} are the same; a preset with variety is standard", file=sys.stderr)
+    votes_by = args.judge if takes_answer(functions[-1]) else "text"
+    announce(args, model_path, len(rows), votes_by)
 
     results, judged = None, []
     if args.output_file:
         results = ResultsFile(args.output_file, describe_settings(args, model_path, system_message, rows, votes_by))
-        judged = results.read(row_numbers, rows_at_once(len(rows), args.batch_size, passes))
-    num_done = len(judged) // passes
+        judged = results.read(row_numbers, rows_at_once(len(rows), args.batch_size, args.num_passes))
+    num_done = len(judged) // args.num_passes
     if num_done == len(rows):
         print("All of it is done already; nothing is sampled again")
         return finish(judged, num_done, results)
-
-    model = place(load_model(model_path)).eval()
-    sampler = Sampler(model, eos_token_ids(model, tokenizer), tokenizer.pad_token_id)
-    collator = Collator(tokenizer.pad_token_id, max(len(row[PROMPT_IDS]) for row in rows))
-    batches = sample_batches(
-        sampler, tokenizer, rows, params, collator, args.batch_size, passes, args.seed, start=num_done
-    )
     if results is not None and num_done == 0:
         results.write_summary(0, None)  # before the first line: whoever continues compares the settings
     if num_done:
         print(f"Continuing after {num_done} of {len(rows)} questions", flush=True)
     try:
-        with tqdm(total=len(rows), initial=num_done, unit="question", dynamic_ncols=True, disable=None) as bar:
-            for texts, lengths in batches:
-                part = slice(num_done, num_done + len(texts))
-                batch = judge_batch(
-                    rows[part], row_numbers[part], texts, lengths, args.judge, args.rewards, args.reward_timeout
-                )
-                if results is not None:
-                    results.append(batch)
-                judged += batch
-                num_done += len(texts)
-                bar.set_postfix_str(f"accuracy {sum(c.right for c in judged) / len(judged):.1%}", refresh=False)
-                bar.update(len(texts))
+        sample_and_judge(args, model_path, tokenizer, rows, row_numbers, results, judged)
     except KeyboardInterrupt:
+        num_done = len(judged) // args.num_passes
         print(f"\nstopped after {num_done} of {len(rows)} questions", file=sys.stderr)
         if judged:
             finish(judged, num_done, results)
@@ -272,7 +246,60 @@ def evaluate(args: argparse.Namespace, called: Sequence[str]) -> dict[str, float
             chosen = [] if args.model_path else ["--model_path", model_path]  # a newer run may come
             print(f"This continues: {shlex.join([*called, *chosen])}", file=sys.stderr)
         raise
-    return finish(judged, num_done, results)
+    return finish(judged, len(rows), results)
+
+
+def announce(args: argparse.Namespace, model_path: str, num_questions: int, votes_by: str) -> None:
+    """Print what is evaluated, and how."""
+    params, passes = sampling_params(args), args.num_passes
+    print(f"Model: {model_path}, on {mesh.describe()}")
+    print(f"Judge: {args.judge}{', which takes no answer: for maj@K texts are compared' if votes_by == 'text' else ''}")
+    how = f"temperature {params.temperature:g}, top_k {params.top_k}, top_p {params.top_p:g}"
+    print(
+        f"{num_questions} questions, {passes} x each, {how if params.temperature else 'the likeliest token'}",
+        flush=True,
+    )
+    if params.temperature == 0 and passes > 1:
+        print(f"num_passes={passes}: all {passes} are the same; a preset with variety is standard", file=sys.stderr)
+
+
+def sample_and_judge(
+    args: argparse.Namespace,
+    model_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    row_numbers: Sequence[int],
+    results: ResultsFile | None,
+    judged: list[JudgedCompletion],
+) -> None:
+    """Sample and judge the rows that are not in `judged` yet; what is judged is appended to it, and to the results."""
+    num_done = len(judged) // args.num_passes
+    model = place(load_model(model_path)).eval()
+    sampler = Sampler(model, eos_token_ids(model, tokenizer), tokenizer.pad_token_id)
+    collator = Collator(tokenizer.pad_token_id, max(len(row[PROMPT_IDS]) for row in rows))
+    batches = sample_batches(
+        sampler,
+        tokenizer,
+        rows,
+        sampling_params(args),
+        collator,
+        args.batch_size,
+        args.num_passes,
+        args.seed,
+        start=num_done,
+    )
+    with tqdm(total=len(rows), initial=num_done, unit="question", dynamic_ncols=True, disable=None) as bar:
+        for texts, lengths in batches:
+            part = slice(num_done, num_done + len(texts))
+            batch = judge_batch(
+                rows[part], row_numbers[part], texts, lengths, args.judge, args.rewards, args.reward_timeout
+            )
+            if results is not None:
+                results.append(batch)
+            judged += batch
+            num_done += len(texts)
+            bar.set_postfix_str(f"accuracy {sum(c.right for c in judged) / len(judged):.1%}", refresh=False)
+            bar.update(len(texts))
 
 
 def finish(judged: Sequence[JudgedCompletion], num_done: int, results: ResultsFile | None) -> dict[str, float]:
