@@ -502,7 +502,7 @@ def test_reasoning_becomes_numbered_steps():
     assert reasoning_steps("1.5 is more than 1") == ["1.5 is more than 1"]
 
 
-def test_examples_run_and_refuse_an_unknown_number(call, cache, tmp_path):
+def test_examples_run(call, cache, tmp_path):
     import example_usage
 
     results = [run("example_usage.py", "3", cache=cache, cwd=tmp_path)]

@@ -120,6 +120,21 @@ def summarise(rows: Sequence["Row"]) -> None:
         print(f"{quantity:<28} {len(among):>11} {worst.difference:>19.1e} {worst.tolerance:>10.1e}  {verdict}")
 
 
+def conclude(rows: Sequence["Row"], seconds: float) -> bool:
+    """Print in one paragraph how it went. Returns whether every comparison is within its tolerance."""
+    failed = [row for row in rows if row.verdict == "fail"]
+    if not failed:
+        print(f"\n{len(rows)} comparisons, all within tolerance ({seconds:.0f} s)")
+        return True
+    worst = max(failed, key=lambda row: row.difference / max(row.tolerance, 1e-12) if row.difference >= 0 else 1e99)
+    print(
+        f"\n{len(failed)} of {len(rows)} comparisons fall short ({seconds:.0f} s). "
+        f"Worst: {worst.quantity} of {worst.case}, {worst.difference:.2g} against {worst.tolerance:.1g}. "
+        f"First to differ: {failed[0].quantity} of {failed[0].case}."
+    )
+    return False
+
+
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     """Compare, print each comparison and a summary; exit code 1 where one falls short.
 
@@ -148,15 +163,5 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
         if args.json and rows:
             args.json.write_text(json.dumps({"rows": list(map(as_dict, rows))}, indent=1) + "\n")
     summarise(rows)
-    failed = [row for row in rows if row.verdict == "fail"]
-    seconds = time.perf_counter() - started
-    if not failed:
-        print(f"\n{len(rows)} comparisons, all within tolerance ({seconds:.0f} s)")
-        return
-    worst = max(failed, key=lambda row: row.difference / max(row.tolerance, 1e-12) if row.difference >= 0 else 1e99)
-    print(
-        f"\n{len(failed)} of {len(rows)} comparisons fall short ({seconds:.0f} s). "
-        f"Worst: {worst.quantity} of {worst.case}, {worst.difference:.2g} against {worst.tolerance:.1g}. "
-        f"First to differ: {failed[0].quantity} of {failed[0].case}."
-    )
-    sys.exit(1)
+    if not conclude(rows, time.perf_counter() - started):
+        sys.exit(1)

@@ -45,40 +45,50 @@ def check_tpu_host(argv: Sequence[str]) -> str | None:
     Raises:
         ValueError: something is missing, and the job would fail over it.
     """
-    from huggingface_hub import constants, try_to_load_from_cache
-
     given = values_of(("--model_name", "--model_size", "--output_dir", "--config"), argv)
     settings = load_config(given["--config"]) if given.get("--config") else {}
     settings |= {name.removeprefix("--"): value for name, value in given.items()}
-
-    def say(what: str, found: str) -> None:
-        print(f"{what:<8} {found}", file=sys.stderr)
-
-    chips, topology = choice.tpu_chips(), None
-    if chips:
-        shape = TOPOLOGIES.get(chips[0], {}).get(len(chips))
-        topology = f"{chips[0]}:{shape}" if shape else None
-        say("TPU", f"{len(chips)} chip(s), {chips[0]}")
-        say("libtpu", f"{choice.check_libtpu()}, as torch_xla needs it")
-    else:
-        say("TPU", "No TPU was found on this machine: running the same graphs through XLA on the CPU.")
-
-    size, output_dir = settings.get("model_size"), Path(settings.get("output_dir") or "./outputs")
+    topology = _find_tpu()
+    size = settings.get("model_size")
     name = f"google/gemma-3-{size}-it" if size else settings.get("model_name") or TINY_NAME
-    needed = {output_dir: LEAST_FREE}
-    if name == TINY_NAME or Path(name).exists():
-        say("model", f"{name} is here")
-    elif any(isinstance(try_to_load_from_cache(name, file), str) for file in WEIGHTS):
-        say("model", f"{name} is in the cache, {constants.HF_HUB_CACHE}")
-    else:
-        say("model", f"{name} is not in the cache and will be downloaded to {constants.HF_HUB_CACHE}")
-        billions = re.search(r"(\d+(?:\.\d+)?)([mb])\b", name.lower())
-        if billions:  # two bytes a parameter
-            needed[Path(constants.HF_HUB_CACHE)] = int(float(billions[1]) * {"m": 2e6, "b": 2e9}[billions[2]])
+    needed = {Path(settings.get("output_dir") or "./outputs"): LEAST_FREE} | _find_model(name)
     for folder, least in needed.items():
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free
         if free < least:
             raise ValueError(f"{folder}: {free / 2**30:.1f} GiB free, and {least / 2**30:.1f} GiB are needed")
-        say("disk", f"{free / 2**30:.0f} GiB free for {folder}")
+        _say("disk", f"{free / 2**30:.0f} GiB free for {folder}")
     return topology
+
+
+def _say(what: str, found: str) -> None:
+    print(f"{what:<8} {found}", file=sys.stderr)
+
+
+def _find_tpu() -> str | None:
+    """The slice that this host is; None without a TPU, or where it can't be planned."""
+    chips = choice.tpu_chips()
+    if not chips:
+        _say("TPU", "No TPU was found on this machine: running the same graphs through XLA on the CPU.")
+        return None
+    _say("TPU", f"{len(chips)} chip(s), {chips[0]}")
+    _say("libtpu", f"{choice.check_libtpu()}, as torch_xla needs it")
+    shape = TOPOLOGIES.get(chips[0], {}).get(len(chips))
+    return f"{chips[0]}:{shape}" if shape else None
+
+
+def _find_model(name: str) -> dict[Path, int]:
+    """Say where the model is. Returns the folder that it will be downloaded to, with the bytes that it needs there."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if name == TINY_NAME or Path(name).exists():
+        _say("model", f"{name} is here")
+        return {}
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in WEIGHTS):
+        _say("model", f"{name} is in the cache, {constants.HF_HUB_CACHE}")
+        return {}
+    _say("model", f"{name} is not in the cache and will be downloaded to {constants.HF_HUB_CACHE}")
+    billions = re.search(r"(\d+(?:\.\d+)?)([mb])\b", name.lower())
+    if billions is None:
+        return {}
+    return {Path(constants.HF_HUB_CACHE): int(float(billions[1]) * {"m": 2e6, "b": 2e9}[billions[2]])}  # bfloat16

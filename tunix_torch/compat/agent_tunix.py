@@ -7,7 +7,7 @@ Names are agent-tunix's; `flat()` gives the same job as a `ModelConfig`, a `Data
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,51 +184,56 @@ class GRPOTrainingConfig:
         require(isinstance(self.args, dict), "args", self.args, "expected names and values")
         valid = [f.name for f in dataclasses.fields(GRPOConfig) if f.init]
         given = {name: (f"args.{name}", value) for name, value in canonical_names(self.args, valid).items()}
-
-        def put(ours: str, name: str, value: Any) -> None:
+        for ours, name, value in [*self._of_groups(), *self._of_length("max_steps" in given), *self._of_job()]:
             other, there = given.setdefault(ours, (name, value))
             require(there == value, name, value, f"is also given as {other}={there!r}; give one of the two")
+        return given
 
-        groups = {
-            "optimizer": self.optimizer,
-            "grpo": self.grpo,
-            "generation": self.generation,
-            "training": self.training,
-            "evaluation": self.evaluation,
-        }
-        for group, config in groups.items():
+    def _of_groups(self) -> Iterator[tuple[str, str, Any]]:
+        """(name in `GRPOConfig`, name here, value) of what the groups give, but for the length of the run."""
+        for group in ("optimizer", "grpo", "generation", "training", "evaluation"):
+            config = getattr(self, group)
             try:
                 check_types(config)
             except ValueError as error:
                 raise ValueError(f"{group}.{error}") from error
             for key, value in dataclasses.asdict(config).items():
                 name = f"{group}.{key}"
-                if value is None or name in ("training.num_batches", "training.num_epochs"):
+                if value is None or name in ("training.num_batches", "training.num_epochs", "training.max_steps"):
                     continue
                 if key == "warmup_ratio":
                     require(0 <= value < 1, name, value, "must be in [0, 1)")
-                put(name_in_grpo_config(name), name, value)
+                yield name_in_grpo_config(name), name, value
 
-        batches, epochs = self.training.num_batches, self.training.num_epochs
+    def _of_length(self, in_args: bool) -> Iterator[tuple[str, str, Any]]:
+        """How many steps: `max_steps`, else `num_batches * num_epochs`, else `num_epochs` times those of the data set.
+
+        Args:
+            in_args: `args` has `max_steps` already, which outweighs `num_epochs`.
+        """
+        batches, epochs, steps = self.training.num_batches, self.training.num_epochs, self.training.max_steps
         require(batches is None or batches >= 1, "training.num_batches", batches, "must be at least 1")
         require(epochs is None or epochs > 0, "training.num_epochs", epochs, "must be above 0")
-        if self.training.max_steps is None and batches is not None:
-            put("max_steps", "training.num_batches", int(batches * (epochs or 1)))
-        elif "max_steps" not in given and epochs is not None:
-            put("num_train_epochs", "training.num_epochs", epochs)
+        if steps is not None:
+            yield "max_steps", "training.max_steps", steps
+        elif batches is not None:
+            yield "max_steps", "training.num_batches", int(batches * (epochs or 1))
+        elif epochs is not None and not in_args:
+            yield "num_train_epochs", "training.num_epochs", epochs
 
-        put("seed", "seed", self.seed)
-        put("device", "device", self.device)
+    def _of_job(self) -> Iterator[tuple[str, str, Any]]:
+        """What stands in no group."""
+        yield "seed", "seed", self.seed
+        yield "device", "device", self.device
         if self.output_dir is not None:
-            put("output_dir", "output_dir", self.output_dir)
+            yield "output_dir", "output_dir", self.output_dir
         if self.checkpoint_dir is not None:
-            put("output_dir", "checkpoint_dir", self.checkpoint_dir)
-            put("resume_from_checkpoint", "checkpoint_dir", "auto")
+            yield "output_dir", "checkpoint_dir", self.checkpoint_dir
+            yield "resume_from_checkpoint", "checkpoint_dir", "auto"
         if not self.wandb_disabled:
             installed = importlib.util.find_spec("wandb") is not None
             require(installed, "wandb_disabled", False, "wandb is not installed: pip install wandb")
-            put("report_to", "wandb_disabled", ["tensorboard", "wandb"])
-        return given
+            yield "report_to", "wandb_disabled", ["tensorboard", "wandb"]
 
 
 def groups_of_settings() -> dict[str, type]:

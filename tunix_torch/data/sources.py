@@ -216,8 +216,8 @@ def _rows_at_hand(
     if isinstance(rows, Mapping) and any(map(_is_split, rows.values())):
         found = [name for name in splits if name in rows]
         if len(found) != 1:
-            right = f"give one of them, such as {setting}[{found[0] if found else next(iter(rows))!r}]"
-            raise ValueError(f"{setting}: has the splits {', '.join(map(str, rows))}; {right}")
+            hint = f"give one of them, such as {setting}[{found[0] if found else next(iter(rows))!r}]"
+            raise ValueError(f"{setting}: has the splits {', '.join(map(str, rows))}; {hint}")
         return _rows_at_hand(rows[found[0]], setting, splits)
     if isinstance(rows, datasets.Dataset):
         return list(rows) if rows.format["type"] == "custom" else rows  # made by the user's function as they are read

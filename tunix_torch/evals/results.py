@@ -100,11 +100,11 @@ class ResultsFile:
         Raises:
             ValueError: it can't be written there, something else is there already, or it had other settings.
         """
-        right = "expected a file, this is a folder" if self.path.is_dir() else "its folder does not exist"
-        require(self.path.absolute().parent.is_dir() and not self.path.is_dir(), "output_file", str(self.path), right)
+        hint = "expected a file, this is a folder" if self.path.is_dir() else "its folder does not exist"
+        require(self.path.absolute().parent.is_dir() and not self.path.is_dir(), "output_file", str(self.path), hint)
         if not self.summary.exists():
-            right = f"exists already, without its {self.summary.name}; nothing is overwritten"
-            require(not self.path.exists(), "output_file", str(self.path), right)
+            hint = f"exists already, without its {self.summary.name}; nothing is overwritten"
+            require(not self.path.exists(), "output_file", str(self.path), hint)
             return []
         self._compare_settings()
         if not self.path.exists():
@@ -131,11 +131,11 @@ class ResultsFile:
         try:
             earlier = json.loads(self.summary.read_text(encoding="utf-8"))["settings"]
         except (ValueError, TypeError, KeyError) as error:
-            right = f"{self.summary} is no summary of an evaluation; nothing is overwritten"
-            raise ValueError(f"output_file={str(self.path)!r}: {right}") from error
+            hint = f"{self.summary} is no summary of an evaluation; nothing is overwritten"
+            raise ValueError(f"output_file={str(self.path)!r}: {hint}") from error
         for name, value in self.settings.items():
-            right = f"{self.path} was written with {earlier.get(name)!r}; give the same, or another output_file"
-            require(name in NOT_COMPARED or earlier.get(name) == value, name, value, right)
+            hint = f"{self.path} was written with {earlier.get(name)!r}; give the same, or another output_file"
+            require(name in NOT_COMPARED or earlier.get(name) == value, name, value, hint)
 
     def append(self, completions: Sequence[JudgedCompletion]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
