@@ -173,7 +173,6 @@ class TunixTrainer(AdapterTrainer):
 
     def collect(self, prompts: PromptBatch) -> TrainBatch:
         """Sample a group of completions for each of N prompts, score them, and compute what else the loss needs."""
-        self.begin_run_if_needed()
         device.sync()  # so that work which the Trainer left pending does not become part of the rollout
         started = time.perf_counter()
         with span("rollout"):
@@ -200,6 +199,7 @@ class TunixTrainer(AdapterTrainer):
 
     def _begin_train_batch(self, prompts: PromptBatch, rollout: Rollout) -> TrainBatch:
         """Everything that the loss needs, except that the advantages are 0 until there are rewards."""
+        self.begin_run_if_needed()
         mask = rollout.completion_mask.cpu()
         # Columns in which all rows are padding are left out where a new shape costs nothing.
         width = mask.shape[1] if device.static_shapes() else max(1, int(mask.any(dim=0).sum()))
@@ -246,6 +246,7 @@ class TunixTrainer(AdapterTrainer):
             the loss of the last pass, detached, over the rows of everyone who takes part. Where batches are
             accumulated, it is this batch's share of their loss.
         """
+        self.begin_run_if_needed()
         args, started = self.args, time.perf_counter()
         for iteration in range(args.num_iterations):
             if iteration > 0:

@@ -16,6 +16,7 @@ class EndGraphWithOptimizer(TrainerCallback):
     ) -> None:
         device.sync()
 
+
 class OwnIntervals(TrainerCallback):
     """Lets a resumed run log, evaluate and save as often as its own settings say.
 
