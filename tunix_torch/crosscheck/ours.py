@@ -57,6 +57,7 @@ def make_trainer(folder: Path, case: Case) -> TunixTrainer:
         processing_class=tiny.make_tokenizer(),
         peft_config=lora_config(ModelConfig(lora_rank=RANK, lora_alpha=ALPHA)),
     )
+    trainer.begin_run()  # before the LoRA changes anything, so that the reference is the model without it
     random = torch.Generator().manual_seed(7)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:

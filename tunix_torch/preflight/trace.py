@@ -69,7 +69,7 @@ def model_of_zeros(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
 
 
 class _TrainerOfZeros(TunixTrainer):
-    def _fingerprint_frozen(self) -> dict[str, float]:
+    def _sums_of_frozen(self) -> dict[str, float]:
         return {}  # it would run a graph that copies every weight in float32, for which the host may have no memory
 
 
@@ -99,6 +99,7 @@ def make_trainer(config: PretrainedConfig, model_config: ModelConfig, args: GRPO
         peft_config=lora_config(model_config),
     )
     trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+    trainer.begin_run()  # here, so that its graphs are not among those of the first step
     trainer.create_optimizer()
     trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     device.sync()
@@ -190,9 +191,8 @@ def trace_step(trainer: TunixTrainer) -> list[Graph]:
     prompts = PromptBatch(prompt_ids, prompt_mask, [{"prompt": "?", "answer": "!"}] * num_prompts)
 
     learn, step = trainer.learning_pass, trainer.optimizer_step
-    planner.graphs_of(
-        lambda: (learn(_batch_of_zeros(prompts, rows, width, args)), step())
-    )  # this gives AdamW its averages
+    # This first pass gives AdamW its averages, which it has in every later step; its graphs are not kept.
+    planner.graphs_of(lambda: (learn(_batch_of_zeros(prompts, rows, width, args)), step()))
     batches = []
     rollout_graphs = planner.graphs_of(lambda: batches.append(trainer.collect(prompts)))
     learn_graphs = planner.graphs_of(lambda: learn(batches[0]))
