@@ -1,7 +1,8 @@
-"""The embedded default job as plain numbers, for this library's trainer and for TRL's. Imports no torch.
+"""The library's default job, generated arithmetic, as plain numbers, so that TRL's trainer can be given the same job.
 
-`python -m benchmarks.arithmetic_job FOLDER` makes the inputs of all runs, in one process: the warm-started model, once,
-and for each seed the training rows in the order in which both trainers take them.
+`time_to_accuracy.py` uses it. `python -m benchmarks.arithmetic_job FOLDER` writes the inputs of all runs: the
+warm-started tiny model once, and for each seed the training rows in the order in which both trainers take them.
+Importing this file does not import torch.
 """
 
 import json
@@ -11,28 +12,33 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-MODEL = "model"  # the folder of the model, beside those of the seeds
-JOB_FILE, ROWS_FILE = "job.json", "rows.json"  # in the folder of a seed
-PROMPT = "rendered"  # the column of that text: from "prompt" ours would take a question and render it again
-RESULT_FILE = "run.json"  # of a peer, in a folder of its own in that of the seed: see learner.py
-ACCURACIES_FILE = "accuracies.json"  # of all: see held_out.py
+# A folder of inputs and results: model/, accuracies.json, and for each seed job.json, rows.json and PEER/run.json.
+MODEL = "model"
+ACCURACIES_FILE = "accuracies.json"  # of all runs, written by held_out.py
+JOB_FILE, ROWS_FILE = "job.json", "rows.json"
+RESULT_FILE = "run.json"  # of one peer's run, written by learner.py
+PROMPT = "rendered"  # the column with a rendered prompt; in a column "prompt" this library would expect a question
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run. What train.py decides has train.py's values: `tests/benchmarks/test_time_to_accuracy.py` holds that."""
+    """The settings of one run.
+
+    Settings of train.py have the values of train.py's default job, which `tests/benchmarks/test_time_to_accuracy.py`
+    holds.
+    """
 
     seed: int = 42
-    steps: int = 80  # optimizer steps, and rollouts; the learning rate falls linearly to 0 at the last
+    steps: int = 80  # training steps: a rollout and an optimizer step each; the learning rate falls linearly to 0
     # the batch
     num_prompts: int = 32  # N
     num_completions: int = 4  # G, for each prompt
-    prompt_length: int = 40  # tokens at most; no prompt is longer
-    completion_length: int = 48  # tokens at most
+    prompt_length: int = 40  # tokens of a prompt at most; no prompt of the job is longer
+    completion_length: int = 48  # tokens of a completion at most
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    # learning: GRPO with k3 as the estimator of KL, AdamW without weight decay
+    # learning: GRPO with the KL estimator k3, and AdamW without weight decay
     lora_rank: int = 16
     lora_alpha: float = 32.0
     beta: float = 0.01  # weight of the KL penalty
@@ -41,11 +47,11 @@ class Job:
     schedule: str = "linear"
     max_grad_norm: float = 1.0
     # the measurement
-    trl_rows: int = 32  # completions in one learning pass of TRL: see README.md
-    stop_after: int | None = None  # steps; the learning rate falls as if there were all of them
-    eval_first: int = 10  # steps from the first on, each of which is evaluated: the most is learned there
-    eval_every: int = 5  # steps, after that
-    num_questions: int = 256  # held out
+    trl_rows: int = 32  # completions in one learning pass of TRL; README.md tells how it was chosen
+    stop_after: int | None = None  # step after which to stop; the learning rate falls as in a run of all steps
+    eval_first: int = 10  # each of so many first steps is evaluated, as most is learned there
+    eval_every: int = 5  # after those, every so many steps are evaluated
+    num_questions: int = 256  # held-out questions of an evaluation
     threads: int = 2
 
     @property
@@ -55,19 +61,19 @@ class Job:
 
     @property
     def num_steps(self) -> int:
-        """Steps that are really taken."""
+        """Number of steps that are taken."""
         return self.steps if self.stop_after is None else self.stop_after
 
     @property
     def saved_steps(self) -> list[int]:
-        """After which steps the adapter is saved, to be evaluated afterwards; the last is one of them."""
+        """The steps after which the adapter is saved, to be evaluated when training is over. The last is among them."""
         last = self.num_steps
         first = range(1, min(self.eval_first, last) + 1)
         return sorted({*first, *range(self.eval_every, last + 1, self.eval_every), last})
 
 
-def check(job: Job) -> None:
-    """Raises ValueError when a number that the user can give is out of range."""
+def check_job(job: Job) -> None:
+    """Raise ValueError when a number that the user can give is out of range."""
     least = {"steps": 1, "eval_first": 0, "eval_every": 1, "num_questions": 1, "threads": 1, "trl_rows": 1}
     for name, smallest in least.items():
         if getattr(job, name) < smallest:
@@ -83,7 +89,7 @@ def seed_folder(folder: Path, seed: int) -> Path:
 
 
 def adapter_folder(run: Path, step: int) -> Path:
-    """Where a run's adapter after so many steps is."""
+    """Return the folder of a run's adapter after so many steps."""
     return run / f"step-{step}"
 
 
@@ -96,12 +102,12 @@ def read_job(folder: Path) -> Job:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The training rows of a seed, in order: question, answer, and the question as the text that the model sees."""
+    """Return the training rows of a seed, in order: the question, the answer, and the rendered prompt (`PROMPT`)."""
     return json.loads((folder / ROWS_FILE).read_text())
 
 
 def make_inputs(jobs: Sequence[Job], folder: Path) -> None:
-    """Write the model with its tokenizer, and the rows of each job's seed, into folders that are there."""
+    """Write the model, its tokenizer, and the rows of each job's seed. The folders of the seeds must exist."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 

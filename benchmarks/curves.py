@@ -1,6 +1,7 @@
-"""From seconds and accuracies to curves: when each reaches the goal, how many times as long that took, table, picture.
+"""Learning curves for `time_to_accuracy.py`: when each run reaches the goal, ratios, the table and the picture.
 
-Pure functions, but for the picture. Who never reaches the goal takes infinitely long (in JSON: null; printed: never).
+A run that never reaches the goal takes infinitely long, which is null in JSON and "never" in print. All functions are
+pure, except the one that draws the picture.
 """
 
 import itertools
@@ -18,7 +19,7 @@ COLORS = {"ours": "tab:blue", "trl": "tab:orange"}
 
 @dataclass(frozen=True)
 class Point:
-    """Held-out accuracy after so many steps, which took so many seconds of training."""
+    """The accuracy on held-out questions after `step` steps, which took `seconds` of training."""
 
     step: int
     seconds: float
@@ -30,19 +31,20 @@ class Curve:
     """One run of one peer."""
 
     seed: int
-    points: list[Point]  # the first is the start: step 0, second 0
-    seconds: list[float]  # at the end of each step
-    startup_seconds: float  # before training began, in none of the above
+    points: list[Point]  # the first is the start of training, at step 0 and second 0
+    seconds: list[float]  # of training, at the end of each step
+    startup_seconds: float  # before training began, which count in none of the above
 
 
 def make_curve(
     seed: int, seconds: Sequence[float], startup_seconds: float, start: float, accuracies: dict[str, float]
 ) -> Curve:
-    """
+    """Return the curve of one run.
+
     Args:
-        seconds: at the end of each step.
-        start: accuracy of the model that training began with.
-        accuracies: by step, as text.
+        seconds: of training, at the end of each step.
+        start: the accuracy of the model that training began with.
+        accuracies: by the step, which is text, as JSON has no other keys.
     """
     later = [Point(int(step), seconds[int(step) - 1], value) for step, value in accuracies.items()]
     points = [Point(0, 0.0, start), *sorted(later, key=lambda point: point.step)]
@@ -50,37 +52,40 @@ def make_curve(
 
 
 def first_crossing(curve: Curve, goal: float) -> Point | None:
-    """The first point at the goal or above, as it was measured: nothing is interpolated. None: never."""
+    """Return the first measured point at the goal or above, without interpolation; None when there is none."""
     return next((point for point in curve.points if point.accuracy >= goal), None)
 
 
 def seconds_to(goal: float, curve: Curve) -> float:
+    """Return the seconds of training until the goal, or `NEVER`."""
     crossing = first_crossing(curve, goal)
     return NEVER if crossing is None else crossing.seconds
 
 
 def ratios(peer: Sequence[Curve], ours: Sequence[Curve], goal: float) -> list[float]:
-    """How many times as long the peer takes to the goal, seed by seed; infinite where only ours gets there, 0 where
-    only the peer does. Seeds for which neither does, or both begin there, say nothing and are left out.
+    """Return how many times as long the peer takes to the goal as this library, for each seed.
+
+    A ratio is infinite where only this library reaches the goal, and 0 where only the peer does. A seed is left out
+    when neither reaches the goal, or both start at it.
     """
     pairs = [(seconds_to(goal, a), seconds_to(goal, b)) for a, b in zip(peer, ours, strict=True)]
     return [a / b for a, b in pairs if a != b or 0 < a < NEVER]
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | None] | None:
-    """None for never, as JSON has no infinity; None alone when there are no values."""
+def _spread_for_json(values: Sequence[float]) -> dict[str, float | None] | None:
+    """Return the spread with None in place of `NEVER`, as JSON has no infinity; None when there are no values."""
     if not values:
         return None
     return {name: None if value == NEVER else value for name, value in spread_of(values).items()}
 
 
 def summarise_peer(curves: Sequence[Curve], goal: float) -> dict[str, Any]:
-    """One peer's figures over all its runs."""
+    """Return one peer's figures over all its runs."""
     crossings = [first_crossing(curve, goal) for curve in curves]
     of_each_step = [b - a for curve in curves for a, b in itertools.pairwise([0.0, *curve.seconds])]
     return {
-        "seconds_to_goal": _spread([seconds_to(goal, curve) for curve in curves]),
-        "steps_to_goal": _spread([NEVER if point is None else point.step for point in crossings]),
+        "seconds_to_goal": _spread_for_json([seconds_to(goal, curve) for curve in curves]),
+        "steps_to_goal": _spread_for_json([NEVER if point is None else point.step for point in crossings]),
         "runs_at_goal": sum(point is not None for point in crossings),
         "runs": len(curves),
         "seconds_per_step": spread_of(of_each_step),
@@ -93,13 +98,15 @@ def summarise_peer(curves: Sequence[Curve], goal: float) -> dict[str, Any]:
 
 
 def summarise(curves: dict[str, list[Curve]], goal: float) -> dict[str, Any]:
-    """Everything that `--json` writes about the runs. The first peer is the measure."""
+    """Return all figures of the runs, which `--json` writes. Ratios are to the first peer."""
     first = next(iter(curves))
     return {
         "goal": goal,
         "start_accuracy": curves[first][0].points[0].accuracy,
         "peers": {peer: summarise_peer(runs, goal) for peer, runs in curves.items()},
-        "ratios": {peer: _spread(ratios(runs, curves[first], goal)) for peer, runs in curves.items() if peer != first},
+        "ratios": {
+            peer: _spread_for_json(ratios(runs, curves[first], goal)) for peer, runs in curves.items() if peer != first
+        },
         "ratios_to": first,
     }
 
@@ -114,7 +121,7 @@ def _cell(spread: dict[str, float | None], digits: int) -> str:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """In Markdown, ready for README.md."""
+    """Return the table in Markdown, for README.md."""
     goal = f"{summary['goal']:.0%}"
     header = [
         "peer",
@@ -148,7 +155,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def draw(curves: dict[str, list[Curve]], goal: float, file: Path) -> None:
-    """Accuracy over seconds of training: a thin line a run, a dot where it first reaches the goal."""
+    """Draw accuracy over seconds of training: a line for each run, with a dot where it first reaches the goal."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,8 @@
-"""Host time of one decode step on XLA: what the host does between two tokens, which a device must not wait for.
+"""Measure the time that the host needs for one decode step on XLA, which must be less than a device's.
 
-`TUNIX_DEVICE=xla python -m benchmarks.decode_host_time`: models of 6 and of 26 layers, so narrow that computing takes
-next to nothing, decode 64 tokens; printed is the time until the call of a step returns, its result not waited for.
+Run it as `TUNIX_DEVICE=xla python -m benchmarks.decode_host_time`. Models of 6 and of 26 layers, which are so narrow
+that computing takes almost no time, decode 64 tokens. The time until the call of a step returns is printed; its result
+is not waited for.
 """
 
 import os
@@ -30,7 +31,7 @@ ROWS, TOKENS = 4, 64
 
 
 def measure(num_layers: int) -> list[float]:
-    """Milliseconds of each call of the decode step, in the second of two rollouts."""
+    """Return the milliseconds of each call of the decode step, in the second of two rollouts."""
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=64,

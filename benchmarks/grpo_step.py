@@ -1,4 +1,4 @@
-"""Seconds a GRPO step of this library beside TRL's and Tunix's: the same work, in turns, in fresh processes.
+"""Compare the seconds of a GRPO step in this library, TRL and Tunix, which do the same work in turns.
 
 python -m benchmarks.grpo_step --peers ours,trl,tunix
 python -m benchmarks.grpo_step --preset long --json long.json
@@ -23,20 +23,20 @@ import utils
 
 from .summary import Result, step_seconds, summarise, table
 from .worker import CPU_ONLY, PEERS, environment
-from .workload import PRESETS, Spec, check, write_spec
+from .workload import PRESETS, Spec, check_spec, write_spec
 
 OVERRIDES = {
     "num_prompts": "prompts a step",
     "num_completions": "completions a prompt",
     "prompt_length": "tokens of every prompt",
     "completion_length": "tokens of a completion at most",
-    "steps": "steps a round that count",
-    "warmup": "steps before them that do not",
+    "steps": "steps of a round that count",
+    "warmup": "steps before them that do not count",
     "threads": "threads, and cores, that each peer gets; by default all",
     "tokens_per_pass": "tokens of a learning pass of TRL and Tunix; by default what was fastest for each",
 }
 ROOT = Path(__file__).parent.parent
-TAIL = 12  # lines of a failed peer's output that are shown
+TAIL = 12  # how many of the last lines of a failed peer's output are shown
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -54,7 +54,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def choose_peers(names: str) -> list[str]:
-    """Raises ValueError for a peer that does not exist, is named twice, or is not installed."""
+    """Return the peers of a list such as "ours,trl".
+
+    Raises:
+        ValueError: a peer does not exist, is named twice, or is not installed.
+    """
     peers = [name.strip() for name in names.split(",")]
     for peer in peers:
         if peer not in PEERS:
@@ -69,10 +73,10 @@ def choose_peers(names: str) -> list[str]:
 
 
 def make_spec(args: argparse.Namespace, peers: Sequence[str]) -> Spec:
-    """The preset with what the command line changes.
+    """Return the preset with the changes of the command line.
 
     Raises:
-        ValueError: no such preset, a number out of range, or a device that is not here.
+        ValueError: there is no such preset, a number is out of range, or the device is not available.
     """
     if args.preset not in PRESETS:
         raise ValueError(f"preset={args.preset!r}: choose among {', '.join(PRESETS)}")
@@ -81,7 +85,7 @@ def make_spec(args: argparse.Namespace, peers: Sequence[str]) -> Spec:
     cores = len(os.sched_getaffinity(0))
     given = {name: value for name in OVERRIDES if (value := getattr(args, name)) is not None}
     spec = replace(PRESETS[args.preset], **({"threads": cores} | given))
-    check(spec)
+    check_spec(spec)
     if spec.threads > cores:
         raise ValueError(f"threads={spec.threads}: this process may use {cores} cores")
     if spec.device == "cuda":
@@ -100,7 +104,7 @@ def _has_cuda() -> bool:
 
 
 def run_peer(peer: str, spec: Spec, spec_file: Path) -> Result | str:
-    """What the peer measured, or the end of its output when it failed. The inputs lie beside the spec's file."""
+    """Return what the peer measured, or the end of its output when it failed. Inputs are beside the spec's file."""
     folder = spec_file.parent
     result_file = folder / f"{peer}.json"
     result_file.unlink(missing_ok=True)
@@ -116,7 +120,11 @@ def run_peer(peer: str, spec: Spec, spec_file: Path) -> Result | str:
 def run_rounds(
     peers: Sequence[str], spec: Spec, spec_file: Path, rounds: int
 ) -> tuple[dict[str, list[Result]], dict[str, str]]:
-    """A B C A B C ...: each peer's results, and the errors of those that failed, which get no further round."""
+    """Run the peers in turns (A B C A B C ...), so that a change of the machine's speed meets all of them.
+
+    Returns:
+        each peer's results, and the errors of the peers that failed. Those get no further round.
+    """
     results: dict[str, list[Result]] = {peer: [] for peer in peers}
     errors: dict[str, str] = {}
     for number in range(1, rounds + 1):
@@ -136,7 +144,7 @@ def run_rounds(
 
 
 def describe_machine(device: str = "cpu") -> dict[str, str]:
-    """Processor, cores, with `device` "cuda" the GPU, and the versions of what was measured."""
+    """Return the processor, its cores, the versions of the libraries, and the GPU when `device` is "cuda"."""
     from importlib.metadata import PackageNotFoundError, version
 
     model = platform.processor() or platform.machine()
@@ -159,7 +167,7 @@ def describe_machine(device: str = "cpu") -> dict[str, str]:
 
 
 def compare(peers: Sequence[str], spec: Spec, rounds: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """All figures of one shape (see `summary.summarise`), and the errors of the peers that failed."""
+    """Return all figures of one spec (see `summary.summarise`), and the errors of the peers that failed."""
     with tempfile.TemporaryDirectory(prefix="tunix-torch-bench-") as name:
         folder = Path(name)
         spec_file = folder / "spec.json"

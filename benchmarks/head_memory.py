@@ -1,8 +1,8 @@
-"""Peak extra memory of a learning pass over a large vocabulary, beside that of holding all logits once, in float32.
+"""Measure the peak memory of a learning pass with a large vocabulary, relative to the memory of all its logits.
 
-`python -m benchmarks.head_memory`: a Gemma 3 of one narrow layer with 262,144 words learns from 8 completions of 512
-tokens on the CPU. The logits of these would be 4.3 GB. What is measured is how far the resident set rises in the
-pass; the layer is narrow so that what it keeps is small beside the head.
+Run it as `python -m benchmarks.head_memory`. A Gemma 3 with one narrow layer and a vocabulary of 262,144 learns from 8
+completions of 512 tokens on the CPU. Their logits in float32 would take 4.3 GB. The rise of the process's resident set
+during the pass is measured. The layer is narrow so that it takes little memory compared to the head.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import resource
 import time
 from pathlib import Path
 
-os.environ.setdefault("TUNIX_DEVICE", "cpu")  # also where there is a GPU
+os.environ.setdefault("TUNIX_DEVICE", "cpu")  # even on a machine with a GPU
 
 import tunix_torch  # noqa: F401  (first: it chooses the device)
 
@@ -28,13 +28,13 @@ from tunix_torch.learn.passes import shared_prompts
 from tunix_torch.model.loading import add_lora, lora_config, place
 
 
-def resident() -> int:
-    """Bytes that are resident now."""
+def resident_bytes() -> int:
+    """Return the bytes of this process that are in memory now (its resident set)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def measure(vocabulary: int, rows: int, length: int, hidden: int = 64) -> dict[str, float]:
-    """`extra_bytes` of the pass, `logits_bytes` of all logits in float32, their ratio, and the pass's seconds."""
+    """Return `extra_bytes` of the pass, `logits_bytes` of all logits in float32, their ratio, and the seconds."""
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=vocabulary,
@@ -60,8 +60,8 @@ def measure(vocabulary: int, rows: int, length: int, hidden: int = 64) -> dict[s
         logps, _ = token_logps(model, shared_prompts(batch))
         (-logps.sum()).backward()
 
-    learn(1)  # what libraries set aside at first use
-    before, started = resident(), time.perf_counter()
+    learn(1)  # so that memory which libraries allocate at first use does not count
+    before, started = resident_bytes(), time.perf_counter()
     learn(length)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     extra, logits = peak - before, rows * length * vocabulary * 4

@@ -1,7 +1,8 @@
-"""Held-out accuracy of every saved adapter, in one process: `python -m benchmarks.held_out FOLDER`.
+"""Evaluate every saved adapter on the held-out questions, for `time_to_accuracy.py`.
 
-The same sampler, questions and judge for all, greedily, whichever trainer made the adapter. Written to FOLDER: the
-accuracy of the warm-started model, and of each run's adapters by seed, peer and step.
+`python -m benchmarks.held_out FOLDER` does it in one process. The sampler, the questions and the judge are the same
+whichever trainer made an adapter, and tokens are chosen greedily. It writes to FOLDER the accuracy of the warm-started
+model, and those of each run's adapters by seed, peer and step.
 """
 
 import json
@@ -30,17 +31,17 @@ from .arithmetic_job import ACCURACIES_FILE, JOB_FILE, MODEL, Job, adapter_folde
 from .learner import LEARNERS
 from .worker import keep_to_cores
 
-BATCH_SIZE = 256  # questions at a time
+BATCH_SIZE = 256  # questions that are answered together
 
 
 def held_out_rows(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """The questions by which `train.py` evaluates, ready to be answered."""
+    """Return the questions with which `train.py` evaluates, prepared for the sampler."""
     rows = load_eval_rows(DataConfig(num_eval_rows=job.num_questions))
     return prepare_rows(rows, tokenizer, job.prompt_length, overlong="raise")
 
 
 def accuracy(path: Path, rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, job: Job) -> float:
-    """Greedy pass@1 of the model or adapter in a folder: the share of right answers to `held_out_rows`."""
+    """Return the share of right greedy answers (pass@1) of the model or adapter in a folder."""
     model = place(load_model(str(path), torch.float32)).eval()
     sampler = Sampler(model, eos_token_ids(model, tokenizer), tokenizer.pad_token_id)
     greedy = SamplingParams(job.completion_length, temperature=0.0)
@@ -54,19 +55,19 @@ def main() -> None:
     disable_progress_bar()
     folder = Path(sys.argv[1])
     jobs = {file.parent: read_job(file.parent) for file in sorted(folder.glob(f"*/{JOB_FILE}"))}
-    job = next(iter(jobs.values()))  # they differ in their seed only
+    job = next(iter(jobs.values()))  # the jobs differ only in their seed
     keep_to_cores(job.threads)
     tokenizer = load_tokenizer(str(folder / MODEL))
     rows = held_out_rows(job, tokenizer)
     runs = {
-        str(seed.seed): {
+        str(job.seed): {
             peer: {
-                str(step): accuracy(adapter_folder(place / peer, step), rows, tokenizer, seed)
-                for step in seed.saved_steps
+                str(step): accuracy(adapter_folder(seed_folder / peer, step), rows, tokenizer, job)
+                for step in job.saved_steps
             }
             for peer in LEARNERS
         }
-        for place, seed in jobs.items()
+        for seed_folder, job in jobs.items()
     }
     result = {"start": accuracy(folder / MODEL, rows, tokenizer, job), "runs": runs}
     (folder / ACCURACIES_FILE).write_text(json.dumps(result, indent=1) + "\n")

@@ -1,7 +1,7 @@
-"""One peer's training of the arithmetic job in a fresh process: `python -m benchmarks.learner PEER FOLDER`.
+"""Train one peer on the arithmetic job in a fresh process, for `time_to_accuracy.py`.
 
-FOLDER is a seed's, with its job and rows; the model is beside it. Written to FOLDER/PEER: the adapter after every so
-many steps, and what the clock showed.
+`python -m benchmarks.learner PEER FOLDER` takes the folder of a seed, with its job and rows; the model's folder is
+beside it. It writes to FOLDER/PEER the adapters after the job's `saved_steps`, and the seconds at the end of each step.
 """
 
 import functools
@@ -24,15 +24,15 @@ Reward = Callable[..., list[float | None]]
 
 @dataclass
 class Run:
-    """What a peer's training took."""
+    """The times of one peer's training, and what it was trained on."""
 
-    seconds: list[float]  # since training began, at the end of each step; saving left out
-    startup_seconds: float  # before that: imports, loading the model, making the trainer
-    answers: list[list[str]]  # of each step: the right answers to the questions of its completions, row by row
+    seconds: list[float]  # since training began, at the end of each step, without saving
+    startup_seconds: float  # before training began: imports, loading the model, making the trainer
+    answers: list[list[str]]  # for each step, the right answer to the question of each completion
 
 
 def remember_answers(reward: Reward, seen: list[list[str]]) -> Reward:
-    """The same reward function, which also keeps the right answers that it is called with."""
+    """Return the same reward function, which also appends the right answers of each call to `seen`."""
 
     @functools.wraps(reward)
     def remembering(
@@ -45,7 +45,7 @@ def remember_answers(reward: Reward, seen: list[list[str]]) -> Reward:
 
 
 def check_run(job: Job, rows: Sequence[dict[str, Any]], run: Run) -> None:
-    """Raises AssertionError when a peer has not taken the rows that it was given, in order, in every step."""
+    """Raise AssertionError unless the peer took the rows that it was given, in order, in every step."""
     assert len(run.seconds) == job.num_steps, f"{len(run.seconds)} steps, not {job.num_steps}"
     assert len(run.answers) == job.num_steps, f"{len(run.answers)} rollouts in {job.num_steps} steps"
     for step, answers in enumerate(run.answers):

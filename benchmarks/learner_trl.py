@@ -1,4 +1,4 @@
-"""TRL's `GRPOTrainer` on the arithmetic job, with its default generation, `transformers.generate`."""
+"""Train TRL's `GRPOTrainer` on the arithmetic job, with its default generation, for `time_to_accuracy.py`."""
 
 import time
 from pathlib import Path
@@ -18,9 +18,10 @@ from .peer_trl import LORA_TARGETS
 
 
 def settings(job: Job, output_dir: Path) -> GRPOConfig:
-    """One rollout and one optimizer step a step, learned from a few rows at a time, which is fastest for it.
+    """Return the job in TRL's settings.
 
-    The loss is the one that ours has; gradient checkpointing, TRL's default, would only cost time.
+    A step has one rollout and one optimizer step. TRL learns from `trl_rows` completions at a time, which is fastest
+    for it. Its loss is set to this library's. Gradient checkpointing, its default, is off, as it would only cost time.
     """
     return GRPOConfig(
         output_dir=str(output_dir),
@@ -53,7 +54,7 @@ def settings(job: Job, output_dir: Path) -> GRPOConfig:
 
 
 def run(job: Job, folder: Path, started: float) -> Run:
-    """As `learner_ours.run`. Prompts come as texts, and TRL puts them into tokens as they are: the same tokens."""
+    """Train like `learner_ours.run`. TRL gets rendered prompts and tokenises them unchanged, to the same tokens."""
     output, model, answers = folder / "trl", folder.parent / MODEL, []
     clock = LearningClock(job, output)
     trainer = GRPOTrainer(

@@ -1,4 +1,4 @@
-"""Counts the seconds that a `transformers.Trainer` trains; saves its adapter now and then, off the clock; says stop."""
+"""A callback that times the training of a `transformers.Trainer`, saves its adapters and stops it at the last step."""
 
 import time
 from pathlib import Path
@@ -10,17 +10,18 @@ from .arithmetic_job import Job, adapter_folder
 
 
 class LearningClock(TrainerCallback):
-    """Started by hand when training begins; stands still while the adapter is saved.
+    """Counts seconds from the call of `start` on, without those in which an adapter is saved.
 
-    Both peers' adapters are saved alike, in PEFT's layout.
+    It saves the adapter after each of the job's `saved_steps`, in PEFT's format, for both peers alike.
     """
 
     def __init__(self, job: Job, folder: Path) -> None:
         self.job, self.folder = job, folder
-        self.seconds: list[float] = []  # at the end of each step, since the start
+        self.seconds: list[float] = []  # since the start, at the end of each step
         self._since = 0.0
 
     def start(self) -> None:
+        """Start the clock; called right before training begins."""
         self._since = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

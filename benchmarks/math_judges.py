@@ -1,7 +1,8 @@
-"""What judges of mathematical answers say of the triples in tests/rewards: wrong ones paid, right ones refused, time.
+"""Compare judges of mathematical answers: wrong answers that they accept, right ones that they refuse, and their time.
 
-`python -m benchmarks.math_judges`. With `--math_verify`, Hugging Face's math-verify too, alone and after ours; it is no
-requirement: `pip install math-verify`, in an environment of its own if you like.
+Run it as `python -m benchmarks.math_judges`. The answers are those of tests/rewards/math_triples.txt. With
+`--math_verify`, Hugging Face's math-verify is compared as well, alone and after this library's `math_equal`. The
+library does not need math-verify; install it with `pip install math-verify`, in another environment if you like.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from tunix_torch.rewards.math_latex import Unreadable, simplify_latex
 TRIPLES = Path(__file__).resolve().parent.parent / "tests" / "rewards" / "math_triples.txt"
 ARROW, SEPARATOR = " => ", " ;; "
 
-Judge = Callable[[str, str], bool]  # (given, expected) -> equal?
+Judge = Callable[[str, str], bool]  # (given answer, expected answer) -> whether they are equal
 
 
 class Triple(NamedTuple):
@@ -32,7 +33,7 @@ class Triple(NamedTuple):
 
 
 def read_triples(path: Path = TRIPLES) -> list[Triple]:
-    """The triples of a file, whose first lines say how it is written."""
+    """Return the triples of a file, whose first lines describe its format."""
     triples = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
@@ -42,7 +43,10 @@ def read_triples(path: Path = TRIPLES) -> list[Triple]:
 
 
 def math_verify_judge() -> Judge:
-    """math-verify with its settings for LaTeX and plain expressions; an answer without delimiters gets dollar signs."""
+    """Return math-verify as a judge, with its settings for LaTeX and plain expressions.
+
+    An answer without delimiters gets dollar signs, since math-verify would not read it otherwise.
+    """
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     library = importlib.import_module("math_verify")
     targets = [library.LatexExtractionConfig(boxed_match_priority=0), library.ExprExtractionConfig()]
@@ -55,7 +59,7 @@ def math_verify_judge() -> Judge:
 
 
 def after_ours(judge: Judge) -> Judge:
-    """Ours, and where it can't read one of the two answers, `judge`."""
+    """Return a judge that asks `math_equal`, and then `judge` when `math_equal` cannot read one of the two answers."""
 
     def is_readable(text: str) -> bool:
         try:
@@ -73,8 +77,8 @@ def after_ours(judge: Judge) -> Judge:
 
 
 def measure(name: str, judge: Judge, triples: list[Triple]) -> tuple[list[Triple], list[Triple]]:
-    """Print a row of the table; give the wrong answers that were paid and the right ones that were refused."""
-    judge("\\sqrt{2}", "\\sqrt{3}")  # imports what it needs
+    """Print a judge's row of the table. Returns the wrong answers that it accepted, and the right ones it refused."""
+    judge("\\sqrt{2}", "\\sqrt{3}")  # the first call imports libraries, which is not timed
     paid, refused, seconds = [], [], []
     for triple in triples:
         started = time.perf_counter()

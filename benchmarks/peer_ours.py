@@ -1,9 +1,9 @@
-"""This library's `TunixTrainer`, on the CPU, through XLA on the CPU, or on CUDA.
+"""Measure this library's `TunixTrainer` for `grpo_step.py`: on the CPU, through XLA on the CPU, or on CUDA.
 
-Forced lengths: here a token is found from one uniform number by walking the vocabulary in its order, and EOS is the
-first word. So the number 0 gives EOS, and one from [0.1, 1) none of the special tokens. The trainer draws its numbers
-as ever; they are scaled into that interval, and set to 0 where a row is to end. Nothing in the sampler is changed, and
-it knows of no length ahead of time.
+Completions are forced to the lengths of the spec, as all peers must do the same work. The sampler turns one uniform
+number into a token by walking the vocabulary in its order, in which EOS is first. The number 0 therefore gives EOS, and
+a number from [0.1, 1) gives no special token. The trainer's numbers are scaled into that interval, and set to 0 where a
+row shall end. The sampler itself is unchanged and does not know any length in advance.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ ABOVE_SPECIAL = 0.1  # more than the probability of all special tokens under a m
 
 
 def make_trainer(spec: Spec, folder: Path, callbacks: list[TrainerCallback]) -> TunixTrainer:
+    """Return a trainer with the spec's settings and the model and prompts of the folder."""
     args = GRPOConfig(
         output_dir=str(folder / "ours"),
         max_steps=spec.warmup + spec.steps,
@@ -67,7 +68,7 @@ def make_trainer(spec: Spec, folder: Path, callbacks: list[TrainerCallback]) -> 
 
 
 def force_lengths(draw: Callable[..., torch.Tensor], spec: Spec) -> Callable[..., torch.Tensor]:
-    """The function that draws uniforms, made to end rows where they are to end."""
+    """Return a function that draws uniform numbers like `draw`, but such that rows end where the spec wants it."""
     last = torch.tensor([n - 1 if ends else -1 for n, ends in zip(lengths(spec), ends_itself(spec), strict=True)])
 
     def drawn(seed: Sequence[int], rows: Sequence[int], num_tokens: int) -> torch.Tensor:
@@ -78,10 +79,12 @@ def force_lengths(draw: Callable[..., torch.Tensor], spec: Spec) -> Callable[...
 
 
 def run(spec: Spec, folder: Path) -> Measurement:
+    """Train for the spec's steps, and measure the parts of each."""
     assert device.KIND in ("xla", spec.device), f"{device.KIND}, not {spec.device}"
     watch, rollouts, losses = Stopwatch(lambda result: device.wait()), [], []
     trainer = make_trainer(spec, folder, [StepEnds(watch)])
-    watch.wrap(trainer, "training_step", "learning", rest="learning", seen=losses.append)  # clipping and the optimizer
+    # after `training_step`, Transformers clips gradients and steps the optimizer, which is learning as well
+    watch.wrap(trainer, "training_step", "learning", rest="learning", seen=losses.append)
     watch.wrap(trainer, "collect", "other")
     watch.wrap(trainer, "sample_completions_for_prompts", "rollout", seen=rollouts.append)
     watch.wrap(trainer.processing_class, "batch_decode", "rollout")

@@ -1,12 +1,12 @@
-"""Google's Tunix: `GRPOLearner` on an `RLCluster` with its own sampler ("vanilla" rollout), JAX on the CPU.
+"""Measure Google's Tunix for `grpo_step.py`: `GRPOLearner` with Tunix's own sampler ("vanilla"), JAX on the CPU.
 
-Forced lengths: Tunix samples within one compiled loop; the logits that its `Sampler._sample` gets are masked: the
-special tokens are forbidden, and where a row is to end every other one. Its loop ends when all rows have. It takes the
-token that ends a completion away before it learns; here it is counted, as it was sampled. In everything after the
-rollout its arrays have the full width.
+Completions are forced to the lengths of the spec, as all peers must do the same work. Tunix samples in one compiled
+loop, which ends when all rows have ended. The logits that its `Sampler._sample` gets are masked there: special tokens
+are forbidden, and all tokens but EOS where a row shall end. Tunix removes the end token of a completion before it
+learns; it counts here, since it was sampled. In everything after the rollout, Tunix's arrays have the full width.
 
-The LoRA has the given rank on every weight, as Tunix's users set it. Tunix keeps K and V in one weight, so the two
-share a matrix A there: a little less work than in the other peers.
+The LoRA has the given rank on every weight, as Tunix's users set it. Tunix keeps K and V in one weight, so that they
+share a matrix A, which is a little less work than in the other peers.
 """
 
 import itertools
@@ -32,12 +32,12 @@ from .stopwatch import Stopwatch
 from .worker import Measurement
 from .workload import EOS, NUM_SPECIAL, Spec, ends_itself, lengths, read_prompts, rows_per_pass, share_of_even_words
 
-TOKENS_PER_PASS = 512  # measured: see README.md
+TOKENS_PER_PASS = 512  # of a learning pass; README.md has the measurement
 LORA_TARGETS = ".*(q_einsum|kv_einsum|attn_vec_einsum|gate_proj|up_proj|down_proj)"
 
 
 def load_model(spec: Spec, folder: Path, mesh: jax.sharding.Mesh) -> nnx.Module:
-    """Tunix's Gemma 3 with the weights that `save_pretrained` wrote."""
+    """Return Tunix's Gemma 3 with the weights that `save_pretrained` wrote into the folder."""
     dtype = getattr(jnp, spec.dtype)
     config = ModelConfig(
         num_layers=spec.num_layers,
@@ -55,7 +55,7 @@ def load_model(spec: Spec, folder: Path, mesh: jax.sharding.Mesh) -> nnx.Module:
 
 
 def add_lora(spec: Spec, model: nnx.Module, mesh: jax.sharding.Mesh) -> nnx.Module:
-    """As Tunix's examples do it."""
+    """Return the model with a LoRA, added as Tunix's examples do it."""
     provider = qwix.LoraProvider(module_path=LORA_TARGETS, rank=spec.lora_rank, alpha=spec.lora_alpha)
     model = qwix.apply_lora_to_model(model, provider, rngs=nnx.Rngs(spec.seed), **model.get_model_input())
     with mesh:
@@ -65,11 +65,16 @@ def add_lora(spec: Spec, model: nnx.Module, mesh: jax.sharding.Mesh) -> nnx.Modu
 
 
 def prompts_per_pass(spec: Spec) -> int:
+    """Return the prompts, with all their completions, of one learning pass."""
     return rows_per_pass(spec, TOKENS_PER_PASS, multiple=spec.num_completions) // spec.num_completions
 
 
 def make_learner(spec: Spec, folder: Path) -> GRPOLearner:
-    """It learns from a few prompts' completions at a time, which is faster: one rollout and one optimizer step."""
+    """Return Tunix's learner with the spec's settings and the model of the folder.
+
+    It learns from the completions of a few prompts at a time, which is faster than from all of them; a step still has
+    one rollout and one optimizer step.
+    """
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     base = load_model(spec, folder, mesh)
     optimizer = optax.chain(
@@ -77,7 +82,7 @@ def make_learner(spec: Spec, folder: Path) -> GRPOLearner:
     )
     cluster = RLCluster(
         actor=add_lora(spec, base, mesh),
-        reference=base,  # shares its weights with the actor
+        reference=base,  # the actor has the same arrays as base weights
         tokenizer=AutoTokenizer.from_pretrained(folder),
         cluster_config=ClusterConfig(
             role_to_mesh={Role.ACTOR: mesh, Role.REFERENCE: mesh, Role.ROLLOUT: mesh},
@@ -94,7 +99,7 @@ def make_learner(spec: Spec, folder: Path) -> GRPOLearner:
             rollout_config=RolloutConfig(
                 max_tokens_to_generate=spec.completion_length,
                 max_prompt_length=spec.prompt_length,
-                kv_cache_size=spec.prompt_length + spec.completion_length,  # the least that it takes
+                kv_cache_size=spec.prompt_length + spec.completion_length,  # the smallest that Tunix accepts
                 temperature=1.0,
                 top_p=1.0,
                 top_k=None,
@@ -106,12 +111,12 @@ def make_learner(spec: Spec, folder: Path) -> GRPOLearner:
 
 
 def force_lengths(sampler: Sampler, spec: Spec) -> None:
-    """Mask the logits from which the sampler samples."""
+    """Mask the logits from which Tunix's sampler samples, so that rows end where the spec wants it."""
     sample = sampler._sample
     last = jnp.array([n - 1 if ends else -1 for n, ends in zip(lengths(spec), ends_itself(spec), strict=True)])  # (B,)
     token = jnp.arange(spec.vocabulary_size)
 
-    def forced(logits, eos, cache, sampler_state):  # (B, P or 1, V); it samples from the last
+    def forced(logits, eos, cache, sampler_state):  # logits (B, P or 1, V), of which the last are sampled from
         tokens_so_far = sampler_state.decoding_step + 1 - spec.prompt_length
         ending = (last == tokens_so_far)[:, None]
         forbidden = jnp.where(ending, token != EOS, token < NUM_SPECIAL)  # (B, V)
@@ -122,12 +127,14 @@ def force_lengths(sampler: Sampler, spec: Spec) -> None:
 
 
 def batches(spec: Spec, folder: Path) -> Iterator[dict[str, np.ndarray]]:
+    """Return the prompts of each step."""
     prompts = read_prompts(folder)
     for first in range(0, len(prompts), spec.num_prompts):
         yield {"prompts": np.array(prompts[first : first + spec.num_prompts])}
 
 
 def run(spec: Spec, folder: Path) -> Measurement:
+    """Train for the spec's steps, and measure the parts of each."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     watch, rollouts = Stopwatch(jax.block_until_ready), []
     learner = make_learner(spec, folder)

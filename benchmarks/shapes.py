@@ -1,4 +1,4 @@
-"""The same comparison over many shapes: nothing is to be fast on one of them only.
+"""Repeat the comparison of `grpo_step.py` with many shapes of the batch, as the library shall be fast on all of them.
 
 python -m benchmarks.shapes --peers ours,trl   # prompts, group size and lengths halved and doubled: the worst ratio
 python -m benchmarks.shapes --growth           # ours alone from 4 to 64 prompts, and from 2 to 16 completions
@@ -22,11 +22,11 @@ from .workload import PRESETS, Spec
 VARIED = ("num_prompts", "num_completions", "prompt_length", "completion_length")
 GROWTH = {"num_prompts": (4, 8, 16, 32, 64), "num_completions": (2, 4, 8, 16)}
 
-LONG_RUN = 30  # steps
+LONG_RUN = 30  # steps of the run whose last steps are compared with its first
 
 
 def variations(spec: Spec) -> dict[str, Spec]:
-    """The shape itself, and each of its sizes halved and doubled, by name."""
+    """Return the spec itself, and the spec with each of its sizes halved and doubled, by a name for the table."""
     shapes = {"as it is": spec}
     for name in VARIED:
         for size in (getattr(spec, name) // 2, getattr(spec, name) * 2):
@@ -35,8 +35,9 @@ def variations(spec: Spec) -> dict[str, Spec]:
 
 
 def slopes(sizes: Sequence[int], seconds: Sequence[float]) -> list[float]:
-    """How much each further unit costs between neighbouring sizes, relative to the mean of all: 1 everywhere is
-    linear growth, whatever a step costs in any case.
+    """Return what one more unit costs between neighbouring sizes, relative to the mean over all sizes.
+
+    Growth is linear when all are 1, whatever the fixed cost of a step is.
     """
     pairs = list(zip(sizes, seconds, strict=True))
     costs = [(t1 - t0) / (n1 - n0) for (n0, t0), (n1, t1) in zip(pairs, pairs[1:], strict=False)]
@@ -44,15 +45,16 @@ def slopes(sizes: Sequence[int], seconds: Sequence[float]) -> list[float]:
 
 
 def measure(peers: Sequence[str], spec: Spec, rounds: int, name: str) -> dict[str, Any]:
+    """Measure one spec, whose name is printed first. Ends the program when a peer fails, whose error was printed."""
     print(f"\n{name}", flush=True)
     summary, errors = compare(peers, spec, rounds)
     if errors:
-        sys.exit(1)  # they have been shown
+        sys.exit(1)
     return summary
 
 
 def compare_shapes(peers: Sequence[str], spec: Spec, rounds: int) -> dict[str, Any]:
-    """Ratios to each peer for each shape, and the worst."""
+    """Print and return the ratio of each peer's time to the first peer's for each shape, and the smallest of them."""
     found = {name: measure(peers, shape, rounds, name) for name, shape in variations(spec).items()}
     others = peers[1:]
     print(f"\n| shape | {peers[0]}, s a step | " + " | ".join(f"{peer}, times as long" for peer in others) + " |")
@@ -67,8 +69,8 @@ def compare_shapes(peers: Sequence[str], spec: Spec, rounds: int) -> dict[str, A
     return {"worst": worst, "shapes": found}
 
 
-def growth(spec: Spec, rounds: int) -> dict[str, Any]:
-    """Seconds a step of ours over the number of prompts, and of completions; and of a rollout over a longer run."""
+def measure_growth(spec: Spec, rounds: int) -> dict[str, Any]:
+    """Print and return how this library's seconds a step grow with prompts, with completions, and over a longer run."""
     result: dict[str, Any] = {}
     for name, sizes in GROWTH.items():
         seconds = []
@@ -97,13 +99,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--growth", action="store_true", help="how ours grows, in place of the comparison")
     parser.add_argument("--rounds", type=int, default=1, help="processes a peer and shape, in turns")
     for name, text in {
-        "steps": "steps a round that count",
-        "warmup": "steps before them",
-        "threads": "of a peer",
+        "steps": "steps of a round that count",
+        "warmup": "steps before them that do not count",
+        "threads": "threads, and cores, that each peer gets; by default all",
     }.items():
         parser.add_argument(f"--{name}", type=int, help=text)
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
-    parser.set_defaults(tokens_per_pass=None, **dict.fromkeys(VARIED))  # what `make_spec` may change
+    parser.set_defaults(tokens_per_pass=None, **dict.fromkeys(VARIED))  # overrides of `make_spec` without a flag here
     return parser.parse_args(argv)
 
 
@@ -114,7 +116,7 @@ def main() -> None:
         raise ValueError(f"peers={args.peers!r}: a comparison needs two")
     utils.check_output_file("json", args.json)
     spec = make_spec(args, peers)
-    result = growth(spec, args.rounds) if args.growth else compare_shapes(peers, spec, args.rounds)
+    result = measure_growth(spec, args.rounds) if args.growth else compare_shapes(peers, spec, args.rounds)
     if args.json:
         result |= {"command": " ".join(["python -m benchmarks.shapes", *sys.argv[1:]]), "machine": describe_machine()}
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Tells a stopwatch where the steps of a `transformers.Trainer` end."""
+"""A callback that tells a stopwatch where the training steps of a `transformers.Trainer` begin and end."""
 
 from typing import Any
 
@@ -8,6 +8,8 @@ from .stopwatch import Stopwatch
 
 
 class StepEnds(TrainerCallback):
+    """Starts the stopwatch when training begins, and ends its step at the end of each training step."""
+
     def __init__(self, watch: Stopwatch) -> None:
         self.watch = watch
 

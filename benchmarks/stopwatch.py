@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a peer's own methods are wrapped with timers, and do what they did before."""
+"""Measure how a training step's time divides into parts, by timers around a peer's own methods."""
 
 import contextlib
 import functools
@@ -11,30 +11,31 @@ PARTS = ("rollout", "scoring", "reference", "learning", "other")
 
 
 class Stopwatch:
-    """At any time the clock runs for one part: that of the innermost wrapped call, between calls for `self.rest`.
+    """A clock that runs, at any time, for exactly one part of a step.
 
-    So parts are disjoint and add up to the step, which is all the time from the end of the step before to its own:
-    loading data and bookkeeping are in it, as "other".
+    That is the part of the innermost wrapped call, and `self.rest` between calls. The parts therefore add up to the
+    step's time, which lasts from the end of the previous step to its own end. Loading data and bookkeeping count as
+    "other".
 
     Args:
-        wait: waits until the device has done what it was given; called where a part ends, with what the call returned.
+        wait: waits until the device has finished its work. It is called where a part ends, with the call's result.
     """
 
     def __init__(self, wait: Callable[[Any], object] = lambda result: None) -> None:
-        self.steps: list[dict[str, float]] = []  # seconds by part
+        self.steps: list[dict[str, float]] = []  # of each step, the seconds of each part
         self.rest = "other"
         self._wait = wait
-        self._parts: list[str] = []  # open, innermost last
+        self._parts: list[str] = []  # of the calls that are running, innermost last
         self._seconds: dict[str, float] = defaultdict(float)
         self._since = 0.0
 
     def start(self) -> None:
-        """Begin the first step."""
+        """Start the first step."""
         self._seconds.clear()
         self._since = time.perf_counter()
 
     def end_step(self) -> None:
-        """The step is over, the next one begins."""
+        """End the step, and start the next one."""
         self._wait(None)
         self._charge()
         self.steps.append(dict(self._seconds))
@@ -42,12 +43,14 @@ class Stopwatch:
         self.rest = "other"
 
     def _charge(self) -> None:
+        """Add the time since the last call to the part for which the clock ran."""
         now = time.perf_counter()
         self._seconds[self._parts[-1] if self._parts else self.rest] += now - self._since
         self._since = now
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
+        """A context whose time counts for a part."""
         assert name in PARTS, name
         self._charge()
         self._parts.append(name)
@@ -68,12 +71,12 @@ class Stopwatch:
         rest: str | None = None,
         seen: Callable[[Any], None] = lambda result: None,
     ) -> None:
-        """Time a method of an object, or a function of a module.
+        """Replace a method of an object, or a function of a module, by itself with a timer around it.
 
         Args:
-            when: asked at each call; where it says no, the time stays with the part around it.
-            rest: the part to which the time after the call belongs, until the step ends.
-            seen: gets what the method returned, at no cost worth counting.
+            when: called at each call; if it returns False, the call's time counts for the part around it.
+            rest: the part for which the time after the call counts, until the step ends.
+            seen: called with each result of the method; it must be quick, as its time is not left out.
         """
         original = getattr(owner, method)
 

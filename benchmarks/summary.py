@@ -1,4 +1,4 @@
-"""From the peers' measurements to the figures: minimum, median and maximum, and ratios. Pure functions."""
+"""Turn the peers' measurements into figures: minimum, median, maximum, ratios, and a table. All functions are pure."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,20 +7,21 @@ from typing import Any
 from .stopwatch import PARTS
 from .workload import Spec
 
-Result = dict[str, Any]  # what a worker wrote, see `worker.as_result`
+Result = dict[str, Any]  # of a worker, see `worker.as_result`
 
 
 def spread_of(values: Sequence[float]) -> dict[str, float]:
+    """Return the minimum, the median and the maximum."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 def step_seconds(result: Result) -> list[float]:
-    """Seconds of each step that counts."""
+    """Return the seconds of each step that counts."""
     return [sum(parts.values()) for parts in result["steps"]]
 
 
 def summarise_peer(results: Sequence[Result]) -> dict[str, Any]:
-    """One peer's figures over all steps of all its rounds."""
+    """Return one peer's figures over all steps of all its rounds."""
     seconds = [value for result in results for value in step_seconds(result)]
     rows = [row for result in results for row in result["completion_lengths"]]  # a list of lengths for each step
     tokens = [sum(row) for row in rows]
@@ -28,7 +29,7 @@ def summarise_peer(results: Sequence[Result]) -> dict[str, Any]:
     timed = set().union(*steps)
     return {
         "seconds_per_step": spread_of(seconds),
-        "parts": {  # None: it was never seen apart from the others
+        "parts": {  # None for a part that this peer cannot be timed for
             name: spread_of([parts.get(name, 0.0) for parts in steps]) if name in timed else None for name in PARTS
         },
         "tokens_per_second": spread_of([count / value for count, value in zip(tokens, seconds, strict=True)]),
@@ -42,8 +43,9 @@ def summarise_peer(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def ratios(peer: Sequence[Result], ours: Sequence[Result]) -> dict[str, float]:
-    """How many times as long the peer takes: medians of the same round beside each other, so that a machine that
-    gets slower in between does not count.
+    """Return the spread of how many times as long the peer takes as `ours`.
+
+    Medians of the same round are compared, so that a machine that gets slower between rounds changes nothing.
     """
     pairs = zip(peer, ours, strict=False)  # a peer that failed has fewer rounds
     medians = [(statistics.median(step_seconds(a)), statistics.median(step_seconds(b))) for a, b in pairs]
@@ -51,7 +53,7 @@ def ratios(peer: Sequence[Result], ours: Sequence[Result]) -> dict[str, float]:
 
 
 def check_same_work(spec: Spec, results: dict[str, list[Result]]) -> None:
-    """Raises AssertionError when the peers have not generated the same completions' lengths, row by row."""
+    """Raise AssertionError unless all peers generated completions of the same lengths, row by row."""
     found = {
         peer: {tuple(row) for result in rounds for row in result["completion_lengths"]}
         for peer, rounds in results.items()
@@ -61,7 +63,7 @@ def check_same_work(spec: Spec, results: dict[str, list[Result]]) -> None:
 
 
 def summarise(spec: Spec, results: dict[str, list[Result]]) -> dict[str, Any]:
-    """Everything that `--json` writes, for the peers that have at least one round. The first is the measure."""
+    """Return all figures of the peers with at least one round, which `--json` writes. Ratios are to the first peer."""
     check_same_work(spec, results)
     first = next(iter(results), None)
     return {
@@ -76,7 +78,7 @@ def _cell(value: dict[str, float] | None, digits: int) -> str:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Medians, and the spread of what matters most."""
+    """Return the table of medians as text, with the spread of the seconds a step and of the ratios."""
     header = ["peer", "s/step (min .. max)", *PARTS, "tokens/s", "peak GiB"]
     lines = [header]
     for peer, figures in summary["peers"].items():

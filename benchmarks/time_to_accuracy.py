@@ -1,4 +1,4 @@
-"""Seconds of training until 90% of held-out questions are answered: this library and TRL on the embedded default job.
+"""Compare the seconds of training until 90% of held-out questions are right: this library and TRL on the default job.
 
 python -m benchmarks.time_to_accuracy                                        # three seeds
 python -m benchmarks.time_to_accuracy --seeds 1,2,3,4,5,6,7,8 --stop_after 15 --json FILE --picture FILE
@@ -18,7 +18,7 @@ from typing import Any
 
 import utils
 
-from .arithmetic_job import ACCURACIES_FILE, RESULT_FILE, Job, check, seed_folder, write_job
+from .arithmetic_job import ACCURACIES_FILE, RESULT_FILE, Job, check_job, seed_folder, write_job
 from .curves import Curve, draw, make_curve, summarise, table
 from .grpo_step import ROOT, TAIL, choose_peers, describe_machine
 from .learner import LEARNERS
@@ -26,15 +26,15 @@ from .worker import environment
 from .workload import Spec
 
 OVERRIDES = {
-    "steps": "optimizer steps of a whole run: the learning rate falls to 0 at the last",
-    "stop_after": "stop each run after so many steps of it",
-    "eval_first": "each of so many steps at the beginning is a point of the curve",
-    "eval_every": "after that, how many steps lie between two points",
+    "steps": "training steps of a whole run, at the end of which the learning rate is 0",
+    "stop_after": "stop each run after so many of its steps",
+    "eval_first": "each of so many first steps is a point of the curve",
+    "eval_every": "after those, every so many steps are a point of the curve",
     "num_questions": "held-out questions",
     "threads": "threads, and cores, that each peer gets; by default all",
     "trl_rows": "completions in one learning pass of TRL; by default what was fastest for it",
 }
-PICTURES = (".png", ".svg", ".pdf")  # as which the curves can be drawn
+PICTURES = (".png", ".svg", ".pdf")  # file names of pictures end in one of these
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -54,10 +54,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def make_jobs(args: argparse.Namespace) -> list[Job]:
-    """A job for each seed.
+    """Return a job for each seed.
 
     Raises:
-        ValueError: a number out of range, a seed twice, or a file that can't be written.
+        ValueError: a number is out of range, a seed is given twice, or a file cannot be written.
     """
     words = args.seeds.split(",")
     if not all(word.strip().isdigit() for word in words) or len({int(word) for word in words}) < len(words):
@@ -72,22 +72,22 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
     cores = len(os.sched_getaffinity(0))
     given = {name: value for name in OVERRIDES if (value := getattr(args, name)) is not None}
     jobs = [replace(Job(seed=int(word)), **({"threads": cores} | given)) for word in words]
-    check(jobs[0])
+    check_job(jobs[0])
     if jobs[0].threads > cores:
         raise ValueError(f"threads={jobs[0].threads}: this process may use {cores} cores")
     return jobs
 
 
-def start(module: str, peer: str, job: Job, *args: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a module of this folder in a process of its own, with a peer's environment, to its end."""
+def run_module(module: str, peer: str, job: Job, *args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a module of this folder to its end, in a process of its own with a peer's environment."""
     command = [sys.executable, "-m", f"benchmarks.{module}", *args]
     return subprocess.run(command, cwd=ROOT, env=environment(peer, Spec(threads=job.threads)), text=True, **options)
 
 
 def learn(peer: str, job: Job, folder: Path) -> dict[str, Any]:
-    """One training; what `learner.py` wrote. Ends the program when it fails: half a comparison is none."""
+    """Train one peer, and return what `learner.py` wrote. Ends the program when it fails, as both peers are needed."""
     started = time.perf_counter()
-    done = start("learner", peer, job, peer, str(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = run_module("learner", peer, job, peer, str(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode != 0:
         print(f"{peer}, seed {job.seed}: exit code {done.returncode}", file=sys.stderr)
         print("\n".join(done.stdout.strip().splitlines()[-TAIL:]), file=sys.stderr)
@@ -102,13 +102,13 @@ def learn(peer: str, job: Job, folder: Path) -> dict[str, Any]:
 
 
 def run_all(jobs: Sequence[Job], folder: Path) -> dict[str, list[Curve]]:
-    """Make the inputs, train in turns (A B A B ...), evaluate what was saved: each peer's curves, a seed each."""
+    """Make the inputs, train the peers in turns, and evaluate what they saved. Returns each peer's curves, by seed."""
     for job in jobs:
         seed_folder(folder, job.seed).mkdir()
         write_job(job, seed_folder(folder, job.seed))
-    start("arithmetic_job", "ours", jobs[0], str(folder), check=True)
+    run_module("arithmetic_job", "ours", jobs[0], str(folder), check=True)
     results = {(peer, job.seed): learn(peer, job, seed_folder(folder, job.seed)) for job in jobs for peer in LEARNERS}
-    start("held_out", "ours", jobs[0], str(folder), check=True)
+    run_module("held_out", "ours", jobs[0], str(folder), check=True)
     accuracies = json.loads((folder / ACCURACIES_FILE).read_text())
     return {
         peer: [
@@ -125,7 +125,7 @@ def run_all(jobs: Sequence[Job], folder: Path) -> dict[str, list[Curve]]:
 
 
 def caption(summary: dict[str, Any]) -> str:
-    """What stands above the table in README.md."""
+    """Return the text above the table in README.md: the command, the machine and the versions."""
     machine, job = summary["machine"], summary["job"]
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "peft", "trl"))
     return (

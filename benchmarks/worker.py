@@ -1,7 +1,7 @@
-"""One peer's run in a fresh process: `python -m benchmarks.worker PEER SPEC.json FOLDER RESULT.json`.
+"""Run one peer of `grpo_step.py` in a fresh process: `python -m benchmarks.worker PEER SPEC.json FOLDER RESULT.json`.
 
-The process keeps to as many cores as the spec has threads; the parent has set the environment that must be there
-before Python starts (see `environment`).
+The process uses as many cores as the spec has threads. The parent process sets the environment variables, which must
+exist before Python starts (see `environment`).
 """
 
 import importlib
@@ -15,7 +15,7 @@ from typing import Any
 
 from .workload import Spec, check_measured, read_spec
 
-PEERS = {  # name: module, packages that it needs beyond this library's
+PEERS = {  # by name: the module, and the packages that it needs besides those of this library
     "ours": ("peer_ours", {}),
     "ours-xla": ("peer_ours", {"torch_xla": "torch-xla==2.9.0"}),
     "trl": ("peer_trl", {"trl": "trl==1.16.0"}),
@@ -26,16 +26,16 @@ CPU_ONLY = ("ours-xla", "tunix")
 
 @dataclass
 class Measurement:
-    """What a peer's `run` hands back; warm-up steps come first and are in all three lists."""
+    """What a peer's `run` returns. All three lists begin with the warm-up steps."""
 
-    steps: list[dict[str, float]]  # seconds by part
-    completion_lengths: list[list[int]]  # tokens of every row, the one that ends it included
+    steps: list[dict[str, float]]  # of each step, the seconds of each part
+    completion_lengths: list[list[int]]  # of each step, the tokens of every row, with the one that ends it
     losses: list[float]
-    peak_memory: int | None = None  # bytes on the device; None: the process's resident set is what counts
+    peak_memory: int | None = None  # bytes on the device; None when the process's resident set counts
 
 
 def environment(peer: str, spec: Spec) -> dict[str, str]:
-    """The environment of a peer's process: one device, and as many threads as the others get."""
+    """Return the environment variables of a peer's process, which give it one device and the spec's threads."""
     threads = str(spec.threads)
     device = {"ours": spec.device, "ours-xla": "xla"}.get(peer)
     chosen = {
@@ -46,7 +46,7 @@ def environment(peer: str, spec: Spec) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "JAX_PLATFORMS": "cpu",
     }
-    if device is None:  # TRL and Tunix: Transformers would take an XLA device that it sees
+    if device is None:  # TRL or Tunix, for which Transformers would choose an XLA device if it saw one
         chosen |= {"USE_TORCH_XLA": "0", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     else:
         chosen["TUNIX_DEVICE"] = device
@@ -57,12 +57,12 @@ def environment(peer: str, spec: Spec) -> dict[str, str]:
 
 
 def keep_to_cores(count: int) -> None:
-    """Use the first `count` of the cores that this process may use."""
+    """Restrict this process to the first `count` of the cores that it may use."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
 def as_result(spec: Spec, measured: Measurement) -> dict[str, Any]:
-    """What the parent reads: the warm-up left out of the times."""
+    """Return what the parent process reads. The warm-up steps are apart from those that count."""
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "steps": measured.steps[spec.warmup :],

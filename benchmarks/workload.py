@@ -1,8 +1,8 @@
-"""What is measured: the shape of the model and of the batch, the prompts, the lengths, the reward. Imports no torch.
+"""The work that `grpo_step.py` measures: the shapes of model and batch, the prompts, the lengths and the reward.
 
-Every peer gets a `Spec` as JSON and reads the same folder, which `make_inputs` writes: the model, its tokenizer and
-the prompts. `python -m benchmarks.workload SPEC.json FOLDER` does that in a process of its own: a child's peak of
-memory begins with what its parent held.
+Every peer gets a `Spec` as JSON, and reads the model, its tokenizer and the prompts from the same folder, which
+`make_inputs` writes. `python -m benchmarks.workload SPEC.json FOLDER` does that in a process of its own, since the peak
+memory of a peer's process starts at what its parent process held. Importing this file does not import torch.
 """
 
 import json
@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-EOS, PAD, BOS, UNKNOWN = range(4)  # EOS is the first word: see peer_ours.py
+EOS, PAD, BOS, UNKNOWN = range(4)  # EOS must be the first: see peer_ours.py
 NUM_SPECIAL = 4
-SHORTEST = 2  # tokens of a completion, its end included: Tunix takes the end away, and one is to be left
+SHORTEST = 2  # tokens of a completion with its end token, which Tunix removes, so that one is left
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Spec:
     """One job, the same for every peer."""
 
     preset: str = "small"
-    device: str = "cpu"  # or cuda
-    dtype: str = "float32"  # of the base weights, or bfloat16; the LoRA is float32 in ours and TRL
+    device: str = "cpu"  # or "cuda"
+    dtype: str = "float32"  # of the base weights, or "bfloat16"; the LoRA is float32 in this library and in TRL
     # the model, a Gemma 3
     num_layers: int = 6
     hidden_size: int = 256
@@ -37,9 +37,9 @@ class Spec:
     # the batch
     num_prompts: int = 8  # N
     num_completions: int = 4  # G, for each prompt
-    prompt_length: int = 64  # every prompt has exactly so many tokens, BOS included
-    completion_length: int = 64  # at most
-    spread: bool = False  # completions end at lengths of a geometric distribution; else all at the limit
+    prompt_length: int = 64  # tokens of every prompt, with BOS
+    completion_length: int = 64  # tokens of a completion at most
+    spread: bool = False  # whether lengths are drawn from a geometric distribution; else all reach the limit
     # learning
     lora_rank: int = 8
     lora_alpha: float = 16.0
@@ -79,8 +79,8 @@ _1B = replace(_270M, preset="1b", num_layers=26, hidden_size=1152, intermediate_
 PRESETS = {spec.preset: spec for spec in (Spec(), _LONG, _270M, _1B)}
 
 
-def check(spec: Spec) -> None:
-    """Raises ValueError when a number that the user can give is out of range."""
+def check_spec(spec: Spec) -> None:
+    """Raise ValueError when a number that the user can give is out of range."""
     least = {
         "num_prompts": 1,
         "num_completions": 2,
@@ -98,9 +98,10 @@ def check(spec: Spec) -> None:
 
 
 def lengths(spec: Spec) -> list[int]:
-    """Tokens of each of the B completions, the one that ends it included, by row; the same in every step.
+    """Return the tokens of each of the B completions, with the end token. They are the same in every step.
 
-    With `spread`: geometric, with a mean of about a quarter of the limit, so that 2% would be longer and are cut off.
+    With `spread`, the lengths are geometrically distributed. Their mean is about a quarter of the limit, so that 2% of
+    completions would be longer than the limit and are cut off.
     """
     if not spec.spread:
         return [spec.completion_length] * spec.num_rows
@@ -111,19 +112,17 @@ def lengths(spec: Spec) -> list[int]:
 
 
 def ends_itself(spec: Spec) -> list[bool]:
-    """Which rows end with EOS; the others are cut off at the limit."""
+    """Return for each row whether it ends with EOS; the others are cut off at the limit."""
     return [spec.spread and length < spec.completion_length for length in lengths(spec)]
 
 
 def rows_per_pass(spec: Spec, tokens: int, multiple: int = 1) -> int:
-    """Rows in one learning pass of a peer: as many as have at most so many tokens, prompt and completion.
+    """Return the rows of one learning pass of a peer, which is a divisor of B.
 
     Args:
-        tokens: what was fastest for this peer; `spec.tokens_per_pass` replaces it.
-        multiple: the peer takes multiples of so many rows, and at least that.
-
-    Returns:
-        a divisor of B.
+        tokens: the most tokens of a pass, prompts and completions together. The peer gives the number with which it
+            was fastest; `spec.tokens_per_pass` replaces it.
+        multiple: the peer can take only multiples of so many rows.
     """
     limit = (spec.tokens_per_pass or tokens) // (spec.prompt_length + spec.completion_length)
     candidates = [n for n in range(multiple, spec.num_rows + 1, multiple) if spec.num_rows % n == 0]
@@ -131,12 +130,12 @@ def rows_per_pass(spec: Spec, tokens: int, multiple: int = 1) -> int:
 
 
 def word(token: int) -> str:
-    """The text of an ordinary token."""
+    """Return the text of a token that is not special."""
     return f"w{token}"
 
 
 def make_prompts(spec: Spec) -> list[str]:
-    """A text for each prompt of all steps, in order. Tokenised, and with BOS before it, it has exactly P tokens."""
+    """Return the text of each prompt of all steps, in order. Each has exactly P tokens, with BOS."""
     draw = random.Random(spec.seed + 1)
     words = range(NUM_SPECIAL, spec.vocabulary_size)
     count = (spec.warmup + spec.steps) * spec.num_prompts
@@ -144,7 +143,7 @@ def make_prompts(spec: Spec) -> list[str]:
 
 
 def share_of_even_words(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
-    """The reward: cheap, of the text, and hardly ever equal within a group."""
+    """The reward function of all peers: it is cheap, reads the text, and is hardly ever equal within a group."""
     texts = [completion.split() for completion in completions]
     return [sum(text[-1] in "02468" for text in words) / max(1, len(words)) for words in texts]
 
@@ -158,7 +157,7 @@ def read_spec(file: Path) -> Spec:
 
 
 def make_inputs(spec: Spec, folder: Path) -> None:
-    """Write model, tokenizer and `prompts.json`, all from the spec's seed."""
+    """Write the model, the tokenizer and `prompts.json` into the folder, all from the spec's seed."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
@@ -199,7 +198,7 @@ def read_prompts(folder: Path) -> list[str]:
 
 
 def check_measured(spec: Spec, completion_lengths: Sequence[Sequence[int]], losses: Sequence[float]) -> None:
-    """Raises AssertionError when a peer has not done the work that was asked for, in every step."""
+    """Raise AssertionError unless every step of a peer had completions of the spec's lengths and a finite loss."""
     expected, num_steps = lengths(spec), spec.warmup + spec.steps
     assert len(completion_lengths) == num_steps, f"{len(completion_lengths)} rollouts in {num_steps} steps"
     for step, found in enumerate(completion_lengths):

@@ -17,8 +17,8 @@ from benchmarks.worker import PEERS, environment
 from benchmarks.workload import (
     PRESETS,
     Spec,
-    check,
     check_measured,
+    check_spec,
     ends_itself,
     lengths,
     make_prompts,
@@ -289,7 +289,7 @@ def test_each_size_is_halved_and_doubled():
         field, size = name.split("=")
         assert getattr(shape, field) == int(size) and replace(shape, **{field: getattr(spec, field)}) == spec
         assert int(size) * 2 == getattr(spec, field) or int(size) == 2 * getattr(spec, field)
-        check(shape)
+        check_spec(shape)
 
 
 @pytest.mark.parametrize("fixed", [0.0, 7.0])

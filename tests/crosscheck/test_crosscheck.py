@@ -29,7 +29,7 @@ from tunix_torch.crosscheck.differences import DIFFERENCES
 from tunix_torch.crosscheck.ours import ALPHA, RANK, lora_of, make_trainer, record_steps, saved_model
 from tunix_torch.crosscheck.replay import replay
 from tunix_torch.crosscheck.run import rows_of_family, rows_of_trl
-from tunix_torch.crosscheck.tunix_side import TunixPolicy
+from tunix_torch.crosscheck.tunix_lora import TunixPolicy
 from tunix_torch.learn.record import StepRecord
 from tunix_torch.model import tiny
 from tunix_torch.model.loading import load_base_model

@@ -104,12 +104,12 @@ ENTRY %main (a: bf16[4,64]) -> bf16[4,64] {
 
 
 def test_a_loop_counts_with_each_turn_and_its_last_turn_sends_nothing():
-    from tunix_torch.preflight.traffic import hbm_bytes
+    from tunix_torch.preflight.traffic import hbm_traffic_bytes
 
     array = 4 * 64 * 2
     assert [collective.bytes for collective in hlo.collectives_of(WINDOWED)] == [array] * 3
     adding, sending = 3 * array, 2 * array  # reads its operand twice
-    assert hbm_bytes(WINDOWED) == 4 * adding + 3 * sending
+    assert hbm_traffic_bytes(WINDOWED) == 4 * adding + 3 * sending
 
 
 @pytest.mark.parametrize(
@@ -174,10 +174,10 @@ ENTRY %main (embedding: bf16[64,8], ids: s32[4], cache: bf16[4,100,8], weight: b
 
 
 def test_only_what_moves_from_and_to_hbm_counts():
-    from tunix_torch.preflight.traffic import hbm_bytes
+    from tunix_torch.preflight.traffic import hbm_traffic_bytes
 
     looked_up, weight, update, head, scores = 4 * 8 * 2, 8 * 8 * 2, 4 * 8 * 2, 64 * 8 * 2, 4 * 64 * 4
-    assert hbm_bytes(FETCHED_AHEAD) == looked_up + weight + update + head + scores
+    assert hbm_traffic_bytes(FETCHED_AHEAD) == looked_up + weight + update + head + scores
 
 
 # ---- slices and shapes ----

@@ -1,4 +1,4 @@
-"""What is cross-checked: small random models of each family, batches with every awkward row, and settings."""
+"""What is cross-checked: small random models of each Gemma family, batches with every awkward row, and settings."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ VOCABULARY = 110
 PAD, EOS = 0, 1
 NUM_PROMPTS, GROUP = 3, 4
 PROMPT_WIDTH, COMPLETION_WIDTH = 14, 12
-WINDOW = 8  # shorter than a prompt with its completion
+WINDOW = 8  # of sliding attention; shorter than a prompt with its completion
 
 COMMON = {
     "vocab_size": VOCABULARY,
@@ -36,73 +36,98 @@ COMMON = {
     "eos_token_id": EOS,
     "bos_token_id": 2,
 }
-FIVE_TO_ONE = ["sliding_attention"] * 5 + ["full_attention"]  # Gemma 3's pattern, a constant in Tunix
+FIVE_TO_ONE = ["sliding_attention"] * 5 + ["full_attention"]  # the pattern of Gemma 3, a constant in Tunix
 SHORTER = ["sliding_attention"] * 2 + ["full_attention"]
 
 
 def make_model(family: str, **overrides: Any) -> PreTrainedModel:
-    """A float32 model with random weights: gemma3-1, gemma3-2, gemma3-4 (KV heads), gemma2 or gemma4.
+    """Return a float32 model on the CPU with random weights that are the same in every call.
 
-    `overrides` are settings of its config.
+    Args:
+        family: gemma3-1, gemma3-2 or gemma3-4 (the number is that of KV heads), gemma2 or gemma4.
+        overrides: settings of the model's config.
+
+    Raises:
+        ValueError: there is no such family.
     """
     name, _, kv_heads = family.partition("-")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if name == "gemma3":
-            layers = FIVE_TO_ONE if kv_heads == "1" else SHORTER
-            config = Gemma3TextConfig(
-                **(COMMON | {"initializer_range": 0.2} | overrides),
-                num_key_value_heads=int(kv_heads),
-                num_hidden_layers=len(layers),
-                layer_types=layers,
-            )
-            model = Gemma3ForCausalLM(config)
-            for layer in model.model.layers:  # (1 + weight): soft attention keeps rounding errors small
-                torch.nn.init.constant_(layer.self_attn.q_norm.weight, -0.5)
+            model = _make_gemma3(int(kv_heads), overrides)
         elif name == "gemma2":
-            # Tunix's Gemma 2 takes positions for slots, so its window is wrong beside left padding: see differences.py
-            window = {"sliding_window": PROMPT_WIDTH + COMPLETION_WIDTH}
-            config = Gemma2Config(
-                **(COMMON | window | overrides),
-                num_key_value_heads=2,
-                num_hidden_layers=4,
-                attn_implementation="eager",
-            )
-            model = Gemma2ForCausalLM(config)
+            model = _make_gemma2(overrides)
         elif name == "gemma4":
-            settings = {name: value for name, value in (COMMON | overrides).items() if name != "query_pre_attn_scalar"}
-            config = Gemma4TextConfig(
-                **settings,
-                num_key_value_heads=2,
-                num_hidden_layers=len(SHORTER),
-                layer_types=SHORTER,
-                final_logit_softcapping=30.0,
-                num_kv_shared_layers=0,  # Tunix's loader takes no other: see tunix_side.py
-                global_head_dim=32,
-                hidden_size_per_layer_input=32,  # normalised by itself: a narrow one would magnify rounding errors
-                vocab_size_per_layer_input=VOCABULARY,
-                use_double_wide_mlp=False,
-            )
-            model = Gemma4ForCausalLM(config)
-            for layer in model.model.layers:  # its scores are not divided by sqrt(head_dim): keep attention soft
-                torch.nn.init.constant_(layer.self_attn.q_norm.weight, 0.25)
+            model = _make_gemma4(overrides)
         else:
             raise ValueError(f"no such family: {family!r}")
     return model.eval()
 
 
-def make_rollout(number: int, empty: bool = True) -> tuple[PromptBatch, Rollout, torch.Tensor]:
-    """Batch `number` of the stream: N = 3 prompts with G = 4 completions each, and their rewards (B,) float64.
+def _make_gemma3(num_kv_heads: int, overrides: dict[str, Any]) -> PreTrainedModel:
+    layers = FIVE_TO_ONE if num_kv_heads == 1 else SHORTER
+    config = Gemma3TextConfig(
+        **(COMMON | {"initializer_range": 0.2} | overrides),
+        num_key_value_heads=num_kv_heads,
+        num_hidden_layers=len(layers),
+        layer_types=layers,
+    )
+    model = Gemma3ForCausalLM(config)
+    for layer in model.model.layers:  # queries are scaled by (1 + weight); soft attention keeps rounding errors small
+        torch.nn.init.constant_(layer.self_attn.q_norm.weight, -0.5)
+    return model
 
-    Prompts are padded on the left, completions are ragged. The first group's rewards are all equal; those of the
-    second differ by millionths, so that the epsilon beside the standard deviation matters. With `empty`, one
-    completion has no token at all.
+
+def _make_gemma2(overrides: dict[str, Any]) -> PreTrainedModel:
+    # Tunix's Gemma 2 takes positions for slots, so that a shorter window is wrong beside left padding: differences.py
+    # has that case.
+    window = {"sliding_window": PROMPT_WIDTH + COMPLETION_WIDTH}
+    config = Gemma2Config(
+        **(COMMON | window | overrides),
+        num_key_value_heads=2,
+        num_hidden_layers=4,
+        attn_implementation="eager",
+    )
+    return Gemma2ForCausalLM(config)
+
+
+def _make_gemma4(overrides: dict[str, Any]) -> PreTrainedModel:
+    settings = {name: value for name, value in (COMMON | overrides).items() if name != "query_pre_attn_scalar"}
+    config = Gemma4TextConfig(
+        **settings,
+        num_key_value_heads=2,
+        num_hidden_layers=len(SHORTER),
+        layer_types=SHORTER,
+        final_logit_softcapping=30.0,
+        num_kv_shared_layers=0,  # Tunix's loader takes no other value: see tunix_models.py
+        global_head_dim=32,
+        hidden_size_per_layer_input=32,  # these inputs are normalised; narrow ones would magnify rounding errors
+        vocab_size_per_layer_input=VOCABULARY,
+        use_double_wide_mlp=False,
+    )
+    model = Gemma4ForCausalLM(config)
+    for layer in model.model.layers:  # Gemma 4 does not divide scores by sqrt(head_dim); this keeps attention soft
+        torch.nn.init.constant_(layer.self_attn.q_norm.weight, 0.25)
+    return model
+
+
+def make_rollout(number: int, empty: bool = True) -> tuple[PromptBatch, Rollout, torch.Tensor]:
+    """Return batch `number` of a fixed sequence of batches: 3 prompts with 4 completions each, and their rewards.
+
+    Prompts are padded on the left, and completions have different lengths. The rewards of the first group are all
+    equal; those of the second differ by millionths, so that the epsilon beside the standard deviation matters.
+
+    Args:
+        empty: whether one completion has no token at all.
+
+    Returns:
+        the prompts (N = 3), the completions (B = 12), and the rewards (B,) float64.
     """
     random = torch.Generator().manual_seed(1000 + number)
 
     def ragged(lengths: list[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:
         mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-        ids = torch.randint(3, VOCABULARY - 1, mask.shape, generator=random)  # one id stays free, to mark padding
+        ids = torch.randint(3, VOCABULARY - 1, mask.shape, generator=random)  # one id stays unused, to mark padding
         return ids, mask
 
     def draw(low: int, high: int, count: int) -> list[int]:
@@ -115,10 +140,10 @@ def make_rollout(number: int, empty: bool = True) -> tuple[PromptBatch, Rollout,
         lengths[6] = 0
     ids, mask = ragged(lengths, COMPLETION_WIDTH)
     last = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
-    last[0] = False  # the first one is cut off: it has no end
+    last[0] = False  # the first completion is cut off at the limit, so it has no end token
     ids = ids.masked_fill(last, EOS).masked_fill(~mask, PAD)
     rewards = torch.randint(0, 5, (NUM_PROMPTS, GROUP), generator=random).double() / 2
-    rewards[2, 0] += 0.25  # never all equal
+    rewards[2, 0] += 0.25  # the third group's rewards are never all equal
     rewards[0] = 1.0
     rewards[1] = 0.5 + torch.tensor([0.0, 1e-6, 2e-6, 4e-6], dtype=torch.float64)
     prompts = PromptBatch(prompt_ids.masked_fill(~prompt_mask, PAD), prompt_mask, [{}] * NUM_PROMPTS)
@@ -127,11 +152,11 @@ def make_rollout(number: int, empty: bool = True) -> tuple[PromptBatch, Rollout,
 
 @dataclass(frozen=True)
 class Case:
-    """One column of the cross-check: settings of `GRPOConfig`, and whether old log-probabilities are given."""
+    """One case of the cross-check: settings of `GRPOConfig`, and whether the batch has old log-probabilities."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
-    given_old: bool = False
+    given_old: bool = False  # whether they are made by the case, so that ratios differ from 1
 
 
 AGGREGATIONS = {

@@ -1,4 +1,4 @@
-"""Compare one recorded learning step, or a chain of them, with what Tunix computes from the same inputs."""
+"""Compare recorded learning steps of this library with what Google's Tunix computes from the same inputs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,16 @@ from ..learn.logprobs import token_logps
 from ..learn.passes import shared_prompts
 from ..learn.record import StepRecord
 from . import tunix_side
-from .tunix_side import TUNIX_EPSILON, TunixBatch, TunixPolicy
+from .tunix_lora import Lora, TunixPolicy
+from .tunix_side import TUNIX_EPSILON, TunixBatch
 
+# Tolerances: the largest difference that is allowed for each quantity.
 ADVANTAGES, LOGPS, SCALARS, LARGE_SCALARS, GRADIENTS, PARAMETERS = 1e-6, 1e-5, 1e-6, 5e-6, 1e-5, 1e-5
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. A difference that is not a number fails."""
+    """One comparison, which is one line of the printed table. A difference that is not a number (NaN) fails."""
 
     case: str
     quantity: str
@@ -33,7 +35,7 @@ class Row:
 
 
 def largest_difference(ours: np.ndarray | torch.Tensor, theirs: np.ndarray | torch.Tensor) -> float:
-    """max |ours - theirs|, in float64; not a number where either one is not, or where the shapes differ."""
+    """Return max |ours - theirs|, computed in float64. It is NaN if either array has a NaN or the shapes differ."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     if ours.shape != theirs.shape:
         return float("nan")
@@ -43,27 +45,36 @@ def largest_difference(ours: np.ndarray | torch.Tensor, theirs: np.ndarray | tor
 def gradient_row(
     case: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, np.ndarray | torch.Tensor], per_matrix: bool
 ) -> Row:
-    """The largest difference of any LoRA matrix's gradient, relative to the largest entry of that matrix's gradient
-    or, without `per_matrix`, of all."""
+    """Return the largest relative difference of any LoRA matrix's gradient, as a line of the table.
+
+    Args:
+        per_matrix: relative to the largest entry of the same matrix's gradient; else to the largest of all gradients.
+    """
     sizes = {name: float(np.abs(np.asarray(gradient)).max()) for name, gradient in theirs.items()}
     overall = max(sizes.values())
     gaps = {
         name: largest_difference(ours[name], gradient) / max(sizes[name] if per_matrix else overall, 1e-12)
         for name, gradient in theirs.items()
     }
-    worst = max(gaps, key=lambda name: gaps[name] if gaps[name] >= 0 else np.inf)  # not a number is the worst
+    worst = max(gaps, key=lambda name: gaps[name] if gaps[name] >= 0 else np.inf)  # NaN counts as the worst
     shown = worst.removeprefix("base_model.model.").removesuffix(".default.weight")
     return Row(case, "LoRA gradients", gaps[worst], GRADIENTS, f"relative; worst: {shown}")
 
 
 def scalar_tolerance(args: GRPOConfig, with_kl: bool = True) -> float:
-    """Of losses and KL: sums over a row are larger than means, and k3 takes an exponential."""
+    """Return the tolerance of losses and of KL.
+
+    It is larger where a loss sums over rows, as sums are larger than means, and for k3, which has an exponential.
+    """
     is_sum = args.aggregation in ("seq-mean-token-sum", "sequence-mean-token-sum-norm")
     return LARGE_SCALARS if is_sum or (with_kl and args.beta and args.kl_estimator == "k3") else SCALARS
 
 
 def tunix_advantages(rewards: torch.Tensor, args: GRPOConfig) -> np.ndarray:
-    """(B,) advantages by Tunix's estimator, brought from its constant epsilon beside the standard deviation to ours."""
+    """Return the advantages (B,) of Tunix's estimator, rescaled to this library's epsilon.
+
+    Tunix has a constant epsilon beside the standard deviation; here it is a setting.
+    """
     theirs = tunix_side.advantages(rewards.numpy(), args)
     if args.algorithm in ("rloo", "dr_grpo") or not args.normalize_advantages:
         return theirs
@@ -75,9 +86,13 @@ def tunix_advantages(rewards: torch.Tensor, args: GRPOConfig) -> np.ndarray:
 def compare_step(
     case: str, record: StepRecord, args: GRPOConfig, tunix: TunixPolicy, base: nn.Module, per_matrix: bool = True
 ) -> Iterator[Row]:
-    """Every quantity of a step, in the order in which it is computed. `base` is the model without any LoRA.
+    """Compare every quantity of a learning step, in the order in which they are computed.
 
-    Each stage gets this library's inputs, so that a difference shows where it arises and not in all that follows.
+    Tunix gets this library's inputs at each stage, so that a difference shows only where it arises.
+
+    Args:
+        base: the model without any LoRA.
+        per_matrix: see `gradient_row`.
     """
     batch, width, temperature = record.batch, args.generation_max_length, args.generation_temperature
     theirs = TunixBatch.of(batch, width, tunix.map.config.vocab_size)
@@ -93,7 +108,7 @@ def compare_step(
         yield Row(case, "reference log-probabilities", difference, LOGPS)
     state = tunix.state_of({name: value.numpy() for name, value in record.lora.items()})
     logps = tunix_side.token_logps(tunix.policy(state), theirs, temperature)[:, shown]
-    if args.num_iterations > 1:  # taken from the same weights, before the first pass
+    if args.num_iterations > 1:  # the policy had the same weights when these were computed
         yield Row(case, "old log-probabilities", largest_difference(batch.old_per_token_logps, logps), LOGPS)
     yield Row(case, "policy log-probabilities", largest_difference(record.logps, logps), LOGPS)
     result = tunix_side.loss_and_gradients(
@@ -113,9 +128,12 @@ def compare_step(
     yield gradient_row(case, record.gradients, result.gradients, per_matrix)
 
 
-def tunix_updates(records: Sequence[StepRecord], args: GRPOConfig, tunix: TunixPolicy) -> Iterator[tunix_side.Lora]:
-    """The LoRA after each step, by Tunix alone: from the first record's LoRA on it goes its own way, with its own
-    reference log-probabilities, advantages, gradients, and optax's AdamW."""
+def tunix_updates(records: Sequence[StepRecord], args: GRPOConfig, tunix: TunixPolicy) -> Iterator[Lora]:
+    """Return the LoRA after each recorded step, as Tunix alone computes it.
+
+    It starts from the first record's LoRA. From there on, Tunix uses its own reference log-probabilities, advantages
+    and gradients, and optax's AdamW; only the batches come from the records.
+    """
     width, settings = args.generation_max_length, tunix_side.settings_of(args)
     weights = tunix.state_of({name: value.numpy() for name, value in records[0].lora.items()})
     step, optimizer_state = tunix_side.adamw(args), None
@@ -135,5 +153,6 @@ def tunix_updates(records: Sequence[StepRecord], args: GRPOConfig, tunix: TunixP
         yield tunix.lora_of(weights)
 
 
-def steps(number: int) -> str:
+def count_of_steps(number: int) -> str:
+    """Return "1 step", "2 steps" and so on."""
     return "1 step" if number == 1 else f"{number} steps"

@@ -1,6 +1,7 @@
-"""Where Tunix 0.1.7 and this library differ on purpose: which one is right, by recomputation in float64.
+"""The three places where this library differs from Tunix 0.1.7 on purpose, and the proof that this library is right.
 
-The recomputation is the plain Hugging Face forward of each row by itself: no padding, no cache, none of our masks.
+The proof is a recomputation in float64 by the plain Hugging Face model, which gets each row alone: without padding,
+without a cache, and without any mask of this library.
 """
 
 import copy
@@ -19,12 +20,14 @@ from . import tunix_side
 from .cases import COMPLETION_WIDTH, GROUP, NUM_PROMPTS, VOCABULARY, WINDOW, Case, make_rollout
 from .compare import LOGPS, Row, largest_difference
 from .ours import ALPHA, RANK, lora_of, make_trainer, saved_model
-from .tunix_side import TunixBatch, TunixPolicy
+from .tunix_lora import TunixPolicy
+from .tunix_models import load_tunix_model
+from .tunix_side import TunixBatch
 
 
 @torch.no_grad()
 def float64_logps(model: nn.Module, batch: TrainBatch, temperature: float = 1.0) -> torch.Tensor:
-    """(B, C) float64 log-probabilities, 0 where masked, row by row and unpadded."""
+    """Return the log-probabilities of a batch's completions (B, C) in float64, 0 where masked, by unpadded rows."""
     model = copy.deepcopy(base_model(model)).double()
     group = batch.completion_ids.shape[0] // batch.prompt_ids.shape[0]
     result = torch.zeros(batch.completion_ids.shape, dtype=torch.float64)
@@ -37,14 +40,18 @@ def float64_logps(model: nn.Module, batch: TrainBatch, temperature: float = 1.0)
     return result
 
 
-def _still_off(difference: float) -> float:
+def _assert_tunix_is_off(difference: float) -> float:
+    """Return Tunix's difference, and fail when it has become small, since the case would then prove nothing."""
     assert difference > 100 * LOGPS, f"Tunix agrees here ({difference}): this difference is gone, take it off the list"
     return difference
 
 
 def old_logps_under_temperature() -> Iterator[Row]:
-    """Tunix scales logits by the temperature in the policy's log-probabilities, but not in the old ones of a batch that
-    is used more than once: the first ratio is then not 1."""
+    """Compare old log-probabilities under a temperature that is not 1, in a batch that is used more than once.
+
+    Tunix divides logits by the temperature for the policy's log-probabilities, but not for the old ones. Its first
+    ratio is therefore not 1.
+    """
     case = Case("on purpose: temperature", {"num_iterations": 2})
     with saved_model("gemma3-1") as folder:
         trainer = make_trainer(folder, case)
@@ -54,13 +61,13 @@ def old_logps_under_temperature() -> Iterator[Row]:
         policy = tunix.policy(tunix.state_of({name: weights.numpy() for name, weights in lora_of(trainer).items()}))
     theirs = TunixBatch.of(batch, COMPLETION_WIDTH, VOCABULARY)
     exact = float64_logps(trainer.model, batch, trainer.args.generation_temperature)
-    off = _still_off(largest_difference(tunix_side.old_logps(policy, theirs), exact))
+    off = _assert_tunix_is_off(largest_difference(tunix_side.old_logps(policy, theirs), exact))
     note = f"ours against float64; Tunix's old log-probabilities forget the temperature and are {off:.2g} off"
     yield Row(case.name, "old log-probabilities", largest_difference(batch.old_per_token_logps, exact), LOGPS, note)
 
 
 def end_token_that_is_padding() -> Iterator[Row]:
-    """Where padding is the end token, Tunix's mask (ids != pad) drops the end of each completion."""
+    """Compare masks when the padding token is also the end token: Tunix's mask, ids != pad, drops every end token."""
     with saved_model("gemma3-1") as folder:
         model = load_base_model(str(folder))
     prompts, _, _ = make_rollout(0)
@@ -77,11 +84,11 @@ def end_token_that_is_padding() -> Iterator[Row]:
         return TrainBatch(ids, mask, rollout.completion_ids, completions, no_advantages, weights, lengths)
 
     free = sample(VOCABULARY - 1)
-    end = int(free.completion_ids[free.completion_mask].mode().values)  # a token that really occurs
+    end = int(free.completion_ids[free.completion_mask].mode().values)  # a token that occurs in the completions
     batch = sample(end)
     group_prompts = batch.prompt_ids.repeat_interleave(GROUP, dim=0).numpy()
     kept = tunix_side.padding_mask(group_prompts, batch.completion_ids.numpy(), end)
-    dropped = int(_still_off(float((batch.completion_mask.numpy() > kept).sum())))
+    dropped = int(_assert_tunix_is_off(float((batch.completion_mask.numpy() > kept).sum())))
     by_tunix = tunix_side.completion_mask(batch.completion_ids.numpy(), end)
     name = "on purpose: pad = EOS"
     note = (
@@ -95,17 +102,20 @@ def end_token_that_is_padding() -> Iterator[Row]:
 
 
 def window_beside_left_padding() -> Iterator[Row]:
-    """Tunix's Gemma 2 reads its sliding window off positions but applies it to slots, which left padding shifts."""
+    """Compare log-probabilities of Gemma 2 when its sliding window is shorter than a row.
+
+    Tunix computes the window from positions but applies it to slots of the row, which left padding shifts.
+    """
     case = Case("on purpose: Gemma 2's window")
     with saved_model("gemma2", sliding_window=WINDOW) as folder:
         trainer = make_trainer(folder, case)
         base = load_base_model(str(folder))
         batch = trainer.make_train_batch(*make_rollout(0, empty=False))
-        theirs = tunix_side.load_base(folder, base.config)
+        theirs = load_tunix_model(folder, base.config)
     temperature = trainer.args.generation_temperature
     exact = float64_logps(base, batch, temperature)
     theirs = tunix_side.token_logps(theirs, TunixBatch.of(batch, COMPLETION_WIDTH, VOCABULARY), temperature)
-    off = _still_off(largest_difference(theirs[:, : exact.shape[1]], exact))
+    off = _assert_tunix_is_off(largest_difference(theirs[:, : exact.shape[1]], exact))
     note = f"ours against float64; Tunix takes positions for slots beside left padding and is {off:.2g} off"
     difference = largest_difference(batch.ref_per_token_logps, exact)
     yield Row(case.name, "reference log-probabilities", difference, LOGPS, note)

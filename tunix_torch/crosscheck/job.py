@@ -1,4 +1,4 @@
-"""A part of the cross-check's table that is worked out by itself, in a process of its own."""
+"""Jobs of the cross-check: each computes a part of the table and can run in a process of its own."""
 
 import os
 from collections.abc import Sequence
@@ -11,14 +11,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
+    """What one process compares."""
+
     kind: str  # "tunix", "trl" or "differences"
-    family: str = ""
-    cases: Sequence[str] | None = None  # None: all
-    chain: int = 20  # AdamW steps
+    family: str = ""  # of the model, for "tunix" and "trl"
+    cases: Sequence[str] | None = None  # their names, for "tunix"; None means all
+    chain: int = 20  # AdamW steps in a row, for "tunix"
 
 
 def run_job(job: Job) -> "list[Row]":
-    """One job's rows."""
+    """Return one job's lines of the table."""
     os.environ["TUNIX_DEVICE"] = "cpu"
     quiet()
     from .run import rows_of
@@ -27,7 +29,7 @@ def run_job(job: Job) -> "list[Row]":
 
 
 def quiet() -> None:
-    """Import the library before Transformers, so that it decides for the CPU, and silence loading messages."""
+    """Silence the messages of loading models. Imports the library before Transformers, so that it chooses the CPU."""
     import tunix_torch  # noqa: F401
 
     # isort: split

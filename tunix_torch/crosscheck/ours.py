@@ -1,4 +1,4 @@
-"""This library's side of a case: a real `TunixTrainer`, and its steps recorded as a run with `save_batches` does."""
+"""This library's side of a case: a real `TunixTrainer` whose learning steps are recorded as `save_batches` does it."""
 
 import tempfile
 from collections.abc import Iterator
@@ -21,20 +21,23 @@ LEARNING_RATE = 1e-4
 
 
 def no_reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
-    """A trainer needs a reward function; the rewards of a case are given, so this one is never called."""
+    """The reward function that a trainer requires. The rewards of a case are given, so it is never called."""
     raise AssertionError("rewards are given")
 
 
 @contextmanager
 def saved_model(family: str, **overrides: Any) -> Iterator[Path]:
-    """A folder with a family's model as `save_pretrained` writes it; gone afterwards."""
+    """A temporary folder with a family's model, as `save_pretrained` writes it. See `make_model` for the arguments."""
     with tempfile.TemporaryDirectory() as folder:
         make_model(family, **overrides).save_pretrained(folder)
         yield Path(folder)
 
 
 def make_trainer(folder: Path, case: Case) -> TunixTrainer:
-    """A trainer with the case's settings, else defaults, and a LoRA that changes what the model computes."""
+    """Return a trainer with the case's settings, and defaults for the others.
+
+    Its LoRA has random B matrices, as a new LoRA, whose B matrices are zero, would change nothing in the model.
+    """
     settings = {
         "num_completions_per_prompt": GROUP,
         "per_device_train_batch_size": NUM_PROMPTS,
@@ -42,7 +45,7 @@ def make_trainer(folder: Path, case: Case) -> TunixTrainer:
         "max_prompt_length": PROMPT_WIDTH,
         "micro_batch_size": 0,
         "learning_rate": LEARNING_RATE,
-        "adam_epsilon": 1e-6,  # far above the rounding error of a gradient: else chance decides where one is almost 0
+        "adam_epsilon": 1e-6,  # with a smaller one, rounding errors decide AdamW's step where a gradient is near 0
         "lr_scheduler_type": "constant",
         "report_to": "none",
         "output_dir": str(folder / "unused"),
@@ -54,6 +57,7 @@ def make_trainer(folder: Path, case: Case) -> TunixTrainer:
         processing_class=tiny.make_tokenizer(),
         peft_config=lora_config(ModelConfig(lora_rank=RANK, lora_alpha=ALPHA)),
     )
+    trainer.begin_run()  # before the LoRA changes anything, so that the reference is the model without it
     random = torch.Generator().manual_seed(7)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
@@ -64,11 +68,15 @@ def make_trainer(folder: Path, case: Case) -> TunixTrainer:
 
 
 def lora_of(trainer: TunixTrainer) -> dict[str, torch.Tensor]:
+    """Return copies of the trainer's LoRA matrices, by parameter name."""
     return {name: p.detach().cpu().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def record_steps(trainer: TunixTrainer, case: Case, count: int, empty: bool = True) -> list[StepRecord]:
-    """Learn from `count` batches of the stream as training does, each followed by an optimizer step."""
+    """Learn from the first `count` batches of `make_rollout`, with an optimizer step after each, and record the steps.
+
+    `empty` is that of `make_rollout`.
+    """
     trainer.current_gradient_accumulation_steps = 1
     records = []
     for number in range(count):

@@ -1,4 +1,7 @@
-"""Replay the steps that a run recorded (`train.py --save_batches K`) through Tunix, wherever the run took place."""
+"""Replay the learning steps that a run recorded (`train.py --save_batches K`) through Tunix, and compare.
+
+The run may have been made on another machine and device.
+"""
 
 import dataclasses
 import json
@@ -13,19 +16,20 @@ from ..config.files import load_config
 from ..learn.record import FOLDER, StepRecord
 from ..model.loading import base_model_name, eos_token_ids, load_base_model, resolve_model_name
 from . import tunix_side
-from .compare import Row, compare_step, largest_difference, steps, tunix_updates
-from .tunix_side import TunixPolicy
+from .compare import Row, compare_step, count_of_steps, largest_difference, tunix_updates
+from .tunix_lora import TunixPolicy
 
-# Root mean square of the difference of two adapters, relative to that of how far they moved. AdamW divides a gradient
-# by its own size: where one is almost 0, its rounding error decides which way that entry goes.
+# Tolerance of trained adapters: the root mean square of their difference, relative to that of their movement since the
+# start. Single entries cannot be compared: AdamW divides a gradient by its own size, so that for a gradient of almost 0
+# the rounding error decides in which direction the entry moves.
 MOVEMENT = 0.02
 
 
 def load_run(output_dir: Path) -> tuple[ModelConfig, GRPOConfig, dict[int, StepRecord]]:
-    """A run's settings and its recorded steps by number, oldest first.
+    """Return a run's settings, and its recorded steps by number, oldest first.
 
     Raises:
-        ValueError: not a run's folder, no recorded steps, or a run that cannot be replayed exactly.
+        ValueError: the folder is not that of a run, it has no recorded steps, or they cannot be replayed exactly.
     """
     config, run = output_dir / "config.json", f"from_run={str(output_dir)!r}"
     if not config.is_file():
@@ -49,13 +53,13 @@ def load_run(output_dir: Path) -> tuple[ModelConfig, GRPOConfig, dict[int, StepR
 
 
 def base_folder(model_name: str) -> Path:
-    """The folder with the base model's weights; downloaded when it is a hub id that is not in the cache.
+    """Return the folder with the base model's weights. A hub id that is not in the cache is downloaded.
 
     Raises:
-        ValueError: it can't be had, or its adapter scales its matrices in a way that Tunix's LoRA does not know.
+        ValueError: the download fails, or the model is an adapter with a kind of scaling that Tunix's LoRA lacks.
     """
     adapter = Path(model_name) / "adapter_config.json"
-    if adapter.is_file():  # an adapter that was trained further: the records hold its weights
+    if adapter.is_file():  # the run trained an adapter further, whose weights are in the records
         settings = json.loads(adapter.read_text())
         for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
             if settings.get(name):
@@ -73,10 +77,10 @@ def base_folder(model_name: str) -> Path:
 
 
 def replay(output_dir: Path) -> Iterator[Row]:
-    """What the run computed against what Tunix computes from the run's own weights, batches and settings.
+    """Compare what the run computed with what Tunix computes from the run's own weights, batches and settings.
 
     Raises:
-        ValueError: see `load_run` and `base_folder`; or a model that Tunix has no like of.
+        ValueError: see `load_run` and `base_folder`; also for a model that Tunix does not have.
     """
     model_config, args, records = load_run(output_dir)
     folder, first = base_folder(model_config.model_name), records[min(records)]
@@ -91,7 +95,7 @@ def replay(output_dir: Path) -> Iterator[Row]:
         yield Row(case, "completion mask", largest_difference(record.batch.completion_mask, mask), 0.0)
         if record.batch.advantages.any():
             yield from compare_step(case, record, args, tunix, base, per_matrix=False)
-        else:  # the gradient is rounding error
+        else:  # without advantages the gradient is only rounding error
             rows = compare_step(case, record, args, tunix, base)
             yield from (row for row in rows if row.quantity != "LoRA gradients")
             print(f"{case}: all rewards are equal, so there is no gradient to compare")
@@ -116,4 +120,4 @@ def _compare_updates(records: dict[int, StepRecord], args: GRPOConfig, tunix: Tu
         moved = sum((ours[name] - start[name]).double().square().sum().item() for name in theirs)
         if number in (1, len(numbers) - 1):
             note = "relative to how far they moved"
-            yield Row("run", f"parameters after {steps(number)}", float(np.sqrt(gap / moved)), MOVEMENT, note)
+            yield Row("run", f"parameters after {count_of_steps(number)}", float(np.sqrt(gap / moved)), MOVEMENT, note)

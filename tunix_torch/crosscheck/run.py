@@ -1,4 +1,4 @@
-"""Run cases: record this library's steps and compare them with Tunix's and TRL's."""
+"""Run a job of the cross-check: record this library's learning steps, and compare them with Tunix's or TRL's."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,13 +6,13 @@ import numpy as np
 
 from ..model.loading import load_base_model
 from .cases import CASES, Case
-from .compare import PARAMETERS, Row, compare_step, largest_difference, steps, tunix_updates
+from .compare import PARAMETERS, Row, compare_step, count_of_steps, largest_difference, tunix_updates
 from .differences import DIFFERENCES
 from .job import Job
 from .ours import ALPHA, RANK, lora_of, make_trainer, record_steps, saved_model
-from .tunix_side import TunixPolicy
+from .tunix_lora import TunixPolicy
 
-# The others have no like in TRL (k1, k2, the clamp) or are one of these again.
+# TRL has nothing to compare with the other cases (k1, k2, the clamp), or they would repeat one of these.
 TRL_CASES = (
     "defaults",
     "old",
@@ -30,7 +30,7 @@ TRL_CASES = (
 
 
 def rows_of(job: Job) -> Iterator[Row]:
-    """A job's rows, one by one."""
+    """Run a job, and return its lines of the table one by one."""
     if job.kind == "tunix":
         yield from rows_of_family(job.family, [c for c in CASES if job.cases is None or c.name in job.cases], job.chain)
     elif job.kind == "trl":
@@ -41,7 +41,7 @@ def rows_of(job: Job) -> Iterator[Row]:
 
 
 def rows_of_family(family: str, cases: Sequence[Case], chain: int) -> Iterator[Row]:
-    """Each case on one family's model: one step, quantity by quantity, then parameters after 1 and `chain` steps."""
+    """Compare with Tunix, in each case: every quantity of one step, and the parameters after 1 and `chain` steps."""
     with saved_model(family) as folder:
         tunix, base = None, load_base_model(str(folder))
         for case in cases:
@@ -56,12 +56,12 @@ def rows_of_family(family: str, cases: Sequence[Case], chain: int) -> Iterator[R
             for number, theirs in enumerate(tunix_updates(records, trainer.args, tunix), start=1):
                 if number in (1, chain):
                     gaps = [largest_difference(ours[number - 1][matrix], theirs[matrix]) for matrix in theirs]
-                    difference = float(np.max(gaps))  # not a number when any is not, unlike Python's max
-                    yield Row(name, f"parameters after {steps(number)}", difference, PARAMETERS)
+                    difference = float(np.max(gaps))  # NaN when any is NaN, unlike Python's max
+                    yield Row(name, f"parameters after {count_of_steps(number)}", difference, PARAMETERS)
 
 
 def rows_of_trl(family: str, cases: Sequence[str] = TRL_CASES) -> Iterator[Row]:
-    """The cases that TRL shares, on batches without an empty completion, which TRL counts as a row."""
+    """Compare with TRL, in the cases that it shares. No completion is empty, since TRL would count it as a row."""
     from .trl_side import compare_with_trl
 
     with saved_model(family) as folder:

@@ -1,4 +1,4 @@
-"""Hugging Face TRL as a third opinion: its own `_compute_loss` on the same batch. The only importer of trl here."""
+"""Hugging Face TRL's side of a case, as a third opinion: its own loss on the same batch. No other file imports trl."""
 
 import tempfile
 from collections.abc import Iterator
@@ -6,20 +6,23 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from torch import nn
 from trl import GRPOConfig as TRLConfig
 from trl import GRPOTrainer
 
 from .. import GRPOConfig, ModelConfig
+from ..batch import TrainBatch
 from ..learn.record import StepRecord
 from ..model import tiny
 from ..model.loading import add_lora, load_base_model, lora_config
 from .compare import LOGPS, Row, gradient_row, largest_difference, scalar_tolerance
 from .ours import ALPHA, RANK, no_reward
 
-# Our loss aggregation -> TRL's loss_type. TRL's means over rows count empty rows too, ours and Tunix's don't.
+# TRL's `loss_type` for each aggregation of the loss here. TRL's means over rows count empty rows too; those of this
+# library and of Tunix do not.
 LOSS_TYPES = {
     "sequence-mean-token-mean": "grpo",
-    "token-mean": "bnpo",  # "dapo" is the same over a whole batch; the algorithm of that name gets it
+    "token-mean": "bnpo",  # on one batch TRL's "dapo" is the same; it is used for the algorithm "dapo"
     "sequence-mean-token-scale": "dr_grpo",
     "seq-mean-token-sum": "luspo",
     "sequence-mean-token-sum-norm": "luspo",
@@ -27,14 +30,34 @@ LOSS_TYPES = {
 
 
 def compare_with_trl(case: str, folder: Path, record: StepRecord, args: GRPOConfig) -> Iterator[Row]:
-    """Policy log-probabilities, loss and LoRA gradients of a recorded step, by TRL. `folder` holds the base model."""
+    """Compare the policy's log-probabilities, the loss and the LoRA gradients of a recorded step with TRL's.
+
+    Args:
+        folder: of the base model.
+    """
     model = add_lora(load_base_model(str(folder)), lora_config(ModelConfig(lora_rank=RANK, lora_alpha=ALPHA)))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in record.lora.items():
             parameters[name].copy_(value)
     batch = record.batch
-    group = args.num_completions_per_prompt
+    trainer = _make_trl_trainer(model, len(batch.completion_ids), args)
+    inputs = _trl_inputs(batch, args.num_completions_per_prompt)
+    model.train()
+    ids = torch.cat((inputs["prompt_ids"], inputs["completion_ids"]), dim=1)
+    mask = torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), dim=1)
+    with torch.no_grad():
+        logps = trainer._get_per_token_logps_and_entropies(model, ids, mask, batch.completion_ids.shape[1])[0]
+    difference = largest_difference(record.logps, logps.masked_fill(~batch.completion_mask, 0.0))
+    yield Row(case, "policy log-probabilities", difference, LOGPS)
+    loss = trainer._compute_loss(model, inputs)
+    yield Row(case, "loss", abs(float(loss.detach()) - float(record.loss)), scalar_tolerance(args))
+    loss.backward()
+    yield gradient_row(case, record.gradients, {name: parameters[name].grad for name in record.gradients}, True)
+
+
+def _make_trl_trainer(model: nn.Module, num_rows: int, args: GRPOConfig) -> GRPOTrainer:
+    """Return TRL's trainer of the model with the same settings, for batches of `num_rows` completions."""
     with tempfile.TemporaryDirectory() as output_dir:
         trainer = GRPOTrainer(
             model,
@@ -45,8 +68,8 @@ def compare_with_trl(case: str, folder: Path, record: StepRecord, args: GRPOConf
                 bf16=False,
                 report_to="none",
                 gradient_checkpointing=False,
-                per_device_train_batch_size=len(batch.completion_ids),
-                num_generations=group,
+                per_device_train_batch_size=num_rows,
+                num_generations=args.num_completions_per_prompt,
                 max_completion_length=args.generation_max_length,
                 temperature=args.generation_temperature,
                 beta=args.beta,
@@ -61,7 +84,12 @@ def compare_with_trl(case: str, folder: Path, record: StepRecord, args: GRPOConf
             processing_class=tiny.make_tokenizer(),
         )
     trainer.current_gradient_accumulation_steps = 1
-    inputs = {
+    return trainer
+
+
+def _trl_inputs(batch: TrainBatch, group: int) -> dict[str, torch.Tensor | None]:
+    """Return a batch under TRL's names, in which each prompt is repeated for its `group` completions."""
+    return {
         "prompt_ids": batch.prompt_ids.repeat_interleave(group, dim=0),
         "prompt_mask": batch.prompt_mask.repeat_interleave(group, dim=0).long(),
         "completion_ids": batch.completion_ids,
@@ -71,14 +99,3 @@ def compare_with_trl(case: str, folder: Path, record: StepRecord, args: GRPOConf
         "old_per_token_logps": batch.old_per_token_logps,
         "num_items_in_batch": batch.completion_mask.sum(),
     }
-    model.train()
-    ids = torch.cat((inputs["prompt_ids"], inputs["completion_ids"]), dim=1)
-    mask = torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), dim=1)
-    with torch.no_grad():
-        logps = trainer._get_per_token_logps_and_entropies(model, ids, mask, batch.completion_ids.shape[1])[0]
-    difference = largest_difference(record.logps, logps.masked_fill(~batch.completion_mask, 0.0))
-    yield Row(case, "policy log-probabilities", difference, LOGPS)
-    loss = trainer._compute_loss(model, inputs)
-    yield Row(case, "loss", abs(float(loss.detach()) - float(record.loss)), scalar_tolerance(args))
-    loss.backward()
-    yield gradient_row(case, record.gradients, {name: parameters[name].grad for name in record.gradients}, True)

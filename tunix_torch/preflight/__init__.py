@@ -1,1 +1,1 @@
-"""Plan a job for a TPU without a TPU: its own graphs, compiled by the TPU's compiler. See `plan_tpu.py`."""
+"""Plan a training job for a TPU slice without a TPU: its graphs are compiled by the TPU's own compiler, libtpu."""

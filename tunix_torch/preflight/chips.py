@@ -1,4 +1,4 @@
-"""What each TPU chip can do, and how a slice of them is named."""
+"""Peak figures of the TPU chips that jobs are planned for, and the names of slices of them, such as v5e:2x4."""
 
 import math
 import re
@@ -11,18 +11,18 @@ GiB = 2**30
 class Chip:
     """Peak figures of one chip.
 
-    Compute, HBM bandwidth and interconnect are those of Google's pages cloud.google.com/tpu/docs/v5e, /v5p and /v6e
-    (the interconnect there counts both directions; here it is what a chip sends). `hbm_bytes` is the limit that
-    libtpu 0.0.21 names when a program is too large ("Used 36.00G of 15.75G hbm"): the capacity less what the runtime
-    keeps for itself.
+    Compute, HBM bandwidth and interconnect bandwidth come from Google's pages cloud.google.com/tpu/docs/v5e, /v5p and
+    /v6e. Those pages count both directions of the interconnect; here only what a chip sends is counted. `hbm_bytes`
+    is the limit that libtpu 0.0.21 names when a program is too large ("Used 36.00G of 15.75G hbm"). It is the chip's
+    capacity less what the runtime keeps for itself.
     """
 
     name: str
-    flops: float  # bfloat16, a second
+    flops: float  # bfloat16 operations a second
     hbm_bytes: int
     hbm_bytes_per_second: float
-    ici_bytes_per_second: float  # sent over all of the chip's links together
-    dims: int  # of the network of chips
+    ici_bytes_per_second: float  # that a chip sends over all of its links together
+    dims: int  # dimensions of the grid in which the chips are connected
 
 
 CHIPS = {
@@ -31,7 +31,7 @@ CHIPS = {
     "v6e": Chip("v6e", 918e12, int(31.25 * GiB), 1640e9, 400e9, 2),
 }
 
-# What torch-xla 2.9.0 sets on a TPU before it loads libtpu (torch_xla/__init__.py, _setup_libtpu_flags).
+# torch-xla 2.9.0 sets these flags on a TPU before it loads libtpu (torch_xla/__init__.py, _setup_libtpu_flags).
 LIBTPU_FLAGS = (
     "--xla_tpu_use_enhanced_launch_barrier=false",
     "--xla_latency_hiding_scheduler_rerun=1",
@@ -43,10 +43,10 @@ LIBTPU_FLAGS_V5 = ("--xla_enable_async_all_gather=true", "--xla_enable_async_col
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice: so many chips of a kind, in a grid."""
+    """A slice: a grid of TPU chips of one kind that work on one job."""
 
     chip: Chip
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...]  # chips along each dimension of the grid
 
     @property
     def name(self) -> str:
@@ -58,15 +58,15 @@ class Topology:
 
     @property
     def libtpu_flags(self) -> tuple[str, ...]:
-        """The compiler's flags in a training process on this slice."""
+        """The flags that the compiler has in a training process on this slice."""
         return LIBTPU_FLAGS + (LIBTPU_FLAGS_V5 if self.chip.name in ("v5e", "v5p") else ())
 
 
 def parse_topology(text: str) -> Topology:
-    """A slice from its name, such as "v5e:2x4" or "v5p:2x2x1".
+    """Return the slice that a name such as "v5e:2x4" or "v5p:2x2x1" means.
 
     Raises:
-        ValueError: no such chip or slice.
+        ValueError: there is no such chip, or no such slice of it.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
     if match is None or match[1] not in CHIPS:

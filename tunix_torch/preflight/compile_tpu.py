@@ -1,8 +1,9 @@
-"""Compile one graph for a TPU slice with libtpu, on a machine without a TPU. The only importer of jax here.
+"""Compile one graph for a TPU slice with libtpu, on a machine without a TPU, in a process of its own.
 
-A process of its own, since libtpu wants its own settings and a compiler that runs out of memory is killed:
-`python -m tunix_torch.preflight.compile_tpu REQUEST`, where REQUEST is a JSON file of `Request`'s fields. It writes
-`Request.result`, a JSON file of `Compiled`'s fields, and the compiled program as text, `Request.program`.
+It is a separate process because libtpu needs its own environment, and because a compiler that runs out of memory is
+killed by the system. `preflight/compiler.py` starts it as `python -m tunix_torch.preflight.compile_tpu REQUEST`, where
+REQUEST is a JSON file with the fields of `Request`. It writes a JSON file with the fields of `Compiled`
+(`Request.result`) and the compiled program as text (`Request.program`). No other file of the pre-flight imports jax.
 """
 
 import json
@@ -15,25 +16,25 @@ from pathlib import Path
 
 @dataclass
 class Request:
-    """One graph to compile."""
+    """One graph to compile, and the files to read it from and to write results to."""
 
-    topology: str  # as `chips.parse_topology` takes it
-    num_partitions: int  # devices of the mesh; 1: no mesh
-    hlo: str  # file with a serialized HloModuleProto
-    donated: list[int]  # parameters whose buffers results may take over
-    result: str  # file to write
-    program: str  # file to write
+    topology: str  # the name of a slice, for `chips.parse_topology`
+    num_partitions: int  # devices of the mesh; 1 means no mesh
+    hlo: str  # path of the file to read: a serialized HloModuleProto
+    donated: list[int]  # indices of the parameters whose buffers the results may overwrite
+    result: str  # path of the JSON file to write
+    program: str  # path of the text file to write
 
 
 @dataclass
 class Compiled:
-    """What the compiler says of one graph. Bytes and operations are those of one chip, in one run."""
+    """What the compiler reports about one graph. Bytes and operations are those of one chip in one run of the graph."""
 
-    error: str | None = None  # why it did not compile
-    seconds: float = 0.0  # that compiling took
+    error: str | None = None  # the compiler's words when the graph did not compile
+    seconds: float = 0.0  # that the compilation took
     argument_bytes: int = 0
     output_bytes: int = 0
-    alias_bytes: int = 0  # of outputs that take over an argument's buffer
+    alias_bytes: int = 0  # the part of output_bytes that overwrites an argument's buffer
     temporary_bytes: int = 0
     code_bytes: int = 0
     flops: float = 0.0
@@ -55,7 +56,7 @@ def mark_donated(module: "ir.Module", donated: list[int]) -> None:  # noqa: F821
 
 
 def compile_graph(request: Request) -> Compiled:
-    """Compile as torch-xla does on a TPU: SPMD, without Shardy, the layout of results left to the compiler."""
+    """Compile as torch-xla does on a TPU: with SPMD, without Shardy; the compiler chooses the layout of results."""
     import numpy as np
     from jax._src.interpreters import mlir
     from jax._src.lib import xla_client
@@ -66,7 +67,7 @@ def compile_graph(request: Request) -> Compiled:
     from .chips import parse_topology
 
     slice_ = parse_topology(request.topology)
-    # libtpu takes hosts of 2x2 chips unless told otherwise, and refuses slices that are smaller
+    # libtpu assumes hosts of 2x2 chips unless it is told otherwise, and would refuse slices that are smaller than one
     host = [min(2, size) for size in slice_.sizes] + [1] * (3 - len(slice_.sizes))
     described = topologies.get_topology_desc(slice_.name, "tpu", chips_per_host_bounds=host)
     devices = sorted(described.devices, key=lambda device: device.id)[: request.num_partitions]
@@ -105,7 +106,7 @@ def main() -> None:
     request = Request(**json.loads(Path(sys.argv[1]).read_text()))
     Path(request.result).write_text(json.dumps(asdict(compile_graph(request))))
     sys.stdout.flush()
-    os._exit(0)  # libtpu crashes when the interpreter takes it down
+    os._exit(0)  # libtpu crashes when the interpreter shuts down in the usual way
 
 
 if __name__ == "__main__":

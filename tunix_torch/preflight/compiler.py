@@ -1,4 +1,4 @@
-"""Have graphs compiled for a TPU slice, each in a process of its own, and keep the results by the graph's hash."""
+"""Compile graphs for a TPU slice, each in a process of its own, and cache the results on disk by the graph's hash."""
 
 import hashlib
 import importlib.metadata
@@ -16,23 +16,26 @@ from .chips import Topology
 from .compile_tpu import Compiled, Request
 from .hlo import Collective, collectives_of
 from .trace import Graph
-from .traffic import hbm_bytes
+from .traffic import hbm_traffic_bytes
 
 ROOT = Path(__file__).parent.parent.parent
-VERSION = 3  # of what is kept
-REFUSALS = ("RESOURCE_EXHAUSTED", "Ran out of memory in memory space")  # the program is too large, and always will be
+VERSION = 3  # of the cached files' format; a new number makes old files unused
+REFUSALS = (
+    "RESOURCE_EXHAUSTED",
+    "Ran out of memory in memory space",
+)  # errors of programs that are too large
 
 
 @dataclass
 class Program(Compiled):
-    """A compiled graph, with what its text says."""
+    """What the compiler reports about a graph, and what the text of the compiled program adds to it."""
 
     collectives: list[Collective] = field(default_factory=list)
-    hbm_traffic: float = 0.0  # read from and written to HBM
+    hbm_traffic: float = 0.0  # bytes read from and unfinished to HBM, on one chip in one run
 
 
 def check_installed() -> None:
-    """Raises ValueError when the TPU's compiler is not here, saying what to install."""
+    """Raise ValueError, with the packages to install, when the TPU's compiler is missing."""
     missing = [name for name in ("jax", "libtpu") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -41,28 +44,30 @@ def check_installed() -> None:
 
 
 def cache_folder() -> Path:
-    """Where results are kept: beside the tiny model."""
+    """Return the folder of the cached results, which lies beside the cached tiny model."""
     return tiny.cache_folder() / "plans"
 
 
 def compile_for(topology: Topology, num_partitions: int, graph: Graph) -> Program:
-    """Compile a graph for the first `num_partitions` chips of a slice, or look up what came of it before.
+    """Compile a graph for the first `num_partitions` chips of a slice, or return the cached result of doing so.
 
     Returns:
-        what the compiler says; its `error` says why a graph does not compile.
+        the compiler's report; when the graph does not compile, `error` gives the reason.
     """
     versions = [importlib.metadata.version(name) for name in ("libtpu", "jaxlib")]
     key = repr((VERSION, versions, topology.name, topology.libtpu_flags, num_partitions, graph.digest))
-    kept = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-    if not kept.is_file():
+    cached = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    if not cached.is_file():
         program = _compile(topology, num_partitions, graph)
         if program.error and not any(words in program.error for words in REFUSALS):
-            return program  # another time it may compile
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        written = kept.with_suffix(f".{os.getpid()}")  # another plan may be reading
-        written.write_text(json.dumps(asdict(program)))
-        os.replace(written, kept)
-    values = json.loads(kept.read_text())
+            return program  # not cached, since the same graph may compile another time
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = cached.with_suffix(
+            f".{os.getpid()}"
+        )  # renamed when whole, as another plan may read the file meanwhile
+        unfinished.write_text(json.dumps(asdict(program)))
+        os.replace(unfinished, cached)
+    values = json.loads(cached.read_text())
     values["collectives"] = [Collective(**value) for value in values["collectives"]]
     return Program(**values)
 
@@ -75,9 +80,9 @@ def _compile(topology: Topology, num_partitions: int, graph: Graph) -> Program:
         Path(files["request"]).write_text(json.dumps(asdict(request)))
         environment = {
             **os.environ,
-            "JAX_PLATFORMS": "cpu",  # jax itself looks for no TPU; libtpu is only asked to compile
-            "TPU_SKIP_MDS_QUERY": "1",  # nor asks Google Cloud for one
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another plan may be compiling
+            "JAX_PLATFORMS": "cpu",  # keeps jax from looking for a TPU: libtpu shall only compile
+            "TPU_SKIP_MDS_QUERY": "1",  # keeps libtpu from asking Google Cloud for a TPU
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another plan may be compiling at the same time
             "TPU_WORKER_HOSTNAMES": "localhost",
             "TPU_ACCELERATOR_TYPE": "v5litepod-8",
             "LIBTPU_INIT_ARGS": " ".join(topology.libtpu_flags),
@@ -90,10 +95,10 @@ def _compile(topology: Topology, num_partitions: int, graph: Graph) -> Program:
             raise RuntimeError(f"the compiler ended with {ended.returncode} at {graph.name}:\n{ended.stderr[-4000:]}")
         compiled = json.loads(Path(files["result"]).read_text())
         text = "" if compiled["error"] else Path(files["program"]).read_text()
-        if os.environ.get("TUNIX_KEEP_PROGRAMS"):  # for people who want to read them
+        if os.environ.get("TUNIX_KEEP_PROGRAMS"):  # a folder, given by people who want to read the programs
             target = Path(os.environ["TUNIX_KEEP_PROGRAMS"])
             target.mkdir(parents=True, exist_ok=True)
             (target / f"{graph.name.replace(' ', '-')}-{graph.digest[:8]}.txt").write_text(text)
         if compiled["error"]:
             return Program(**compiled)
-        return Program(**compiled, collectives=collectives_of(text), hbm_traffic=hbm_bytes(text))
+        return Program(**compiled, collectives=collectives_of(text), hbm_traffic=hbm_traffic_bytes(text))

@@ -1,4 +1,4 @@
-"""Read a compiled program's text: which collectives it has, over which chips, with how many bytes."""
+"""Read the text of a program that XLA compiled: its arrays' sizes, its collectives, and how often each part runs."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s4": 4, "u4": 4}
-_SHAPE = re.compile(r"\b(pred|bf16|f8\w+|[fsuc]\d+)\[([\d,]*)\]")
+ARRAY = re.compile(r"\b(pred|bf16|f8\w+|[fsuc]\d+)\[([\d,]*)\](\{[^}]*\})?")  # (dtype, sizes, layout)
 _COLLECTIVE = re.compile(
     rf"%(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|\S+) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\("
 )
@@ -14,27 +14,30 @@ _COLLECTIVE = re.compile(
 
 @dataclass
 class Collective:
-    """One communication between chips."""
+    """One communication between chips in one run of a program."""
 
     kind: str  # one of KINDS
-    shape: str  # of what a chip has in the end, such as "bf16[2304,9216]"
+    shape: str  # of the result on each chip, such as "bf16[2304,9216]"
     bytes: float  # that each chip sends
-    group_size: int  # chips that take part together
+    group_size: int  # number of chips that exchange data with each other
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of an array, or of all arrays of a tuple, from text such as "bf16[8,128]{1,0}"."""
-    total = 0
-    for dtype, sizes in _SHAPE.findall(shape):
-        bits = BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])
-        total += math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
-    return total
+    """Return the bytes of an array, or of all arrays of a tuple, from text such as "bf16[8,128]{1,0}"."""
+    return sum(array_bytes(dtype, sizes) for dtype, sizes, _ in ARRAY.findall(shape))
+
+
+def array_bytes(dtype: str, sizes: str) -> int:
+    """Return the bytes of one array, such as ("bf16", "8,128"). A dtype that `BITS` lacks has its bits in its name."""
+    bits = BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])
+    return math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
 
 
 def sent_bytes(kind: str, result_bytes: int, group_size: int) -> float:
-    """What each of the chips must send at least, when all of them together hold the operands.
+    """Return the least number of bytes that each chip must send in a collective with a result of `result_bytes`.
 
-    An all-gather's result is everything, a reduce-scatter's one part; an all-reduce is the one after the other.
+    The result of an all-gather is the whole array, and that of a reduce-scatter is one chip's part of it. An
+    all-reduce is a reduce-scatter followed by an all-gather.
     """
     others = (group_size - 1) / group_size
     if kind == "all-reduce":
@@ -43,22 +46,22 @@ def sent_bytes(kind: str, result_bytes: int, group_size: int) -> float:
         return result_bytes * (group_size - 1)
     if kind == "collective-permute":
         return float(result_bytes)
-    return result_bytes * others  # all-gather, all-to-all
+    return result_bytes * others  # an all-gather or an all-to-all
 
 
 def collectives_of(text: str) -> list[Collective]:
-    """Every collective of a compiled program, once for each time it runs in one run of the program.
+    """Return every collective of a compiled program, once for each time that it runs in one run of the program.
 
-    A collective that the compiler spreads over several fusions, to overlap it with computation, has one channel
-    throughout and counts once.
+    The compiler spreads some collectives over several fusions, to overlap them with computation. All parts of such a
+    collective have one channel, and it counts once.
 
     Raises:
-        ValueError: how often it runs is not known.
+        ValueError: the text does not tell how often a collective runs.
     """
     num_partitions = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
     by_channel: dict[str, list[Collective]] = {}
-    runs = runs_of(text)
-    lines = [(name, line) for name, body in _lines_by_computation(text).items() for line in body]
+    runs = runs_by_computation(text)
+    lines = [(name, line) for name, body in lines_by_computation(text).items() for line in body]
     for computation, line in lines:
         match = _COLLECTIVE.search(line)
         if match is None:
@@ -66,12 +69,12 @@ def collectives_of(text: str) -> list[Collective]:
         channel = re.search(r"channel_id=(\d+)", line)
         shape = match["shape"]
         if match["start"] and match["kind"] == "collective-permute":
-            shape = shape.split(", ")[0]  # (operand, result, contexts)
-        elif match["start"]:  # (operands, results)
-            parts = _SHAPE.findall(shape)
-            shape = ", ".join(f"{dtype}[{sizes}]" for dtype, sizes in parts[len(parts) // 2 :])
+            shape = shape.split(", ")[0]  # the shape is (operand, result, contexts)
+        elif match["start"]:  # the shape is (operands, results)
+            parts = ARRAY.findall(shape)
+            shape = ", ".join(f"{dtype}[{sizes}]" for dtype, sizes, _ in parts[len(parts) // 2 :])
         size = _group_size(line, num_partitions)
-        plain = ", ".join(f"{dtype}[{sizes}]" for dtype, sizes in _SHAPE.findall(shape))
+        plain = ", ".join(f"{dtype}[{sizes}]" for dtype, sizes, _ in ARRAY.findall(shape))
         kind = match["kind"]
         collective = Collective(kind, plain, sent_bytes(kind, shape_bytes(plain), size), size)
         if size > 1:
@@ -81,7 +84,7 @@ def collectives_of(text: str) -> list[Collective]:
 
 
 def _group_size(line: str, num_partitions: int) -> int:
-    """How many chips communicate with each other."""
+    """Return the number of chips that exchange data with each other in a collective, from its line of text."""
     if "source_target_pairs=" in line:
         return 2
     iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=", line)
@@ -93,35 +96,36 @@ def _group_size(line: str, num_partitions: int) -> int:
     return num_partitions
 
 
-def runs_of(text: str) -> dict[str, float]:
-    """How often each computation of a program runs in one run of the program.
+def runs_by_computation(text: str) -> dict[str, float]:
+    """Return how often each computation of a program runs in one run of the program, by the computation's name.
 
-    A loop's turns are known from its condition, which compares a counter from 0 with a constant. The partitioner makes
-    loops of multiplications, to send one part while another is computed; in their last turn nothing is sent.
+    A loop's condition compares a counter, which starts at 0, with a constant: that is the number of its iterations.
+    XLA's partitioner turns multiplications into such loops, to send one part while another is computed. In the last
+    iteration nothing is sent, so the branch that sends runs one time less.
 
     Raises:
-        ValueError: a loop or a branch of another kind.
+        ValueError: the program has a loop or a branch of another kind.
     """
-    lines = _lines_by_computation(text)
+    lines = lines_by_computation(text)
     entry = next((name for name in lines if f"ENTRY %{name} " in text), None)
-    callers: dict[str, list[tuple[str, float]]] = {}
-    turns: dict[str, int] = {}
+    callers: dict[str, list[tuple[str, float]]] = {}  # of each computation: (caller, calls in one run of the caller)
+    iterations: dict[str, int] = {}
     for name, body in lines.items():
         for line in body:
             for called in re.findall(r"(?:calls|to_apply)=%([\w.-]+)", line):
                 callers.setdefault(called, []).append((name, 1))
             loop = re.search(r"%([\w.-]+) = .* while\(.*condition=%([\w.-]+), body=%([\w.-]+)", line)
             if loop is not None:
-                turns[loop[3]] = _turns(loop[1], lines.get(loop[2], []))
-                callers.setdefault(loop[3], []).append((name, turns[loop[3]]))
+                iterations[loop[3]] = _num_iterations(loop[1], lines.get(loop[2], []))
+                callers.setdefault(loop[3], []).append((name, iterations[loop[3]]))
     for name, body in lines.items():
         for line in body:
             branch = re.search(r"%([\w.-]+) = .* conditional\(", line)
             if branch is not None:
                 taken = re.search(r"true_computation=%([\w.-]+), false_computation=%last_iteration_noop", line)
-                if taken is None or name not in turns:
+                if taken is None or name not in iterations:
                     raise ValueError(f"{branch[1]} is a branch, which may be taken or not")
-                callers.setdefault(taken[1], []).append((name, 1 - 1 / turns[name]))
+                callers.setdefault(taken[1], []).append((name, 1 - 1 / iterations[name]))
 
     def runs(name: str) -> float:
         return 1 if name == entry or name not in callers else sum(n * runs(caller) for caller, n in callers[name])
@@ -129,7 +133,8 @@ def runs_of(text: str) -> dict[str, float]:
     return {name: runs(name) for name in lines}
 
 
-def _lines_by_computation(text: str) -> dict[str, list[str]]:
+def lines_by_computation(text: str) -> dict[str, list[str]]:
+    """Return the lines of each computation of a program, by its name. The first one is the line that opens it."""
     found: dict[str, list[str]] = {}
     computation = ""
     for line in text.splitlines():
@@ -139,8 +144,8 @@ def _lines_by_computation(text: str) -> dict[str, list[str]]:
     return found
 
 
-def _turns(loop: str, condition: list[str]) -> int:
-    """How often a loop turns, from the lines of its condition."""
+def _num_iterations(loop: str, condition: list[str]) -> int:
+    """Return the number of a loop's iterations, from the lines of its condition. `loop` is its name, for the error."""
     constants = dict(re.findall(r"%([\w.-]+) = [su]32\[\]\S* constant\((\d+)\)", "\n".join(condition)))
     compared = [re.search(r"ROOT .* compare\(%[\w.-]+, %([\w.-]+)\), direction=LT", line) for line in condition]
     limit = next((constants.get(match[1]) for match in compared if match is not None), None)

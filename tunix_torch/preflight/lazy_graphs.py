@@ -1,4 +1,8 @@
-"""What torch-xla knows of tensors that it has traced and not computed: their graphs, and zeros in their place."""
+"""Graphs that torch-xla has traced and not computed, for the pre-flight: read them, and put zeros in their place.
+
+torch-xla computes lazily: an operation on a tensor is only noted in a graph, which runs later. Such a tensor is called
+pending here. These functions use torch-xla's private `_XLAC` module, as no public one gives the graph.
+"""
 
 import math
 import re
@@ -16,16 +20,16 @@ from ..runtime.mesh import has_mesh, lay, sharding_of
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """What torch-xla knows of one tensor."""
+    """What torch-xla knows about one tensor."""
 
-    number: int  # of the tensor's present value
-    overwrites: int  # the number of the value that it had before it was changed in place; else its own
-    pending: bool  # traced, not computed
-    bytes_per_device: int  # with its sharding, as if it had been computed
+    number: int  # torch-xla's id of the tensor's present value
+    overwrites: int  # the id of the value before the tensor was changed in place; `number` if it was not
+    pending: bool  # whether its value has been traced and not yet computed
+    bytes_per_device: int  # of memory that its value takes on one device, with its sharding, once it is computed
 
 
 def lazy_tensor(tensor: torch.Tensor) -> LazyTensor:
-    """What torch-xla knows of a tensor on an XLA device."""
+    """Return what torch-xla knows about a tensor on an XLA device."""
     text = torch_xla._XLAC._get_xla_tensor_debug_info(tensor)
     fields = dict(re.findall(r"^(TensorID|AliasID|IR): (.*)$", text, re.MULTILINE))
     tiles = [1] * tensor.dim()
@@ -38,10 +42,11 @@ def lazy_tensor(tensor: torch.Tensor) -> LazyTensor:
 
 
 def graph_of(tensors: Sequence[torch.Tensor]) -> tuple[bytes, list[int]]:
-    """The graph that would compute these pending tensors, and the numbers of the values that it reads.
+    """Return the graph that would compute these pending tensors, and which values it reads.
 
     Returns:
-        a serialized HloModuleProto with the shardings, one result a tensor; `LazyTensor.number` of each parameter.
+        a serialized HloModuleProto with shardings, whose results are the tensors; and for each of its parameters, in
+        order, the `LazyTensor.number` of the value.
     """
     tensors = list(tensors)
     return (
@@ -51,7 +56,11 @@ def graph_of(tensors: Sequence[torch.Tensor]) -> tuple[bytes, list[int]]:
 
 
 def zeros_in_place_of(tensor: torch.Tensor, sharding: Any) -> torch.Tensor:
-    """Zeros on the device, of the tensor's shape and type, laid on the mesh as `sharding_of` another one."""
+    """Return zeros on the device, of the tensor's shape and type.
+
+    Args:
+        sharding: how the zeros lie on the mesh, as `runtime.mesh.sharding_of` returns it; None for no sharding.
+    """
     zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape).to(torch_device())
     if sharding is not None:
         lay(zeros, sharding)
@@ -59,17 +68,17 @@ def zeros_in_place_of(tensor: torch.Tensor, sharding: Any) -> torch.Tensor:
 
 
 def traced_once(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step that is traced when it is first called, and then returns the same results again and again."""
+    """Return a decode step that is traced in its first call; every later call returns the results of the first."""
     results: list[Any] = []
 
     def traced_step(*args: Any) -> Any:
         if not results:
-            sync()  # what is pending before it belongs to another graph
+            sync()  # otherwise what is pending now would become part of the step's graph
             tensors = tensors_in(args)
             shardings = [sharding_of(tensor) for tensor in tensors]
             outputs = list(step(*args))
             changed = torch_xla._XLAC._check_tensor_need_materialization(tensors)
-            if has_mesh():  # results lie as what they replace, as in `runtime/compiled.py`
+            if has_mesh():  # results get the sharding of what they replace, as `runtime/compiled.py` does it
                 replaced = list(zip(outputs, shardings, strict=False))
                 replaced += [(t, old) for t, old, new in zip(tensors, shardings, changed, strict=True) if new]
                 for tensor, sharding in replaced:

@@ -1,11 +1,12 @@
-"""Plan a job: compile its graphs, of cuts where the model is deep; what each needs, and how fast it can be.
+"""Plan a job for a TPU slice: compile its graphs, and derive how much memory each needs and how fast it can be.
 
-A deep model takes the compiler many minutes and more memory than a workstation has, since its layers are unrolled. So
-models of more than `CUT_DEPTHS[1]` layers are compiled with few layers, twice, and every figure is taken to grow
-linearly with the number of layers. It does but for the compiler's choices: layers do the same work, with a sliding
-window too (it is a mask), and what a learning pass keeps of each is alive when the head's gradient is computed.
-`test_preflight.py` compares with 6 layers of Gemma 3 270m. Where sequences outgrow the window, layers with one
-keep fewer keys while decoding: then a third cut tells how figures grow with each kind.
+The compiler unrolls a model's layers, so that a deep model takes it many minutes and more memory than a workstation
+has. A model of more than `CUT_DEPTHS[1]` layers is therefore compiled twice with few layers (two "cuts"), and every
+figure is extrapolated linearly to the model's depth. Apart from choices of the compiler, figures do grow linearly: all
+layers do the same work, those with a sliding window too (the window is only a mask), and what a learning pass keeps
+of each layer exists when the head's gradient is computed. `tests/preflight` compares with 6 layers of Gemma 3 270m.
+When sequences are longer than the window, layers with a window keep fewer keys while decoding than the others. A third
+cut then tells how figures grow with each kind of layer.
 """
 
 import argparse
@@ -31,9 +32,10 @@ from .models import kinds_of_layers, vision_parameters, with_depth, with_layers
 from .models import model_config as config_of
 from .trace import DECODE, Graph, make_trainer, trace_step
 
-CUT_DEPTHS = (2, 4)  # layers; each has a sliding and a full one
-QUICK_MARGIN = 0.15  # of HBM, to be left by arithmetic: the compiler needs more than it says, see `report.CAVEAT`
-NUMBERS = (
+CUT_DEPTHS = (2, 4)  # layers of the two cuts; each cut has layers with a window and layers without
+# The part of HBM that a plan by arithmetic must leave free, as the compiler may need more: see `report.CAVEAT`.
+QUICK_MARGIN = 0.15
+EXTRAPOLATED = (  # fields of `Program`
     "argument_bytes",
     "output_bytes",
     "alias_bytes",
@@ -47,7 +49,7 @@ NUMBERS = (
 
 @dataclass(frozen=True)
 class Job:
-    """What is planned: a model, its training, and the slice that it shall run on."""
+    """What is planned: a model, the settings of its training, and the slice on which it shall run."""
 
     model: ModelConfig
     args: GRPOConfig
@@ -55,7 +57,7 @@ class Job:
 
     @property
     def num_partitions(self) -> int:
-        """Chips that the job uses."""
+        """Number of chips that the job uses."""
         return 1 if self.model.mesh is None else math.prod(self.model.mesh[0])
 
     @property
@@ -64,28 +66,28 @@ class Job:
 
     @property
     def rows(self) -> int:
-        """Completions a step."""
+        """Number of completions in a training step."""
         return self.args.per_device_train_batch_size * self.args.num_completions_per_prompt
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A model with few of the job's layers, whose graphs are compiled, or the whole one."""
+    """A model whose graphs are compiled: the job's model with few of its layers, or with all of them."""
 
     config: PretrainedConfig
-    weight: float  # of its figures in the sum that is the whole model's figure
+    weight: float  # the whole model's figure is the sum of each cut's figure times its weight
 
     @property
     def layers(self) -> str:
-        """How many layers, and of which kinds: "4 (3 sliding_attention, 1 full_attention)"."""
+        """The number of layers, in all and of each kind: "4 (3 sliding_attention, 1 full_attention)"."""
         kinds = getattr(self.config, "layer_types", None) or []
         each = ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).items())
         return f"{self.config.num_hidden_layers} ({each})" if each else str(self.config.num_hidden_layers)
 
 
 @dataclass
-class Traffic:
-    """Collectives of one kind in one run of a graph."""
+class CollectiveTraffic:
+    """All collectives of one kind in one run of a graph."""
 
     count: float
     bytes: float  # that each chip sends
@@ -93,22 +95,22 @@ class Traffic:
 
 @dataclass
 class GraphPlan:
-    """One graph at the model's full depth. Bytes, operations and seconds are a chip's, in one run of it."""
+    """One graph at the model's full depth. Bytes, operations and seconds are those of one chip in one run of it."""
 
     name: str
-    runs: int  # times a step
-    compiled_depths: list[int]  # one: the whole model; more: the figures are extrapolated
+    runs: int  # how often it runs in a training step
+    compiled_depths: list[int]  # layers of each cut; with more than one cut, the figures are extrapolated
     error: str | None = None
     argument_bytes: float = 0.0
-    output_bytes: float = 0.0  # those that take over no argument's buffer
+    output_bytes: float = 0.0  # of the outputs that do not overwrite an argument's buffer
     temporary_bytes: float = 0.0
     code_bytes: float = 0.0
-    held_bytes: float = 0.0  # lies in HBM meanwhile, and the graph does not read it
+    held_bytes: float = 0.0  # of what lies in HBM meanwhile and is no argument of the graph
     flops: float = 0.0
     hbm_traffic: float = 0.0  # bytes read from and written to HBM
-    collectives: dict[str, Traffic] = field(default_factory=dict)
-    compile_seconds: float = 0.0  # of all compilations of it
-    compute_seconds: float = 0.0
+    collectives: dict[str, CollectiveTraffic] = field(default_factory=dict)
+    compile_seconds: float = 0.0  # of all its compilations together
+    compute_seconds: float = 0.0  # this and the next two: the least time for its operations, HBM bytes and sent bytes
     hbm_seconds: float = 0.0
     ici_seconds: float = 0.0
 
@@ -119,25 +121,25 @@ class GraphPlan:
 
     @property
     def bound_seconds(self) -> float:
-        """One run takes at least this long, if the three overlap perfectly."""
+        """The least time of one run, in which computing, HBM traffic and communication overlap perfectly."""
         return max(self.compute_seconds, self.hbm_seconds, self.ici_seconds)
 
     def bound_by(self, chip: Chip) -> None:
-        """Set how long one run takes at least, from each of the three."""
+        """Set the least seconds of one run that computing, HBM traffic and communication each need on this chip."""
         self.compute_seconds = self.flops / chip.flops
         self.hbm_seconds = self.hbm_traffic / chip.hbm_bytes_per_second
         self.ici_seconds = sum(traffic.bytes for traffic in self.collectives.values()) / chip.ici_bytes_per_second
 
     @property
     def binds(self) -> str:
-        """What the bound comes from."""
+        """What decides `bound_seconds`: "compute", "HBM" or "interconnect"."""
         times = {"compute": self.compute_seconds, "HBM": self.hbm_seconds, "interconnect": self.ici_seconds}
         return max(times, key=times.__getitem__)
 
 
 @dataclass
 class Plan:
-    """A job's graphs on a slice."""
+    """All graphs of a job on a slice, and what follows from them for a training step."""
 
     job: Job
     graphs: list[GraphPlan]
@@ -148,38 +150,41 @@ class Plan:
 
     @property
     def worst(self) -> GraphPlan:
-        """The graph that leaves least of HBM, or does not compile."""
+        """The graph that leaves the least HBM free, or one that does not compile."""
         return max(self.graphs, key=lambda graph: (graph.error is not None, graph.total_bytes))
 
     @property
     def spare_fraction(self) -> float | None:
-        """The part of a chip's HBM that no graph needs; below 0: so much is missing; None: a graph does not compile."""
+        """The part of a chip's HBM that the largest graph leaves free.
+
+        It is below 0 when HBM is missing, and None when a graph does not compile.
+        """
         return None if self.worst.error else 1 - self.worst.total_bytes / self.chip.hbm_bytes
 
     @property
     def by_arithmetic(self) -> bool:
-        """Nothing was compiled: `quick.quick_plan`."""
+        """Whether nothing was compiled, as in `quick.quick_plan`."""
         return not any(graph.compiled_depths for graph in self.graphs)
 
     @property
     def fits(self) -> bool:
-        """By arithmetic: probably."""
+        """Whether every graph fits a chip's HBM; for a plan by arithmetic, whether it probably does."""
         return self.spare_fraction is not None and self.spare_fraction >= (QUICK_MARGIN if self.by_arithmetic else 0)
 
     @property
     def step_seconds(self) -> float:
-        """A step takes at least this long, when every completion has full length."""
+        """The least time of a training step in which every completion has full length."""
         return sum(graph.runs * graph.bound_seconds for graph in self.graphs)
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """At most so many tokens of all rows together, while decoding."""
+        """The most tokens a second, of all rows together, while decoding."""
         decode = next(graph for graph in self.graphs if graph.name == DECODE)
         return self.job.rows / decode.bound_seconds
 
     @property
     def step_tokens_per_second(self) -> float:
-        """At most so many completion tokens a second over the whole step, when every completion has full length."""
+        """The most completion tokens a second over a whole step in which every completion has full length."""
         return self.job.rows * self.job.args.generation_max_length / self.step_seconds
 
 
@@ -187,15 +192,15 @@ def plan_job(job: Job, say: Callable[[str], None] = lambda text: None, whole: bo
     """Trace and compile every graph of a job.
 
     Args:
-        say: is told what is going on, since it takes minutes.
-        whole: compile all layers, also of a model with more than `CUT_DEPTHS[1]`.
+        say: is called with a line of text whenever a graph was compiled, since the whole takes minutes.
+        whole: compile all layers of the model, also when it has more than `CUT_DEPTHS[1]`.
 
     Raises:
-        ValueError: a setting that can't be, such as a mesh that does not divide the model.
+        ValueError: a setting is impossible, such as a mesh that does not divide the model.
     """
     full, plans = job.config.num_hidden_layers, []
     cuts = [Cut(job.config, 1.0)] if whole or full <= CUT_DEPTHS[1] else cuts_of(job)
-    traced = [trace(job, cut.config) for cut in cuts]
+    traced = [trace_job(job, cut.config) for cut in cuts]
     for graphs in zip(*traced, strict=True):
         programs = []
         for cut, graph in zip(cuts, graphs, strict=True):
@@ -210,30 +215,30 @@ def plan_job(job: Job, say: Callable[[str], None] = lambda text: None, whole: bo
 
 
 def cuts_of(job: Job) -> list[Cut]:
-    """The models with few layers that stand for a deep one."""
+    """Return the models with few layers from which a deep model's figures are extrapolated."""
     config, (few, more) = job.config, CUT_DEPTHS
     kinds, count = kinds_of_layers(config), (job.args.max_prompt_length, job.args.generation_max_length - 1)
     if len({kept_tokens(window, *count) for window in layer_windows(config)}) == 1:
         slope = (config.num_hidden_layers - few) / (more - few)
         return [Cut(with_depth(config, few), 1 - slope), Cut(with_depth(config, more), slope)]
-    repeated = more - few  # layers of one kind
+    repeated = more - few  # additional layers of one kind in each further cut
     slopes = [(config.layer_types.count(kind) - 1) / repeated for kind in kinds]
     others = [Cut(with_layers(config, kinds + [k] * repeated), s) for k, s in zip(kinds, slopes, strict=True)]
     return [Cut(with_layers(config, kinds), 1 - sum(slopes)), *others]
 
 
-def trace(job: Job, config: PretrainedConfig) -> list[Graph]:
-    """The graphs of a step of the job, of this model in place of its own."""
+def trace_job(job: Job, config: PretrainedConfig) -> list[Graph]:
+    """Return the graphs of a training step of the job, with this model in place of the job's own."""
     trainer = make_trainer(config, job.model, dataclasses.replace(job.args))
     graphs = trace_step(trainer)
     del trainer
-    gc.collect()  # the zeros that stood for weights: the compiler needs the memory
-    ctypes.CDLL(None).malloc_trim(0)  # which the C library would keep
+    gc.collect()  # frees the tensors of zeros, since the compiler needs the memory
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise the C library would keep that memory in this process
     return graphs
 
 
 def plan_graph(job: Job, cuts: Sequence[Cut], graphs: Sequence[Graph], programs: Sequence[Program]) -> GraphPlan:
-    """Put together what was compiled: of each cut a graph and its program."""
+    """Return the figures of one graph at full depth, from the graph and the compiled program of each cut."""
     failed = next((program.error for program in programs if program.error), None)
     depths = [cut.config.num_hidden_layers for cut in cuts]
     result = GraphPlan(graphs[0].name, graphs[0].runs, depths, failed)
@@ -244,7 +249,7 @@ def plan_graph(job: Job, cuts: Sequence[Cut], graphs: Sequence[Graph], programs:
     def at_full_depth(values: Sequence[float]) -> float:
         return max(0.0, sum(cut.weight * value for cut, value in zip(cuts, values, strict=True)))
 
-    number = {name: at_full_depth([getattr(program, name) for program in programs]) for name in NUMBERS}
+    number = {name: at_full_depth([getattr(program, name) for program in programs]) for name in EXTRAPOLATED}
     for name in ("argument_bytes", "temporary_bytes", "code_bytes", "flops", "hbm_traffic"):
         setattr(result, name, number[name])
     result.output_bytes = max(0.0, number["output_bytes"] - number["alias_bytes"])
@@ -254,20 +259,20 @@ def plan_graph(job: Job, cuts: Sequence[Cut], graphs: Sequence[Graph], programs:
         alike = [[c for c in program.collectives if c.kind == kind] for program in programs]
         count = at_full_depth([len(found) for found in alike])
         sent = at_full_depth([sum(c.bytes for c in found) for found in alike])
-        result.collectives[kind] = Traffic(count, sent)
+        result.collectives[kind] = CollectiveTraffic(count, sent)
     result.bound_by(job.topology.chip)
     return result
 
 
 def job_of(argv: Sequence[str], topology: Topology, any_mesh: bool = False) -> Job:
-    """The job that flags of `train.py` describe, `--config` among them.
+    """Return the job that flags of `train.py` describe, `--config` among them.
 
     Args:
-        any_mesh: whatever mesh the flags name is for another slice, perhaps; the job gets one of this slice.
+        any_mesh: ignore the mesh in the flags, which may be for another slice; the job gets a mesh of this slice.
 
     Raises:
-        ValueError: an unknown setting, a value that can't be, a mesh of another size than the slice, or supervised
-            fine-tuning, which is not planned.
+        ValueError: a setting is unknown, a value is impossible, the mesh has another size than the slice, or the
+            flags ask for supervised fine-tuning, which is not planned.
     """
     if any_mesh:
         argv = [*argv, "--mesh_shape", f"1,{topology.num_chips}", "--mesh_axes", "fsdp,tp"]
@@ -280,7 +285,7 @@ def job_of(argv: Sequence[str], topology: Topology, any_mesh: bool = False) -> J
 
 
 def _check_mesh(argv: Sequence[str], topology: Topology) -> None:
-    """Before the parser does, whose words are about the devices of this process."""
+    """Check the mesh before the parser of settings does, whose errors would name the devices of this process."""
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("config", "mesh_shape", "mesh_axes"):
         given.add_argument(f"--{name}")
@@ -298,6 +303,6 @@ def _check_mesh(argv: Sequence[str], topology: Topology) -> None:
 
 
 def check_traceable() -> None:
-    """Raises ValueError when this process can't trace a job's graphs."""
+    """Raise ValueError when this process cannot trace a job's graphs, since torch_xla is missing."""
     if device.KIND != "xla":
         raise ValueError("the pre-flight traces with torch_xla: pip install 'torch-xla[tpu]==2.9.0'")

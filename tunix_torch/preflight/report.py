@@ -1,30 +1,49 @@
-"""Say a plan: a table of its graphs, the bounds, and one line that decides."""
+"""Print a plan for people, or give it as JSON: memory and speed of its graphs, and whether the job fits the slice."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from .chips import GiB
-from .plan import GraphPlan, Plan
+from .plan import GraphPlan, Job, Plan
 from .quick import mesh_sizes
 from .trace import DECODE, LEARN, OLD, PREFILL, REFERENCE
 
-# 9.21 GiB against 7.61 in learn of configs/gemma2_2b_v5e8.json on v5e:2x4
+# Measured on the learning pass of configs/gemma2_2b_v5e8.json on v5e:2x4: 9.21 GiB compiled, 7.61 by arithmetic.
 CAVEAT = "by arithmetic, and the compiler needed up to a quarter more for the one job where both are known"
 
 
 def lines_of(plan: Plan) -> list[str]:
-    """The report, line by line."""
-    job, chip = plan.job, plan.chip
+    """Return the report as lines of text; the last one is the verdict."""
+    compiled = [graph for graph in plan.graphs if not graph.error]
+    return [
+        *_lines_about_job(plan.job),
+        "",
+        *_memory_table(plan),
+        "",
+        *_speed_table(compiled),
+        "",
+        *_collectives_table(compiled),
+        *_notes(plan, compiled),
+        verdict(plan),
+    ]
+
+
+def _lines_about_job(job: Job) -> list[str]:
     mesh = job.model.mesh
     over = f"mesh {job.model.mesh_shape} ({job.model.mesh_axes})" if mesh else "one chip (mesh_shape is not set)"
     args = job.args
-    lines = [
+    return [
         f"{job.model.model_name}, LoRA {job.model.lora_rank}, on {job.topology.name}, {over}",
         f"{args.per_device_train_batch_size} prompts of {args.max_prompt_length} tokens, "
         f"{args.num_completions_per_prompt} completions each of {args.generation_max_length} tokens, "
         f"micro-batches of {args.rows_per_pass or job.rows}, {args.num_iterations} iteration(s)",
-        "",
-        f"HBM a chip, GiB of {chip.hbm_bytes / GiB:.2f}",
+    ]
+
+
+def _memory_table(plan: Plan) -> list[str]:
+    lines = [
+        f"HBM a chip, GiB of {plan.chip.hbm_bytes / GiB:.2f}",
         f"{'graph':<29}{'arguments':>10}{'outputs':>9}{'temporary':>10}{'code':>7}{'held':>7}{'total':>8}",
     ]
     for graph in plan.graphs:
@@ -35,9 +54,14 @@ def lines_of(plan: Plan) -> list[str]:
         widths = (10, 9, 10, 7, 7)
         numbers = "".join(f"{part / GiB:>{width}.2f}" for part, width in zip(parts, widths, strict=True))
         lines.append(f"{graph.name:<29}{numbers}{graph.total_bytes / GiB:>8.2f}")
-    lines += ["", "Of one run of each graph, a chip"]
-    lines.append(f"{'graph':<29}{'runs':>5}{'TFLOP':>9}{'HBM GB':>9}{'sent MB':>9}  at least, of which what binds")
-    compiled = [graph for graph in plan.graphs if not graph.error]
+    return lines
+
+
+def _speed_table(compiled: Sequence[GraphPlan]) -> list[str]:
+    lines = [
+        "Of one run of each graph, a chip",
+        f"{'graph':<29}{'runs':>5}{'TFLOP':>9}{'HBM GB':>9}{'sent MB':>9}  at least, of which what binds",
+    ]
     for graph in compiled:
         sent = sum(traffic.bytes for traffic in graph.collectives.values())
         lines.append(
@@ -46,10 +70,20 @@ def lines_of(plan: Plan) -> list[str]:
             f"(compute {graph.compute_seconds * 1e3:.2f}, HBM {graph.hbm_seconds * 1e3:.2f}, "
             f"interconnect {graph.ici_seconds * 1e3:.2f})"
         )
-    lines += ["", "Collectives in one run of each graph: number, MB that a chip sends"]
+    return lines
+
+
+def _collectives_table(compiled: Sequence[GraphPlan]) -> list[str]:
+    lines = ["Collectives in one run of each graph: number, MB that a chip sends"]
     for graph in compiled:
         parts = [f"{kind} {t.count:.0f}, {t.bytes / 1e6:.1f} MB" for kind, t in graph.collectives.items()]
         lines.append(f"{graph.name:<29}{'; '.join(parts) or 'none'}")
+    return lines
+
+
+def _notes(plan: Plan, compiled: Sequence[GraphPlan]) -> list[str]:
+    """Return the lines that say where the figures come from, and the bounds of a training step."""
+    job, chip, lines = plan.job, plan.chip, []
     if any(not graph.compiled_depths for graph in compiled):
         lines += ["", "By arithmetic: nothing was compiled, and what XLA keeps besides is estimated."]
     depths = next((graph.compiled_depths for graph in compiled if len(graph.compiled_depths) > 1), None)
@@ -71,11 +105,11 @@ def lines_of(plan: Plan) -> list[str]:
             f"{plan.decode_tokens_per_second:,.0f} tokens/s while decoding, {plan.step_tokens_per_second:,.0f} "
             "completion tokens/s over the whole step."
         )
-    return [*lines, verdict(plan)]
+    return lines
 
 
 def verdict(plan: Plan) -> str:
-    """The last line: fits with so much to spare, or doesn't, and what to change first."""
+    """Return the report's last line: the job fits with so much to spare; or it does not, and what to change first."""
     where = f"{plan.job.topology.name}"
     worst = plan.worst
     if worst.error:
@@ -93,7 +127,7 @@ def verdict(plan: Plan) -> str:
 
 
 def first_change(plan: Plan) -> str:
-    """The setting that takes most from the graph that needs most."""
+    """Return the change of a setting that frees the most HBM in the graph that needs the most."""
     args, worst, job = plan.job.args, plan.worst, plan.job
     group, prompts, rows = (
         args.num_completions_per_prompt,
@@ -106,7 +140,7 @@ def first_change(plan: Plan) -> str:
         smaller = [
             n for n in range(fsdp, rows // 2 + 1, fsdp) if group % n == 0 or (n % group == 0 and job.rows % n == 0)
         ]
-        if smaller:  # rows that fsdp does not divide would lie whole on every chip
+        if smaller:  # multiples of fsdp only: other rows would lie whole on every chip
             return f"micro_batch_size={smaller[-1]} in place of {rows}"
         if worst.name == LEARN and not args.gradient_checkpointing:
             return "gradient_checkpointing=true"
@@ -117,12 +151,12 @@ def first_change(plan: Plan) -> str:
 
 
 def first_line(error: str) -> str:
-    """The compiler's words, as far as they fit a line."""
+    """Return the compiler's error as one line of at most 300 characters."""
     return " ".join(error.split())[:300]
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
-    """For JSON: `fits`, `spare_fraction`, `graphs` and what else the report says. Bytes, seconds and counts."""
+    """Return the plan for JSON: `fits`, `spare_fraction`, `graphs` and more. Figures are bytes, seconds and counts."""
     return {
         "fits": plan.fits,
         "spare_fraction": plan.spare_fraction,

@@ -1,4 +1,4 @@
-"""Which mesh and which micro-batch? Plan each that can be, and put the best first."""
+"""Find the best mesh and micro-batch for a job on a TPU slice: plan every possible pair, and sort the plans."""
 
 import dataclasses
 import json
@@ -16,24 +16,27 @@ from .quick import quick_plan
 from .report import as_dict
 
 PACKAGES = Path(__file__).parent.parent.parent  # where `tunix_torch` lies, for the plans' own processes
-HOPELESS = -0.5  # of HBM to spare by arithmetic: not worth compiling
+HOPELESS = -0.5  # spare part of HBM by arithmetic under which a pair is not worth compiling
 
 
 @dataclass
 class Candidate:
-    """A mesh and a micro-batch, and what came of them."""
+    """A mesh and a micro-batch, and the plan of the job with them."""
 
     mesh_shape: str
     micro_batch_size: int
     fits: bool
-    spare_fraction: float | None  # None: a graph does not compile
-    step_seconds: float | None
+    spare_fraction: float | None  # see `Plan`; None when a graph does not compile
+    step_seconds: float | None  # the least time of a training step; None when a graph does not compile
     graphs: list[dict[str, Any]]  # as in the JSON of its plan
-    error: str | None = None  # why nothing could be found out
+    error: str | None = None  # the reason when the plan could not be made
 
     @property
-    def order(self) -> tuple:
-        """Those that fit first, then by the bound of a step; the others by what is missing; those that failed last."""
+    def sort_key(self) -> tuple:
+        """Candidates that fit come first, fastest first; then those that do not, by the HBM that is missing.
+
+        After them come those with a graph that does not compile, and last those without a plan.
+        """
         if self.error is not None:
             return (3, 0)
         if self.fits:
@@ -44,12 +47,13 @@ class Candidate:
 def search(job: Job, argv: Sequence[str], quick: bool, say: Callable[[str], None]) -> list[Candidate]:
     """Plan the job on every mesh of the slice with every micro-batch that the group size allows, best first.
 
-    A mesh or micro-batch that can't be is left out, and `say` is told why.
+    An impossible mesh or micro-batch is left out, and `say` is called with the reason.
 
     Args:
-        argv: the job's flags; each plan that compiles runs in a process of its own, which has one mesh for life.
-        quick: by arithmetic only.
-        say: is told what is going on.
+        argv: the job's flags, for the plans that compile. Each of those runs in a process of its own, since a process
+            cannot change its mesh.
+        quick: plan by arithmetic only, and compile nothing.
+        say: is called with a line of text about each pair.
     """
     found, settings = [], list(_settings(job, say))
     for number, (mesh_shape, micro) in enumerate(settings, start=1):
@@ -70,7 +74,7 @@ def search(job: Job, argv: Sequence[str], quick: bool, say: Callable[[str], None
             say(name)
             candidate = _compiled(candidate, argv, job.topology.name)
         found.append(candidate)
-    return sorted(found, key=lambda candidate: candidate.order)
+    return sorted(found, key=lambda candidate: candidate.sort_key)
 
 
 def _settings(job: Job, say: Callable[[str], None]) -> Iterator[tuple[str, int]]:
@@ -114,7 +118,7 @@ def _compiled(candidate: Candidate, argv: Sequence[str], topology: str) -> Candi
 
 
 def lines_of(candidates: Sequence[Candidate]) -> list[str]:
-    """The table."""
+    """Return the table of the candidates as lines of text."""
     lines = [f"{'mesh (fsdp,tp)':<16}{'micro-batch':>12}{'HBM to spare':>14}{'a step at least':>17}"]
     for candidate in candidates:
         if candidate.error is not None:

@@ -1,9 +1,9 @@
-"""Trace the graphs of a job with torch-xla, without weights and without running them.
+"""Trace the graphs of one training step with torch-xla, without the model's weights and without running the graphs.
 
 A `TunixTrainer` is made around a model of zeros, and its own methods are called: the rollout, the reference's
-log-probabilities, a learning pass, the optimizer's step. `device.sync`, where each would run its graph, hands the graph
-over instead, and zeros stand for its results. So what is planned is what is trained; `test_preflight.py` holds
-the graphs against those that a real run compiles.
+log-probabilities, a learning pass and the optimizer's step. Wherever one of them would run a graph, in `device.sync`,
+the graph is handed to a `GraphPlanner` and its results are replaced by zeros. The graphs that are planned are
+therefore those of training; `tests/preflight` compares them with the graphs that a real run compiles.
 """
 
 import gc
@@ -28,7 +28,7 @@ from ..runtime import device
 from ..runtime.mesh import sharding_of
 from .lazy_graphs import graph_of, lazy_tensor, traced_once, zeros_in_place_of
 
-# A step's graphs, in the order in which they run.
+# Names of a training step's graphs, in the order in which they run.
 PREFILL, DECODE, REFERENCE, OLD, LEARN, OPTIMIZER = (
     "prefill",
     "decode",
@@ -41,13 +41,13 @@ PREFILL, DECODE, REFERENCE, OLD, LEARN, OPTIMIZER = (
 
 @dataclass
 class Graph:
-    """One graph of a step, of a model with so many layers."""
+    """One graph of a training step."""
 
     name: str
     hlo: bytes  # a serialized HloModuleProto with shardings
-    donated: list[int]  # arguments whose buffers its results may take over
-    runs: int  # times a step
-    live_bytes: int  # a chip's, of all tensors that lie in its memory when it begins, arguments or not
+    donated: list[int]  # indices of the arguments whose buffers the results may overwrite
+    runs: int  # how often it runs in a training step
+    live_bytes: int  # of one chip's memory, taken by all tensors when the graph starts, its arguments among them
 
     @property
     def digest(self) -> str:
@@ -55,8 +55,8 @@ class Graph:
 
 
 def model_of_zeros(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model on the CPU whose every parameter is one zero, expanded: it takes no memory."""
-    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # as `load_base_model`
+    """Return a model on the CPU that takes no memory: every parameter is a single zero, expanded to its shape."""
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # as `load_base_model` chooses
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     for module in model.modules():
@@ -69,20 +69,23 @@ def model_of_zeros(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
 
 
 class _TrainerOfZeros(TunixTrainer):
-    def _fingerprint_base(self) -> list[float]:
-        return []  # would be computed, in float32: of a large model more than the memory of the host
+    def _sums_of_frozen(self) -> dict[str, float]:
+        return {}  # it would run a graph that copies every weight in float32, for which the host may have no memory
 
 
 def make_trainer(config: PretrainedConfig, model_config: ModelConfig, args: GRPOConfig) -> TunixTrainer:
-    """The job's trainer around a model of zeros, ready for its first step. Rows and rewards stand for the job's."""
+    """Return the job's trainer around a model of zeros, ready for its first step.
+
+    Its rows and its reward function are placeholders, since they decide no shape. `args` is changed.
+    """
 
     def no_reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
         return [0.0] * len(completions)
 
-    logging.getLogger("tunix_torch.trainer").setLevel(logging.ERROR)  # that equal rewards teach nothing is no news here
+    logging.getLogger("tunix_torch.trainer").setLevel(logging.ERROR)  # it would warn that all rewards are equal
     args.system_message = ""
     args.reward_weights = None
-    args.output_dir = os.path.join(tempfile.gettempdir(), "plan-tpu")  # nothing is written there
+    args.output_dir = os.path.join(tempfile.gettempdir(), "plan-tpu")  # required, though nothing is written to it
     args.report_to = []
     rows = [{"prompt": "?", "answer": "!"}] * args.per_device_train_batch_size
     model = model_of_zeros(config, torch_dtype(model_config.model_dtype))
@@ -96,6 +99,7 @@ def make_trainer(config: PretrainedConfig, model_config: ModelConfig, args: GRPO
         peft_config=lora_config(model_config),
     )
     trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+    trainer.begin_run()  # here, so that its graphs are not among those of the first step
     trainer.create_optimizer()
     trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     device.sync()
@@ -103,32 +107,33 @@ def make_trainer(config: PretrainedConfig, model_config: ModelConfig, args: GRPO
 
 
 class GraphPlanner:
-    """Takes over each graph that a trainer would run."""
+    """Collects each graph that a trainer would run, in the device's place: see `runtime.device.Planner`."""
 
     def __init__(self, trainer: TunixTrainer) -> None:
         self.trainer = trainer
-        self.placed = {id(p): sharding_of(p) for p in trainer.model.parameters()}
+        self.shardings = {id(p): sharding_of(p) for p in trainer.model.parameters()}
         self.found: list[Graph] = []
 
     def graphs_of(self, run: Callable[[], object]) -> list[Graph]:
-        """The graphs that a call would run, in order."""
+        """Return the graphs that a call would run, in order."""
         self.found = []
-        few = int(os.environ.get("CPU_NUM_DEVICES", 1)) <= 127  # autograd's own threads can't count more devices
+        few = int(os.environ.get("CPU_NUM_DEVICES", 1)) <= 127  # PyTorch's autograd threads fail with more devices
         with device.planned_by(self), torch.autograd.set_multithreading_enabled(few):
             run()
         return self.found
 
     def plan_step(self, step: Callable[..., object]) -> Callable[..., object]:
+        """Return what the trainer calls in place of a decode step: one call of it is traced."""
         return traced_once(step)
 
     def graph_ends(self) -> None:
-        """Take the pending graph, and put zeros in the place of its results."""
+        """Keep the pending graph, and put zeros in place of its results."""
         tensors, lazy = [], {}
         for tensor in live_tensors(self.trainer.model):
             state = lazy_tensor(tensor)
             tensors.append((tensor, state))
             lazy.setdefault(state.number, (tensor, state))
-        # in the order in which they came to be, as `torch_xla.sync` has them: the graph is the same each time
+        # sorted by age, as `torch_xla.sync` sorts them, so that the graph is the same each time
         pending = [(tensor, state) for _, (tensor, state) in sorted(lazy.items()) if state.pending]
         if not pending:
             return
@@ -138,7 +143,7 @@ class GraphPlanner:
         live_bytes = sum(state.bytes_per_device for state in live)
         donated = [i for i, number in enumerate(read) if number in overwritten]
         self.found.append(Graph("", hlo, donated, 1, live_bytes))
-        layouts = self._layouts_of_learned()
+        layouts = self._layouts_of_trained()
         zeros: dict[int, Tensor] = {}
         with torch.no_grad():
             for tensor, state in tensors:
@@ -148,12 +153,16 @@ class GraphPlanner:
                         zeros[state.number] = zeros_in_place_of(tensor, layout)
                     tensor.data = zeros[state.number]
 
-    def _layouts_of_learned(self) -> dict[int, object]:
-        """A gradient and AdamW's averages lie as their parameter does: XLA lays out results that nothing is said of."""
+    def _layouts_of_trained(self) -> dict[int, object]:
+        """Return the sharding of each trained parameter, its gradient and AdamW's averages, by `LazyTensor.number`.
+
+        A gradient and the averages get their parameter's sharding. Without one, XLA would choose it, and the zeros in
+        their place could lie differently than in a real run.
+        """
         layouts = {}
         for parameter in self.trainer.model.parameters():
             if parameter.requires_grad:
-                layout = self.placed[id(parameter)]
+                layout = self.shardings[id(parameter)]
                 state = self.trainer.optimizer.state.get(parameter, {}).values()
                 for tensor in (parameter, parameter.grad, *state):
                     if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
@@ -162,16 +171,16 @@ class GraphPlanner:
 
 
 def live_tensors(model: nn.Module) -> list[Tensor]:
-    """Every tensor on the device that Python can still reach: what `torch_xla.sync` would compute."""
+    """Return every tensor on the device that Python can still reach: those that `torch_xla.sync` would compute."""
     kind = device.torch_device().type
     found = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and o.device.type == kind]
     return found + [p.grad for p in model.parameters() if p.grad is not None]
 
 
 def trace_step(trainer: TunixTrainer) -> list[Graph]:
-    """The graphs of one step of the job, each once, with the times that it runs.
+    """Return the graphs of one step of the trainer's job: each once, with how often it runs.
 
-    Small graphs between them, which cut a batch into micro-batches, are left out.
+    The small graphs that cut a batch into micro-batches are left out.
     """
     args, planner = trainer.args, GraphPlanner(trainer)
     target = device.torch_device()
@@ -182,32 +191,33 @@ def trace_step(trainer: TunixTrainer) -> list[Graph]:
     prompts = PromptBatch(prompt_ids, prompt_mask, [{"prompt": "?", "answer": "!"}] * num_prompts)
 
     learn, step = trainer.learning_pass, trainer.optimizer_step
-    planner.graphs_of(lambda: (learn(_zeros(prompts, rows, width, args)), step()))  # now AdamW has its state
+    # This first pass gives AdamW its averages, which it has in every later step; its graphs are not kept.
+    planner.graphs_of(lambda: (learn(_batch_of_zeros(prompts, rows, width, args)), step()))
     batches = []
     rollout_graphs = planner.graphs_of(lambda: batches.append(trainer.collect(prompts)))
     learn_graphs = planner.graphs_of(lambda: learn(batches[0]))
     optimizer_graphs = planner.graphs_of(step)
 
-    # What multiplies matrices: not the graphs that cut a batch into micro-batches.
+    # The graphs that multiply matrices, which the small ones do not.
     large = [graph for graph in rollout_graphs if b"dot" in graph.hlo]
     names = [PREFILL, DECODE] + [REFERENCE] * (args.beta > 0) + [OLD] * (args.num_iterations > 1)
     different = list({graph.digest: graph for graph in large}.values())
     assert len(different) >= len(names), f"{len(different)} graphs for {names}"
-    different = different[-len(names) :]  # float32 weights are merged with the LoRA before, in a graph of their own
+    different = different[-len(names) :]  # before them may run a graph that merges the LoRA into float32 weights
     counts = Counter(graph.digest for graph in large)
     graphs = [
         replace(graph, name=name, runs=counts[graph.digest]) for name, graph in zip(names, different, strict=True)
     ]
-    graphs[1].runs = width - 1  # traced once, see `traced_once`
+    graphs[1].runs = width - 1  # the decode step, of which `traced_once` has traced one run
     passes = [graph for graph in learn_graphs if b"dot" in graph.hlo]
-    # the last, which adds to gradients that are there, when there are several micro-batches
+    # of several micro-batches the last one counts: it adds to the gradients of those before
     graphs.append(replace(passes[-1], name=LEARN, runs=len(passes) * args.num_iterations))
     graphs.append(replace(optimizer_graphs[-1], name=OPTIMIZER, runs=args.num_iterations))
     return graphs
 
 
-def _zeros(prompts: PromptBatch, rows: int, width: int, args: GRPOConfig) -> TrainBatch:
-    """A batch such as `TunixTrainer.make_train_batch` makes, of zeros."""
+def _batch_of_zeros(prompts: PromptBatch, rows: int, width: int, args: GRPOConfig) -> TrainBatch:
+    """Return a batch of zeros with the shapes of those from `TunixTrainer.make_train_batch`."""
     target = device.torch_device()
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
