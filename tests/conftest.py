@@ -1,5 +1,6 @@
 """What must be settled before anything heavy is imported: the tests run on the CPU unless told otherwise."""
 
+import gc
 import os
 
 import pytest
@@ -7,6 +8,14 @@ import pytest
 os.environ.setdefault("TUNIX_DEVICE", "cpu")
 # The models here are too small for several threads, which slow each other down where other work shares the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Importing makes many objects and no garbage; searching them for it over and over takes a quarter of collecting.
+gc.disable()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
