@@ -209,16 +209,17 @@ MATTERS = {
 }
 
 
-@pytest.mark.parametrize("name", MATTERS)
-def test_a_setting_that_changes_the_run_may_be_neither_left_out_nor_added(name, tmp_path):
+def test_a_setting_that_changes_the_run_may_be_neither_left_out_nor_added(tmp_path, subtests):
     """Only what both sides had written was compared, and defaults are not written."""
-    plain, other = (
-        settings_of(ModelConfig(), DataConfig(), GRPOConfig(**given)) for given in ({}, {name: MATTERS[name]})
-    )
-    check_same_run(other, checkpoint_of(tmp_path, other))
-    for now, earlier in ((plain, other), (other, plain)):
-        with pytest.raises(ValueError, match=f"^{name}=.*would be resumed"):
-            check_same_run(now, checkpoint_of(tmp_path, earlier))
+    for name in MATTERS:
+        with subtests.test(name=name):
+            plain, other = (
+                settings_of(ModelConfig(), DataConfig(), GRPOConfig(**given)) for given in ({}, {name: MATTERS[name]})
+            )
+            check_same_run(other, checkpoint_of(tmp_path, other))
+            for now, earlier in ((plain, other), (other, plain)):
+                with pytest.raises(ValueError, match=f"^{name}=.*would be resumed"):
+                    check_same_run(now, checkpoint_of(tmp_path, earlier))
 
 
 def test_where_and_how_often_may_change(tmp_path):

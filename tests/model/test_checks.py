@@ -36,9 +36,10 @@ def tokenizer(model_folder):
 # ---- the model's head ----
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_heads_of_tested_families_are_ours(family):
-    check_head(make_model(family))
+def test_the_heads_of_tested_families_are_ours(subtests):
+    for family in FAMILIES:
+        with subtests.test(family=family):
+            check_head(make_model(family))
 
 
 @pytest.mark.parametrize(

@@ -157,9 +157,8 @@ def test_a_learning_rate_that_follows_a_metric_takes_accuracy_and_its_direction(
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
+def test_numbers_that_cannot_be_are_refused(subtests):
+    for settings, message in [
         ({"reward_weights": [NAN, 1.0]}, "reward_weights=[nan, 1.0]: must be finite"),
         ({"learning_rate": INF}, "learning_rate=inf: must be finite"),
         ({"weight_decay": NAN}, "weight_decay=nan: must be finite"),
@@ -182,8 +181,7 @@ NAN, INF = float("nan"), float("inf")
         ({"logging_steps": -1}, "logging_steps=-1: must be a whole number above 0"),
         ({"seed": 2**32}, "seed=4294967296: must be below"),
         ({"optim": "adamm"}, "optim='adamm': choose one of adamw_torch"),
-    ],
-)
-def test_numbers_that_cannot_be_are_refused(settings, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        GRPOConfig(**settings)
+    ]:
+        with subtests.test(settings=settings, message=message):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                GRPOConfig(**settings)
