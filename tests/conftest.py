@@ -74,6 +74,16 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def finished_run(model_folder, tmp_path_factory):
+    """The folder of a whole job with the settings `runs.SMALL`. Tests that change it copy it first."""
+    from runs import run
+
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    run(model_folder, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory, model_folder):
     """A cache folder in which the tiny model lies already, without its warm start, so that no test waits for that."""
     from tunix_torch.model import tiny

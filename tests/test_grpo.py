@@ -16,6 +16,7 @@ from tunix_torch.grpo import (
     grpo_loss,
     per_token_kl,
 )
+from tunix_torch.runtime import mesh
 
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
 MAX_LENGTH = 7  # C is 6 below: the longest allowed is not the longest that occurs
@@ -543,15 +544,10 @@ def test_what_accelerate_sets_in_the_environment_is_refused_too(name, monkeypatc
 
 
 def test_by_default_a_cpu_learns_from_as_many_groups_as_keep_it_busy(tmp_path, subtests):
-    for prompts, group, prompt_length, completion_length, rows in [
-        (8, 4, 64, 64, 32),  # 8 groups of 320 tokens
-        (16, 4, 256, 256, 12),  # of 1,280: three groups at once, in six passes
-        (8, 16, 256, 256, 16),  # a group has more than enough
-        (3, 2, 8, 8, 6),
-    ]:
-        with subtests.test(
-            prompts=prompts, group=group, prompt_length=prompt_length, completion_length=completion_length, rows=rows
-        ):
+    """In whole groups, within the budget of tokens or one group at a time, and in no more passes than that takes."""
+    budget = mesh.tokens_per_pass()
+    for prompts, group, prompt_length, completion_length in ((8, 4, 64, 64), (16, 4, 256, 256), (8, 16, 256, 256)):
+        with subtests.test(prompts=prompts, group=group, prompt_length=prompt_length):
             config = GRPOConfig(
                 output_dir=str(tmp_path),
                 per_device_train_batch_size=prompts,
@@ -559,9 +555,14 @@ def test_by_default_a_cpu_learns_from_as_many_groups_as_keep_it_busy(tmp_path, s
                 max_prompt_length=prompt_length,
                 generation_max_length=completion_length,
             )
-            assert config.rows_per_pass == rows
-            assert config.rows_in_pass_of(group * completion_length) == rows
-            assert config.rows_in_pass_of(group) >= rows, "shorter completions, and fewer passes"
+            groups, rest = divmod(config.rows_per_pass, group)
+            tokens = prompt_length + group * completion_length
+            assert rest == 0 and 1 <= groups <= prompts
+            assert groups == 1 or groups * tokens <= budget
+            num_passes, fit = -(-prompts // groups), max(1, budget // tokens)
+            assert (num_passes - 1) * fit < prompts, "one pass less could not hold them"
+            assert config.rows_in_pass_of(group * completion_length) == config.rows_per_pass
+            assert config.rows_in_pass_of(group) >= config.rows_per_pass, "shorter completions, and fewer passes"
             config.micro_batch_size = group
             assert config.rows_per_pass == config.rows_in_pass_of(group) == group
 

@@ -535,6 +535,7 @@ def operations(text):
 
 
 @pytest.mark.xla
+@pytest.mark.thorough
 def test_the_planned_graphs_are_those_that_a_run_compiles(tmp_path, small_model):
     """Two layers, one of each kind, and two steps: the second runs the graphs of all that follow."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from tunix_torch.trainer import TunixTrainer as Trainer
 
 
 @pytest.fixture(scope="module")
-def earlier_run(model_folder, tmp_path_factory):
+def earlier_run(finished_run, tmp_path_factory):
+    """A run's folder that none of these tests may change."""
     folder = tmp_path_factory.mktemp("earlier") / "out"
-    run(model_folder, folder, max_steps=1)
+    shutil.copytree(finished_run, folder)
     return folder
 
 
@@ -94,16 +96,17 @@ def test_a_service_that_cannot_be_reached_is_named_before_anything_is_moved(mode
     [(Trainer, "create_scheduler"), (Trainer, "_load_optimizer_and_scheduler"), (RewardWorkers, "__init__")],
     ids=lambda place: place[1],
 )
-def test_whatever_fails_before_the_first_step_moves_nothing(place, model_folder, earlier_run, tmp_path, monkeypatch):
+def test_whatever_fails_before_the_first_step_moves_nothing(
+    place, model_folder, finished_run, earlier_run, monkeypatch
+):
     def fail(*args, **kwargs):
         raise OSError("as it happens")
 
-    run(model_folder, tmp_path, max_steps=1)
     monkeypatch.setattr(*place, fail)
     before = files(earlier_run)
     with pytest.raises(OSError, match="as it happens"):
-        resume = str(tmp_path / "checkpoint-1")
-        run(model_folder, earlier_run, max_steps=2, reward_processes=1, resume_from_checkpoint=resume)
+        resume = str(finished_run / "checkpoint-2")
+        run(model_folder, earlier_run, reward_processes=1, resume_from_checkpoint=resume)
     assert files(earlier_run) == before
 
 
