@@ -99,28 +99,6 @@ def test_accumulated_batches_give_the_gradient_of_one_batch(model_folder, tmp_pa
             assert log[name] == pytest.approx(logs[0][name], rel=1e-4, abs=1e-6), name
 
 
-def test_a_cpu_learns_at_once_from_as_many_rows_as_their_real_lengths_allow(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("tunix_torch.runtime.mesh.tokens_per_pass", lambda: 100)  # one group at its longest
-    trainer = make_trainer(model_folder, tmp_path, micro_batch_size=None, num_completions_per_prompt=4)
-    batch = first_batch(trainer)
-    long = torch.ones_like(batch.completion_mask)
-    short = batch.completion_mask & (torch.arange(batch.completion_mask.shape[1]) < 2)
-
-    def groups_of_passes(mask):
-        """How many groups each pass has, where completions have this mask."""
-        parts = [
-            part.batch for part in lay_out(replace(batch, completion_mask=mask, lengths=mask.sum(1)), trainer.args)
-        ]
-        assert torch.equal(torch.cat([part.completion_ids for part in parts]), batch.completion_ids), "each row once"
-        assert all(len(part.completion_ids) == 4 * len(part.prompt_ids) for part in parts), "whole groups"
-        return [len(part.prompt_ids) for part in parts]
-
-    assert set(groups_of_passes(long)) == {1}, "the budget is that of one group"
-    assert len(groups_of_passes(short)) < len(groups_of_passes(long))
-    trainer.args.gradient_checkpointing = True  # which pads every row
-    assert groups_of_passes(short) == groups_of_passes(long)
-
-
 def test_layers_under_gradient_checkpointing_give_the_same_gradient(model_folder, tmp_path):
     plain = make_trainer(model_folder, tmp_path / "a")
     _, expected = gradients(plain, first_batch(plain))

@@ -195,22 +195,21 @@ def test_gradient_checkpointing_is_refused_where_a_gradient_would_be_lost():
 def test_layers_under_gradient_checkpointing_give_the_same_gradient():
     from models import add_nontrivial_lora, make_batch, make_model
 
-    from tunix_torch.batch import TrainBatch
     from tunix_torch.learn.logprobs import token_logps
+    from tunix_torch.learn.passes import plain_rows
     from tunix_torch.model.forward import base_model, recompute_layers
     from tunix_torch.model.loading import place
     from tunix_torch.runtime import device
 
     model = place(add_nontrivial_lora(make_model("gemma3"))).train()
-    on_host = {name: value for name, value in vars(make_batch()).items() if value is not None}
-    batch = TrainBatch(**{name: value.to(device.torch_device()) for name, value in on_host.items()})
+    batch = make_batch(place=device.torch_device())
     passes = []
     base_model(model).get_decoder().layers[0].mlp.register_forward_hook(
         lambda *_: passes.append(torch.is_grad_enabled())
     )
 
     def gradients():
-        token_logps(model, batch, share_prefix=False)[0].square().sum().backward()
+        token_logps(model, plain_rows(batch))[0].square().sum().backward()
         device.sync()  # else each gradient would be a graph of its own
         found = {name: p.grad.cpu() for name, p in model.named_parameters() if p.requires_grad}
         model.zero_grad()

@@ -272,7 +272,7 @@ def test_every_variable_has_a_value_of_its_own():
 
 def test_mpmath_is_imported_late_and_keeps_its_precision():
     code = (
-        "import sys, rewards; assert 'mpmath' not in sys.modules\n"
+        "import sys; from tunix_torch import rewards; assert 'mpmath' not in sys.modules\n"
         "rewards.math_equal_reward(['?'], ['<answer>sqrt(2)</answer>'], answer=['2'])\n"
         "import mpmath; print(mpmath.mp.dps)"
     )

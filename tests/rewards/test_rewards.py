@@ -1,5 +1,6 @@
 """The rewards never raise on any text, keep to their stated ranges, and judge answers as a teacher would."""
 
+import ast
 import doctest
 import importlib
 import math
@@ -494,11 +495,12 @@ def test_get_reward_names_the_nearest():
 
 
 def test_importing_rewards_imports_only_the_standard_library():
-    code = "import sys, rewards; print({name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names)"
+    names = "{name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names"
+    code = f"import sys; from tunix_torch import rewards; print({names})"
     # -S: no site-packages, whose .pth files may import what they like.
     command = [sys.executable, "-S", "-c", code]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() in ("{'rewards', '__main__'}", "{'__main__', 'rewards'}", "{'rewards'}")
+    assert set(ast.literal_eval(result.stdout)) - {"__main__"} == {"tunix_torch"}
 
 
 def test_example_prints_the_expected_rows():
