@@ -11,9 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # What a plain call leaves out, in this order: marker, what it marks, and the command that runs it.
 LEFT_OUT = (
-    ("xla", "through XLA", "TUNIX_DEVICE=xla .venv/bin/python -m pytest -m 'xla and not slow'"),
     ("slow", "that take minutes each", "make test-slow, make test-plans"),
     ("thorough", "that are not needed after every change", "make test-all"),
+    ("xla", "through XLA", "TUNIX_DEVICE=xla .venv/bin/python -m pytest -m 'xla and not slow'"),
 )
 NUM_LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
@@ -34,8 +34,10 @@ def pytest_collection():
 
 
 def pytest_deselected(items):
-    """Counts what the markers leave out. In a process of XLA the other tests are another call's, and not counted."""
+    """Counts what the markers leave out. In a process of XLA only tests of XLA count: the others are another call's."""
     for item in items:
+        if os.environ["TUNIX_DEVICE"] == "xla" and item.get_closest_marker("xla") is None:
+            continue
         marker = next((marker for marker, *_ in LEFT_OUT if item.get_closest_marker(marker)), None)
         if marker is not None:
             counts = item.config.stash[NUM_LEFT_OUT]
@@ -55,6 +57,8 @@ def pytest_testnodedown(node):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    if config.option.keyword:
+        return  # what was asked for by name has left the rest out
     for marker, words, command in LEFT_OUT:
         count = config.stash[NUM_LEFT_OUT].get(marker, 0)
         if count:

@@ -96,6 +96,7 @@ def test_a_finished_run_takes_no_step_more(model_folder, finished_run, tmp_path,
         ("latest", {"max_steps": 9, "eval_steps": 1, "save_steps": 2, "early_stopping_patience": 2}),
     ],
 )
+@pytest.mark.thorough
 def test_a_run_that_finished_otherwise_takes_no_step_more(model_folder, tmp_path, how, settings, judges):
     """By epochs, by a part of one, with its best model, or stopped early."""
     out = tmp_path / "out"

@@ -68,7 +68,9 @@ def compare(policy, case, damage=lambda trainer: None, folder=None):
     return list(crosscheck.compare.compare_step(case.name, record, trainer.args, policy[1], base))
 
 
-@pytest.mark.parametrize("name", CASE)
+@pytest.mark.parametrize(
+    "name", ["defaults", *(pytest.param(name, marks=pytest.mark.thorough) for name in CASE if name != "defaults")]
+)
 def test_every_case_agrees_with_tunix(policy, name):
     assert failures(compare(policy, CASE[name])) == []
 
@@ -104,10 +106,12 @@ def test_lora_map_is_exact_both_ways(policy):
     assert all((back[name] == lora[name]).all() for name in lora)
 
 
+@pytest.mark.thorough
 def test_trl_agrees_where_it_shares_a_mode():
     assert failures(crosscheck.run.rows_of_trl(FAMILY, cases=["old", "gspo", "dapo"])) == []
 
 
+@pytest.mark.thorough
 def test_where_tunix_differs_ours_is_right():
     for difference in crosscheck.differences.DIFFERENCES:
         rows = list(difference())
@@ -231,11 +235,13 @@ def positions_not_reset_for_padding(monkeypatch, trainer):
         (positions_not_reset_for_padding, "defaults", "base log-probabilities"),
     ],
 )
+@pytest.mark.thorough
 def test_a_planted_defect_is_reported_where_it_arises(policy, monkeypatch, defect, case, quantity):
     failed = failures(compare(policy, CASE[case], lambda trainer: defect(monkeypatch, trainer)))
     assert failed and failed[0] == quantity, failed
 
 
+@pytest.mark.thorough
 def test_a_wrong_rope_theta_is_reported(policy, tmp_path):
     for file in policy[0].iterdir():
         if file.is_file():
@@ -260,6 +266,7 @@ def run_command(monkeypatch, capsys, *flags):
     return code, capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_the_command_prints_a_table_and_writes_it(monkeypatch, capsys, tmp_path):
     flags = ["--families", FAMILY, "--cases", "k1", "--json", tmp_path / "table.json"]
     code, out = run_command(monkeypatch, capsys, *flags)
@@ -327,6 +334,7 @@ def test_a_recorded_run_is_replayed(recorded):
     assert expected | {"parameters after 1 step", "parameters after 2 steps"} <= {row.quantity for row in rows}
 
 
+@pytest.mark.thorough
 def test_a_recorded_run_with_several_passes_is_replayed(model_folder, tmp_path):
     record_run(model_folder, tmp_path, algorithm="gspo", num_iterations=2, generation_temperature=0.9)
     rows = list(crosscheck.replay.replay(tmp_path))
@@ -347,6 +355,7 @@ def test_a_recorded_run_with_several_passes_is_replayed(model_folder, tmp_path):
         ),
     ],
 )
+@pytest.mark.thorough
 def test_a_run_that_went_wrong_is_found_out(recorded, tmp_path, damage, quantity):
     shutil.copytree(recorded, tmp_path / "run")
     file = tmp_path / "run" / "batches" / "step-0002.safetensors"
@@ -355,6 +364,7 @@ def test_a_run_that_went_wrong_is_found_out(recorded, tmp_path, damage, quantity
     assert quantity in failures(crosscheck.replay.replay(tmp_path / "run"))
 
 
+@pytest.mark.thorough
 def test_a_step_with_equal_rewards_and_a_run_that_began_elsewhere_are_told(recorded, tmp_path, capsys):
     shutil.copytree(recorded, tmp_path / "run")
     for name in ("step-0001", "step-0003"):

@@ -427,6 +427,7 @@ def small_model(tmp_path_factory):
 SMALL_JOB = ["--use_grpo", "--per_device_train_batch_size", 2, "--max_prompt_length", 16, "--generation_max_length", 8]
 
 
+@pytest.mark.thorough
 def test_a_search_by_arithmetic_names_what_it_leaves_out(small_model, tmp_path):
     """Four chips, two prompts; the mesh of the flags is one of eight."""
     pytest.importorskip("torch_xla")
@@ -468,6 +469,7 @@ def test_a_job_that_does_not_fit_ends_with_1():
     assert result.returncode == 1 and "Does not fit" in result.stdout, result.stderr
 
 
+@pytest.mark.thorough
 def test_a_tiny_model_is_planned(small_model, tmp_path):
     pytest.importorskip("torch_xla")
     pytest.importorskip("libtpu")
