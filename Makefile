@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup train train-quick train-show-config train-sweep evaluate check-device test test-slow test-plans crosscheck bench config lint format \
+.PHONY: help setup train train-quick train-show-config train-sweep evaluate check-device test test-all test-slow test-plans crosscheck bench config lint format \
 	tensorboard clean
 .DEFAULT_GOAL := help
 
@@ -37,11 +37,20 @@ check-device: setup  ## which device is computed on here, after a small calculat
 	@$(BIN)/python -c "import utils; \
 	utils.run_script(lambda: [print(f'{n:<12} {v}') for n, v in utils.verify_tpu_setup().items()])"
 
-test: setup  ## the tests: on the CPU, then through XLA on the CPU
-	TUNIX_DEVICE=cpu $(BIN)/python -m pytest
-	@if $(BIN)/python -c "import importlib.util as u, sys; sys.exit(u.find_spec('torch_xla') is None)"; \
-	then TUNIX_DEVICE=xla $(BIN)/python -m pytest -m "xla and not slow"; \
-	else echo "torch_xla is not installed here: the tests through XLA are left out"; fi
+# Two processes, each of which keeps whole files, so that what the tests of a file share is made once.
+IN_PARALLEL := -n 2 --dist loadfile
+# A process is XLA or not for life, so the tests through XLA are a call of their own.
+HAS_XLA := $(BIN)/python -c "import importlib.util as u, sys; sys.exit(u.find_spec('torch_xla') is None)"
+NO_XLA := echo "torch_xla is not installed here: the tests through XLA are left out"
+
+test: setup  ## the essential tests of every room: on the CPU, then through XLA on the CPU (8 minutes on two cores)
+	TUNIX_DEVICE=cpu $(BIN)/python -m pytest $(IN_PARALLEL)
+	@if $(HAS_XLA); then TUNIX_DEVICE=xla $(BIN)/python -m pytest $(IN_PARALLEL) -m "xla and not slow and not thorough"; \
+	else $(NO_XLA); fi
+
+test-all: setup  ## everything that CI runs: all tests but whole jobs and whole plans (25 minutes on two cores)
+	TUNIX_DEVICE=cpu $(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow and not xla"
+	@if $(HAS_XLA); then TUNIX_DEVICE=xla $(BIN)/python -m pytest $(IN_PARALLEL) -m "xla and not slow"; else $(NO_XLA); fi
 
 test-slow: setup  ## whole jobs and every mesh, on the CPU and through XLA (about half an hour)
 	TUNIX_DEVICE=cpu $(BIN)/python -m pytest -m "slow and not xla" -s --ignore tests/preflight/test_preflight.py

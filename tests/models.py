@@ -18,7 +18,10 @@ from transformers import (
 )
 
 from tunix_torch.batch import TrainBatch
+from tunix_torch.batch import completion_lengths as lengths_of
 from tunix_torch.grpo import aggregation_weights
+from tunix_torch.learn import logprobs
+from tunix_torch.learn.passes import shared_prompts
 from tunix_torch.model.forward import base_model
 from tunix_torch.model.loading import LORA_TARGETS, add_lora
 
@@ -95,12 +98,18 @@ def add_nontrivial_lora(model, seed=1, **settings):
     return model.eval()
 
 
+def make_policy(family, **overrides):
+    """A model with a LoRA that changes what it computes."""
+    return add_nontrivial_lora(make_model(family, **overrides))
+
+
 def make_batch(
     prompt_lengths=(19, 11, 3),
     completion_lengths=(1, 12, 5, 7, 12, 3, 2, 9, 4),
     seed=2,
     vocabulary=VOCABULARY,
     aggregation="sequence-mean-token-mean",
+    place="cpu",
 ):
     """Random prompts, padded on the left to the longest, with an equal number of ragged completions each."""
     random = torch.Generator().manual_seed(seed)
@@ -115,13 +124,24 @@ def make_batch(
     prompt_ids, prompt_mask = ragged(prompt_lengths, left=True)
     completion_ids, completion_mask = ragged(completion_lengths, left=False)
     return TrainBatch(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        completion_ids=completion_ids,
-        completion_mask=completion_mask,
-        advantages=torch.randn(len(completion_lengths), generator=random),
-        token_weights=aggregation_weights(completion_mask, aggregation, completion_mask.shape[1]),
+        prompt_ids=prompt_ids.to(place),
+        prompt_mask=prompt_mask.to(place),
+        completion_ids=completion_ids.to(place),
+        completion_mask=completion_mask.to(place),
+        advantages=torch.randn(len(completion_lengths), generator=random).to(place),
+        token_weights=aggregation_weights(completion_mask, aggregation, completion_mask.shape[1]).to(place),
+        lengths=lengths_of(completion_mask),
     )
+
+
+def token_logps(model, batch, temperature=1.0, layout=shared_prompts):
+    """The library's log-probabilities and entropies of a batch that `layout` makes a pass of."""
+    return logprobs.token_logps(model, layout(batch), temperature)
+
+
+def with_completions(batch, ids, mask):
+    """The batch with other completions: ids and mask (B, C)."""
+    return replace(batch, completion_ids=ids, completion_mask=mask, lengths=lengths_of(mask))
 
 
 def single_row(batch, row):
@@ -136,6 +156,7 @@ def single_row(batch, row):
         completion_mask=filled[filled][None],
         advantages=batch.advantages[row][None],
         token_weights=batch.token_weights[row, filled][None],
+        lengths=batch.lengths[row][None],
     )
 
 
@@ -158,3 +179,21 @@ def hugging_face_logps(model, batch, temperature=1.0):
         values = torch.stack((distribution.log_prob(completion), distribution.entropy()))  # (2, length)
         columns.append(torch.nn.functional.pad(values, (0, batch.completion_ids.shape[1] - len(completion))))
     return torch.stack(columns, dim=1).unbind()
+
+
+def lora_gradients(model, loss):
+    """All LoRA gradients of a scalar loss as one vector."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
+
+
+def weighted(logps, batch):
+    """A scalar in which every token counts differently."""
+    return (logps * torch.linspace(-1, 2, logps.numel()).view(logps.shape) * batch.completion_mask).sum()
+
+
+def assert_close(actual, expected, tolerance):
+    """Largest difference, relative to the largest entry of what is expected."""
+    scale = expected.detach().abs().max()
+    assert scale > 1e-3, "nothing to compare with"
+    torch.testing.assert_close(actual, expected, rtol=0, atol=float(tolerance * scale))

@@ -16,6 +16,7 @@ from tunix_torch.grpo import (
     grpo_loss,
     per_token_kl,
 )
+from tunix_torch.runtime import mesh
 
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
 MAX_LENGTH = 7  # C is 6 below: the longest allowed is not the longest that occurs
@@ -24,22 +25,20 @@ MAX_LENGTH = 7  # C is 6 below: the longest allowed is not the longest that occu
 # ---- advantages ----
 
 
-@pytest.mark.parametrize(
-    "algorithm, normalize, expected",
-    [
+def test_advantages_by_hand(subtests):
+    for algorithm, normalize, expected in [
         ("grpo", True, [3**0.5 / 2, -(3**0.5) / 2, -(3**0.5) / 2, 3**0.5 / 2]),  # 0.5 / sqrt(1/3)
         ("gspo", True, [3**0.5 / 2, -(3**0.5) / 2, -(3**0.5) / 2, 3**0.5 / 2]),
         ("dapo", True, [3**0.5 / 2, -(3**0.5) / 2, -(3**0.5) / 2, 3**0.5 / 2]),
         ("grpo", False, [0.5, -0.5, -0.5, 0.5]),
         ("dr_grpo", True, [0.5, -0.5, -0.5, 0.5]),
         ("rloo", True, [2 / 3, -2 / 3, -2 / 3, 2 / 3]),  # 1 - mean(0, 0, 1) and 0 - mean(1, 0, 1)
-    ],
-)
-def test_advantages_by_hand(algorithm, normalize, expected):
-    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 5.0, 5.0, 5.0, 5.0])
-    advantages = compute_group_advantages(rewards, 4, algorithm, normalize)
-    assert advantages.dtype == torch.float32
-    assert advantages.tolist() == pytest.approx([*expected, 0, 0, 0, 0], abs=1e-6)
+    ]:
+        with subtests.test(algorithm=algorithm, normalize=normalize, expected=expected):
+            rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 5.0, 5.0, 5.0, 5.0])
+            advantages = compute_group_advantages(rewards, 4, algorithm, normalize)
+            assert advantages.dtype == torch.float32
+            assert advantages.tolist() == pytest.approx([*expected, 0, 0, 0, 0], abs=1e-6)
 
 
 REWARDS = st.integers(2, 5).flatmap(
@@ -69,16 +68,17 @@ def test_advantages_equal_their_definition(groups, algorithm, normalize, epsilon
     assert advantages.isfinite().all()
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("size", [2, 3, 4, 7])
-@pytest.mark.parametrize("reward", [0.0, 0.1, 0.3, -1.1])
-def test_equal_rewards_give_exactly_zero(reward, size, algorithm):
+def test_equal_rewards_give_exactly_zero(subtests):
     """The mean of seven times 0.1 is not 0.1, and what is left over must not be blown up by a tiny deviation."""
-    for dtype, epsilon in ((torch.float32, 1e-8), (torch.float64, 0.0)):
-        rewards = torch.tensor([reward] * size + [0.5] + [reward] * (size - 1), dtype=dtype)
-        advantages = compute_group_advantages(rewards, size, algorithm, epsilon=epsilon)
-        assert advantages[:size].tolist() == [0.0] * size
-        assert advantages[size] != 0 and advantages.isfinite().all()
+    for reward in (0.0, 0.1, 0.3, -1.1):
+        for size in (2, 3, 4, 7):
+            for algorithm in ALGORITHMS:
+                with subtests.test(algorithm=algorithm, size=size, reward=reward):
+                    for dtype, epsilon in ((torch.float32, 1e-8), (torch.float64, 0.0)):
+                        rewards = torch.tensor([reward] * size + [0.5] + [reward] * (size - 1), dtype=dtype)
+                        advantages = compute_group_advantages(rewards, size, algorithm, epsilon=epsilon)
+                        assert advantages[:size].tolist() == [0.0] * size
+                        assert advantages[size] != 0 and advantages.isfinite().all()
 
 
 def test_small_differences_of_large_rewards_are_not_rounded_away():
@@ -101,10 +101,11 @@ def test_groups_do_not_touch_each_other():
     assert torch.equal(compute_group_advantages(rewards, 3), alone)
 
 
-@pytest.mark.parametrize("shape, size", [((6,), 4), ((6,), 1), ((6,), 0), ((6,), 12), ((2, 3), 3), ((), 2)])
-def test_rewards_that_are_not_groups_are_refused(shape, size):
-    with pytest.raises(ValueError, match=f"groups of {size}"):
-        compute_group_advantages(torch.zeros(shape), size)
+def test_rewards_that_are_not_groups_are_refused(subtests):
+    for shape, size in (((6,), 4), ((6,), 1), ((6,), 0), ((6,), 12), ((2, 3), 3), ((), 2)):
+        with subtests.test(shape=shape, size=size):
+            with pytest.raises(ValueError, match=f"groups of {size}"):
+                compute_group_advantages(torch.zeros(shape), size)
 
 
 # ---- KL ----
@@ -123,14 +124,15 @@ def test_kl_estimators_equal_their_definitions(policy, reference, estimator, cla
     assert estimator == "k1" or (actual > -1e-6).all()
 
 
-@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
-def test_beyond_the_clamp_the_gradient_is_zero_however_large_the_gap(estimator):
+def test_beyond_the_clamp_the_gradient_is_zero_however_large_the_gap(subtests):
     """exp overflowed at a gap of 88, and the gradient was 0 * inf, not a number."""
-    logps = -torch.tensor([[0.0, 10.0, 80.0, 90.0, 500.0]]).requires_grad_()
-    kl = per_token_kl(logps, torch.zeros(1, 5), estimator, clamp=5.0)
-    (gradient,) = torch.autograd.grad(kl.sum(), logps)
-    assert kl[0, 1:].abs().tolist() == [5.0] * 4
-    assert gradient[0, 1:].tolist() == [0.0] * 4
+    for estimator in KL_ESTIMATORS:
+        with subtests.test(estimator=estimator):
+            logps = -torch.tensor([[0.0, 10.0, 80.0, 90.0, 500.0]]).requires_grad_()
+            kl = per_token_kl(logps, torch.zeros(1, 5), estimator, clamp=5.0)
+            (gradient,) = torch.autograd.grad(kl.sum(), logps)
+            assert kl[0, 1:].abs().tolist() == [5.0] * 4
+            assert gradient[0, 1:].tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -182,17 +184,21 @@ def test_weights_aggregate_as_the_modes_are_defined(lengths, mode):
     np.testing.assert_allclose((values * weights).sum(), aggregate(values, mask, mode), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", LOSS_AGGREGATIONS)
-def test_batches_that_are_weighed_together_weigh_as_one(mode):
-    mask = torch.arange(6) < torch.tensor([[1], [6], [0], [3]])
-    whole = aggregation_weights(mask, mode, MAX_LENGTH)
-    parts = [aggregation_weights(part, mode, MAX_LENGTH, num_tokens=10, num_rows=3) for part in mask.split([1, 3])]
-    torch.testing.assert_close(torch.cat(parts), whole)
+def test_batches_that_are_weighed_together_weigh_as_one(subtests):
+    for mode in LOSS_AGGREGATIONS:
+        with subtests.test(mode=mode):
+            mask = torch.arange(6) < torch.tensor([[1], [6], [0], [3]])
+            whole = aggregation_weights(mask, mode, MAX_LENGTH)
+            parts = [
+                aggregation_weights(part, mode, MAX_LENGTH, num_tokens=10, num_rows=3) for part in mask.split([1, 3])
+            ]
+            torch.testing.assert_close(torch.cat(parts), whole)
 
 
-@pytest.mark.parametrize("mode", LOSS_AGGREGATIONS)
-def test_a_batch_without_any_token_has_no_weight_and_no_nan(mode):
-    assert not aggregation_weights(torch.zeros(3, 4, dtype=torch.bool), mode, 4).any()
+def test_a_batch_without_any_token_has_no_weight_and_no_nan(subtests):
+    for mode in LOSS_AGGREGATIONS:
+        with subtests.test(mode=mode):
+            assert not aggregation_weights(torch.zeros(3, 4, dtype=torch.bool), mode, 4).any()
 
 
 def test_an_unknown_aggregation_is_refused():
@@ -261,36 +267,44 @@ def make_advantages(rewards, config):
     return compute_group_advantages(rewards, 3, config.algorithm, config.normalize_advantages, config.advantage_epsilon)
 
 
-@pytest.mark.parametrize("options", [{}, {"epsilon_high": 0.5}, {"epsilon_c": 1.3, "kl_estimator": "k1"}])
-@pytest.mark.parametrize("mode", [None, *LOSS_AGGREGATIONS])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_loss_equals_its_definition(algorithm, mode, options):
-    config = GRPOConfig(algorithm=algorithm, loss_aggregation=mode, num_completions_per_prompt=3, **options)
-    for seed in range(5):
-        logps, old, ref, mask, rewards = make_tensors(seed)
-        advantages = make_advantages(rewards, config)
-        policy, kl, clipped = expected_terms(logps, old, ref, advantages, mask, config)
-        terms = compute_loss(logps, old, ref, advantages, mask, config)
-        assert float(terms.policy_loss) == pytest.approx(policy, rel=1e-5, abs=1e-6)
-        assert float(terms.kl_loss) == pytest.approx(kl, rel=1e-5, abs=1e-6)
-        assert float(terms.loss) == pytest.approx(policy + config.beta * kl, rel=1e-5, abs=1e-6)
-        assert float(terms.clipped_weight) == pytest.approx(clipped, rel=1e-5, abs=1e-6)
-        assert terms.loss.requires_grad and not terms.policy_loss.requires_grad and not terms.kl_loss.requires_grad
+def test_loss_equals_its_definition(subtests):
+    for algorithm in ALGORITHMS:
+        for mode in (None, *LOSS_AGGREGATIONS):
+            for options in ({}, {"epsilon_high": 0.5}, {"epsilon_c": 1.3, "kl_estimator": "k1"}):
+                with subtests.test(options=options, mode=mode, algorithm=algorithm):
+                    config = GRPOConfig(
+                        algorithm=algorithm, loss_aggregation=mode, num_completions_per_prompt=3, **options
+                    )
+                    for seed in range(5):
+                        logps, old, ref, mask, rewards = make_tensors(seed)
+                        advantages = make_advantages(rewards, config)
+                        policy, kl, clipped = expected_terms(logps, old, ref, advantages, mask, config)
+                        terms = compute_loss(logps, old, ref, advantages, mask, config)
+                        assert float(terms.policy_loss) == pytest.approx(policy, rel=1e-5, abs=1e-6)
+                        assert float(terms.kl_loss) == pytest.approx(kl, rel=1e-5, abs=1e-6)
+                        assert float(terms.loss) == pytest.approx(policy + config.beta * kl, rel=1e-5, abs=1e-6)
+                        assert float(terms.clipped_weight) == pytest.approx(clipped, rel=1e-5, abs=1e-6)
+                        assert (
+                            terms.loss.requires_grad
+                            and not terms.policy_loss.requires_grad
+                            and not terms.kl_loss.requires_grad
+                        )
 
 
-@pytest.mark.parametrize("kl_estimator", KL_ESTIMATORS)
-@pytest.mark.parametrize("kl_clamp_value", [None, 0.05])
-def test_the_kl_penalty_equals_its_definition_and_moves_the_policy_to_the_reference(kl_estimator, kl_clamp_value):
-    config = GRPOConfig(beta=0.7, kl_estimator=kl_estimator, kl_clamp_value=kl_clamp_value)
-    logps, old, ref, mask, rewards = make_tensors()
-    _, kl, _ = expected_terms(logps, old, ref, torch.zeros(6), mask, config)
-    terms = compute_loss(logps, old, ref, torch.zeros(6), mask, config)
-    assert float(terms.loss) == pytest.approx(0.7 * kl, rel=1e-5)
-    (gradient,) = torch.autograd.grad(terms.loss, logps)
-    moved = gradient != 0
-    assert moved.any() and not moved[~mask].any()
-    if kl_estimator != "k1":
-        assert torch.equal(gradient[moved].sign(), (logps - ref)[moved].sign())
+def test_the_kl_penalty_equals_its_definition_and_moves_the_policy_to_the_reference(subtests):
+    for kl_clamp_value in (None, 0.05):
+        for kl_estimator in KL_ESTIMATORS:
+            with subtests.test(kl_estimator=kl_estimator, kl_clamp_value=kl_clamp_value):
+                config = GRPOConfig(beta=0.7, kl_estimator=kl_estimator, kl_clamp_value=kl_clamp_value)
+                logps, old, ref, mask, rewards = make_tensors()
+                _, kl, _ = expected_terms(logps, old, ref, torch.zeros(6), mask, config)
+                terms = compute_loss(logps, old, ref, torch.zeros(6), mask, config)
+                assert float(terms.loss) == pytest.approx(0.7 * kl, rel=1e-5)
+                (gradient,) = torch.autograd.grad(terms.loss, logps)
+                moved = gradient != 0
+                assert moved.any() and not moved[~mask].any()
+                if kl_estimator != "k1":
+                    assert torch.equal(gradient[moved].sign(), (logps - ref)[moved].sign())
 
 
 def test_without_a_reference_there_is_no_kl():
@@ -319,22 +333,25 @@ def test_extreme_ratios_stay_finite(sequence_level, largest):
     assert torch.autograd.grad(terms.loss, logps)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("old_is_given", [False, True])
-@pytest.mark.parametrize("mode", LOSS_AGGREGATIONS)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_first_ratio_is_one(algorithm, mode, old_is_given):
+def test_the_first_ratio_is_one(subtests):
     """Then the loss is minus the weighted advantages, and its gradient is that of REINFORCE."""
-    config = GRPOConfig(algorithm=algorithm, loss_aggregation=mode, use_kl_penalty=False)
-    logps, _, _, mask, rewards = make_tensors()
-    advantages = make_advantages(rewards, config)
-    terms = compute_loss(logps, logps.detach() if old_is_given else None, None, advantages, mask, config)
-    weights = aggregation_weights(mask, mode, MAX_LENGTH)
-    assert terms.ratio_gap.max() == 0 and terms.clipped_weight == 0
-    torch.testing.assert_close(terms.loss, -(advantages[:, None] * weights).sum())
-    (gradient,) = torch.autograd.grad(terms.loss, logps)
-    (reinforce,) = torch.autograd.grad(-(advantages[:, None] * logps * weights).sum(), logps)
-    torch.testing.assert_close(gradient, reinforce)
-    assert gradient.any()
+    for algorithm in ALGORITHMS:
+        for mode in LOSS_AGGREGATIONS:
+            for old_is_given in (False, True):
+                with subtests.test(old_is_given=old_is_given, mode=mode, algorithm=algorithm):
+                    config = GRPOConfig(algorithm=algorithm, loss_aggregation=mode, use_kl_penalty=False)
+                    logps, _, _, mask, rewards = make_tensors()
+                    advantages = make_advantages(rewards, config)
+                    terms = compute_loss(
+                        logps, logps.detach() if old_is_given else None, None, advantages, mask, config
+                    )
+                    weights = aggregation_weights(mask, mode, MAX_LENGTH)
+                    assert terms.ratio_gap.max() == 0 and terms.clipped_weight == 0
+                    torch.testing.assert_close(terms.loss, -(advantages[:, None] * weights).sum())
+                    (gradient,) = torch.autograd.grad(terms.loss, logps)
+                    (reinforce,) = torch.autograd.grad(-(advantages[:, None] * logps * weights).sum(), logps)
+                    torch.testing.assert_close(gradient, reinforce)
+                    assert gradient.any()
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dapo"])
@@ -352,39 +369,45 @@ def test_gradients_are_those_of_unclipped_tokens(algorithm):
     torch.testing.assert_close(gradient, torch.where(held, 0.0, -advantages[:, None] * ratio * weights))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_gspo_gradients_equal_those_of_the_sequence_level_objective(seed):
+def test_gspo_gradients_equal_those_of_the_sequence_level_objective(subtests):
     """GSPO, arXiv 2507.18071, equations 5 to 7: mean over rows of min(s A, clip(s) A), s the geometric mean ratio."""
-    config = GRPOConfig(algorithm="gspo", use_kl_penalty=False)
-    logps, old, _, mask, rewards = make_tensors(seed, spread=0.6)
-    advantages = make_advantages(rewards, config)
-    terms = compute_loss(logps, old, None, advantages, mask, config)
-    objective = []
-    for b in range(6):
-        if mask[b].any():
-            ratio = (logps[b][mask[b]] - old[b][mask[b]]).mean().exp()
-            inside = ratio.clamp(1 - config.epsilon, 1 + config.clip_high)
-            objective.append(torch.minimum(ratio * advantages[b], inside * advantages[b]))
-    expected = -torch.stack(objective).mean()
-    torch.testing.assert_close(terms.loss, expected)
-    torch.testing.assert_close(torch.autograd.grad(terms.loss, logps), torch.autograd.grad(expected, logps))
+    for seed in range(5):
+        with subtests.test(seed=seed):
+            config = GRPOConfig(algorithm="gspo", use_kl_penalty=False)
+            logps, old, _, mask, rewards = make_tensors(seed, spread=0.6)
+            advantages = make_advantages(rewards, config)
+            terms = compute_loss(logps, old, None, advantages, mask, config)
+            objective = []
+            for b in range(6):
+                if mask[b].any():
+                    ratio = (logps[b][mask[b]] - old[b][mask[b]]).mean().exp()
+                    inside = ratio.clamp(1 - config.epsilon, 1 + config.clip_high)
+                    objective.append(torch.minimum(ratio * advantages[b], inside * advantages[b]))
+            expected = -torch.stack(objective).mean()
+            torch.testing.assert_close(terms.loss, expected)
+            torch.testing.assert_close(torch.autograd.grad(terms.loss, logps), torch.autograd.grad(expected, logps))
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "gspo"])
-@pytest.mark.parametrize("mode", LOSS_AGGREGATIONS)
-def test_losses_of_parts_add_up(algorithm, mode):
-    config = GRPOConfig(algorithm=algorithm, loss_aggregation=mode, epsilon_c=1.5)
-    logps, old, ref, mask, rewards = make_tensors()
-    advantages, weights = make_advantages(rewards, config), aggregation_weights(mask, mode, MAX_LENGTH)
-
-    def terms(rows):
-        parts = (values[rows] for values in (logps, old, ref, advantages, weights))
-        return grpo_loss(*parts, epsilon_c=1.5, beta=0.1, sequence_level=algorithm == "gspo")
-
-    whole, parts = terms(slice(None)), [terms(slice(i, i + 2)) for i in (0, 2, 4)]
-    for name in ("loss", "policy_loss", "kl_loss", "clipped_weight"):
-        torch.testing.assert_close(sum(getattr(part, name) for part in parts), getattr(whole, name))
-    assert max(part.ratio_gap.max() for part in parts) == whole.ratio_gap.max()
+def test_losses_of_parts_add_up(subtests):
+    for mode in LOSS_AGGREGATIONS:
+        for algorithm in ("grpo", "gspo"):
+            with subtests.test(algorithm=algorithm, mode=mode):
+                config = GRPOConfig(algorithm=algorithm, loss_aggregation=mode, epsilon_c=1.5)
+                logps, old, ref, mask, rewards = make_tensors()
+                advantages, weights = make_advantages(rewards, config), aggregation_weights(mask, mode, MAX_LENGTH)
+                tensors = (logps, old, ref, advantages, weights)
+                whole, *parts = (
+                    grpo_loss(
+                        *(values[rows] for values in tensors),
+                        epsilon_c=1.5,
+                        beta=0.1,
+                        sequence_level=algorithm == "gspo",
+                    )
+                    for rows in (slice(0, 6), slice(0, 2), slice(2, 4), slice(4, 6))
+                )
+                for name in ("loss", "policy_loss", "kl_loss", "clipped_weight"):
+                    torch.testing.assert_close(sum(getattr(part, name) for part in parts), getattr(whole, name))
+                assert max(part.ratio_gap.max() for part in parts) == whole.ratio_gap.max()
 
 
 @pytest.mark.parametrize("sequence_level", [False, True])
@@ -401,9 +424,8 @@ def test_what_stands_at_padding_changes_nothing(sequence_level):
 # ---- settings ----
 
 
-@pytest.mark.parametrize(
-    "alias, name, value",
-    [
+def test_aliases_set_what_the_real_names_set(subtests):
+    for alias, name, value in [
         ("num_generations", "num_completions_per_prompt", 6),
         ("beta", "kl_penalty_coef", 0.2),
         ("kl_coef", "kl_penalty_coef", 0.2),
@@ -417,26 +439,23 @@ def test_what_stands_at_padding_changes_nothing(sequence_level):
         ("num_epochs", "num_train_epochs", 5),
         ("batch_size", "per_device_train_batch_size", 3),
         ("num_training_steps", "max_steps", 12),
-    ],
-)
-def test_aliases_set_what_the_real_names_set(alias, name, value):
-    default, by_name, by_alias = GRPOConfig(), GRPOConfig(**{name: value}), GRPOConfig(**{alias: value})
-    assert getattr(by_alias, name) == getattr(by_name, name) == value != getattr(default, name)
+    ]:
+        with subtests.test(alias=alias, name=name, value=value):
+            default, by_name, by_alias = GRPOConfig(), GRPOConfig(**{name: value}), GRPOConfig(**{alias: value})
+            assert getattr(by_alias, name) == getattr(by_name, name) == value != getattr(default, name)
 
 
-@pytest.mark.parametrize(
-    "wrong, right",
-    [
+def test_an_unknown_name_offers_the_nearest(subtests):
+    for wrong, right in [
         ("num_generation", "num_generations"),
         ("epsilon_hihg", "epsilon_high"),
         ("learning_rat", "learning_rate"),
         ("kl_penalty", "use_kl_penalty"),
         ("max_completion_lenght", "max_completion_length"),
-    ],
-)
-def test_an_unknown_name_offers_the_nearest(wrong, right):
-    with pytest.raises(ValueError, match=f"'{wrong}'; did you mean '{right}'"):
-        GRPOConfig(**{wrong: 1})
+    ]:
+        with subtests.test(wrong=wrong, right=right):
+            with pytest.raises(ValueError, match=f"'{wrong}'; did you mean '{right}'"):
+                GRPOConfig(**{wrong: 1})
 
 
 def test_a_name_like_no_other_is_refused_without_a_guess():
@@ -450,9 +469,8 @@ def test_the_same_setting_twice_is_refused_unless_it_agrees():
     assert GRPOConfig(kl_penalty_coef=0.1, beta=0.1).beta == 0.1
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
+def test_invalid_values_are_refused_by_name_and_value(subtests):
+    for name, value in [
         ("algorithm", "ppo"),
         ("kl_estimator", "k4"),
         ("loss_aggregation", "mean"),
@@ -498,27 +516,24 @@ def test_the_same_setting_twice_is_refused_unless_it_agrees():
         ("auto_find_batch_size", True),
         ("deepspeed", "zero3.json"),
         ("fsdp", "full_shard"),
-    ],
-)
-def test_invalid_values_are_refused_by_name_and_value(name, value):
-    with pytest.raises(ValueError, match=rf"^{name}={value!r}: "):
-        GRPOConfig(**{name: value})
+    ]:
+        with subtests.test(name=name, value=value):
+            with pytest.raises(ValueError, match=rf"^{name}={value!r}: "):
+                GRPOConfig(**{name: value})
 
 
-@pytest.mark.parametrize(
-    "options, names",
-    [
+def test_settings_that_cannot_work_together_are_refused(subtests):
+    for options, names in [
         ({"algorithm": "dapo", "beta": 0.1}, "kl_penalty_coef=0.1.*dapo"),
         ({"num_iterations": 2, "gradient_accumulation_steps": 4}, "num_iterations=2.*gradient_accumulation_steps=4"),
         ({"max_length": 512, "max_prompt_length": 100}, "max_prompt_length=100.*256"),
         ({"bf16": True}, "bf16"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"device": "cuda"}, "device='cuda'.*'cpu'.*TUNIX_DEVICE=cuda"),
-    ],
-)
-def test_settings_that_cannot_work_together_are_refused(options, names):
-    with pytest.raises(ValueError, match=names):
-        GRPOConfig(**options)
+    ]:
+        with subtests.test(options=options, names=names):
+            with pytest.raises(ValueError, match=names):
+                GRPOConfig(**options)
 
 
 @pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
@@ -528,56 +543,56 @@ def test_what_accelerate_sets_in_the_environment_is_refused_too(name, monkeypatc
         GRPOConfig()
 
 
-@pytest.mark.parametrize(
-    ("prompts", "group", "prompt_length", "completion_length", "rows"),
-    [
-        (8, 4, 64, 64, 32),  # 8 groups of 320 tokens
-        (16, 4, 256, 256, 12),  # of 1,280: three groups at once, in six passes
-        (8, 16, 256, 256, 16),  # a group has more than enough
-        (3, 2, 8, 8, 6),
-    ],
-)
-def test_by_default_a_cpu_learns_from_as_many_groups_as_keep_it_busy(
-    tmp_path, prompts, group, prompt_length, completion_length, rows
-):
-    config = GRPOConfig(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=prompts,
-        num_completions_per_prompt=group,
-        max_prompt_length=prompt_length,
-        generation_max_length=completion_length,
-    )
-    assert config.rows_per_pass == rows
-    assert config.rows_in_pass_of(group * completion_length) == rows
-    assert config.rows_in_pass_of(group) >= rows, "shorter completions, and fewer passes"
-    config.micro_batch_size = group
-    assert config.rows_per_pass == config.rows_in_pass_of(group) == group
+def test_by_default_a_cpu_learns_from_as_many_groups_as_keep_it_busy(tmp_path, subtests):
+    """In whole groups, within the budget of tokens or one group at a time, and in no more passes than that takes."""
+    budget = mesh.tokens_per_pass()
+    for prompts, group, prompt_length, completion_length in ((8, 4, 64, 64), (16, 4, 256, 256), (8, 16, 256, 256)):
+        with subtests.test(prompts=prompts, group=group, prompt_length=prompt_length):
+            config = GRPOConfig(
+                output_dir=str(tmp_path),
+                per_device_train_batch_size=prompts,
+                num_completions_per_prompt=group,
+                max_prompt_length=prompt_length,
+                generation_max_length=completion_length,
+            )
+            groups, rest = divmod(config.rows_per_pass, group)
+            tokens = prompt_length + group * completion_length
+            assert rest == 0 and 1 <= groups <= prompts
+            assert groups == 1 or groups * tokens <= budget
+            num_passes, fit = -(-prompts // groups), max(1, budget // tokens)
+            assert (num_passes - 1) * fit < prompts, "one pass less could not hold them"
+            assert config.rows_in_pass_of(group * completion_length) == config.rows_per_pass
+            assert config.rows_in_pass_of(group) >= config.rows_per_pass, "shorter completions, and fewer passes"
+            config.micro_batch_size = group
+            assert config.rows_per_pass == config.rows_in_pass_of(group) == group
 
 
-@pytest.mark.parametrize("size", [None, 1, 2, 4, 8, 12])
-def test_micro_batches_may_divide_the_group_or_hold_several(size):
-    assert GRPOConfig(micro_batch_size=size, num_generations=4).micro_batch_size == size
+def test_micro_batches_may_divide_the_group_or_hold_several(subtests):
+    for size in (None, 1, 2, 4, 8, 12):
+        with subtests.test(size=size):
+            assert GRPOConfig(micro_batch_size=size, num_generations=4).micro_batch_size == size
 
 
-@pytest.mark.parametrize(
-    "algorithm, epsilon_high, beta, aggregation",
-    [
+def test_what_an_algorithm_brings_along(subtests):
+    for algorithm, epsilon_high, beta, aggregation in [
         ("grpo", 0.2, 0.01, "sequence-mean-token-mean"),
         ("gspo", 0.2, 0.01, "sequence-mean-token-mean"),
         ("rloo", 0.2, 0.01, "sequence-mean-token-mean"),
         ("dr_grpo", 0.2, 0.01, "sequence-mean-token-scale"),
         ("dapo", 0.28, 0.0, "token-mean"),
-    ],
-)
-def test_what_an_algorithm_brings_along(algorithm, epsilon_high, beta, aggregation):
-    config = GRPOConfig(algorithm=algorithm)
-    assert (config.clip_high, config.beta, config.aggregation) == (epsilon_high, beta, aggregation)
+    ]:
+        with subtests.test(algorithm=algorithm, epsilon_high=epsilon_high, beta=beta, aggregation=aggregation):
+            config = GRPOConfig(algorithm=algorithm)
+            assert (config.clip_high, config.beta, config.aggregation) == (epsilon_high, beta, aggregation)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_what_is_given_outweighs_what_an_algorithm_brings_along(algorithm):
-    config = GRPOConfig(algorithm=algorithm, epsilon=0.1, epsilon_high=0.4, loss_aggregation="seq-mean-token-sum")
-    assert (config.epsilon, config.clip_high, config.aggregation) == (0.1, 0.4, "seq-mean-token-sum")
+def test_what_is_given_outweighs_what_an_algorithm_brings_along(subtests):
+    for algorithm in ALGORITHMS:
+        with subtests.test(algorithm=algorithm):
+            config = GRPOConfig(
+                algorithm=algorithm, epsilon=0.1, epsilon_high=0.4, loss_aggregation="seq-mean-token-sum"
+            )
+            assert (config.epsilon, config.clip_high, config.aggregation) == (0.1, 0.4, "seq-mean-token-sum")
 
 
 def test_the_clip_range_is_symmetric_unless_told_otherwise():

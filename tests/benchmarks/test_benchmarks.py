@@ -230,9 +230,8 @@ def test_a_peer_that_fails_is_shown_and_the_others_go_on(monkeypatch, capsys, tm
 # ---- the command ----
 
 
-@pytest.mark.parametrize(
-    "args, message",
-    [
+def test_mistakes_are_one_line(subtests):
+    for args, message in [
         (["--peers", "ours,verl"], "peers='ours,verl': choose among ours, ours-xla, trl, tunix"),
         (["--peers", "ours,ours"], "name each once"),
         (["--preset", "huge"], "preset='huge': choose among small, long, 270m, 1b"),
@@ -242,13 +241,12 @@ def test_a_peer_that_fails_is_shown_and_the_others_go_on(monkeypatch, capsys, tm
         (["--preset", "1b"], "'tunix' on the CPU: --peers ours,trl"),
         (["--json", "/no/such/folder/x.json"], "expected a file in a folder that exists"),
         (["--num_prompts", "many"], "invalid int value"),
-    ],
-)
-def test_mistakes_are_one_line(args, message):
-    done = run_bench("--peers", "ours", *args) if "1b" not in args else run_bench(*args)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert message in done.stderr
+    ]:
+        with subtests.test(args=args, message=message):
+            done = run_bench("--peers", "ours", *args) if "1b" not in args else run_bench(*args)
+            assert done.returncode == 2
+            assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+            assert message in done.stderr
 
 
 @pytest.mark.slow

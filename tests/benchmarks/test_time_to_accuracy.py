@@ -230,9 +230,8 @@ def test_every_seed_is_a_job_and_flags_are_in_all_of_them():
     assert {(job.steps, job.threads, job.trl_rows, job.eval_every) for job in jobs} == {(5, 1, 64, Job().eval_every)}
 
 
-@pytest.mark.parametrize(
-    "args, message",
-    [
+def test_mistakes_are_one_line(subtests):
+    for args, message in [
         (["--seeds", "42,x"], "seeds='42,x': expected whole numbers, each once"),
         (["--seeds", "1,2,1"], "each once"),
         (["--goal", "90"], "goal=90.0: must be in (0, 1]"),
@@ -243,13 +242,12 @@ def test_every_seed_is_a_job_and_flags_are_in_all_of_them():
         (["--json", "/no/such/folder/x.json"], "expected a file in a folder that exists"),
         (["--picture", "curves.xls"], "expected a name that ends in .png, .svg, .pdf"),
         (["--num_questions", "many"], "invalid int value"),
-    ],
-)
-def test_mistakes_are_one_line(args, message):
-    done = run_bench(*args)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert message in done.stderr
+    ]:
+        with subtests.test(args=args, message=message):
+            done = run_bench(*args)
+            assert done.returncode == 2
+            assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+            assert message in done.stderr
 
 
 @pytest.mark.slow

@@ -74,35 +74,45 @@ def judges(tmp_path_factory, monkeypatch):
     return "judges_of_resume"
 
 
+@pytest.mark.parametrize("how", ["latest", "auto", "folder"])
+def test_a_finished_run_takes_no_step_more(model_folder, finished_run, tmp_path, how, caplog, capsys):
+    """It took one each time ("step 5/4"), with another adapter, and evaluated again; auto began anew."""
+    out = tmp_path / "out"
+    shutil.copytree(finished_run, out)
+    before = files(out)
+    again = run(model_folder, out, resume_from_checkpoint=str(out / "checkpoint-4") if how == "folder" else how)
+    assert files(out) == before, "something was written"
+    assert "4. Nothing is trained" in caplog.text and f"curves: {out}" in capsys.readouterr().out
+    assert again.state.global_step == 4
+    assert has_weights_of(again, out)
+
+
 @pytest.mark.parametrize(
     "how, settings",
     [
-        ("latest", {}),
-        ("auto", {}),
-        ("folder", {}),
         ("latest", {"max_steps": -1, "num_train_epochs": 1}),
         ("latest", {"max_steps": -1, "num_train_epochs": 0.4}),
         ("folder", {"load_best_model_at_end": True}),
         ("latest", {"max_steps": 9, "eval_steps": 1, "save_steps": 2, "early_stopping_patience": 2}),
     ],
 )
-def test_a_finished_run_takes_no_step_more(model_folder, tmp_path, how, settings, judges, caplog, capsys):
-    """It took one each time ("step 5/4"), with another adapter, and evaluated again; auto began anew."""
+@pytest.mark.thorough
+def test_a_run_that_finished_otherwise_takes_no_step_more(model_folder, tmp_path, how, settings, judges):
+    """By epochs, by a part of one, with its best model, or stopped early."""
     out = tmp_path / "out"
     first = run(model_folder, out, judge=f"{judges}.none", **settings)
     before, num_steps = files(out), first.state.global_step
     wanted = str(out / f"checkpoint-{num_steps}") if how == "folder" else how
     again = run(model_folder, out, judge=f"{judges}.none", **settings, resume_from_checkpoint=wanted)
     assert files(out) == before, "something was written"
-    assert f"{num_steps}. Nothing is trained" in caplog.text and f"curves: {out}" in capsys.readouterr().out
     assert again.state.global_step == num_steps
     assert has_weights_of(again, out)
 
 
-def test_final_files_that_are_missing_are_written(model_folder, tmp_path):
+def test_final_files_that_are_missing_are_written(model_folder, finished_run, tmp_path):
     """As after a kill between the last checkpoint and the end."""
     whole = tmp_path / "whole"
-    run(model_folder, whole)
+    shutil.copytree(finished_run, whole)
     for names in (["training_curves.png"], ["adapter_model.safetensors", "trainer_state.json", "training_curves.png"]):
         for name in names:
             (whole / name).unlink()
@@ -114,21 +124,22 @@ def test_final_files_that_are_missing_are_written(model_folder, tmp_path):
     assert not (whole / "previous").exists()
 
 
-def test_a_finished_run_goes_on_with_more_steps(model_folder, tmp_path):
-    run(model_folder, tmp_path / "whole")
+def test_a_finished_run_goes_on_with_more_steps(model_folder, finished_run, tmp_path):
     run(model_folder, tmp_path / "parts", max_steps=2)
     stale = {
         name: (tmp_path / "parts" / name).read_bytes() for name in ("adapter_model.safetensors", "trainer_state.json")
     }
     for how in ("latest", "auto"):  # the second time the run is killed before it wrote its final files
         run(model_folder, tmp_path / "parts", resume_from_checkpoint=how)
-        assert adapter(tmp_path / "parts") == adapter(tmp_path / "whole") != stale["adapter_model.safetensors"]
+        assert adapter(tmp_path / "parts") == adapter(finished_run) != stale["adapter_model.safetensors"]
         for name, content in stale.items():
             (tmp_path / "parts" / name).write_bytes(content)
 
 
-def test_a_run_that_left_no_checkpoint_after_its_last_step_is_known_to_be_finished(model_folder, tmp_path):
-    run(model_folder, tmp_path)
+def test_a_run_that_left_no_checkpoint_after_its_last_step_is_known_to_be_finished(
+    model_folder, finished_run, tmp_path
+):
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoint-4")
     before = files(tmp_path)
     again = run(model_folder, tmp_path, resume_from_checkpoint="latest")
@@ -138,13 +149,12 @@ def test_a_run_that_left_no_checkpoint_after_its_last_step_is_known_to_be_finish
     assert saved_steps(tmp_path) == [2, 4]
 
 
-def test_a_finished_run_that_is_resumed_elsewhere_spares_what_is_there(model_folder, tmp_path):
-    run(model_folder, tmp_path / "a")
+def test_a_finished_run_that_is_resumed_elsewhere_spares_what_is_there(model_folder, finished_run, tmp_path):
     run(model_folder, tmp_path / "b", max_steps=2, seed=7)
     kept = adapter(tmp_path / "b")
-    run(model_folder, tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    run(model_folder, tmp_path / "b", resume_from_checkpoint=str(finished_run / "checkpoint-4"))
     (previous,) = (tmp_path / "b" / "previous").iterdir()
-    assert adapter(previous) == kept and adapter(tmp_path / "b") == adapter(tmp_path / "a")
+    assert adapter(previous) == kept and adapter(tmp_path / "b") == adapter(finished_run)
     assert json.loads((tmp_path / "b" / "config.json").read_text())["seed"] == 42
 
 
@@ -154,13 +164,13 @@ def make_trainer(model, output_dir, alpha=32.0, **settings):
     return TunixTrainer(model, digits_reward, args, *data, peft_config=lora_config(ModelConfig(lora_alpha=alpha)))
 
 
-@pytest.mark.parametrize("checkpoint", [True, "checkpoint-4"])
-def test_who_uses_the_library_is_spared_too(model_folder, tmp_path, checkpoint):
+def test_who_uses_the_library_is_spared_too(model_folder, tmp_path):
     make_trainer(model_folder, tmp_path).train()
     before = files(tmp_path)
-    again = make_trainer(model_folder, tmp_path)
-    result = again.train(resume_from_checkpoint=checkpoint if checkpoint is True else str(tmp_path / checkpoint))
-    assert result.global_step == again.state.global_step == 4 and files(tmp_path) == before
+    for checkpoint in (True, str(tmp_path / "checkpoint-4")):
+        again = make_trainer(model_folder, tmp_path)
+        result = again.train(resume_from_checkpoint=checkpoint)
+        assert result.global_step == again.state.global_step == 4 and files(tmp_path) == before, checkpoint
     more = make_trainer(model_folder, tmp_path, max_steps=5)
     assert more.train(resume_from_checkpoint=True).global_step == 5
 
@@ -209,16 +219,17 @@ MATTERS = {
 }
 
 
-@pytest.mark.parametrize("name", MATTERS)
-def test_a_setting_that_changes_the_run_may_be_neither_left_out_nor_added(name, tmp_path):
+def test_a_setting_that_changes_the_run_may_be_neither_left_out_nor_added(tmp_path, subtests):
     """Only what both sides had written was compared, and defaults are not written."""
-    plain, other = (
-        settings_of(ModelConfig(), DataConfig(), GRPOConfig(**given)) for given in ({}, {name: MATTERS[name]})
-    )
-    check_same_run(other, checkpoint_of(tmp_path, other))
-    for now, earlier in ((plain, other), (other, plain)):
-        with pytest.raises(ValueError, match=f"^{name}=.*would be resumed"):
-            check_same_run(now, checkpoint_of(tmp_path, earlier))
+    for name in MATTERS:
+        with subtests.test(name=name):
+            plain, other = (
+                settings_of(ModelConfig(), DataConfig(), GRPOConfig(**given)) for given in ({}, {name: MATTERS[name]})
+            )
+            check_same_run(other, checkpoint_of(tmp_path, other))
+            for now, earlier in ((plain, other), (other, plain)):
+                with pytest.raises(ValueError, match=f"^{name}=.*would be resumed"):
+                    check_same_run(now, checkpoint_of(tmp_path, earlier))
 
 
 def test_where_and_how_often_may_change(tmp_path):

@@ -1,5 +1,7 @@
 """The cross-check with Google's Tunix passes on what is right, and names the quantity when our side has a defect."""
 
+import importlib
+import importlib.util
 import json
 import shutil
 import sys
@@ -10,29 +12,33 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from trainers import digits_reward
 
-pytest.importorskip("jax")
-pytest.importorskip("tunix")
-
-import tunix_torch.crosscheck.replay
 import tunix_torch.grpo
 import tunix_torch.learn.logprobs
 import tunix_torch.learn.step
 import tunix_torch.model.forward
 import tunix_torch.trainer
 import utils
-from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer
+from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer, crosscheck
 from tunix_torch.cli import crosscheck as command
 from tunix_torch.crosscheck.cases import CASES, FAMILIES, make_rollout
-from tunix_torch.crosscheck.compare import compare_step, gradient_row, tunix_updates
-from tunix_torch.crosscheck.differences import DIFFERENCES
 from tunix_torch.crosscheck.ours import ALPHA, RANK, lora_of, make_trainer, record_steps, saved_model
-from tunix_torch.crosscheck.replay import replay
-from tunix_torch.crosscheck.run import rows_of_family, rows_of_trl
-from tunix_torch.crosscheck.tunix_lora import TunixPolicy
 from tunix_torch.learn.record import StepRecord
 from tunix_torch.model import tiny
 from tunix_torch.model.loading import load_base_model
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("jax", "tunix")), reason="JAX or Tunix is not installed"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def peers():
+    """What imports JAX and Tunix, which takes seconds, is imported when the first of these tests runs."""
+    for name in ("compare", "differences", "replay", "run", "tunix_lora", "tunix_side"):
+        importlib.import_module(f"tunix_torch.crosscheck.{name}")
+
 
 CASE = {case.name: case for case in CASES}
 FAMILY = "gemma3-2"
@@ -44,7 +50,10 @@ def policy():
     with saved_model(FAMILY) as folder:
         trainer = make_trainer(folder, CASE["defaults"])
         shapes = {name: tuple(weights.shape) for name, weights in lora_of(trainer).items()}
-        yield folder, TunixPolicy(folder, load_base_model(str(folder)).config, shapes, RANK, ALPHA)
+        yield (
+            folder,
+            crosscheck.tunix_lora.TunixPolicy(folder, load_base_model(str(folder)).config, shapes, RANK, ALPHA),
+        )
 
 
 def failures(rows):
@@ -56,10 +65,12 @@ def compare(policy, case, damage=lambda trainer: None, folder=None):
     damage(trainer)
     (record,) = record_steps(trainer, case, 1)
     base = load_base_model(str(folder or policy[0]))
-    return list(compare_step(case.name, record, trainer.args, policy[1], base))
+    return list(crosscheck.compare.compare_step(case.name, record, trainer.args, policy[1], base))
 
 
-@pytest.mark.parametrize("name", CASE)
+@pytest.mark.parametrize(
+    "name", ["defaults", *(pytest.param(name, marks=pytest.mark.thorough) for name in CASE if name != "defaults")]
+)
 def test_every_case_agrees_with_tunix(policy, name):
     assert failures(compare(policy, CASE[name])) == []
 
@@ -68,7 +79,7 @@ def test_parameters_stay_together_over_optimizer_steps(policy):
     trainer = make_trainer(policy[0], CASE["old"])
     records = record_steps(trainer, CASE["old"], 3)
     loras = [record.lora for record in records[1:]] + [lora_of(trainer)]
-    for ours, theirs in zip(loras, tunix_updates(records, trainer.args, policy[1]), strict=True):
+    for ours, theirs in zip(loras, crosscheck.compare.tunix_updates(records, trainer.args, policy[1]), strict=True):
         assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-5
     moved = max(float((records[0].lora[name] - last).abs().max()) for name, last in loras[-1].items())
     assert moved > 1e-4, "nothing was learned, so nothing was compared"
@@ -77,7 +88,7 @@ def test_parameters_stay_together_over_optimizer_steps(policy):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_agrees_with_tunix(family):
-    assert failures(rows_of_family(family, [CASE["old"]], 20)) == []
+    assert failures(crosscheck.run.rows_of_family(family, [CASE["old"]], 20)) == []
 
 
 def test_the_batches_hold_every_awkward_row():
@@ -95,14 +106,16 @@ def test_lora_map_is_exact_both_ways(policy):
     assert all((back[name] == lora[name]).all() for name in lora)
 
 
+@pytest.mark.thorough
 def test_trl_agrees_where_it_shares_a_mode():
-    assert failures(rows_of_trl(FAMILY, cases=["old", "gspo", "dapo"])) == []
+    assert failures(crosscheck.run.rows_of_trl(FAMILY, cases=["old", "gspo", "dapo"])) == []
 
 
-@pytest.mark.parametrize("difference", DIFFERENCES)
-def test_where_tunix_differs_ours_is_right(difference):
-    rows = list(difference())
-    assert rows and failures(rows) == []
+@pytest.mark.thorough
+def test_where_tunix_differs_ours_is_right():
+    for difference in crosscheck.differences.DIFFERENCES:
+        rows = list(difference())
+        assert rows and failures(rows) == [], difference.__name__
 
 
 # ---- it can fail ----
@@ -111,8 +124,10 @@ def test_where_tunix_differs_ours_is_right(difference):
 def test_what_is_not_a_number_fails():
     right = {"a": np.ones(3), "b": np.ones(3)}
     wrong = {"a": torch.full((3,), float("nan")), "b": torch.ones(3)}
-    assert gradient_row("case", wrong, right, True).verdict == "fail"
-    assert gradient_row("case", {"a": torch.ones(3), "b": torch.ones(3)}, right, True).verdict == "pass"
+    assert crosscheck.compare.gradient_row("case", wrong, right, True).verdict == "fail"
+    assert (
+        crosscheck.compare.gradient_row("case", {"a": torch.ones(3), "b": torch.ones(3)}, right, True).verdict == "pass"
+    )
 
 
 def plant_advantages(divisor):
@@ -220,11 +235,13 @@ def positions_not_reset_for_padding(monkeypatch, trainer):
         (positions_not_reset_for_padding, "defaults", "base log-probabilities"),
     ],
 )
+@pytest.mark.thorough
 def test_a_planted_defect_is_reported_where_it_arises(policy, monkeypatch, defect, case, quantity):
     failed = failures(compare(policy, CASE[case], lambda trainer: defect(monkeypatch, trainer)))
     assert failed and failed[0] == quantity, failed
 
 
+@pytest.mark.thorough
 def test_a_wrong_rope_theta_is_reported(policy, tmp_path):
     for file in policy[0].iterdir():
         if file.is_file():
@@ -249,6 +266,7 @@ def run_command(monkeypatch, capsys, *flags):
     return code, capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_the_command_prints_a_table_and_writes_it(monkeypatch, capsys, tmp_path):
     flags = ["--families", FAMILY, "--cases", "k1", "--json", tmp_path / "table.json"]
     code, out = run_command(monkeypatch, capsys, *flags)
@@ -287,10 +305,6 @@ def test_the_command_refuses_wrong_input(monkeypatch, capsys, flags, message):
 # ---- a run ----
 
 
-def digits_reward(prompts, completions, **columns):
-    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
-
-
 def record_run(model_folder, output_dir, **settings):
     settings = {"max_steps": 4, "per_device_train_batch_size": 3, "max_prompt_length": 40, "save_batches": 3} | settings
     common = {"generation_max_length": 12, "system_message": "", "learning_rate": 1e-2, "report_to": "none"}
@@ -306,23 +320,24 @@ def recorded(model_folder, tmp_path_factory):
     folder, made = tmp_path_factory.mktemp("run"), []
 
     def make_once(*args):
-        return made[0] if made else made.append(TunixPolicy(*args)) or made[0]
+        return made[0] if made else made.append(crosscheck.tunix_lora.TunixPolicy(*args)) or made[0]
 
     record_run(model_folder, folder)
-    with mock.patch.object(tunix_torch.crosscheck.replay, "TunixPolicy", make_once):
+    with mock.patch.object(crosscheck.replay, "TunixPolicy", make_once):
         yield folder
 
 
 def test_a_recorded_run_is_replayed(recorded):
-    rows = list(replay(recorded))
+    rows = list(crosscheck.replay.replay(recorded))
     assert failures(rows) == []
     expected = {"advantages", "completion mask", "policy log-probabilities", "KL", "LoRA gradients"}
     assert expected | {"parameters after 1 step", "parameters after 2 steps"} <= {row.quantity for row in rows}
 
 
+@pytest.mark.thorough
 def test_a_recorded_run_with_several_passes_is_replayed(model_folder, tmp_path):
     record_run(model_folder, tmp_path, algorithm="gspo", num_iterations=2, generation_temperature=0.9)
-    rows = list(replay(tmp_path))
+    rows = list(crosscheck.replay.replay(tmp_path))
     assert failures(rows) == []
     assert "old log-probabilities" in {row.quantity for row in rows}
 
@@ -340,14 +355,16 @@ def test_a_recorded_run_with_several_passes_is_replayed(model_folder, tmp_path):
         ),
     ],
 )
+@pytest.mark.thorough
 def test_a_run_that_went_wrong_is_found_out(recorded, tmp_path, damage, quantity):
     shutil.copytree(recorded, tmp_path / "run")
     file = tmp_path / "run" / "batches" / "step-0002.safetensors"
     record = StepRecord.load(file)
     replace(record, **damage(record)).save(file)
-    assert quantity in failures(replay(tmp_path / "run"))
+    assert quantity in failures(crosscheck.replay.replay(tmp_path / "run"))
 
 
+@pytest.mark.thorough
 def test_a_step_with_equal_rewards_and_a_run_that_began_elsewhere_are_told(recorded, tmp_path, capsys):
     shutil.copytree(recorded, tmp_path / "run")
     for name in ("step-0001", "step-0003"):
@@ -356,7 +373,7 @@ def test_a_step_with_equal_rewards_and_a_run_that_began_elsewhere_are_told(recor
     record = StepRecord.load(file)
     nothing = replace(record.batch, advantages=record.batch.advantages * 0, rewards=record.batch.rewards * 0)
     replace(record, batch=nothing).save(file)
-    quantities = {row.quantity for row in replay(tmp_path / "run")}
+    quantities = {row.quantity for row in crosscheck.replay.replay(tmp_path / "run")}
     assert "LoRA gradients" not in quantities and not any("parameters" in name for name in quantities)
     out = capsys.readouterr().out
     assert "all rewards are equal" in out and "the first step of the run is not recorded" in out
@@ -365,4 +382,4 @@ def test_a_step_with_equal_rewards_and_a_run_that_began_elsewhere_are_told(recor
 def test_a_run_without_records_says_how_to_make_them(model_folder, tmp_path):
     record_run(model_folder, tmp_path, max_steps=1, save_batches=0)
     with pytest.raises(ValueError, match="--save_batches"):
-        list(replay(tmp_path))
+        list(crosscheck.replay.replay(tmp_path))

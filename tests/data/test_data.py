@@ -199,16 +199,22 @@ def test_what_a_function_lacks_is_seen_before_it_is_called(tokenizer):
 # ---- overlong prompts ----
 
 
-@pytest.mark.parametrize("kind", [as_list, on_disk, as_stream])
-@pytest.mark.parametrize("completion_width", [None, 60])
-def test_lists_data_sets_and_streams_give_the_same_prompts(tokenizer, kind, completion_width):
-    rows = [*ROWS[:5], {"question": "1" * 99, "answer": "7"}, {"question": "2", "answer": "8" * 99}, *ROWS[5:]]
-    expected = prepare_rows(rows, tokenizer, 40, completion_width)
-    got = prepare_rows(kind(rows), tokenizer, 40, completion_width)
-    got = list(itertools.islice(got, len(expected)))
-    assert got == expected
-    assert columns_of(got) == columns_of(expected)
-    assert len(expected) == len(rows) - 1 - (completion_width is not None)
+def test_lists_data_sets_and_streams_give_the_same_prompts(tokenizer, subtests):
+    for completion_width in (None, 60):
+        for kind in (as_list, on_disk, as_stream):
+            with subtests.test(kind=kind, completion_width=completion_width):
+                rows = [
+                    *ROWS[:5],
+                    {"question": "1" * 99, "answer": "7"},
+                    {"question": "2", "answer": "8" * 99},
+                    *ROWS[5:],
+                ]
+                expected = prepare_rows(rows, tokenizer, 40, completion_width)
+                got = prepare_rows(kind(rows), tokenizer, 40, completion_width)
+                got = list(itertools.islice(got, len(expected)))
+                assert got == expected
+                assert columns_of(got) == columns_of(expected)
+                assert len(expected) == len(rows) - 1 - (completion_width is not None)
 
 
 @pytest.mark.parametrize("kind", [as_list, on_disk])

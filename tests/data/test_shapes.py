@@ -51,9 +51,8 @@ def no_answer(row):
 # ---- the data's own columns ----
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
+def test_no_column_is_ever_replaced_and_twice_is_as_once(subtests):
+    for row in [
         {"prompt": "1 + 1?", "question": "another", "answer": 72, "answers": ["x"], "expected_answers": {"a": 1}},
         {"question": "q", "answer": "so\n#### 7", "prompt_ids": [1], "completion_ids": [2], "completion": None},
         {"prompt": ASKED, "answer": {"value": 7}, "level": None},
@@ -61,23 +60,23 @@ def no_answer(row):
         ARC,
         MATH,
         MMLU,
-    ],
-)
-def test_no_column_is_ever_replaced_and_twice_is_as_once(row):
-    once = normal(row)
-    assert {name: value for name, value in once.items() if not name.startswith(PREFIX)} == row
-    assert normalize_row(once, 2, "elsewhere") == once
+    ]:
+        with subtests.test(row=row):
+            once = normal(row)
+            assert {name: value for name, value in once.items() if not name.startswith(PREFIX)} == row
+            assert normalize_row(once, 2, "elsewhere") == once
 
 
-@pytest.mark.parametrize("column", ["answer", "answers", "expected_answers"])
-@pytest.mark.parametrize("question", ["question", "prompt"])
-def test_columns_by_any_of_their_names(question, column):
-    row = normal({question: "1 + 1?", column: 2, "level": "easy"})
-    assert (row[QUESTION], answer_of(row), row["level"]) == ("1 + 1?", 2, "easy")
-    columns = columns_of([row], copies=2)
-    names = {question, "question", "answer", "answers", "expected_answers", "level"}
-    assert columns.keys() == names and columns["expected_answers"] == columns["answer"] == [2, 2]
-    assert columns["question"] == ["1 + 1?"] * 2
+def test_columns_by_any_of_their_names(subtests):
+    for question in ("question", "prompt"):
+        for column in ("answer", "answers", "expected_answers"):
+            with subtests.test(column=column, question=question):
+                row = normal({question: "1 + 1?", column: 2, "level": "easy"})
+                assert (row[QUESTION], answer_of(row), row["level"]) == ("1 + 1?", 2, "easy")
+                columns = columns_of([row], copies=2)
+                names = {question, "question", "answer", "answers", "expected_answers", "level"}
+                assert columns.keys() == names and columns["expected_answers"] == columns["answer"] == [2, 2]
+                assert columns["question"] == ["1 + 1?"] * 2
 
 
 def test_rewards_get_each_column_of_several_that_say_the_same():
@@ -93,19 +92,19 @@ def test_a_row_without_a_column_that_another_has_gives_none_and_answers_are_adde
     assert columns_of(rows[:1]) == {"question": ["a"]}
 
 
-@pytest.mark.parametrize("row", [{"answer": "so\n#### 7"}, {"answer": 7, "answers": [7]}, {"expected_answers": 7}, {}])
-def test_a_row_can_be_judged_by_another_answer(row):
-    other = with_answer(normal({"question": "q", **row}), "8")
-    assert has_column(other, "answer") and answer_text(other) == "8"
-    assert {tuple(columns_of([other])[name]) for name in ("answer", "answers", "expected_answers")} == {("8",)}
+def test_a_row_can_be_judged_by_another_answer(subtests):
+    for row in ({"answer": "so\n#### 7"}, {"answer": 7, "answers": [7]}, {"expected_answers": 7}, {}):
+        with subtests.test(row=row):
+            other = with_answer(normal({"question": "q", **row}), "8")
+            assert has_column(other, "answer") and answer_text(other) == "8"
+            assert {tuple(columns_of([other])[name]) for name in ("answer", "answers", "expected_answers")} == {("8",)}
 
 
 # ---- the question ----
 
 
-@pytest.mark.parametrize(
-    "row, message",
-    [
+def test_a_question_that_is_none_is_named_with_its_row(subtests):
+    for row, message in [
         (
             {"answer": "1", "text": "q"},
             "row 1: no question; expected a column named prompt or question; it has answer, t",
@@ -126,67 +125,75 @@ def test_a_row_can_be_judged_by_another_answer(row):
         ({"prompt": [{"role": "user", "content": " "}]}, "message 1 of the question is blank"),
         ({"prompt": [{"role": "user", "content": "\udc00"}]}, r"row 1: message 1 of the question has '\\udc00'"),
         ({"prompt": [*ASKED, {"role": "assistant", "content": "x"}]}, "the last message .* is the assistant's"),
-    ],
-)
-def test_a_question_that_is_none_is_named_with_its_row(row, message):
-    with pytest.raises(ValueError, match=message):
-        normal(row)
+    ]:
+        with subtests.test(row=row, message=message):
+            with pytest.raises(ValueError, match=message):
+                normal(row)
 
 
-@pytest.mark.parametrize("name", ["prompt", "question", "query"])
-@pytest.mark.parametrize("kind", [list, tuple, np.array])  # pandas has arrays
-def test_messages_are_questions_and_rewards_get_them_as_they_are(name, kind):
-    messages = [{"role": "system", "content": "Be brief."}, *ASKED]
-    row = normal({name: kind(messages)}, question_column=name if name == "query" else None)
-    assert row[QUESTION] == "1 + 1?" and prompt_of(row) == messages
+def test_messages_are_questions_and_rewards_get_them_as_they_are(subtests):
+    for kind in (list, tuple, np.array):
+        for name in ("prompt", "question", "query"):
+            with subtests.test(name=name, kind=kind):
+                messages = [{"role": "system", "content": "Be brief."}, *ASKED]
+                row = normal({name: kind(messages)}, question_column=name if name == "query" else None)
+                assert row[QUESTION] == "1 + 1?" and prompt_of(row) == messages
 
 
 # ---- the answer ----
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [72, 0, 0.1, -1.5, True, "72", " 72 ", "1/2", np.float32(0.1), np.int64(7), Decimal("1.50"), Fraction(1, 3)],
-)
-def test_the_expected_answer_has_the_value_and_type_of_the_data(answer):
-    row = normal({"question": "q", "answer": answer})
-    assert answer_of(row) == answer and type(answer_of(row)) is type(answer)
-    assert answer_text(row) == str(answer).strip()
-    assert rewards.correctness_reward(["?"], ["<answer>-7</answer>"], answer=[answer_of(row)]) == [0.0]
+def test_the_expected_answer_has_the_value_and_type_of_the_data(subtests):
+    for answer in (
+        72,
+        0,
+        0.1,
+        -1.5,
+        True,
+        "72",
+        " 72 ",
+        "1/2",
+        np.float32(0.1),
+        np.int64(7),
+        Decimal("1.50"),
+        Fraction(1, 3),
+    ):
+        with subtests.test(answer=answer):
+            row = normal({"question": "q", "answer": answer})
+            assert answer_of(row) == answer and type(answer_of(row)) is type(answer)
+            assert answer_text(row) == str(answer).strip()
+            assert rewards.correctness_reward(["?"], ["<answer>-7</answer>"], answer=[answer_of(row)]) == [0.0]
 
 
 DAY, MOMENT = datetime.date(2024, 5, 6), datetime.datetime(2024, 5, 6, 12, 30)
 
 
-@pytest.mark.parametrize(
-    "answer, text",
-    [
-        (DAY, "2024-05-06"),
-        (MOMENT, "2024-05-06T12:30:00"),
-        (datetime.time(12, 30), "12:30:00"),
-        (pandas.Timestamp(MOMENT, tz="UTC"), "2024-05-06T12:30:00+00:00"),
-        (np.datetime64(DAY), "2024-05-06"),
-        (np.datetime64("2024-05"), "2024-05"),
-        (np.datetime64(MOMENT, "ns"), "2024-05-06T12:30:00"),
-        (np.datetime64("2024-05-06T12:30:00.250", "ns"), "2024-05-06T12:30:00.25"),
-        (np.array(["2024-05-06"], dtype="datetime64[D]"), "2024-05-06"),
-        (np.bool_(True), True),
-    ],
-)
-@pytest.mark.parametrize("column", ["answer", "answers"])
-def test_a_date_or_time_is_its_iso_text(answer, text, column):
+def test_a_date_or_time_is_its_iso_text(subtests):
     """Rewards refused what the row was taken with, after the first rollout."""
-    row = normal({"question": "q", column: answer})
-    assert answer_of(row) == columns_of([row])["answer"][0] == text and type(answer_of(row)) is type(text)
-    right = [f"<answer>{text}</answer>"]
-    for reward in (rewards.correctness_reward, rewards.math_equal_reward, rewards.check_answer):
-        assert reward(["?"], right, answer=[answer_of(row)])[0] >= 1
-    assert completion_of(row).endswith(f"<answer>{text}</answer>")
+    for column in ("answer", "answers"):
+        for answer, text in [
+            (DAY, "2024-05-06"),
+            (MOMENT, "2024-05-06T12:30:00"),
+            (datetime.time(12, 30), "12:30:00"),
+            (pandas.Timestamp(MOMENT, tz="UTC"), "2024-05-06T12:30:00+00:00"),
+            (np.datetime64(DAY), "2024-05-06"),
+            (np.datetime64("2024-05"), "2024-05"),
+            (np.datetime64(MOMENT, "ns"), "2024-05-06T12:30:00"),
+            (np.datetime64("2024-05-06T12:30:00.250", "ns"), "2024-05-06T12:30:00.25"),
+            (np.array(["2024-05-06"], dtype="datetime64[D]"), "2024-05-06"),
+            (np.bool_(True), True),
+        ]:
+            with subtests.test(answer=answer, text=text, column=column):
+                row = normal({"question": "q", column: answer})
+                assert answer_of(row) == columns_of([row])["answer"][0] == text and type(answer_of(row)) is type(text)
+                right = [f"<answer>{text}</answer>"]
+                for reward in (rewards.correctness_reward, rewards.math_equal_reward, rewards.check_answer):
+                    assert reward(["?"], right, answer=[answer_of(row)])[0] >= 1
+                assert completion_of(row).endswith(f"<answer>{text}</answer>")
 
 
-@pytest.mark.parametrize(
-    "answer, expected",
-    [
+def test_a_list_of_one_answer_is_that_answer(subtests):
+    for answer, expected in [
         (["7"], "7"),
         ([7], 7),
         ((0.5,), 0.5),
@@ -194,17 +201,15 @@ def test_a_date_or_time_is_its_iso_text(answer, text, column):
         (np.array([7]), 7),
         (torch.tensor(7), 7),
         (torch.tensor([7]), 7),
-    ],
-)
-def test_a_list_of_one_answer_is_that_answer(answer, expected):
-    for column in ("answer", "answers"):
-        found = answer_of(normal({"question": "q", column: answer}))
-        assert found == expected and str(found) == str(expected)
+    ]:
+        with subtests.test(answer=answer, expected=expected):
+            for column in ("answer", "answers"):
+                found = answer_of(normal({"question": "q", column: answer}))
+                assert found == expected and str(found) == str(expected)
 
 
-@pytest.mark.parametrize(
-    "row, why",
-    [
+def test_a_row_without_an_answer_is_taken_and_remembers_why(subtests):
+    for row, why in [
         ({}, "no answer; expected a column named answer, answers, expected_answers"),
         ({"answer": None}, "no answer"),
         ({"answer": " "}, "no answer"),
@@ -230,16 +235,14 @@ def test_a_list_of_one_answer_is_that_answer(answer, expected):
         ({"answer": "\ud800"}, r"the text has '\ud800'"),
         ({"choices": ["3", "4"], "answer": 2}, "answer 2 is none of the choices A, B"),
         ({"choices": ["3", "4"], "answer": -1}, "answer -1 is none of the choices A, B"),
-    ],
-)
-def test_a_row_without_an_answer_is_taken_and_remembers_why(row, why):
-    assert why in no_answer({"question": "q", **row})
-    assert normal({"question": "q", **row})[WHERE] == "file, row 1"
+    ]:
+        with subtests.test(row=row, why=why):
+            assert why in no_answer({"question": "q", **row})
+            assert normal({"question": "q", **row})[WHERE] == "file, row 1"
 
 
-@pytest.mark.parametrize(
-    "text, final, reasoning",
-    [
+def test_gsm8k_answers_are_cut_at_their_mark_and_prose_is_not(subtests):
+    for text, final, reasoning in [
         ("48/2 = 24 clips.\n48+24 = 72.\n#### 72", "72", "48/2 = 24 clips.\n48+24 = 72."),
         ("48+24 = 72. #### 72\n", "72", "48+24 = 72."),
         ("#### -$1,234.50", "-$1,234.50", ""),
@@ -262,12 +265,13 @@ def test_a_row_without_an_answer_is_taken_and_remembers_why(row, why):
         ("Write #### before the heading", "Write #### before the heading", ""),
         ("#### 72\nThe end.", "#### 72\nThe end.", ""),
         ("A ###### heading, or #### 5 times", "A ###### heading, or #### 5 times", ""),
-    ],
-)
-def test_gsm8k_answers_are_cut_at_their_mark_and_prose_is_not(text, final, reasoning):
-    row = normal({"question": "q", "answer": text})
-    assert answer_of(row) == final == rewards.answers.final_answer(text), "and the rewards cut in the same place"
-    assert completion_of(row) == f"<reasoning>{reasoning}</reasoning>\n<answer>{final}</answer>"
+    ]:
+        with subtests.test(text=text, final=final, reasoning=reasoning):
+            row = normal({"question": "q", "answer": text})
+            assert answer_of(row) == final == rewards.answers.final_answer(text), (
+                "and the rewards cut in the same place"
+            )
+            assert completion_of(row) == f"<reasoning>{reasoning}</reasoning>\n<answer>{final}</answer>"
 
 
 PARTS = [
@@ -282,9 +286,8 @@ def test_rewards_and_rows_cut_answers_in_the_same_place(text):
     assert after_mark(text)[0] == rewards.answers.final_answer(text)
 
 
-@pytest.mark.parametrize(
-    "text, answer",
-    [
+def test_answer_is_what_the_last_box_holds(subtests):
+    for text, answer in [
         (r"so \boxed{72}.", "72"),
         (r"\boxed{1} and then $\boxed{\frac{1}{2}}$", r"\frac{1}{2}"),
         (r"\boxed{\left\{ x : x > 0 \right\}}", r"\left\{ x : x > 0 \right\}"),
@@ -294,10 +297,9 @@ def test_rewards_and_rows_cut_answers_in_the_same_place(text):
         (r"\fbox{3}", "3"),
         (r"no box", None),
         (r"\boxed{never closed", None),
-    ],
-)
-def test_answer_is_what_the_last_box_holds(text, answer):
-    assert last_boxed(text) == answer
+    ]:
+        with subtests.test(text=text, answer=answer):
+            assert last_boxed(text) == answer
 
 
 def test_math_rows_have_their_problem_and_what_the_solution_boxes():
@@ -308,9 +310,8 @@ def test_math_rows_have_their_problem_and_what_the_solution_boxes():
     assert r"or \boxed{...} in the solution" in no_answer({**MATH, "solution": "It is clear."})
 
 
-@pytest.mark.parametrize(
-    "row, asked, answer",
-    [
+def test_choices_stand_below_the_question_and_the_answer_is_a_label(subtests):
+    for row, asked, answer in [
         (ARC, "A. iron\nB. salt", "A"),
         (ARC_IN_ROWS, "1. iron\n2. salt", "2"),
         (MMLU, "A. 3\nB. 4\nC. 5\nD. 6", "B"),
@@ -323,12 +324,11 @@ def test_math_rows_have_their_problem_and_what_the_solution_boxes():
         ({"question": "?", "A": "x", "B": "y", "C": "z", "answer": "C"}, "A. x\nB. y\nC. z", "C"),
         ({"question": "?", "A": "x", "B": "y", "D": "z", "answer": 1}, "A. x\nB. y", "B"),
         ({"question": "?", "A": 3, "B": 4.5, "answer": " B "}, "A. 3\nB. 4.5", "B"),
-    ],
-)
-def test_choices_stand_below_the_question_and_the_answer_is_a_label(row, asked, answer):
-    found = normal(row)
-    assert found[QUESTION] == f"{row['question']}\n{asked}" and answer_of(found) == answer
-    assert columns_of([found])["question"] == [row["question"]] and columns_of([found])["answer"] == [answer]
+    ]:
+        with subtests.test(row=row, asked=asked, answer=answer):
+            found = normal(row)
+            assert found[QUESTION] == f"{row['question']}\n{asked}" and answer_of(found) == answer
+            assert columns_of([found])["question"] == [row["question"]] and columns_of([found])["answer"] == [answer]
 
 
 def test_choices_that_can_not_be_shown_are_refused_or_left_alone():
@@ -346,9 +346,9 @@ def test_choices_that_can_not_be_shown_are_refused_or_left_alone():
             normal({"prompt": "2 + 2?", "answer": "B", **row})
 
 
-@pytest.mark.parametrize(
-    "row, question, answer",
-    [
+def test_choices_are_shown_once_where_the_answer_names_one(subtests):
+    """Beside a prompt they were lost, and the model was asked for the letter or number of a thing it can't see."""
+    for row, question, answer in [
         ({"prompt": "2 + 2?", "choices": ["3", "4"], "answer": 1}, "2 + 2?\nA. 3\nB. 4", "B"),
         ({"prompt": "2 + 2?", "choices": ["3", "4"], "answer": "B"}, "2 + 2?\nA. 3\nB. 4", "B"),
         ({"prompt": "2 + 2?", "A": "3", "B": "4", "answer": "B"}, "2 + 2?\nA. 3\nB. 4", "B"),
@@ -361,11 +361,9 @@ def test_choices_that_can_not_be_shown_are_refused_or_left_alone():
         ({"prompt": "2 + 2?", "choices": [{"message": "4"}, {}], "answer": 4}, "2 + 2?", 4),  # of something else
         ({"question": "A + B?", "A": 3, "B": 4, "answer": 7}, "A + B?", 7),
         ({"question": "A - B?", "A": 4, "B": 3, "answer": 1}, "A - B?", 1),
-    ],
-)
-def test_choices_are_shown_once_where_the_answer_names_one(row, question, answer):
-    """Beside a prompt they were lost, and the model was asked for the letter or number of a thing it can't see."""
-    assert (normal(row)[QUESTION], answer_of(normal(row))) == (question, answer)
+    ]:
+        with subtests.test(row=row, question=question, answer=answer):
+            assert (normal(row)[QUESTION], answer_of(normal(row))) == (question, answer)
 
 
 def test_choices_stand_below_a_question_in_a_column_that_the_user_names():
@@ -396,22 +394,19 @@ def test_named_columns_decide_what_is_asked_and_expected_and_all_stay():
 # ---- completions for supervised fine-tuning ----
 
 
-@pytest.mark.parametrize(
-    "row, completion",
-    [
+def test_completions_are_the_datas_own_or_made_of_reasoning_and_answer(subtests):
+    for row, completion in [
         ({"completion": "So 2.", "answer": 2}, "So 2."),
         ({"completion": [{"role": "assistant", "content": "So 2."}]}, "So 2."),
         ({"answer": 2}, "<reasoning></reasoning>\n<answer>2</answer>"),
         ({"answer": np.float32(0.1), "reasoning": " r "}, "<reasoning>r</reasoning>\n<answer>0.1</answer>"),
-    ],
-)
-def test_completions_are_the_datas_own_or_made_of_reasoning_and_answer(row, completion):
-    assert completion_of(normal({"question": "1 + 1?", **row})) == completion
+    ]:
+        with subtests.test(row=row, completion=completion):
+            assert completion_of(normal({"question": "1 + 1?", **row})) == completion
 
 
-@pytest.mark.parametrize(
-    "row, message",
-    [
+def test_a_row_without_a_completion_is_named(subtests):
+    for row, message in [
         ({}, "row 1: no completion to learn from, and none can be made: no answer"),
         ({"answers": ["1", "2"]}, "none can be made: 2 answers"),
         ({"completion": None, "answer": 2}, "row 1: the completion is a NoneType"),
@@ -419,8 +414,7 @@ def test_completions_are_the_datas_own_or_made_of_reasoning_and_answer(row, comp
         ({"completion": ASKED}, "row 1: the completion is a list"),
         ({"completion": ASKED * 2}, "row 1: the completion is a list"),
         ({"completion": "\udfff"}, r"row 1: the completion has '\\udfff'"),
-    ],
-)
-def test_a_row_without_a_completion_is_named(row, message):
-    with pytest.raises(ValueError, match=message):
-        completion_of(normal({"question": "q", **row}))
+    ]:
+        with subtests.test(row=row, message=message):
+            with pytest.raises(ValueError, match=message):
+                completion_of(normal({"question": "q", **row}))

@@ -227,9 +227,8 @@ class WithoutLength(torch.utils.data.Dataset):
 COLUMNS_OF_ROWS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
+def test_data_sets_of_every_kind_are_taken(subtests):
+    for rows in [
         ROWS,
         tuple(ROWS),
         map(types.MappingProxyType, ROWS),
@@ -244,10 +243,9 @@ COLUMNS_OF_ROWS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
         datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS[:1])),
         {"train": pandas.DataFrame(ROWS), "test": pandas.DataFrame(ROWS[:1])},
         datasets.IterableDatasetDict(train=datasets.Dataset.from_list(ROWS).to_iterable_dataset()),
-    ],
-)
-def test_data_sets_of_every_kind_are_taken(rows):
-    assert list(training_rows(rows)) == ROWS
+    ]:
+        with subtests.test(rows=rows):
+            assert list(training_rows(rows)) == ROWS
 
 
 def test_evaluation_takes_the_split_that_is_for_it_and_reads_a_stream_to_its_end():
@@ -261,9 +259,8 @@ def split_into(*names):
     return datasets.DatasetDict(dict.fromkeys(names, datasets.Dataset.from_list(ROWS)))
 
 
-@pytest.mark.parametrize(
-    "take, rows, message",
-    [
+def test_what_is_no_data_set_is_one_line(subtests):
+    for take, rows, message in [
         (training_rows, split_into("a", "b"), r"train_dataset: has the splits a, b; give one .* train_dataset\['a'\]"),
         (
             evaluation_rows,
@@ -281,12 +278,11 @@ def split_into(*names):
         (training_rows, {"question": ["a", "b"], "answer": ["1"]}, "different lengths: {'question': 2, 'answer': 1}"),
         (training_rows, Endless(), "train_dataset: a Endless of PyTorch; give a stream as a datasets.IterableDataset"),
         (training_rows, WithoutLength(), "train_dataset: a WithoutLength without a length"),
-    ],
-)
-def test_what_is_no_data_set_is_one_line(take, rows, message):
-    with pytest.raises(ValueError, match=message) as error:
-        take(rows)
-    assert "\n" not in str(error.value)
+    ]:
+        with subtests.test(take=take, rows=rows, message=message):
+            with pytest.raises(ValueError, match=message) as error:
+                take(rows)
+            assert "\n" not in str(error.value)
 
 
 def test_numbers_of_a_data_frame_are_what_was_meant_and_its_empty_cells_none():
@@ -554,9 +550,8 @@ def test_evaluation_rows_alone(tmp_path):
     assert [row["answer"] for row in rows] == ["0", "1"]
 
 
-@pytest.mark.parametrize(
-    "settings, words",
-    [
+def test_settings_that_exclude_each_other(subtests):
+    for settings, words in [
         ({"data_path": "a", "train_fraction": 0.5, "val_data_path": "b"}, "train_fraction=0.5: val_data_path='b'"),
         ({"data_path": "a", "train_fraction": 0.5, "streaming": True}, "train_fraction=0.5.*give val_data_path"),
         ({"train_fraction": 0.5}, "train_fraction=0.5: generated rows"),
@@ -568,11 +563,10 @@ def test_evaluation_rows_alone(tmp_path):
         ),
         ({"data_source": "file", "dataset": "math"}, "data_source='file': has no known 'math'"),
         ({"data_source": "file", "data_path": "nowhere"}, "data_path='nowhere': no such file"),
-    ],
-)
-def test_settings_that_exclude_each_other(settings, words):
-    with pytest.raises(ValueError, match=words):
-        load_data(DataConfig(**settings), seed=0)
+    ]:
+        with subtests.test(settings=settings, words=words):
+            with pytest.raises(ValueError, match=words):
+                load_data(DataConfig(**settings), seed=0)
 
 
 # ---- streams ----

@@ -85,6 +85,7 @@ def test_weights_stay_in_their_files_until_they_are_moved_to_the_device(files):
     assert taken < 1.3 * max(sizes) < sum(sizes) / 2
 
 
+@pytest.mark.thorough
 def test_another_type_takes_its_own_size_and_no_more_than_a_file_besides(files):
     sizes = [file.stat().st_size for file in files]
     taken = growth(files, "float32")

@@ -63,17 +63,19 @@ def test_special_tokens_are_left_out_on_request_and_tags_are_not():
     assert TOKENIZER.decode(ids, skip_special_tokens=True) == "user\n1<reasoning>2</reasoning>"
 
 
-@pytest.mark.parametrize("text", ["7", "1234", "40x8=320", "<answer>376</answer>"])
-def test_digits_are_tokens_one_by_one(text):
-    tokens = TOKENIZER.tokenize(text)
-    assert [token for token in tokens if re.search(r"\d", token)] == re.findall(r"\d", text)
+def test_digits_are_tokens_one_by_one(subtests):
+    for text in ("7", "1234", "40x8=320", "<answer>376</answer>"):
+        with subtests.test(text=text):
+            tokens = TOKENIZER.tokenize(text)
+            assert [token for token in tokens if re.search(r"\d", token)] == re.findall(r"\d", text)
 
 
-@pytest.mark.parametrize("piece", [*TAGS, *ROLES, *SPECIAL_TOKENS, *CHARACTERS])
-def test_tags_roles_and_characters_are_single_tokens(piece):
-    assert TOKENIZER.tokenize(piece) == [piece]
-    assert TOKENIZER.tokenize(piece * 2) == [piece] * 2
-    assert len(TOKENIZER(f"1{piece}2")["input_ids"]) == 3
+def test_tags_roles_and_characters_are_single_tokens(subtests):
+    for piece in (*TAGS, *ROLES, *SPECIAL_TOKENS, *CHARACTERS):
+        with subtests.test(piece=piece):
+            assert TOKENIZER.tokenize(piece) == [piece]
+            assert TOKENIZER.tokenize(piece * 2) == [piece] * 2
+            assert len(TOKENIZER(f"1{piece}2")["input_ids"]) == 3
 
 
 def test_every_token_has_its_own_id():
@@ -136,12 +138,16 @@ def test_answers_and_every_step_are_right(split):
     assert counts == dict.fromkeys(OPERATIONS, 1000)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 77])
-def test_no_test_problem_is_ever_trained_on(seed):
+def test_no_test_problem_is_ever_trained_on(subtests):
     """Enough rows to show every problem of a split, sums with their terms swapped included."""
-    train, test = problems(arithmetic_rows("train", 12_000, seed)), problems(arithmetic_rows("test", 1500, seed + 1))
-    assert not train & test
-    assert (len(train), len(test)) == (3695 + 3695 + 600, 400 + 400 + 120)
+    for seed in (0, 1, 2, 77):
+        with subtests.test(seed=seed):
+            train, test = (
+                problems(arithmetic_rows("train", 12_000, seed)),
+                problems(arithmetic_rows("test", 1500, seed + 1)),
+            )
+            assert not train & test
+            assert (len(train), len(test)) == (3695 + 3695 + 600, 400 + 400 + 120)
 
 
 def test_test_rows_ask_different_problems():

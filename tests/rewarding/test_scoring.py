@@ -88,13 +88,15 @@ def test_a_plain_function_may_wrap_an_async_one():
         assert call_rewards([wrapped], ROWS, COMPLETIONS, timeout) == [[1.0, 0.0, 1.0, 1.0]]
 
 
-@pytest.mark.parametrize("values", [["much"] * 4, None, 1.0, [[1.0]] * 4])
-def test_what_is_no_list_of_numbers_is_refused_with_the_functions_name(values):
-    def careless(**arguments):
-        return values
+def test_what_is_no_list_of_numbers_is_refused_with_the_functions_name(subtests):
+    for values in (["much"] * 4, None, 1.0, [[1.0]] * 4):
+        with subtests.test(values=values):
 
-    with pytest.raises(ValueError, match="'careless' returned .*expected numbers"):
-        call_rewards([careless], ROWS, COMPLETIONS)
+            def careless(returned=values, **arguments):
+                return returned
+
+            with pytest.raises(ValueError, match="'careless' returned .*expected numbers"):
+                call_rewards([careless], ROWS, COMPLETIONS)
 
 
 # ---- what a function takes ----
@@ -160,9 +162,8 @@ def nothing():
     return []
 
 
-@pytest.mark.parametrize(
-    "function, rows, message",
-    [
+def test_what_a_function_can_not_be_called_with_is_one_line(subtests):
+    for function, rows, message in [
         (
             by_level,
             ROWS,
@@ -174,11 +175,10 @@ def nothing():
         (right, [{**ROWS[0], "prompts": 1}], "column 'prompts' of the data set"),
         (nothing, ROWS, "'nothing' takes neither prompts nor completions nor a column"),
         (len, ROWS, "'len' takes 'obj' by position; it is called by names"),
-    ],
-)
-def test_what_a_function_can_not_be_called_with_is_one_line(function, rows, message):
-    with pytest.raises(ValueError, match=message):
-        call_rewards([some, function], rows, COMPLETIONS)
+    ]:
+        with subtests.test(function=function, rows=rows, message=message):
+            with pytest.raises(ValueError, match=message):
+                call_rewards([some, function], rows, COMPLETIONS)
 
 
 def test_a_function_that_changes_its_columns_changes_them_for_itself_only():

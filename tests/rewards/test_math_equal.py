@@ -40,14 +40,15 @@ def test_no_wrong_answer_of_the_triples_is_paid_and_95_percent_are_judged_right(
     assert len(TRIPLES) > 1400 and len(refused) <= 0.05 * len(TRIPLES), refused
 
 
-@pytest.mark.parametrize(
-    "look", ["${}$", "\\({}\\)", "\\[ {} \\]", "\\boxed{{{}}}", "$\\boxed{{{}}}$", " {}. ", "**{}**"]
-)
-def test_delimiters_boxes_and_a_period_change_no_verdict(look):
-    for triple in TRIPLES:
-        if not any(mark in triple.given for mark in ("$", "\\(", "\\[", "boxed", "**", "The", "Answer", "=> ")):
-            bare, dressed = (math_equal(text, triple.expected) for text in (triple.given, look.format(triple.given)))
-            assert dressed == bare, (look, triple)
+def test_delimiters_boxes_and_a_period_change_no_verdict(subtests):
+    for look in ("${}$", "\\({}\\)", "\\[ {} \\]", "\\boxed{{{}}}", "$\\boxed{{{}}}$", " {}. ", "**{}**"):
+        with subtests.test(look=look):
+            for triple in TRIPLES:
+                if not any(mark in triple.given for mark in ("$", "\\(", "\\[", "boxed", "**", "The", "Answer", "=> ")):
+                    bare, dressed = (
+                        math_equal(text, triple.expected) for text in (triple.given, look.format(triple.given))
+                    )
+                    assert dressed == bare, (look, triple)
 
 
 def test_every_expected_answer_equals_itself_and_units_or_letters_do_not_depend_on_the_side():
@@ -67,9 +68,8 @@ def test_every_expected_answer_equals_itself_and_units_or_letters_do_not_depend_
         assert not math_equal(letter_or_word, "2") and not math_equal("2", letter_or_word)
 
 
-@pytest.mark.parametrize(
-    ("given_answer", "expected", "equal"),
-    [
+def test_mathematics_is_judged_by_value(subtests):
+    for given_answer, expected, equal in [
         ("1/2", "0.5", True),
         ("\\frac{1}{2}", "0.5", True),
         ("\\dfrac12", "1/2", True),
@@ -141,10 +141,9 @@ def test_every_expected_answer_equals_itself_and_units_or_letters_do_not_depend_
         ("2 3", "6", False),
         ("1 +", "1", False),
         ("", "0", False),
-    ],
-)
-def test_mathematics_is_judged_by_value(given_answer, expected, equal):
-    assert math_equal_reward(["?"], [f"<answer>{given_answer}</answer>"], answer=[expected]) == [float(equal)]
+    ]:
+        with subtests.test(given_answer=given_answer, expected=expected, equal=equal):
+            assert math_equal_reward(["?"], [f"<answer>{given_answer}</answer>"], answer=[expected]) == [float(equal)]
 
 
 HOSTILE = [
@@ -187,9 +186,9 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("value", "text", "equal"),
-    [
+def test_a_float_equals_its_decimals(subtests):
+    """Python writes 0.00001 as "1e-05", in which "e" was read as Euler's number."""
+    for value, text, equal in [
         (0.00001, "0.00001", True),
         (0.00001, "1e-05", True),
         (0.00001, "10^{-5}", True),
@@ -198,11 +197,9 @@ HOSTILE = [
         (2.5e-7, "0.00000025", True),
         (1e300, "10^{300}", True),
         (1e-300, "0", False),
-    ],
-)
-def test_a_float_equals_its_decimals(value, text, equal):
-    """Python writes 0.00001 as "1e-05", in which "e" was read as Euler's number."""
-    assert math_equal_reward(["?"], [f"<answer>{text}</answer>"], answer=[value]) == [float(equal)]
+    ]:
+        with subtests.test(value=value, text=text, equal=equal):
+            assert math_equal_reward(["?"], [f"<answer>{text}</answer>"], answer=[value]) == [float(equal)]
 
 
 def test_a_value_that_is_too_small_is_unreadable_and_only_rounding_gives_0():
@@ -213,13 +210,14 @@ def test_a_value_that_is_too_small_is_unreadable_and_only_rounding_gives_0():
     assert item.value == 0
 
 
-@pytest.mark.parametrize("bomb", HOSTILE)
-def test_no_mathematics_hangs_raises_or_is_run(bomb):
-    math_equal("\\sqrt{2}", "\\sqrt{3}")  # imports mpmath
-    for expected in (bomb + "+1", bomb[: MAX_CHARS - 2] + "+2", "\\sqrt{2}"):
-        start = time.process_time()  # of this process: others on the machine change nothing
-        assert not math_equal(bomb, expected)
-        assert time.process_time() - start < 0.1  # measured: below 0.02 s
+def test_no_mathematics_hangs_raises_or_is_run(subtests):
+    for bomb in HOSTILE:
+        with subtests.test(bomb=bomb):
+            math_equal("\\sqrt{2}", "\\sqrt{3}")  # imports mpmath
+            for expected in (bomb + "+1", bomb[: MAX_CHARS - 2] + "+2", "\\sqrt{2}"):
+                start = time.process_time()  # of this process: others on the machine change nothing
+                assert not math_equal(bomb, expected)
+                assert time.process_time() - start < 0.1  # measured: below 0.02 s
 
 
 def test_threads_judge_as_one_does():
@@ -274,7 +272,7 @@ def test_every_variable_has_a_value_of_its_own():
 
 def test_mpmath_is_imported_late_and_keeps_its_precision():
     code = (
-        "import sys, rewards; assert 'mpmath' not in sys.modules\n"
+        "import sys; from tunix_torch import rewards; assert 'mpmath' not in sys.modules\n"
         "rewards.math_equal_reward(['?'], ['<answer>sqrt(2)</answer>'], answer=['2'])\n"
         "import mpmath; print(mpmath.mp.dps)"
     )

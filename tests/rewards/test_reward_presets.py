@@ -155,32 +155,44 @@ def test_a_completion_is_scored_alone(rows):
         assert together == alone == reward_fn(completions, completions, answer=answers)
 
 
-@pytest.mark.parametrize(
-    "piece",
-    ["<answer>", "</answer><answer>", "<reasoning>", " ", "\n", "1 + ", "1+1=2 ", "1,", "1,000,", "9", "9 / 7 ", "- "]
-    + ["step ", "step 1 ", "x", "(", "\\frac{", "\\text{", "{", "^", "2^", "-", "let me ", "as a ", ". ", "a b. "],
-)
-def test_time_is_linear_in_the_length_of_a_hostile_completion(piece):
-    hostile = piece * 5_000
-    short = piece * (MAX_CHARS // len(piece))
-    completions = [hostile, LAYOUT.format(hostile, hostile), LAYOUT.format(short, short)]
-    start = time.perf_counter()
-    for reward_fn in PRESET_REWARDS.values():
-        for expected in (hostile + "1", short + "1"):
-            reward_fn(["?"] * 3, completions, answer=[expected] * 3)
-    assert time.perf_counter() - start < 4.0  # measured: below 1 s; a regex that backtracks takes minutes
+def test_no_pattern_backtracks_over_a_hostile_completion(subtests):
+    for piece in [
+        "<answer>",
+        "</answer><answer>",
+        "<reasoning>",
+        " ",
+        "\n",
+        "1 + ",
+        "1+1=2 ",
+        "1,",
+        "1,000,",
+        "9",
+        "9 / 7 ",
+        "- ",
+    ] + ["step ", "step 1 ", "x", "(", "\\frac{", "\\text{", "{", "^", "2^", "-", "let me ", "as a ", ". ", "a b. "]:
+        with subtests.test(piece=piece):
+            hostile = piece * 5_000
+            short = piece * (MAX_CHARS // len(piece))
+            completions = [hostile, LAYOUT.format(hostile, hostile), LAYOUT.format(short, short)]
+            start = time.process_time()
+            for reward_fn in PRESET_REWARDS.values():
+                for expected in (hostile + "1", short + "1"):
+                    reward_fn(["?"] * 3, completions, answer=[expected] * 3)
+            assert time.process_time() - start < 4.0  # CPU seconds, below 1; a regex that backtracks takes minutes
 
 
-@pytest.mark.parametrize("name", sorted(NEED_AN_ANSWER))
-def test_a_reward_of_the_answer_is_none_where_none_is_known(name):
-    assert one(lambda *args, **columns: get_reward(name)(*args, answer=[None]), "<answer>72</answer>") is None
-    with pytest.raises(ValueError, match="answer has 1 values.* 2 completions"):
-        get_reward(name)(["?"] * 2, ["a", "b"], answer=["72"])
+def test_a_reward_of_the_answer_is_none_where_none_is_known(subtests):
+    for name in sorted(NEED_AN_ANSWER):
+        with subtests.test(name=name):
+            assert get_reward(name)(["?"], ["<answer>72</answer>"], answer=[None]) == [None]
+            with pytest.raises(ValueError, match="answer has 1 values.* 2 completions"):
+                get_reward(name)(["?"] * 2, ["a", "b"], answer=["72"])
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESET_REWARDS) - NEED_AN_ANSWER))
-def test_a_reward_of_the_form_needs_no_answer(name):
-    assert isinstance(one(get_reward(name), LAYOUT.format("a", "b")), float)
+def test_a_reward_of_the_form_needs_no_answer(subtests):
+    for name in sorted(set(PRESET_REWARDS) - NEED_AN_ANSWER):
+        with subtests.test(name=name):
+            assert isinstance(one(get_reward(name), LAYOUT.format("a", "b")), float)
 
 
 def test_full_marks_are_within_reach():
@@ -194,9 +206,9 @@ def test_full_marks_are_within_reach():
         assert sum(values) == pytest.approx(total), (preset, values)
 
 
-@pytest.mark.parametrize(
-    ("preset", "answer", "total"),
-    [
+def test_a_stuffed_wrong_answer_earns_what_the_docs_say(subtests):
+    """docs/rewards.md names these loopholes, which the formulas of the systems have."""
+    for preset, answer, total in [
         ("agent_tunix", "10", 4.0),
         ("agent_tunix", "many", 4.5),
         ("agent_tunix", "2024-05-06", 4.5),
@@ -207,29 +219,26 @@ def test_full_marks_are_within_reach():
         ("notebook", "60 " * 8 + "72", 0.5),
         ("gemma2_grpo", "60", 0.7),
         ("gemma2_grpo", "60 " * 8 + "72", 0.7),
-    ],
-)
-def test_a_stuffed_wrong_answer_earns_what_the_docs_say(preset, answer, total):
-    """docs/rewards.md names these loopholes, which the formulas of the systems have."""
-    steps = [
-        f"Step {i}: First, second, third, wait, actually, therefore add {i} + 1 = 9, because then so."
-        for i in (1, 2, 3)
-    ]
-    text = (
-        " ".join(steps)
-        + " Correction: let me redo this, since 2 * 3 = 6 and calculate, compute, subtract, thus hence. "
-    )
-    completion = LAYOUT.format(text + "So it goes on and on. " * 10, answer)
-    stuffed = sum(weight * one(reward_fn, completion, "72") for reward_fn, weight in get_preset(preset))
-    assert stuffed == pytest.approx(total, abs=0.01)
+    ]:
+        with subtests.test(preset=preset, answer=answer, total=total):
+            steps = [
+                f"Step {i}: First, second, third, wait, actually, therefore add {i} + 1 = 9, because then so."
+                for i in (1, 2, 3)
+            ]
+            text = (
+                " ".join(steps)
+                + " Correction: let me redo this, since 2 * 3 = 6 and calculate, compute, subtract, thus hence. "
+            )
+            completion = LAYOUT.format(text + "So it goes on and on. " * 10, answer)
+            stuffed = sum(weight * one(reward_fn, completion, "72") for reward_fn, weight in get_preset(preset))
+            assert stuffed == pytest.approx(total, abs=0.01)
 
 
 # Finding numbers
 
 
-@pytest.mark.parametrize(
-    ("text", "numbers"),
-    [
+def test_numbers_are_found_in_text(subtests):
+    for text, numbers in [
         ("from -5 to 5", [-5, 5]),
         ("1,234 and 1,234,567.5", [1234, Fraction(2469135, 2)]),
         ("10-3 or 10 - 3", [10, 3, 10, 3]),
@@ -240,18 +249,16 @@ def test_a_stuffed_wrong_answer_earns_what_the_docs_say(preset, answer, total):
         ("1e3 is 1e1234", [1000, 1]),
         ("x", []),
         ("9" * 5000 + " 7", [7]),
-    ],
-)
-def test_numbers_are_found_in_text(text, numbers):
-    assert find_numbers(text) == numbers
+    ]:
+        with subtests.test(text=text, numbers=numbers):
+            assert find_numbers(text) == numbers
 
 
 # agent-tunix
 
 
-@pytest.mark.parametrize(
-    ("completion", "exactly", "approximately"),
-    [
+def test_agent_tunix_judges_the_format(subtests):
+    for completion, exactly, approximately in [
         ("<reasoning>a</reasoning><answer>b</answer>", 3.0, 2.0),
         ("\n<reasoning>\na\n</reasoning>\n so \n<answer>b</answer>\n", 3.0, 2.0),
         ("Sure! <reasoning>a</reasoning><answer>b</answer>", 0.0, 2.0),
@@ -262,16 +269,14 @@ def test_numbers_are_found_in_text(text, numbers):
         ("<reasoning>a</reasoning><answer>b", 0.0, 1.0),
         ("<reasoning>a</reasoning><answer>b</answer><answer>b</answer>", 0.0, 0.0),
         ("b", 0.0, -2.0),
-    ],
-)
-def test_agent_tunix_judges_the_format(completion, exactly, approximately):
-    assert one(match_format_exactly, completion) == exactly
-    assert one(match_format_approximately, completion) == approximately
+    ]:
+        with subtests.test(completion=completion, exactly=exactly, approximately=approximately):
+            assert one(match_format_exactly, completion) == exactly
+            assert one(match_format_approximately, completion) == approximately
 
 
-@pytest.mark.parametrize(
-    ("given_answer", "expected", "points"),
-    [
+def test_agent_tunix_grades_the_answer(subtests):
+    for given_answer, expected, points in [
         ("72", "72", 3.0),
         ("72", "48 + 24 = 72\n#### 72", 3.0),
         (" 72\n", "72", 1.5),
@@ -294,15 +299,13 @@ def test_agent_tunix_judges_the_format(completion, exactly, approximately):
         ("many", "72", -0.5),
         ("Boston", "New York", -0.5),
         ("", "72", 0.0),
-    ],
-)
-def test_agent_tunix_grades_the_answer(given_answer, expected, points):
-    assert answered(check_answer, given_answer, expected) == points
+    ]:
+        with subtests.test(given_answer=given_answer, expected=expected, points=points):
+            assert answered(check_answer, given_answer, expected) == points
 
 
-@pytest.mark.parametrize(
-    ("given_answer", "expected", "points"),
-    [
+def test_agent_tunix_reads_the_number_with_its_sign_and_separators(subtests):
+    for given_answer, expected, points in [
         ("-5", "-5", 1.5),
         ("-5", "5", 0.0),
         ("1,234", "1234", 1.5),
@@ -314,19 +317,18 @@ def test_agent_tunix_grades_the_answer(given_answer, expected, points):
         ("many", "72", 0.0),
         ("72", "many", 0.0),
         ("3rd grade", "3", 1.5),
-    ],
-)
-def test_agent_tunix_reads_the_number_with_its_sign_and_separators(given_answer, expected, points):
-    assert answered(check_numbers, given_answer, expected) == points
+    ]:
+        with subtests.test(given_answer=given_answer, expected=expected, points=points):
+            assert answered(check_numbers, given_answer, expected) == points
 
 
 def test_agent_tunix_gives_nothing_without_an_answer():
     assert one(check_answer, "It is 72.", "72") == one(check_numbers, "It is 72.", "72") == 0.0
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_a_number_that_is_negated_or_bounded_is_not_stated(subtests):
+    """Presets paid for the number in it: agent_tunix 6.0 of 9.5, notebook 0.65 of 1.0, gemma2_grpo 0.70 of 1.15."""
+    for text in [
         "not 72",
         "it is not 72",
         "72th of 5",
@@ -336,17 +338,14 @@ def test_agent_tunix_gives_nothing_without_an_answer():
         "over 72",
         "x >= 72",
         "x > 72",
-    ]
-    + ["72 is wrong", "72 isn't it", "It can't be 72.", "nearly 72", "72 quadrillion", "between 72", "x \\ge 72"],
-)
-def test_a_number_that_is_negated_or_bounded_is_not_stated(text):
-    """Presets paid for the number in it: agent_tunix 6.0 of 9.5, notebook 0.65 of 1.0, gemma2_grpo 0.70 of 1.15."""
-    for reward_fn in (check_numbers, notebook_correctness_reward, gemma2_accuracy_reward):
-        assert answered(reward_fn, text, "72") == 0.0, reward_fn.__name__
-    assert answered(check_answer, text, "72") == -0.5
-    for sentence in ("She has 72 left over.", "72 more than Tom has", "That makes 72 in all."):
-        assert answered(notebook_correctness_reward, sentence, "72") in (0.7, 1.0)
-        assert answered(check_numbers, sentence, "72") == 1.5
+    ] + ["72 is wrong", "72 isn't it", "It can't be 72.", "nearly 72", "72 quadrillion", "between 72", "x \\ge 72"]:
+        with subtests.test(text=text):
+            for reward_fn in (check_numbers, notebook_correctness_reward, gemma2_accuracy_reward):
+                assert answered(reward_fn, text, "72") == 0.0, reward_fn.__name__
+            assert answered(check_answer, text, "72") == -0.5
+            for sentence in ("She has 72 left over.", "72 more than Tom has", "That makes 72 in all."):
+                assert answered(notebook_correctness_reward, sentence, "72") in (0.7, 1.0)
+                assert answered(check_numbers, sentence, "72") == 1.5
 
 
 # The notebook
@@ -358,9 +357,8 @@ def test_notebook_format_counts_the_parts():
     assert one(notebook_format_reward, "<answer>b") == 0.0
 
 
-@pytest.mark.parametrize(
-    ("given_answer", "expected", "reward"),
-    [
+def test_notebook_correctness(subtests):
+    for given_answer, expected, reward in [
         ("36", "36", 1.0),
         ("$36.00", "36 dollars", 1.0),
         ("36.009", "36", 1.0),
@@ -379,15 +377,13 @@ def test_notebook_format_counts_the_parts():
         ("368 in all", "36", 0.0),
         ("anything", "?", 0.0),
         ("", "36", 0.0),
-    ],
-)
-def test_notebook_correctness(given_answer, expected, reward):
-    assert answered(notebook_correctness_reward, given_answer, expected) == reward
+    ]:
+        with subtests.test(given_answer=given_answer, expected=expected, reward=reward):
+            assert answered(notebook_correctness_reward, given_answer, expected) == reward
 
 
-@pytest.mark.parametrize(
-    ("reasoning", "reward"),
-    [
+def test_notebook_quality_is_the_documented_sum(subtests):
+    for reasoning, reward in [
         ("", 0.0),
         ("a b c d e", 0.0),
         ("a b c d e f", 0.1),
@@ -402,18 +398,16 @@ def test_notebook_correctness(given_answer, expected, reward):
         ("0.15 and 0.16", 0.0),
         ("One. Two.", 0.2),
         ("One\nTwo", 0.2),
-    ],
-)
-def test_notebook_quality_is_the_documented_sum(reasoning, reward):
-    assert one(notebook_reasoning_quality_reward, f"<reasoning>{reasoning}</reasoning>") == reward
+    ]:
+        with subtests.test(reasoning=reasoning, reward=reward):
+            assert one(notebook_reasoning_quality_reward, f"<reasoning>{reasoning}</reasoning>") == reward
 
 
 # gemma2-grpo-reasoning
 
 
-@pytest.mark.parametrize(
-    ("completion", "reward"),
-    [
+def test_gemma2_format(subtests):
+    for completion, reward in [
         (LAYOUT.format("a", "b"), 1.0),
         ("Hm. <reasoning>a</reasoning> so <answer>b</answer>.", 1.0),
         ("<answer>b</answer> <reasoning>a</reasoning>", 0.5),
@@ -421,15 +415,13 @@ def test_notebook_quality_is_the_documented_sum(reasoning, reward):
         ("<answer>b</answer>", 0.3),
         ("<reasoning> <answer>", 0.0),
         ("", 0.0),
-    ],
-)
-def test_gemma2_format(completion, reward):
-    assert one(gemma2_format_reward, completion) == reward
+    ]:
+        with subtests.test(completion=completion, reward=reward):
+            assert one(gemma2_format_reward, completion) == reward
 
 
-@pytest.mark.parametrize(
-    ("reasoning", "reward"),
-    [
+def test_gemma2_logic_is_the_documented_sum(subtests):
+    for reasoning, reward in [
         ("", 0.0),
         ("also", 0.0),
         ("because", 0.05),
@@ -441,15 +433,13 @@ def test_gemma2_format(completion, reward):
         ("1+1 2-2 3*3 4/4 5×5", 0.2),
         ("= equals ==", 0.08),
         ("= = = = = = =", 0.1),
-    ],
-)
-def test_gemma2_logic_is_the_documented_sum(reasoning, reward):
-    assert one(gemma2_logic_reward, f"<reasoning>{reasoning}</reasoning>") == reward
+    ]:
+        with subtests.test(reasoning=reasoning, reward=reward):
+            assert one(gemma2_logic_reward, f"<reasoning>{reasoning}</reasoning>") == reward
 
 
-@pytest.mark.parametrize(
-    ("given_answer", "expected", "reward"),
-    [
+def test_gemma2_accuracy(subtests):
+    for given_answer, expected, reward in [
         ("600", "600", 1.0),
         ("1,234", "1234", 1.0),
         ("150 × 4 = 600", "600", 1.0),
@@ -474,10 +464,9 @@ def test_gemma2_logic_is_the_documented_sum(reasoning, reward):
         ("yes", "Yes.", 1.0),
         ("6", "Yes", 0.0),
         ("none", "600", 0.0),
-    ],
-)
-def test_gemma2_accuracy(given_answer, expected, reward):
-    assert answered(gemma2_accuracy_reward, given_answer, expected) == reward
+    ]:
+        with subtests.test(given_answer=given_answer, expected=expected, reward=reward):
+            assert answered(gemma2_accuracy_reward, given_answer, expected) == reward
 
 
 def test_gemma2_bonuses_are_capped():
@@ -492,19 +481,17 @@ def test_gemma2_bonuses_are_capped():
 # The hackathon trainer
 
 
-@pytest.mark.parametrize(
-    ("given_answer", "expected", "reward"),
-    [
+def test_jaccard_correctness(subtests):
+    for given_answer, expected, reward in [
         ("72.0", "#### 72", 1.0),
         ("new york", "New York", 1.0),
         ("the big apple", "the apple", 0.4 * 2 / 3),
         ("73 km", "72 km", 0.4 / 3),
         ("73", "72", 0.0),
         ("", "72", 0.0),
-    ],
-)
-def test_jaccard_correctness(given_answer, expected, reward):
-    assert answered(jaccard_correctness_reward, given_answer, expected) == pytest.approx(reward)
+    ]:
+        with subtests.test(given_answer=given_answer, expected=expected, reward=reward):
+            assert answered(jaccard_correctness_reward, given_answer, expected) == pytest.approx(reward)
 
 
 def test_structure_falls_with_steps_too_many_too_short_or_unconnected():

@@ -1,5 +1,6 @@
 """The rewards never raise on any text, keep to their stated ranges, and judge answers as a teacher would."""
 
+import ast
 import doctest
 import importlib
 import math
@@ -45,17 +46,17 @@ TEXT = st.text() | st.lists(st.sampled_from(PIECES)).map("".join)
 LAYOUT = "<reasoning>{}</reasoning> <answer>{}</answer>"
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples_hold(name):
-    # By import_module: the attribute rewards.correctness_reward is the function, not the module of the same name.
-    results = doctest.testmod(importlib.import_module(name))
-    assert results.attempted > 0
-    assert results.failed == 0
+def test_docstring_examples_hold(subtests):
+    for name in MODULES:
+        with subtests.test(name=name):
+            # import_module, since the attribute rewards.correctness_reward is the function of that name.
+            results = doctest.testmod(importlib.import_module(name))
+            assert results.attempted > 0
+            assert results.failed == 0
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
+def test_one_stated_number_is_parsed_exactly(subtests):
+    for text, number in [
         ("72", 72),
         ("  72.\n", 72),
         ("-5", -5),
@@ -99,58 +100,97 @@ def test_docstring_examples_hold(name):
         ("2 dozen eggs", 24),
         ("48 / 2 = 24\n48 + 24 = 72\n#### 72", 72),
         ("#### -1,000", -1000),
-    ],
-)
-def test_one_stated_number_is_parsed_exactly(text, number):
-    assert parse_number(text) == number
+    ]:
+        with subtests.test(text=text, number=number):
+            assert parse_number(text) == number
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "many", "between 3 and 5", "3, 5", "3-5", "3 5", "5 and a half", "12:30", "1.2.3", "5/6/2024", "1,23", "--5"]
-    + [
-        "3 quarters",
-        "3 halves",
-        "7 thirds",
-        "5 squared",
-        "5 cubed",
-        "5 factorial",
-        "half of 5",
-        "5 dozen or so",
-        "5 hundredths",
-    ]
-    + [
-        "0.3 repeating",
-        "5 doubled",
-        "5 sevenths of it",
-        "5 out of six",
-        "5 less than ten",
-        "5 at most",
-        "2 hundred five",
-        "3 quadrillion",
-        "3 nines",
-        "3 fourteenths",
-        "3 basis points",
-        "101 in binary",
-        "12 isn't it",
-        "12 isn’t it",
-        "12 maybe",
-        "12 never",
-        "2 sinh x",
-        "2 zeta",
-        "2 gcd",
-        "2 cm x",
-    ]
-    + ["2x", "2 x", "2x+y", "4a-2", "2xy", "3ab", "4sqrt2", "2pi", "2 sin x", "5k", "84/7", "4/2", "5 apples or six"]
-    + ["Apollo 11", "B5", "2^10", "5²", "5½", "2 + 3", "1/0", "0/0", "1e9999", "1e999999999", "9" * 5000, "nan", "inf"],
-)
-def test_what_is_not_one_number_is_none(text):
-    assert parse_number(text) is None
+def test_what_is_not_one_number_is_none(subtests):
+    for text in (
+        [
+            "",
+            "many",
+            "between 3 and 5",
+            "3, 5",
+            "3-5",
+            "3 5",
+            "5 and a half",
+            "12:30",
+            "1.2.3",
+            "5/6/2024",
+            "1,23",
+            "--5",
+        ]
+        + [
+            "3 quarters",
+            "3 halves",
+            "7 thirds",
+            "5 squared",
+            "5 cubed",
+            "5 factorial",
+            "half of 5",
+            "5 dozen or so",
+            "5 hundredths",
+        ]
+        + [
+            "0.3 repeating",
+            "5 doubled",
+            "5 sevenths of it",
+            "5 out of six",
+            "5 less than ten",
+            "5 at most",
+            "2 hundred five",
+            "3 quadrillion",
+            "3 nines",
+            "3 fourteenths",
+            "3 basis points",
+            "101 in binary",
+            "12 isn't it",
+            "12 isn’t it",
+            "12 maybe",
+            "12 never",
+            "2 sinh x",
+            "2 zeta",
+            "2 gcd",
+            "2 cm x",
+        ]
+        + [
+            "2x",
+            "2 x",
+            "2x+y",
+            "4a-2",
+            "2xy",
+            "3ab",
+            "4sqrt2",
+            "2pi",
+            "2 sin x",
+            "5k",
+            "84/7",
+            "4/2",
+            "5 apples or six",
+        ]
+        + [
+            "Apollo 11",
+            "B5",
+            "2^10",
+            "5²",
+            "5½",
+            "2 + 3",
+            "1/0",
+            "0/0",
+            "1e9999",
+            "1e999999999",
+            "9" * 5000,
+            "nan",
+            "inf",
+        ]
+    ):
+        with subtests.test(text=text):
+            assert parse_number(text) is None
 
 
-@pytest.mark.parametrize(
-    ("given_answer", "expected", "match"),
-    [
+def test_answers_match_as_a_teacher_would_judge(subtests):
+    for given_answer, expected, match in [
         ("72", "#### 72", True),
         ("72.0", "72", True),
         ("27", "72", False),
@@ -185,15 +225,14 @@ def test_what_is_not_one_number_is_none(text):
         ("Apollo 11", "Apollo 13", False),
         ("new\n York", "New York", True),
         ("", "0", False),
-    ],
-)
-def test_answers_match_as_a_teacher_would_judge(given_answer, expected, match):
-    assert answers_match(given_answer, expected) is match
+    ]:
+        with subtests.test(given_answer=given_answer, expected=expected, match=match):
+            assert answers_match(given_answer, expected) is match
 
 
-@pytest.mark.parametrize(
-    ("solution", "answer"),
-    [
+def test_a_marker_counts_at_the_end_of_a_solution_only(subtests):
+    """An expected answer in prose that contains "####" was cut there."""
+    for solution, answer in [
         ("48 + 24 = 72\n#### 72", "72"),
         ("48 + 24 = 72\n#### 72\n\n", "72"),
         ("#### the answer is 72", "the answer is 72"),
@@ -218,11 +257,9 @@ def test_answers_match_as_a_teacher_would_judge(given_answer, expected, match):
         ("#### Plan\nWrite a poem.", "#### Plan\nWrite a poem."),
         ("use #### 3 times", "use #### 3 times"),
         ("72", "72"),
-    ],
-)
-def test_a_marker_counts_at_the_end_of_a_solution_only(solution, answer):
-    """An expected answer in prose that contains "####" was cut there."""
-    assert final_answer(solution) == answer
+    ]:
+        with subtests.test(solution=solution, answer=answer):
+            assert final_answer(solution) == answer
 
 
 def test_the_last_complete_pair_of_tags_counts():
@@ -271,9 +308,8 @@ def test_a_completion_is_scored_alone(completions):
         assert together == [reward_fn([text], [text], answer=["72"])[0] for text in completions]
 
 
-@pytest.mark.parametrize(
-    "piece",
-    [
+def test_no_pattern_backtracks_over_a_hostile_completion(subtests):
+    for piece in [
         "<answer>",
         "</answer><answer>",
         "<reasoning>",
@@ -287,15 +323,18 @@ def test_a_completion_is_scored_alone(completions):
         "- ",
         "m2 ",
         "= ",
-    ],
-)
-def test_time_is_linear_in_the_length_of_a_hostile_completion(piece):
-    hostile = piece * 20_000
-    completions = [hostile, LAYOUT.format(hostile, hostile), LAYOUT.format(piece * (190 // len(piece)) + "=1", "1")]
-    start = time.perf_counter()
-    for reward_fn in REWARDS.values():
-        reward_fn(["?"] * 3, completions, answer=[hostile] * 3)
-    assert time.perf_counter() - start < 2.0  # measured: 0.1 s; a regex that backtracks takes minutes
+    ]:
+        with subtests.test(piece=piece):
+            hostile = piece * 20_000
+            completions = [
+                hostile,
+                LAYOUT.format(hostile, hostile),
+                LAYOUT.format(piece * (190 // len(piece)) + "=1", "1"),
+            ]
+            start = time.process_time()
+            for reward_fn in REWARDS.values():
+                reward_fn(["?"] * 3, completions, answer=[hostile] * 3)
+            assert time.process_time() - start < 2.0  # CPU seconds, about 0.1; a regex that backtracks takes minutes
 
 
 def test_correctness_is_none_where_no_answer_is_known():
@@ -305,12 +344,13 @@ def test_correctness_is_none_where_no_answer_is_known():
         correctness_reward(["?"] * 4, completions, answer=["72"])
 
 
-@pytest.mark.parametrize("value, text", [(72, "72"), (145.0, "145.0"), (1e-05, "0.00001"), (-5, "-5"), (True, "True")])
-def test_a_number_as_the_expected_answer_is_taken_as_its_text(value, text):
-    completions = [LAYOUT.format("x", given_answer) for given_answer in (text, f" {text}", "7")]
-    for name, reward_fn in ALL_REWARDS.items():
-        of_value = reward_fn(["?"] * 3, completions, answer=[value] * 3)
-        assert of_value == reward_fn(["?"] * 3, completions, answer=[text] * 3), name
+def test_a_number_as_the_expected_answer_is_taken_as_its_text(subtests):
+    for value, text in ((72, "72"), (145.0, "145.0"), (1e-05, "0.00001"), (-5, "-5"), (True, "True")):
+        with subtests.test(value=value, text=text):
+            completions = [LAYOUT.format("x", given_answer) for given_answer in (text, f" {text}", "7")]
+            for name, reward_fn in ALL_REWARDS.items():
+                of_value = reward_fn(["?"] * 3, completions, answer=[value] * 3)
+                assert of_value == reward_fn(["?"] * 3, completions, answer=[text] * 3), name
 
 
 @pytest.mark.parametrize("value, words", [(["72"], "is a list"), ({"a": 1}, "is a dict"), (math.nan, "finite")])
@@ -343,9 +383,8 @@ def test_every_reward_takes_conversations_and_gives_the_same():
             format_reward(["?"], [bad])
 
 
-@pytest.mark.parametrize(
-    ("completion", "reward"),
-    [
+def test_format_is_full_only_for_the_exact_layout(subtests):
+    for completion, reward in [
         ("<reasoning>a</reasoning><answer>b</answer>", 1.0),
         ("\n<reasoning>\na\n</reasoning>\n\n<answer>b</answer>\n", 1.0),
         ("Sure! <reasoning>a</reasoning> <answer>b</answer>", 0.4),
@@ -357,15 +396,13 @@ def test_every_reward_takes_conversations_and_gives_the_same():
         ("<reasoning>a</reasoning> <answer>b", 0.3),
         ("<reasoning>a</reasoning> <answer>b</answer> <answer>b</answer>", 0.2),
         ("b", 0.0),
-    ],
-)
-def test_format_is_full_only_for_the_exact_layout(completion, reward):
-    assert format_reward(["?"], [completion]) == [reward]
+    ]:
+        with subtests.test(completion=completion, reward=reward):
+            assert format_reward(["?"], [completion]) == [reward]
 
 
-@pytest.mark.parametrize(
-    ("reasoning", "reward"),
-    [
+def test_coherence_is_the_documented_sum(subtests):
+    for reasoning, reward in [
         ("", 0.0),
         ("72", 0.25),
         ("2 + 3 = 5", 0.25 + 0.25 / 3 + 0.25),
@@ -379,10 +416,9 @@ def test_format_is_full_only_for_the_exact_layout(completion, reward):
         ("So therefore hence", 0.25 + 0.25 / 3 + 0.25),
         ("so so", 0.25 + 0.125),
         ("We add two apples. " * 5, 0.25 + 0.25 / 3),
-    ],
-)
-def test_coherence_is_the_documented_sum(reasoning, reward):
-    assert reasoning_coherence_reward(["?"], [LAYOUT.format(reasoning, 1)]) == [pytest.approx(reward)]
+    ]:
+        with subtests.test(reasoning=reasoning, reward=reward):
+            assert reasoning_coherence_reward(["?"], [LAYOUT.format(reasoning, 1)]) == [pytest.approx(reward)]
 
 
 def test_quality_falls_for_short_long_and_repetitive_reasoning():
@@ -420,18 +456,16 @@ def test_composite_passes_the_columns_on_and_nests():
     assert outer(["?"], [LAYOUT.format("x", "72")], answer=["72"], level=["easy"]) == [2.0]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_a_bad_component_is_refused(subtests):
+    for arguments, message in [
         ({"weight": math.nan}, "weight of 'c' is nan; .* finite"),
         ({"weight": math.inf}, "weight of 'c' is inf; .* finite"),
         ({"clip_range": (1.0, 0.0)}, r"clip_range of 'c' is \(1.0, 0.0\); .*low < high"),
         ({"clip_range": (math.nan, 1.0)}, "clip_range of 'c' is .*low < high"),
-    ],
-)
-def test_a_bad_component_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        RewardComponent("c", constant(1.0), **arguments)
+    ]:
+        with subtests.test(arguments=arguments, message=message):
+            with pytest.raises(ValueError, match=message):
+                RewardComponent("c", constant(1.0), **arguments)
 
 
 def test_a_bad_composite_is_refused_when_it_is_made():
@@ -461,11 +495,12 @@ def test_get_reward_names_the_nearest():
 
 
 def test_importing_rewards_imports_only_the_standard_library():
-    code = "import sys, rewards; print({name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names)"
+    names = "{name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names"
+    code = f"import sys; from tunix_torch import rewards; print({names})"
     # -S: no site-packages, whose .pth files may import what they like.
     command = [sys.executable, "-S", "-c", code]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() in ("{'rewards', '__main__'}", "{'__main__', 'rewards'}", "{'rewards'}")
+    assert set(ast.literal_eval(result.stdout)) - {"__main__"} == {"tunix_torch"}
 
 
 def test_example_prints_the_expected_rows():

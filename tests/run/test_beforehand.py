@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from tunix_torch.trainer import TunixTrainer as Trainer
 
 
 @pytest.fixture(scope="module")
-def earlier_run(model_folder, tmp_path_factory):
+def earlier_run(finished_run, tmp_path_factory):
+    """A run's folder that none of these tests may change."""
     folder = tmp_path_factory.mktemp("earlier") / "out"
-    run(model_folder, folder, max_steps=1)
+    shutil.copytree(finished_run, folder)
     return folder
 
 
@@ -94,16 +96,17 @@ def test_a_service_that_cannot_be_reached_is_named_before_anything_is_moved(mode
     [(Trainer, "create_scheduler"), (Trainer, "_load_optimizer_and_scheduler"), (RewardWorkers, "__init__")],
     ids=lambda place: place[1],
 )
-def test_whatever_fails_before_the_first_step_moves_nothing(place, model_folder, earlier_run, tmp_path, monkeypatch):
+def test_whatever_fails_before_the_first_step_moves_nothing(
+    place, model_folder, finished_run, earlier_run, monkeypatch
+):
     def fail(*args, **kwargs):
         raise OSError("as it happens")
 
-    run(model_folder, tmp_path, max_steps=1)
     monkeypatch.setattr(*place, fail)
     before = files(earlier_run)
     with pytest.raises(OSError, match="as it happens"):
-        resume = str(tmp_path / "checkpoint-1")
-        run(model_folder, earlier_run, max_steps=2, reward_processes=1, resume_from_checkpoint=resume)
+        resume = str(finished_run / "checkpoint-2")
+        run(model_folder, earlier_run, reward_processes=1, resume_from_checkpoint=resume)
     assert files(earlier_run) == before
 
 
@@ -157,9 +160,8 @@ def test_a_learning_rate_that_follows_a_metric_takes_accuracy_and_its_direction(
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
+def test_numbers_that_cannot_be_are_refused(subtests):
+    for settings, message in [
         ({"reward_weights": [NAN, 1.0]}, "reward_weights=[nan, 1.0]: must be finite"),
         ({"learning_rate": INF}, "learning_rate=inf: must be finite"),
         ({"weight_decay": NAN}, "weight_decay=nan: must be finite"),
@@ -182,8 +184,7 @@ NAN, INF = float("nan"), float("inf")
         ({"logging_steps": -1}, "logging_steps=-1: must be a whole number above 0"),
         ({"seed": 2**32}, "seed=4294967296: must be below"),
         ({"optim": "adamm"}, "optim='adamm': choose one of adamw_torch"),
-    ],
-)
-def test_numbers_that_cannot_be_are_refused(settings, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        GRPOConfig(**settings)
+    ]:
+        with subtests.test(settings=settings, message=message):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                GRPOConfig(**settings)

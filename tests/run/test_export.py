@@ -322,6 +322,7 @@ def push(saved, folder, endpoint):
     )
 
 
+@pytest.mark.thorough
 def test_push_to_hub_uploads_what_was_written(tmp_path):
     save_run(tmp_path, "gemma2")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -338,6 +339,7 @@ def test_push_to_hub_uploads_what_was_written(tmp_path):
         assert server.files[path.name] == path.read_bytes(), path.name
 
 
+@pytest.mark.thorough
 def test_an_unreachable_hub_is_one_line_after_the_folder_is_written(saved, tmp_path):
     result = push(saved, tmp_path, "http://127.0.0.1:9")
     refused((result.returncode, result.stderr), "push_to_hub='me/model'", "Connection refused", "is whole and stays")

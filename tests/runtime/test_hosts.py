@@ -128,7 +128,7 @@ def hosts(tmp_path_factory):
     ]
 
 
-pytestmark = pytest.mark.xla
+pytestmark = [pytest.mark.xla, pytest.mark.thorough]
 
 
 def test_both_hosts_run_the_same_graphs_in_the_same_order(hosts):
