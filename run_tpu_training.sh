@@ -25,7 +25,7 @@ On a slice of several hosts, one command starts the script on all of them, here 
 The mesh has all chips of the slice; code, settings and model must be the same on all hosts. Worker 0 alone writes, to its
 output_dir. To resume, all must read the same checkpoint: put output_dir on a disk that they share (NFS, gcsfuse), or copy
 worker 0's checkpoint folder to the others. They talk through port 12355 of worker 0 (MASTER_PORT is another one).
-This has never run on real hosts: see README.md, TPU.
+This has never run on real hosts: see docs/tpu.md.
 EOF
     exit 0
 fi

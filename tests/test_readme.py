@@ -1,37 +1,123 @@
-"""What the README and other systems' documents promise by name is there."""
+"""What the README, AGENTS.md and the pages of docs/ name is there: tests, files, links, commands of make."""
 
+import ast
+import importlib.util
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tunix_torch import GRPOConfig, ModelConfig
-
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+SUFFIXES = (".py", ".md", ".sh", ".json", ".yaml", ".toml", ".txt", ".png")
+# What a run, a command or a peer has, and not this repository.
+ELSEWHERE = {
+    "config.json",
+    "long.json",
+    "multirun/",
+    "my_module.py",
+    "outputs/",
+    "previous/",
+    "reasoning_training_data.json",
+    "time.json",
+    "time_to_accuracy.png",
+    "training_curves.png",
+}
 
 
-def test_every_test_that_the_readme_names_exists():
-    named = re.findall(r"`(test_\w+\.py)::(\w+)`", (ROOT / "README.md").read_text())
-    assert len(named) > 40
-    missing = [
-        f"{file}::{name}"
-        for file, name in named
-        if not re.search(rf"^def {name}\(", next((ROOT / "tests").rglob(file)).read_text(), re.MULTILINE)
-    ]
+def each(pages=PAGES):
+    return pytest.mark.parametrize("page", pages, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+def words_of_code(page):
+    """Each word in backticks, without the arguments and punctuation around it."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return {word.strip("(),:;'\"") for code in re.findall(r"`([^`\n]+)`", text) for word in code.split()}
+
+
+def anchors_of(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
+
+
+def test_every_page_of_docs_is_found_from_the_readme():
+    text = (ROOT / "README.md").read_text()
+    indirect = {"docs/files.md", "AGENTS.md"}
+    pages = {page.relative_to(ROOT).as_posix() for page in PAGES if page.parent.name == "docs"} | indirect
+    assert not {page for page in pages if f"({page})" not in text}
+
+
+@each()
+def test_every_test_that_a_page_names_exists(page):
+    named = re.findall(r"`((?:tests/)?(?:\w+/)*test_\w+\.py)::(\w+)", page.read_text())
+    missing = []
+    for file, name in named:
+        path = ROOT / file
+        there = path.exists() and {n.name for n in ast.walk(ast.parse(path.read_text())) if hasattr(n, "name")}
+        if not there or name not in there:
+            missing.append(f"{file}::{name}")
+    assert not missing
+    assert page.name not in ("guarantees.md", "migration.md") or len(named) > 40, "the pattern finds no tests"
+
+
+@each()
+def test_every_file_that_a_page_names_exists(page):
+    """By its path from the root, from tunix_torch/ or from the page; a name without a folder may stand in any."""
+    names = {word.partition("::")[0] for word in words_of_code(page)}
+    paths = {name for name in names if re.fullmatch(r"[\w./-]+", name) and name.endswith((*SUFFIXES, "/"))}
+    missing = []
+    for name in paths - ELSEWHERE:
+        places = [ROOT, ROOT / "tunix_torch", page.parent]
+        if (
+            name.startswith((".", "/"))
+            and not (ROOT / name).exists()
+            or any(part.isupper() for part in name.split("/"))
+        ):
+            continue  # a folder of the user's, or a word to put a name in place of
+        if not any((place / name).exists() for place in places) and not (
+            "/" not in name and any(ROOT.glob(f"*/**/{name}"))
+        ):
+            missing.append(name)
     assert not missing
 
 
-def test_every_file_that_the_readme_lists_exists_and_the_other_way_round():
-    text = (ROOT / "README.md").read_text().partition("## Files, in reading order")[2].partition("\n## ")[0]
-    names = set(re.findall(r"`([\w./]+)`", text))
-    listed = {
-        name if (ROOT / name).exists() else f"tunix_torch/{name}" for name in names if re.search(r"\.\w+$|/$", name)
-    }
-    assert not [name for name in listed if not (ROOT / name).exists()]
-    files = {f"tunix_torch/{path.name}" for path in (ROOT / "tunix_torch").glob("*.py")} - {"tunix_torch/__init__.py"}
+@each()
+def test_every_link_within_the_repository_resolves(page):
+    wrong = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        if not path.exists() or (anchor and anchor not in anchors_of(path)):
+            wrong.append(target)
+    assert not wrong
+
+
+@each()
+def test_every_target_of_make_that_a_page_names_exists(page):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:[`;] *|^)make ([a-z-]+)", page.read_text(), re.MULTILINE))
+    assert not named - targets
+
+
+def test_the_map_of_files_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("write_files", ROOT / "docs" / "write_files.py")
+    write_files = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(write_files)
+    text = (ROOT / "docs" / "files.md").read_text()
+    listed = set(re.findall(r"^\| `([\w/.]+\.py)`", text, re.MULTILINE))
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tunix_torch").rglob("*.py")}
+    files = {file for file in files if not re.fullmatch(r"tunix_torch/\w+/__init__\.py", file)}  # these head the rooms
     files |= {path.name for path in ROOT.glob("*.py")}
-    assert not files - listed
+    assert listed == files
+    assert text == write_files.page(), "run python docs/write_files.py"
 
 
 @pytest.mark.parametrize(
@@ -52,47 +138,3 @@ def test_make_has_the_documented_targets(target, command):
         ["make", "--dry-run", "--old-file", ".venv/.installed", target], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0 and command in result.stdout, result.stdout + result.stderr
-
-
-def test_names_of_the_notebook_are_names_here(tmp_path):
-    args = GRPOConfig(
-        output_dir=str(tmp_path),
-        num_generations=4,
-        max_prompt_length=256,
-        max_response_length=512,
-        learning_rate=1e-6,
-        num_training_steps=500,
-        batch_size=4,
-        kl_coef=0.1,
-        clip_range=0.2,
-        temperature=0.9,
-    )
-    assert (args.num_completions_per_prompt, args.generation_max_length, args.max_steps) == (4, 512, 500)
-    assert (args.per_device_train_batch_size, args.beta, args.epsilon) == (4, 0.1, 0.2)
-    assert args.generation_temperature == 0.9
-
-
-def test_defaults_of_the_hackathon_trainer_are_defaults_here(tmp_path):
-    documented = {
-        "num_completions_per_prompt": 4,
-        "generation_max_length": 256,
-        "generation_temperature": 0.8,
-        "generation_top_p": 0.9,
-        "generation_top_k": 50,
-        "normalize_advantages": True,
-        "advantage_epsilon": 1e-8,
-        "use_kl_penalty": True,
-        "kl_penalty_coef": 0.01,
-    }
-    args = GRPOConfig(output_dir=str(tmp_path))
-    assert {name: getattr(args, name) for name in documented} == documented
-
-
-@pytest.mark.parametrize("shape", ["2,4", ((2, 4), ("fsdp", "tp")), [[2, 4], ["fsdp", "tp"]]])
-def test_a_mesh_may_be_given_either_way(shape):
-    config = ModelConfig(mesh_shape=shape)
-    assert config.mesh == ((2, 4), ("fsdp", "tp"))
-    assert ModelConfig(mesh_shape=config.mesh_shape, mesh_axes=config.mesh_axes) == config
-    for wrong in ("2,x", "2", "0,4", [[2, 4]], ((2, 4), ("rows", "tp")), 8):
-        with pytest.raises(ValueError, match="mesh_"):
-            ModelConfig(mesh_shape=wrong)
