@@ -21,10 +21,10 @@ import json, sys
 from tunix_torch import GRPOConfig, TunixTrainer
 from tunix_torch.learn import passes
 from tunix_torch.model import tiny
-from tunix_torch.rollout import rows as static_rows
+from tunix_torch.rollout import ladders
 from tunix_torch.runtime import device
 
-passes.SHORTEST_PACKED = static_rows.SHORTEST_HALVED = 2
+passes.SHORTEST_PACKED = ladders.SHORTEST_HALVED = 2
 settings = json.loads(sys.argv[3])
 
 def length_reward(prompts, completions, **columns):  # which keeps completions of many lengths coming

@@ -1,5 +1,6 @@
 """Faster layers give what Transformers' own give, gradients included, and step aside wherever they do not apply."""
 
+import contextlib
 import copy
 import pickle
 
@@ -9,10 +10,12 @@ from models import PAD, VOCABULARY, add_nontrivial_lora, make_batch, make_model
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-from tunix_torch.model import fast_layers
-from tunix_torch.model.fast_layers import _FastDecoderLayer, packed_for_decoding, speed_up_layers
+from tunix_torch import GRPOConfig, ModelConfig, TunixTrainer, load_model, load_tokenizer
+from tunix_torch.model import decoding, tiny
+from tunix_torch.model.decoding import decode_weights, fast_layers
+from tunix_torch.model.fast_layers import FastDecoderLayer, _ScaledNorm
 from tunix_torch.model.forward import reference_policy
-from tunix_torch.model.merged_lora import merge_lora
+from tunix_torch.model.loading import add_lora, lora_config
 from tunix_torch.rollout.sampler import Sampler, SamplingParams, draw_uniforms
 
 GEMMAS = pytest.mark.parametrize("family", ["gemma2", "gemma3"])
@@ -23,21 +26,21 @@ def make_norm(kind=Gemma3RMSNorm, width=32, dtype=torch.float32):
     norm = kind(width, eps=1e-4).to(dtype).requires_grad_(False)
     norm.weight.normal_(generator=torch.Generator().manual_seed(0))
     fast = copy.deepcopy(norm)
-    speed_up_layers(fast)
-    assert type(fast) is not kind and isinstance(fast, kind)
-    return norm, fast
+
+    def compute(x):
+        with fast_layers(fast):
+            assert type(fast) is not kind and isinstance(fast, kind)
+            return fast(x)
+
+    return norm, fast, compute
 
 
-def make_pair(model):
-    """The model with Transformers' layers, and with faster ones."""
-    fast = copy.deepcopy(model)
-    merge_lora(fast)
-    speed_up_layers(fast)
-    return model, fast
-
-
-def decoder_layers(model):
-    return [layer for layer in model.modules() if isinstance(layer, _FastDecoderLayer)]
+@contextlib.contextmanager
+def transformers_layers():
+    """Within this context no layer has a faster form."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "_faster_class", lambda module: None)
+        yield
 
 
 def sample(model, eos=tuple(range(1, 9))):
@@ -46,21 +49,24 @@ def sample(model, eos=tuple(range(1, 9))):
     return Sampler(model, eos, PAD).sample(batch.prompt_ids, batch.prompt_mask, GROUP, PARAMS, uniforms)
 
 
-def assert_same_rollouts(theirs, ours, **options):
-    expected, found = sample(theirs, **options), sample(ours, **options)
+def assert_same_rollouts(model, **options):
+    """With Transformers' layers and with faster ones."""
+    with transformers_layers():
+        expected = sample(copy.deepcopy(model), **options)  # PEFT undoes a merge where the adapter is off
+    found = sample(model, **options)
     assert torch.equal(found.completion_ids, expected.completion_ids)
     torch.testing.assert_close(found.sampler_logps, expected.sampler_logps, rtol=0, atol=2e-5)
 
 
 def watch_packing(monkeypatch):
-    """How many decoder layers each `packed_for_decoding` packed."""
-    counts, pack = [], fast_layers._FastDecoderLayer.pack
+    """Whether each decoder layer that was asked to be packed could be."""
+    counts, pack = [], FastDecoderLayer.pack
 
     def watched(layer):
         pack(layer)
         counts.append(layer._packed is not None)
 
-    monkeypatch.setattr(fast_layers._FastDecoderLayer, "pack", watched)
+    monkeypatch.setattr(FastDecoderLayer, "pack", watched)
     return counts
 
 
@@ -68,7 +74,7 @@ def watch_packing(monkeypatch):
 @pytest.mark.parametrize("shape", [(1, 32), (3, 5, 32), (2, 4, 7, 32)])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_a_norm_and_its_gradient(kind, shape, scale):
-    norm, fast = make_norm(kind)
+    norm, _, fast = make_norm(kind)
     x = (scale * torch.randn(shape, generator=torch.Generator().manual_seed(1))).requires_grad_(True)
     upstream = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     (expected_grad,) = torch.autograd.grad(norm(x), x, upstream)
@@ -82,26 +88,27 @@ def test_a_norm_and_its_gradient(kind, shape, scale):
 def test_the_gradient_of_a_norm_is_that_of_the_mathematics():
     x, scale = (torch.randn(s, dtype=torch.float64) for s in [(2, 3, 5), (5,)])
     eps = torch.tensor(0.1, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: fast_layers._ScaledNorm.apply(x, scale, eps), x.requires_grad_(True))
+    assert torch.autograd.gradcheck(lambda x: _ScaledNorm.apply(x, scale, eps), x.requires_grad_(True))
 
 
 def test_a_norm_whose_weight_changes_or_learns():
-    norm, fast = make_norm()
+    norm, other, fast = make_norm()
     x = torch.randn(4, 32)
     fast(x)
     for change in (lambda w: w.mul_(3), lambda w: w.data.add_(1), lambda w: setattr(w, "data", w.data / 2)):
-        for layer in (norm, fast):
+        for layer in (norm, other):
             change(layer.weight)
         torch.testing.assert_close(fast(x), norm(x), rtol=1e-5, atol=1e-5)
-    for layer in (norm, fast):
+    for layer in (norm, other):
         layer.weight = torch.nn.Parameter(torch.full((32,), 0.5))
-        layer(x).square().sum().backward()
-    assert torch.equal(fast.weight.grad, norm.weight.grad)
+    for compute in (norm, fast):
+        compute(x).square().sum().backward()
+    assert torch.equal(other.weight.grad, norm.weight.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_types_take_transformers_way(dtype):
-    norm, fast = make_norm(dtype=dtype)
+    norm, _, fast = make_norm(dtype=dtype)
     x = torch.randn(4, 32).to(dtype)
     assert torch.equal(fast(x), norm(x))
 
@@ -110,67 +117,130 @@ def test_other_types_take_transformers_way(dtype):
 @pytest.mark.parametrize("lora", [True, False])
 def test_completions_are_those_of_transformers_layers(family, lora, monkeypatch):
     model = make_model(family)
-    theirs, ours = make_pair(add_nontrivial_lora(model) if lora else model)
+    model = add_nontrivial_lora(model) if lora else model
     packed = watch_packing(monkeypatch)
-    assert_same_rollouts(theirs, ours)
-    assert packed == [True, True] and all(layer._packed is None for layer in decoder_layers(ours))
-    assert_same_rollouts(theirs, ours, eos=(VOCABULARY,))  # no row ever leaves
+    assert_same_rollouts(model)
+    assert packed == [True, True]
+    assert_same_rollouts(model, eos=(VOCABULARY,))  # no row ever leaves
 
 
 def test_several_kv_heads_and_none_shared():
     for heads, kv_heads in ((4, 2), (2, 2)):
         model = make_model("gemma3", num_attention_heads=heads, num_key_value_heads=kv_heads)
-        assert_same_rollouts(*make_pair(add_nontrivial_lora(model)))
+        assert_same_rollouts(add_nontrivial_lora(model))
 
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_the_reference_policy_can_be_sampled_too(merged, monkeypatch):
-    theirs, ours = make_pair(add_nontrivial_lora(make_model("gemma3")))
+    model = add_nontrivial_lora(make_model("gemma3"))
     if merged:
-        ours.merge_adapter()
-        assert_same_rollouts(theirs, ours)
+        model.merge_adapter()
+        assert_same_rollouts(model)
     packed = watch_packing(monkeypatch)
-    with reference_policy(theirs), reference_policy(ours):
-        assert_same_rollouts(theirs, ours)
+    with reference_policy(model):
+        assert_same_rollouts(model)
     assert packed == [not merged] * 2
 
 
 def test_each_rollout_sees_the_newest_weights():
-    theirs, ours = make_pair(add_nontrivial_lora(make_model("gemma3")))
+    model = add_nontrivial_lora(make_model("gemma3"))
     for _ in range(2):
-        for model in (theirs, ours):
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if "lora_A" in name or name.endswith("q_norm.weight"):
-                        parameter.mul_(1.3)
-        assert_same_rollouts(theirs, ours)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_A" in name or name.endswith("q_norm.weight"):
+                    parameter.mul_(1.3)
+        assert_same_rollouts(model)
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_bias": True}])
 def test_layers_with_another_kind_of_lora_are_not_packed(lora, monkeypatch):
-    theirs, ours = make_pair(add_nontrivial_lora(make_model("gemma3"), **lora))
     packed = watch_packing(monkeypatch)
-    assert_same_rollouts(theirs, ours)
+    assert_same_rollouts(add_nontrivial_lora(make_model("gemma3"), **lora))
     assert packed == [False, False]
 
 
 def test_another_activation_is_not_packed(monkeypatch):
-    theirs, ours = make_pair(make_model("gemma3", hidden_activation="silu"))
     packed = watch_packing(monkeypatch)
-    assert_same_rollouts(theirs, ours)
+    assert_same_rollouts(make_model("gemma3", hidden_activation="silu"))
     assert packed == [False, False]
 
 
+# ---- the contexts ----
+
+
+def classes_of(model):
+    return [type(module) for module in model.modules()]
+
+
+def test_every_module_has_its_own_class_again():
+    """Whether contexts are nested, or end by an exception."""
+    model = add_nontrivial_lora(make_model("gemma3"))
+    own = classes_of(model)
+    with fast_layers(model):
+        fast = classes_of(model)
+        assert fast != own
+        with decode_weights(model), fast_layers(model):
+            assert classes_of(model) == fast
+        assert classes_of(model) == fast
+    assert classes_of(model) == own
+    with pytest.raises(ZeroDivisionError), decode_weights(model):
+        raise ZeroDivisionError
+    assert classes_of(model) == own
+
+
 def test_a_model_can_still_be_pickled():
-    _, ours = make_pair(add_nontrivial_lora(make_model("gemma3")))
-    expected = sample(ours)
-    assert torch.equal(sample(pickle.loads(pickle.dumps(ours))).completion_ids, expected.completion_ids)
+    model = add_nontrivial_lora(make_model("gemma3"))
+    expected = sample(model)
+    for other in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(sample(other).completion_ids, expected.completion_ids)
 
 
 def test_a_failure_while_packing_leaves_nothing_packed(monkeypatch):
-    _, ours = make_pair(make_model("gemma3"))
-    layers = decoder_layers(ours)
-    monkeypatch.setattr(layers[1], "pack", lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError), packed_for_decoding(ours):
+    model = make_model("gemma3")
+    own = classes_of(model)
+    layers = model.get_decoder().layers
+    monkeypatch.setattr(layers[0], "pack", lambda: 1 / 0, raising=False)
+    with pytest.raises(ZeroDivisionError), decode_weights(model):
         pass
-    assert all(layer._packed is None for layer in layers)
+    assert all(getattr(layer, "_packed", None) is None for layer in layers) and classes_of(model) == own
+
+
+def test_a_trainer_changes_no_class_and_its_numbers_do_not_depend_on_contexts(model_folder, tmp_path):
+    """Neither when it is made, nor by training, nor by a step that fails."""
+    args = GRPOConfig(
+        output_dir=str(tmp_path),
+        report_to="none",
+        disable_tqdm=True,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        num_completions_per_prompt=2,
+        generation_max_length=8,
+        save_strategy="no",
+        learning_rate=1e-2,
+    )
+    rows = tiny.arithmetic_rows("train", 16)
+    failing = []
+
+    def length_reward(prompts, completions, **columns):
+        return [1 / 0 if failing else float(len(text)) for text in completions]
+
+    def train(context):
+        torch.manual_seed(0)
+        model = add_lora(load_model(model_folder), lora_config(ModelConfig()))
+        own = classes_of(model)
+        trainer = TunixTrainer(
+            model, length_reward, copy.deepcopy(args), rows, processing_class=load_tokenizer(model_folder)
+        )
+        assert classes_of(model) == own, "the trainer changed a class when it was made"
+        with context(model):
+            trainer.train()
+        assert classes_of(model) == own, "training changed a class"
+        failing.append(True)
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+        failing.clear()
+        assert classes_of(model) == own, "a step that failed left a faster class"
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    weights, in_context = train(contextlib.nullcontext), train(fast_layers)
+    assert all(torch.equal(weights[name], in_context[name]) for name in weights)

@@ -1,17 +1,34 @@
 """A merged LoRA layer gives what PEFT's own gives, gradients included, and leaves the base weights as they are."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
-from models import FAMILIES, add_nontrivial_lora, make_batch, make_model
+from models import FAMILIES, add_nontrivial_lora, make_batch, make_model, token_logps
 from peft import LoraConfig
 from torch import nn
 
-from tunix_torch.learn.logprobs import token_logps
+from tunix_torch.model import decoding
+from tunix_torch.model.decoding import fast_layers
 from tunix_torch.model.forward import reference_policy
 from tunix_torch.model.loading import LORA_TARGETS, add_lora
-from tunix_torch.model.merged_lora import MergedLinear, _MergedProduct, merge_lora
+from tunix_torch.model.merged_lora import MergedLinear, _MergedProduct
+
+CONTEXTS = contextlib.ExitStack()  # of the models of the test that runs
+
+
+@pytest.fixture(autouse=True)
+def contexts(monkeypatch):
+    """Each test ends its contexts, and in them no other layers than those of LoRA have a faster form."""
+    monkeypatch.setattr(decoding, "FAST", {})
+    with CONTEXTS:
+        yield
+
+
+def merge_lora(model):
+    """Give the model merged layers until the test ends."""
+    CONTEXTS.enter_context(fast_layers(model))
 
 
 def make_pair(family="gemma3", **lora):

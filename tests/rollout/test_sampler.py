@@ -9,17 +9,27 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, PAD, WINDOW, add_nontrivial_lora, hugging_face_logits, make_batch, make_model
+from models import (
+    FAMILIES,
+    PAD,
+    WINDOW,
+    add_nontrivial_lora,
+    hugging_face_logits,
+    make_batch,
+    make_model,
+    token_logps,
+    with_completions,
+)
 from rollouts import GROUP, MORE, NEVER, PARAMS, SOME, assert_same
 from transformers import GPTJConfig, GPTJForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import tunix_torch.rollout.sampler
-from tunix_torch.learn.logprobs import token_logps
 from tunix_torch.model.forward import base_model
 from tunix_torch.model.loading import place
-from tunix_torch.rollout import rows as static_rows
-from tunix_torch.rollout.rows import cache_widths, group_sizes
+from tunix_torch.rollout import ladders
+from tunix_torch.rollout.ladders import cache_widths, group_sizes
 from tunix_torch.rollout.sampler import Sampler, SamplingParams, choose_tokens, draw_uniforms
+from tunix_torch.runtime import device
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -29,16 +39,25 @@ def make_policy(family="gemma3", **lora):
 
 
 def sample(
-    model, eos=SOME, params=PARAMS, group=GROUP, uniforms=None, prompts=None, pad=PAD, interval=16, static=False
+    model,
+    eos=SOME,
+    params=PARAMS,
+    group=GROUP,
+    uniforms=None,
+    prompts=None,
+    pad=PAD,
+    interval=16,
+    static=False,
+    **options,
 ):
-    """A rollout for prompts of length 19, 11 and 3, unless others are given; `static`: with fixed shapes, as on XLA."""
+    """A rollout for prompts of length 19, 11 and 3, unless others are given; `static`: in few shapes, as on XLA."""
     ids, mask = prompts or (make_batch().prompt_ids, make_batch().prompt_mask)
     if uniforms is None:
         uniforms = draw_uniforms((0, 1), range(len(ids) * group), params.max_new_tokens)
-    sampler = Sampler(model, eos, pad, interval)
-    if static:
-        sampler._decode = sampler._decode_static
-    return sampler.sample(ids, mask, group, params, uniforms)
+    with pytest.MonkeyPatch.context() as patch:
+        if static:
+            patch.setattr(device, "step_kind", lambda: "compiled")
+        return Sampler(model, eos, pad, interval, **options).sample(ids, mask, group, params, uniforms)
 
 
 # ---- a decode step against a full forward ----
@@ -50,7 +69,7 @@ def test_cached_decode_equals_a_full_forward(family, params):
     model = make_policy(family)
     rollout = sample(model, params=params)
     assert rollout.completion_mask.sum(-1).max() > WINDOW + 1, "the window never leaves the prompt"
-    batch = replace(make_batch(), completion_ids=rollout.completion_ids, completion_mask=rollout.completion_mask)
+    batch = with_completions(make_batch(), rollout.completion_ids, rollout.completion_mask)
     expected, _ = token_logps(model, batch, params.temperature)
     torch.testing.assert_close(rollout.sampler_logps, expected, rtol=0, atol=1e-4)
 
@@ -84,48 +103,51 @@ def test_fixed_shapes_and_growing_ones_give_the_same_completions(family, eos):
 def test_a_static_cache_grows_in_portions(family, monkeypatch):
     model = make_policy(family)
     expected = sample(model, eos=NEVER)
-    monkeypatch.setattr(static_rows, "cache_widths", lambda room: [1, 4, 10, room])
+    monkeypatch.setattr(ladders, "cache_widths", lambda room: [1, 4, 10, room])
     assert_same(sample(model, eos=NEVER, static=True), expected)
+
+
+def decoded_shapes(monkeypatch):
+    """Rows, and the widest cache of a row's own tokens, of each decode step that is still to come."""
+    shapes, kind = [], tunix_torch.rollout.sampler.SharedPrefixCache
+
+    def noting(layer_ids, windows, keys, values, own_keys, *others):
+        shapes.append((len(own_keys[0]), max(x.shape[2] for x in own_keys)))
+        return kind(layer_ids, windows, keys, values, own_keys, *others)
+
+    monkeypatch.setattr(tunix_torch.rollout.sampler, "SharedPrefixCache", noting)
+    return shapes
 
 
 @every_family
 @pytest.mark.parametrize("compile_ahead", [False, True])
 def test_groups_with_fixed_shapes_are_halved_as_rows_end(family, compile_ahead, monkeypatch):
     """Whatever has been rehearsed. Every group goes on with a half when the one with most rows left needs no more."""
-    monkeypatch.setattr(static_rows, "SHORTEST_HALVED", 2)
-    monkeypatch.setattr(static_rows, "cache_widths", lambda room: [1, 4, 10, room])
-    model, batch, group = make_policy(family), make_batch(), 7
+    monkeypatch.setattr(ladders, "SHORTEST_HALVED", 2)
+    monkeypatch.setattr(ladders, "cache_widths", lambda room: [1, 4, 10, room])
+    model, group, interval = make_policy(family), 7, 2
     uniforms = draw_uniforms((0, 2), range(3 * group), PARAMS.max_new_tokens)
-    expected = sample(model, eos=MORE, group=group, uniforms=uniforms)
-    sampler, decoded = Sampler(model, MORE, PAD, stop_check_interval=2, compile_ahead=compile_ahead), []
-    sampler._decode = sampler._decode_static
-
-    def note(module: object, args: object, inputs: dict, output: object) -> None:
-        decoded.append(len(inputs["input_ids"]))
-
-    hook = base_model(model).get_decoder().register_forward_hook(note, with_kwargs=True)
-    rollout = sampler.sample(batch.prompt_ids, batch.prompt_mask, group, PARAMS, uniforms)
-    hook.remove()
-    assert_same(rollout, expected)
+    options = {"eos": MORE, "group": group, "uniforms": uniforms}
+    expected = sample(model, **options)
+    shapes = decoded_shapes(monkeypatch)
+    assert_same(sample(model, **options, static=True, interval=interval, compile_ahead=compile_ahead), expected)
     lengths = expected.completion_mask.sum(-1).view(3, group)
-
-    def size_after(t: int) -> int:
-        """Rows of each group in the steps after token t, at which it looks."""
-        most_left = int((lengths > t + 1).sum(1).max())
-        return next(size for size in (2, 4, 7) if size >= most_left)
-
-    sizes = [7, 7] + [size_after(t // 2 * 2) for t in range(2, PARAMS.max_new_tokens - 1)]
-    sizes = sizes[: -(-(int(lengths.max()) - 1) // 2) * 2]  # when all have ended it stops
-    assert set(sizes) == {7, 4, 2}, "a size that does not occur"
-    assert decoded[-len(sizes) :] == [3 * size for size in sizes]
-    rehearsed = [7] * 4 + [4] * 2 + [2]  # each size with its widths
-    assert decoded[1 : -len(sizes)] == [3 * size for size in rehearsed * compile_ahead]
+    num_steps = -(-(int(lengths.max()) - 1) // interval) * interval  # when all have ended it stops
+    num_steps = min(num_steps, PARAMS.max_new_tokens - 1)
+    decoded, rehearsed = shapes[-num_steps:], shapes[:-num_steps]
+    assert {rows for rows, _ in decoded} == {21, 12, 6}, "a size that does not occur"
+    for t, (rows, _) in enumerate(decoded, start=1):  # feeds token t of every row
+        most_left = int((lengths > t).sum(1).max())
+        assert rows >= 3 * most_left, "a row left before it had ended"
+        looked = int((lengths > (t - 1) // interval * interval + 1).sum(1).max()) if t > interval else group
+        assert rows == 3 * next(size for size in (2, 4, 7) if size >= looked), "a group was not halved when it could"
+    assert set(decoded) <= set(rehearsed) if compile_ahead else not rehearsed
 
 
 @given(group=st.integers(1, 64), prompts=st.integers(1, 8), axis=st.sampled_from([1, 2, 4, 8]))
 def test_sizes_of_groups_on_a_mesh(group, prompts, axis):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(static_rows.device, "axis_size", lambda name: axis)
+        patch.setattr(ladders.mesh, "axis_size", lambda name: axis)
         sizes = group_sizes(group, prompts, 128)
         assert group_sizes(group, prompts, 127) == [group]
     assert sizes[0] == group and len(sizes) <= 3
@@ -137,21 +159,18 @@ def test_sizes_of_groups_on_a_mesh(group, prompts, axis):
 @pytest.mark.parametrize("static", [False, True])
 def test_layers_with_a_sliding_window_keep_no_more_and_change_nothing(static, window, monkeypatch):
     """Prompts of up to 19 tokens, completions of 20, of which the last is never looked at."""
-    made = []
-    name = "SlotCache" if static else "SharedPrefixCache"
-    kind = getattr(tunix_torch.rollout.sampler, name)
-    monkeypatch.setattr(tunix_torch.rollout.sampler, name, lambda *args: made.append(kind(*args)) or made[-1])
-    monkeypatch.setattr(static_rows, "cache_widths", lambda room: [1, 4, 10, room])
+    monkeypatch.setattr(ladders, "cache_widths", lambda room: [1, 4, 10, room])
+    made, kind = [], tunix_torch.rollout.sampler.SharedPrefixCache
+    monkeypatch.setattr(
+        tunix_torch.rollout.sampler, "SharedPrefixCache", lambda *args: made.append(kind(*args)) or made[-1]
+    )
     model = place(add_nontrivial_lora(make_model("gemma3", sliding_window=window)))
     rollout = sample(model, eos=NEVER, static=static)
-    batch = replace(make_batch(), completion_ids=rollout.completion_ids, completion_mask=rollout.completion_mask)
+    batch = with_completions(make_batch(), rollout.completion_ids, rollout.completion_mask)
     torch.testing.assert_close(rollout.sampler_logps, token_logps(model, batch)[0], rtol=0, atol=1e-4)
-    cache = made[-1]
-    if static:
-        kept = {i: (prompt.shape[2], own.shape[2]) for i, (prompt, _, own, _) in cache.layers.items()}
-    else:
-        kept = {i: (cache.prompts[i][0].shape[2], cache.own[i][0].shape[2]) for i in cache.own}
-    assert kept == {0: (min(19, max(1, window - 1)), min(19, window)), 1: (19, 19)}
+    kept = {i: (prompt.shape[2], own.shape[2]) for i, (prompt, _, own, _) in made[-1].layers.items()}
+    of_prompt = min(19, max(1, window - 1))  # where shapes are free, what the window has left behind is not read
+    assert kept == {0: (of_prompt if static else min(of_prompt, max(0, window - 19)), min(19, window)), 1: (19, 19)}
 
 
 @given(room=st.integers(0, 5000))
@@ -189,7 +208,7 @@ def test_a_bfloat16_model_samples():
     model = add_nontrivial_lora(make_model("gemma3").to(torch.bfloat16))
     rollout = sample(model)
     assert rollout.sampler_logps.dtype == torch.float32 and rollout.sampler_logps.isfinite().all()
-    batch = replace(make_batch(), completion_ids=rollout.completion_ids, completion_mask=rollout.completion_mask)
+    batch = with_completions(make_batch(), rollout.completion_ids, rollout.completion_mask)
     learned, exact = (token_logps(m, batch)[0] for m in (model, copy.deepcopy(model).float()))
     # rounding in another order, and not more of it
     assert (rollout.sampler_logps - learned).abs().mean() < (learned - exact).abs().mean()
@@ -426,10 +445,10 @@ def test_a_padding_token_that_the_model_itself_samples_does_not_end_a_completion
     assert sample(make_policy(), eos=NEVER, pad=pad).completion_mask.all()
 
 
-@pytest.mark.parametrize("interval", [1, 16])
-def test_completions_of_one_token(interval):
-    rollout = sample(make_policy(), params=replace(PARAMS, max_new_tokens=1), interval=interval)
-    assert rollout.completion_ids.shape == (9, 1) and rollout.completion_mask.all()
+def test_completions_of_one_token():
+    for options in ({"interval": 1}, {"interval": 16}, {"static": True, "compile_ahead": True}):
+        rollout = sample(make_policy(), params=replace(PARAMS, max_new_tokens=1), **options)
+        assert rollout.completion_ids.shape == (9, 1) and rollout.completion_mask.all()
 
 
 # ---- the sampler as an object ----

@@ -141,26 +141,27 @@ def test_a_step_is_made_anew_when_the_adapter_is_switched_off(model_folder):
 
 def test_nothing_is_compiled_for_completions_of_any_lengths(model_folder, monkeypatch):
     from tunix_torch.model.loading import load_model, place
-    from tunix_torch.rollout import rows as static_rows
+    from tunix_torch.rollout import ladders
+    from tunix_torch.rollout.rows import Rows
     from tunix_torch.rollout.sampler import Sampler, SamplingParams
     from tunix_torch.runtime import device
 
-    monkeypatch.setattr(static_rows, "cache_widths", lambda room: [4, 8, room])
-    monkeypatch.setattr(static_rows, "SHORTEST_HALVED", 2)
+    monkeypatch.setattr(ladders, "cache_widths", lambda room: [4, 8, room])
+    monkeypatch.setattr(ladders, "SHORTEST_HALVED", 2)
     model, params = place(load_model(model_folder)), SamplingParams(16)
     ids = torch.tensor([[2, 40, 41, 42], [0, 2, 43, 44]]).to(device.torch_device())
 
     first_half = tuple(range(model.config.vocab_size // 2))
     sampler = Sampler(model, first_half, 0, stop_check_interval=1, compile_ahead=True)
 
-    levels, drop_ended = set(), static_rows.StaticRows.drop_ended
+    levels, left_of = set(), Rows.left
 
     def noting(rows):
-        left = drop_ended(rows)
-        levels.add(rows.level)
+        left = left_of(rows)
+        levels.add(rows.ladder.sizes.index(rows.group_size))
         return left
 
-    monkeypatch.setattr(static_rows.StaticRows, "drop_ended", noting)
+    monkeypatch.setattr(Rows, "left", noting)
 
     def lengths(num_prompts, wanted):
         """The first token of the vocabulary ends a completion, the last one does not."""

@@ -1,9 +1,10 @@
-"""The decode step as a CUDA graph: recorded and replayed by its operations on the CPU, which has no such graphs.
+"""The decode step as CUDA graphs: recorded and replayed by its operations on the CPU, which has no such graphs.
 
 As there, a recording computes nothing, a replay runs no Python, tensors are known by their addresses, and nothing may
 wait for a result. A tensor on the wrong device is not seen so: the one test that needs a GPU would find it.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tunix_torch.batch import Rollout
-from tunix_torch.rollout import rows as static_rows
+from tunix_torch.rollout import ladders, rows, steps
 from tunix_torch.rollout.sampler import Sampler, SamplingParams, draw_uniforms
-from tunix_torch.runtime import device
+from tunix_torch.runtime import device, mesh
 from tunix_torch.runtime import recorded as cuda_graph
 from tunix_torch.runtime.recorded import RecordedStep
 
@@ -63,7 +64,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
     """Of every graph that is recorded, the shape of the first argument, and how often it has been replayed."""
     counts: list[list[int]] = []
 
-    def record(step: Callable[[], Any], args: Any) -> tuple[int, Callable[[], None]]:
+    def record(step: Callable[[], Any], args: Any, pool: Any) -> tuple[int, Callable[[], None]]:
         step()  # as in the original
         with Recording() as recording:
             num_results = cuda_graph.write_over(step(), args)
@@ -78,83 +79,147 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
         return num_results, replay
 
     monkeypatch.setattr(cuda_graph, "record", record)
+    monkeypatch.setattr(cuda_graph, "new_pool", lambda: None)
     monkeypatch.setattr(device, "wait", lambda: None)
     yield counts
 
 
-def make_unplaced(family: str = "gemma3", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """A policy whose layers are those of Transformers and PEFT, as on CUDA: `place` would speed them up for the CPU."""
+def make_policy(family: str = "gemma3", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     return add_nontrivial_lora(make_model(family).to(dtype))
 
 
-def make_sampler(model: torch.nn.Module, eos: tuple[int, ...], interval: int = 16) -> Sampler:
-    sampler = Sampler(model, eos, PAD, interval)
-    sampler._decode = sampler._decode_static
-    return sampler
-
-
-def sample_recorded(sampler: Sampler, params: SamplingParams = PARAMS, group: int = GROUP) -> Rollout:
-    """A rollout whose decode step is recorded."""
+def sample_recorded(sampler: Sampler, params: SamplingParams = PARAMS, group: int = GROUP, seed: int = 2) -> Rollout:
+    """A rollout as on CUDA: its decode step is recorded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "KIND", "cuda")
-        return sample_with(sampler, params, group)
+        patch.setattr(mesh, "KIND", "cuda")
+        return sample_with(sampler, params, group, seed)
 
 
-def sample_with(sampler: Sampler, params: SamplingParams = PARAMS, group: int = GROUP) -> Rollout:
+def sample_eagerly(
+    sampler: Sampler, params: SamplingParams = PARAMS, group: int = GROUP, seed: int = 2, few_shapes: bool = True
+) -> Rollout:
+    """The same by a new sampler whose step runs as it is, in the same shapes or in free ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "step_kind", lambda: "eager")
+        if few_shapes:
+            patch.setattr(rows, "make_ladder", ladders.FewShapes)
+        fresh = Sampler(sampler.model, sampler.eos_token_ids, PAD, sampler.stop_check_interval)
+        return sample_recorded(fresh, params, group, seed)
+
+
+def sample_with(sampler: Sampler, params: SamplingParams = PARAMS, group: int = GROUP, seed: int = 2) -> Rollout:
     batch = make_batch()
     place = next(sampler.model.parameters()).device
-    uniforms = draw_uniforms((0, 2), range(3 * group), params.max_new_tokens)
+    uniforms = draw_uniforms((0, seed), range(3 * group), params.max_new_tokens)
     return sampler.sample(batch.prompt_ids.to(place), batch.prompt_mask.to(place), group, params, uniforms)
+
+
+def assert_equal(left: Rollout, right: Rollout) -> None:
+    assert torch.equal(left.completion_ids, right.completion_ids)
+    assert torch.equal(left.sampler_logps, right.sampler_logps)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("params", [PARAMS, SamplingParams(20, 0.6, top_k=20, top_p=0.9)])
-def test_a_recorded_step_gives_the_same_completions(family, dtype, params, replays):
-    model = make_unplaced(family, dtype)
-    for eos in (SOME, NEVER):
-        sampler = make_sampler(model, eos)
-        recorded, expected = sample_recorded(sampler, params), sample_with(sampler, params)
-        assert torch.equal(recorded.completion_ids, expected.completion_ids)
-        assert torch.equal(recorded.sampler_logps, expected.sampler_logps)
-        if dtype == torch.float32:
-            assert_same(recorded, sample_with(Sampler(model, eos, PAD), params))  # rows leave, shapes follow the data
-    assert replays[1][1] == params.max_new_tokens - 1, "it was not replayed for every token"
-    assert len(replays) == 2, "of a batch with one shape more than one graph was recorded"
+def test_a_recorded_step_gives_the_same_completions(family, dtype, replays):
+    model = make_policy(family, dtype)
+    for params in (PARAMS, SamplingParams(20, 0.6, top_k=20, top_p=0.9)):
+        for eos in (SOME, NEVER):
+            sampler = Sampler(model, eos, PAD)
+            recorded = sample_recorded(sampler, params)
+            assert_equal(recorded, sample_eagerly(sampler, params))
+            if dtype == torch.float32:
+                assert_same(recorded, sample_eagerly(sampler, params, few_shapes=False))
+        assert replays[-1][1] == params.max_new_tokens - 1, "it was not replayed for every token"
+    assert len(replays) == 4, "of a batch with one shape more than one graph was recorded"
 
 
-def test_a_graph_is_recorded_for_every_width_of_the_cache_and_size_of_the_groups(replays, monkeypatch):
-    monkeypatch.setattr(static_rows, "SHORTEST_HALVED", 2)
-    monkeypatch.setattr(static_rows, "cache_widths", lambda room: [1, 4, 10, room])
-    model = make_unplaced()
-    rollout = sample_recorded(make_sampler(model, MORE, interval=2), group=7)
-    assert_same(rollout, sample_with(Sampler(model, MORE, PAD), group=7))
+@pytest.fixture
+def many_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladders, "SHORTEST_HALVED", 2)
+    monkeypatch.setattr(ladders, "cache_widths", lambda room: [1, 4, 10, room])
+
+
+def test_a_graph_is_recorded_for_every_width_of_the_cache_and_size_of_the_groups(replays, many_shapes):
+    model = make_policy()
+    sampler = Sampler(model, MORE, PAD, 2)
+    assert_same(sample_recorded(sampler, group=7), sample_eagerly(sampler, group=7, few_shapes=False))
     assert {rows for rows, _ in replays} == {21, 12, 6}, "no group was halved twice"
     assert len(replays) <= 7 and all(count > 0 for _, count in replays)
 
 
-def test_the_next_batch_sees_weights_wherever_they_are(replays):
-    model = make_unplaced()
-    sampler = make_sampler(model, NEVER)
-    before = sample_recorded(sampler)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_next_rollout_replays_the_graphs_of_the_last(family, replays, many_shapes):
+    """Other prompts' keys, other random numbers and weights changed in place are seen; no result of the first moves."""
+    sampler = Sampler(make_policy(family), MORE, PAD, 2)
+    first = sample_recorded(sampler, group=7)
+    kept, recorded = copy.deepcopy(first), len(replays)
+    assert_equal(sample_recorded(sampler, group=7), first)
+    assert len(replays) == recorded, "the same rollout was recorded again"
     with torch.no_grad():
-        for i, (name, parameter) in enumerate(model.named_parameters()):
-            if "lora_B" in name:  # in place, as an optimizer does, or in another place
-                parameter.data = parameter * -1 if i % 2 else parameter.mul_(-1).data
+        for name, parameter in sampler.model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(-1)
+    second = sample_recorded(sampler, group=7, seed=3)
+    assert_equal(second, sample_eagerly(sampler, group=7, seed=3))
+    assert not torch.equal(second.completion_ids, first.completion_ids)
+    assert_equal(first, kept)
+    for shape_seed in (2, 3):
+        recorded = len(replays)
+        sample_recorded(sampler, group=7, seed=shape_seed)
+        assert len(replays) == recorded, "shapes that both rollouts had are recorded again"
+
+
+def test_weights_that_have_moved_are_noticed(replays):
+    sampler = Sampler(make_policy(), NEVER, PAD)
+    before = sample_recorded(sampler)
+    parameters = {name: p for name, p in sampler.model.named_parameters() if "lora_B" in name}
+    for parameter in parameters.values():
+        parameter.data = parameter.data * -1
     after = sample_recorded(sampler)
+    assert len(replays) == 2, "it was not recorded anew"
     assert not torch.equal(before.completion_ids, after.completion_ids)
-    assert_same(after, sample_with(sampler))
+    assert_equal(after, sample_eagerly(sampler))
+    first = next(iter(parameters.values()))
+    second = next(p for p in parameters.values() if p is not first and p.shape == first.shape)
+    first.data, second.data = second.data, first.data
+    assert_equal(sample_recorded(sampler), sample_eagerly(sampler))
+    assert len(replays) == 3, "two weights that changed places were not noticed"
+
+
+def test_an_adapter_that_is_switched_off_has_graphs_of_its_own(replays):
+    sampler = Sampler(make_policy(), NEVER, PAD)
+    on = sample_recorded(sampler)
+    with sampler.model.disable_adapter():
+        assert_equal(sample_recorded(sampler), sample_eagerly(sampler))
+    assert_equal(sample_recorded(sampler), on)
+    assert len(replays) == 2
+
+
+def test_only_the_newest_kinds_of_batches_keep_their_graphs(replays):
+    sampler = Sampler(make_policy(), NEVER, PAD)
+    for group in range(1, steps.KEPT_RECORDINGS + 1):
+        sample_recorded(sampler, group=group)
+    for group in range(1, steps.KEPT_RECORDINGS + 1):
+        sample_recorded(sampler, group=group)
+    assert len(replays) == steps.KEPT_RECORDINGS
+    sample_recorded(sampler, group=9)
+    sample_recorded(sampler, group=steps.KEPT_RECORDINGS)
+    assert len(replays) == steps.KEPT_RECORDINGS + 1
+    assert_equal(sample_recorded(sampler, group=1), sample_eagerly(sampler, group=1))
+    assert len(replays) == steps.KEPT_RECORDINGS + 2, "the oldest was kept"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cuda_itself_records_the_step(family, monkeypatch):
-    monkeypatch.setattr(static_rows, "SHORTEST_HALVED", 2)
-    monkeypatch.setattr(static_rows, "cache_widths", lambda room: [1, 4, 10, room])
-    model = make_unplaced(family)
+def test_cuda_itself_records_the_step(family, many_shapes):
+    model = make_policy(family)
     expected = sample_with(Sampler(model, MORE, PAD), group=7)
-    rollout = sample_recorded(make_sampler(model.to("cuda"), MORE, interval=2), group=7)
-    assert_same(Rollout(*(tensor.cpu() for tensor in vars(rollout).values())), expected)
+    sampler = Sampler(model.to("cuda"), MORE, PAD, 2)
+    for _ in range(2):
+        rollout = sample_recorded(sampler, group=7)
+        assert_same(Rollout(*(tensor.cpu() for tensor in vars(rollout).values())), expected)
 
 
 def test_results_take_the_place_of_the_first_arguments(replays):
@@ -162,7 +227,7 @@ def test_results_take_the_place_of_the_first_arguments(replays):
         table[0].index_copy_(0, number, total[None])
         return total + table[1], number + 1
 
-    recorded = RecordedStep(step)
+    recorded = RecordedStep(step, torch.nn.Identity())
     total, number, table = torch.zeros(2), torch.zeros(1, dtype=torch.int64), [torch.zeros(4, 2), torch.ones(2)]
     for i in range(3):
         results = recorded(total, number, table)
@@ -187,4 +252,4 @@ def test_results_take_the_place_of_the_first_arguments(replays):
 )
 def test_what_cuda_could_not_record_is_refused(step, replays):
     with pytest.raises(AssertionError, match="waits|follow the data"):
-        RecordedStep(step)(torch.ones(3))
+        RecordedStep(step, torch.nn.Identity())(torch.ones(3))

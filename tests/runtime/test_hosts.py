@@ -26,14 +26,14 @@ def luck_reward(prompts, completions, **columns):
 JOB = """
 import os, pathlib, shutil, signal, sys, torch
 from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer
-from tunix_torch.rollout import rows as static_rows
+from tunix_torch.rollout import ladders
 from tunix_torch.run import job
 from tunix_torch.runtime import device, mesh, together
 import torch_xla.debug.metrics as met
 
 model, host = sys.argv[1], int(sys.argv[2])
 mesh.hosts = lambda: (host, 2, "localhost")
-static_rows.SHORTEST_HALVED = 2
+ladders.SHORTEST_HALVED = 2
 mesh.use_mesh(((2, 2), ("fsdp", "tp")))
 result = {"refused": [], "code": None}
 

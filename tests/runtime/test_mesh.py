@@ -27,16 +27,16 @@ from transformers import TrainerCallback
 from tunix_torch import GRPOConfig, TunixTrainer
 from tunix_torch.learn import passes
 from tunix_torch.model import tiny
-from tunix_torch.rollout import rows as static_rows
+from tunix_torch.rollout import ladders, rows as rollout_rows
 from tunix_torch.runtime import device
 from tunix_torch.runtime.mesh import has_mesh, use_mesh
 from tunix_torch.model.loading import load_model, place
 
-static_rows.cache_widths = lambda room: [3, room]  # so that the KV cache grows
+ladders.cache_widths = lambda room: [3, room]  # so that the KV cache grows
 folder, output_dir, mesh, checkpoint = sys.argv[1:]
 use_mesh((tuple(map(int, mesh.split(","))), ("fsdp", "tp")))
 if has_mesh():
-    passes.SHORTEST_PACKED = static_rows.SHORTEST_HALVED = 2
+    passes.SHORTEST_PACKED = ladders.SHORTEST_HALVED = 2
 
 def digits_reward(prompts, completions, **columns):
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
@@ -64,13 +64,13 @@ def recording_lay_out(*args):
     packed.extend((trainer.state.global_step, part.blocks[0].segments is not None) for part in parts)
     return parts
 passes.lay_out = recording_lay_out
-halved, drop_ended_of = [], static_rows.StaticRows.drop_ended
-def recording_drop_ended(rows):
-    left = drop_ended_of(rows)
-    if rows.sizes[0] > 1:
-        halved.append(rows.level)
+halved, left_of = [], rollout_rows.Rows.left
+def recording_left(rows):
+    left = left_of(rows)
+    if rows.most > 1:
+        halved.append(rows.ladder.sizes.index(rows.group_size))
     return left
-static_rows.StaticRows.drop_ended = recording_drop_ended
+rollout_rows.Rows.left = recording_left
 collect = trainer.collect
 def recording_collect(prompts):
     batch = collect(prompts)

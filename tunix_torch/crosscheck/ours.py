@@ -13,6 +13,7 @@ from ..learn.logprobs import token_logps
 from ..learn.passes import shared_prompts
 from ..learn.record import StepRecord, record_step
 from ..model import tiny
+from ..model.decoding import fast_layers
 from ..model.loading import lora_config
 from .cases import COMPLETION_WIDTH, GROUP, NUM_PROMPTS, PROMPT_WIDTH, Case, make_model, make_rollout
 
@@ -83,7 +84,7 @@ def record_steps(trainer: TunixTrainer, case: Case, count: int, empty: bool = Tr
         prompts, rollout, rewards = make_rollout(number, empty)
         batch = trainer.make_train_batch(prompts, rollout, rewards)
         if case.given_old:
-            with torch.no_grad():
+            with torch.no_grad(), fast_layers(trainer.model):
                 logps, _ = token_logps(trainer.model, shared_prompts(batch), trainer.args.generation_temperature)
             noise = torch.randn(logps.shape, generator=torch.Generator().manual_seed(2000 + number))
             batch.old_per_token_logps = (logps + 0.3 * noise).masked_fill(~batch.completion_mask, 0.0)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ..model.attention import PrefixCache, attention_masks, continuation_masks, prompt_positions
+from ..model.attention import attention_masks, continuation_masks, prompt_positions
+from ..model.caches import PrefixCache
 from ..model.forward import base_model, hidden_states, logits, prefill, text_config
 from ..runtime import device, mesh
 from .passes import Block, Pass

@@ -11,6 +11,7 @@ from ..batch import TrainBatch, completion_lengths
 from ..config.grpo import GRPOConfig
 from ..data.prompts import Collator
 from ..data.rows import Row
+from ..model.decoding import with_fast_layers
 from ..runtime import device, together
 from ..runtime.profiling import span
 from .logprobs import token_logps
@@ -31,6 +32,7 @@ def sft_batch(inputs: dict[str, Any], num_tokens: int) -> TrainBatch:
     return TrainBatch(**tensors, advantages=none, token_weights=weights, lengths=lengths)
 
 
+@with_fast_layers
 def learn_completions(
     model: nn.Module, batch: TrainBatch, args: GRPOConfig, backward: Callable[[Tensor], None]
 ) -> Tensor:
@@ -48,6 +50,7 @@ def learn_completions(
     return total
 
 
+@with_fast_layers
 @torch.no_grad()
 def completion_loss(model: nn.Module, rows: Sequence[Row], collator: Collator, batch_size: int) -> float:
     """The mean loss, in nats, of all completion tokens of rows (from `prepare_rows`, with completions).

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from ..batch import TrainBatch
 from ..config.grpo import GRPOConfig
 from ..grpo import grpo_loss
+from ..model.decoding import with_fast_layers
 from .logprobs import token_logps
 from .passes import Pass, in_passes
 
 
+@with_fast_layers
 @torch.no_grad()
 def logps_without_gradient(model: nn.Module, batch: TrainBatch, args: GRPOConfig) -> Tensor:
     """Log-probabilities of the policy that is active, such as the reference: (B, C) float32, 0 where masked.
@@ -23,6 +25,7 @@ def logps_without_gradient(model: nn.Module, batch: TrainBatch, args: GRPOConfig
     return torch.cat(in_passes(batch, args, lambda part: token_logps(model, part, args.generation_temperature)[0]))
 
 
+@with_fast_layers
 def learn(
     model: nn.Module, batch: TrainBatch, args: GRPOConfig, backward: Callable[[Tensor], None]
 ) -> list[dict[str, Tensor]]:

@@ -1,16 +1,14 @@
-"""What a Hugging Face model's attention gets from us: masks and position ids for left-padded prompts, KV caches, and
-functions that compute attention.
+"""Masks and position ids for left-padded prompts, and the attention functions that Hugging Face models call here.
 
 A *slot* is a column of the key axis. Prompts are left-padded and completions start at slot P, so the distance of two
 tokens in slots equals their distance in positions, and both causality and the sliding window can be read off slots.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -20,6 +18,21 @@ from ..runtime import device
 GROUPED = "tunix_grouped"
 SDPA = "tunix_sdpa"
 ATTENTION = GROUPED if device.KIND == "xla" else SDPA
+
+
+def use_own_attention(model: PreTrainedModel) -> None:
+    """Have a Hugging Face model compute attention by the functions of this file.
+
+    Raises:
+        ValueError: it has an attention of its own.
+    """
+    model.set_attn_implementation(ATTENTION)
+    config = model.config.get_text_config()
+    if config._attn_implementation != ATTENTION:
+        raise ValueError(
+            f"model_type={config.model_type!r}: its attention can't take the form that sampling needs; use a Gemma, "
+            "or another model on Transformers' AttentionInterface"
+        )
 
 
 def prompt_positions(prompt_mask: Tensor) -> Tensor:
@@ -46,7 +59,7 @@ def attention_masks(
     key_slots = torch.arange(key_mask.shape[1], device=key_mask.device)
     distance = query_slots[:, None] - key_slots[None, :]  # (Q, K)
     full = ((distance >= 0) & (key_mask[:, None, :] | (distance == 0)))[:, None]  # (R, 1, Q, K)
-    return _as_taken(config, full, distance, dtype)
+    return mask_per_layer_kind(config, full, distance, dtype)
 
 
 def continuation_masks(
@@ -72,13 +85,13 @@ def continuation_masks(
     from_prompt = width + offsets[:, :, None] - torch.arange(width, device=segments.device)  # (R, K, P)
     own = (between >= 0) & (segments[:, :, None] == segments[:, None, :])
     full = torch.cat((prompt_mask[:, None].expand_as(from_prompt), own), dim=2)[:, None]
-    return _as_taken(config, full, torch.cat((from_prompt, between), dim=2)[:, None], dtype)
+    return mask_per_layer_kind(config, full, torch.cat((from_prompt, between), dim=2)[:, None], dtype)
 
 
-def _as_taken(
+def mask_per_layer_kind(
     config: PretrainedConfig, full: Tensor, distance: Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor] | Tensor:
-    """What the model's layers take, from the mask without windows and the distance of each query from each key."""
+    """The mask of each kind of layer, from the mask without windows and the distance of each query from each key."""
     window = getattr(config, "sliding_window", None)
     sliding = full if window is None else full & (distance < window)
 
@@ -102,11 +115,6 @@ def layer_windows(config: PretrainedConfig) -> list[int | None]:
 def kept_tokens(window: int | None, num_prompt: int, num_own: int) -> tuple[int, int]:
     """How many of a prompt's tokens, and of a completion's own, a layer keeps while completions are decoded."""
     return (num_prompt, num_own) if window is None else (min(num_prompt, max(1, window - 1)), min(num_own, window))
-
-
-def _for_last(attention_mask: Tensor, num_keys: int) -> Tensor:
-    """A mask for the last of its keys: a layer with a sliding window keeps no others."""
-    return attention_mask if attention_mask.shape[-1] == num_keys else attention_mask[..., -num_keys:]
 
 
 def grouped_attention(
@@ -170,16 +178,14 @@ def shared_prefix_attention(
 ) -> Tensor:
     """One query a row, (R, heads, 1, D), looks at its prompt's keys, which its group shares, and at the row's own.
 
-    `attention_mask`: (R, 1, 1, P + K or more), as if each row had its prompt's keys before its own; the last count.
-    Returns (R, 1, heads, D).
+    `attention_mask`: (R, 1, 1, P + K), as if each row had its prompt's keys before its own. Returns (R, 1, heads, D).
     """
     rows, heads, _, head_dim = query.shape
     grouped = query.reshape(rows, kv.own_keys.shape[1], -1, head_dim)  # (R, KV heads, heads / KV heads, D)
     scores = kv.scores(grouped) * scaling  # (R, KV heads, heads / KV heads, P + K)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    mask = _for_last(attention_mask, scores.shape[-1])
-    scores = scores.float().masked_fill_(~mask, torch.finfo(torch.float32).min)
+    scores = scores.float().masked_fill_(~attention_mask, torch.finfo(torch.float32).min)
     weights = scores.softmax(dim=-1).to(query.dtype)
     return kv.mix(weights).reshape(rows, 1, heads, -1)
 
@@ -192,51 +198,6 @@ def _whole_mask(*args: object, **kwargs: object) -> Tensor:
 for _name, _function in ((GROUPED, grouped_attention), (SDPA, attention_by_sdpa)):
     AttentionInterface.register(_name, _function)
     AttentionMaskInterface.register(_name, _whole_mask)
-
-
-class PrefixCache:
-    """Keys and values that follow a prefix: `update` returns prefix and new ones joined, differentiable throughout.
-
-    Without a prefix it records what one pass over the prompts computes. `layers[i]` is that layer's (key, value),
-    each (rows, KV heads, tokens, head dim); layers that share another layer's KV (Gemma 4) do not occur.
-    """
-
-    def __init__(self, prefix: dict[int, tuple[Tensor, Tensor]] | None = None) -> None:
-        self.layers = dict(prefix or {})
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        if layer_idx in self.layers:
-            past_key, past_value = self.layers[layer_idx]
-            key, value = torch.cat((past_key, key), dim=2), torch.cat((past_value, value), dim=2)
-        self.layers[layer_idx] = (key, value)
-        return key, value
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.layers[layer_idx][0].shape[2] if layer_idx in self.layers else 0
-
-    @property
-    def num_rows(self) -> int:
-        """Rows that it holds."""
-        return next(iter(self.layers.values()))[0].shape[0]
-
-    def forget(self, windows: Sequence[int | None]) -> None:
-        """Drop what no token after it looks at: all but the last tokens of a window (see `kept_tokens`)."""
-        for i, (key, value) in self.layers.items():
-            num_kept, _ = kept_tokens(windows[i], key.shape[2], 0)
-            if num_kept < key.shape[2]:
-                self.layers[i] = (key[:, :, -num_kept:].contiguous(), value[:, :, -num_kept:].contiguous())
-
-    def expand(self, num_copies: int) -> "PrefixCache":
-        """Each row `num_copies` times, copies side by side: (N, ...) -> (N * num_copies, ...)."""
-        layers = {
-            i: (k.repeat_interleave(num_copies, dim=0), v.repeat_interleave(num_copies, dim=0))
-            for i, (k, v) in self.layers.items()
-        }
-        return PrefixCache(layers)
-
-    def take(self, rows: Tensor) -> "PrefixCache":
-        """Some rows, or a row several times: (N, ...) -> (len(rows), ...), `rows` int64."""
-        return PrefixCache({i: (k.index_select(0, rows), v.index_select(0, rows)) for i, (k, v) in self.layers.items()})
 
 
 @dataclass
@@ -297,125 +258,3 @@ class SharedPrefixKV:
         x = x.view(num_prompts, heads, self.group_size, -1, e).transpose(1, 2)
         x = x.reshape(num_prompts * self.group_size, heads, -1, e)
         return x if self.places is None else x.index_select(0, self.places)
-
-
-class SharedPrefixCache:
-    """A KV cache for groups of rows that leave: each step appends one token to every row that is still there.
-
-    The keys and values of a prompt are kept and read once for its group. Room for `capacity` tokens a row is set aside;
-    in layers with a sliding window for no more than the window: there the newest token takes the place of the oldest.
-
-    Args:
-        prefix: of N prompts; emptied.
-        group_size: rows a prompt, side by side.
-        windows: see `layer_windows`.
-    """
-
-    def __init__(self, prefix: PrefixCache, group_size: int, capacity: int, windows: Sequence[int | None]) -> None:
-        self.prompts, self.windows = dict(prefix.layers), windows
-        prefix.layers.clear()
-        self.own, self.used = {}, 0  # used: tokens of a row before the step that is running
-        for i, (key, value) in self.prompts.items():
-            num_prompts, heads, width, _ = key.shape
-            room = (num_prompts * group_size, heads, kept_tokens(windows[i], width, capacity)[1])
-            self.own[i] = (key.new_empty(*room, key.shape[3]), value.new_empty(*room, value.shape[3]))
-        self.num_prompts = num_prompts
-        self.prompt_of = torch.arange(num_prompts, device=key.device).repeat_interleave(group_size)  # (R,)
-        self.places, self.group_size = None, group_size
-
-    def update(
-        self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[SharedPrefixKV, SharedPrefixKV]:
-        assert key.shape[2] == 1, key.shape
-        keys, values = self.own[layer_idx]
-        slot = self.used % keys.shape[2]
-        keys[:, :, slot] = key[:, :, 0]
-        values[:, :, slot] = value[:, :, 0]
-        own = (x[:, :, : self.used + 1] for x in (keys, values))
-        prompt, window = self.prompts[layer_idx], self.windows[layer_idx]
-        if window is not None:
-            left = max(0, window - self.used - 1)  # of the window, for the prompt's last tokens
-            prompt = (x[:, :, max(0, x.shape[2] - left) :] for x in prompt)
-        both = SharedPrefixKV(*prompt, *own, self.places, self.group_size)
-        return both, both
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.prompts[layer_idx][0].shape[2] + self.used
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with some of the rows, (fewer,) int64, in their order. Prompts without rows leave too."""
-        for i, (key, value) in self.own.items():  # one after the other: only one is there twice at a time
-            self.own[i] = (key[rows], value[rows])
-        prompts, self.prompt_of, counts = self.prompt_of[rows].unique_consecutive(
-            return_inverse=True, return_counts=True
-        )
-        if len(prompts) < self.num_prompts:
-            self.num_prompts = len(prompts)
-            self.prompts = {i: (key[prompts], value[prompts]) for i, (key, value) in self.prompts.items()}
-        self.group_size = int(counts.max())
-        first = counts.cumsum(0) - counts  # row of each prompt
-        place_in_group = torch.arange(len(rows), device=rows.device) - first[self.prompt_of]
-        self.places = self.prompt_of * self.group_size + place_in_group
-
-
-class SlotCache:
-    """What a `SharedPrefixCache` is, with static shapes for a compiled or recorded step.
-
-    Rows stay, and a tensor says where tokens go.
-
-    Args:
-        layer_ids: the layers that have a cache of their own. Of each of the four lists the i-th tensor is the i-th's.
-        windows: of all layers, see `layer_windows`.
-        prompt_keys, prompt_values: (N, KV heads, P or, after `PrefixCache.forget`, fewer, head dim).
-        own_keys, own_values: (B, KV heads, K, head dim), written in place. With a window K is at most the window.
-        step: (1,) int64, how many tokens a row has before the one that is written.
-    """
-
-    def __init__(
-        self,
-        layer_ids: Sequence[int],
-        windows: Sequence[int | None],
-        prompt_keys: list[Tensor],
-        prompt_values: list[Tensor],
-        own_keys: list[Tensor],
-        own_values: list[Tensor],
-        step: Tensor,
-    ) -> None:
-        layers = zip(prompt_keys, prompt_values, own_keys, own_values, strict=True)
-        self.layers = dict(zip(layer_ids, layers, strict=True))
-        self.group_size = len(own_keys[0]) // len(prompt_keys[0])
-        self.windows, self.step = windows, step
-
-    def update(
-        self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[SharedPrefixKV, SharedPrefixKV]:
-        prompt_keys, prompt_values, keys, values = self.layers[layer_idx]
-        slot = self.step if self.windows[layer_idx] is None else self.step % keys.shape[2]
-        keys.index_copy_(2, slot, key.to(keys.dtype))
-        values.index_copy_(2, slot, value.to(values.dtype))
-        kv = SharedPrefixKV(prompt_keys, prompt_values, keys, values, None, self.group_size)
-        return kv, kv
-
-    def masks(self, config: PretrainedConfig, prompt_mask: Tensor) -> dict[str, Tensor] | Tensor:
-        """As `attention_masks`, bool, for what each kind of layer keeps: (B, 1, 1, its P + its K).
-
-        `prompt_mask` is (B, P), False at padding.
-        """
-        width, kinds = prompt_mask.shape[1], getattr(config, "layer_types", None)
-        distance = width + self.step - torch.arange(width, device=prompt_mask.device)  # (P,)
-
-        def mask_of(layer: int) -> Tensor:
-            prompt_keys, _, keys, _ = self.layers[layer]
-            window, num_own = self.windows[layer], keys.shape[2]
-            seen = prompt_mask if window is None else prompt_mask & (distance < window)
-            own = torch.arange(num_own, device=prompt_mask.device) <= self.step  # all, once the window is full
-            seen = torch.cat((_for_last(seen, prompt_keys.shape[2]), own.expand(len(seen), -1)), dim=1)
-            return seen[:, None, None]
-
-        if kinds is None:
-            return mask_of(0)
-        return {kinds[layer]: mask_of(layer) for layer in reversed(self.layers)}  # of the first layer of each kind
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        prompt_keys, _, keys, _ = self.layers[layer_idx]
-        return prompt_keys.shape[2] + keys.shape[2]

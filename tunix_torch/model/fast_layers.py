@@ -5,8 +5,7 @@ do, and autograd keeps what each of a norm's seven made. Both give what Transfor
 way in every other case. Forward hooks on what is inside a decoder layer are not called while decoding.
 """
 
-import contextlib
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,16 @@ from torch import Tensor, nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2RMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3RMSNorm
 
-from ..runtime import device
-from .attention import SharedPrefixCache, shared_prefix_attention
-from .merged_lora import MergedLinear, plain_weight
+from .attention import shared_prefix_attention
+from .caches import SharedPrefixCache
+from .merged_lora import plain_weight
+
+
+@functools.cache
+def _scalar(value: float) -> Tensor:
+    """The number as a float32 tensor, (), made once; not an inference tensor, wherever it is asked for first."""
+    with torch.inference_mode(False):
+        return torch.tensor(value)
 
 
 def _inverse_rms(x: Tensor, eps: Tensor) -> Tensor:
@@ -48,18 +54,16 @@ class _ScaledNorm(torch.autograd.Function):
         return torch.addcmul(grad.mul_(inverse), x, along), None, None
 
 
-class _FastRMSNorm(nn.Module):
+class FastRMSNorm(nn.Module):
     """Takes the fast way for float32 with a frozen weight, which is what LoRA training has; else the class's own."""
-
-    _eps: Tensor  # (), set by `speed_up_layers`
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         if x.dtype != torch.float32 or weight.dtype != torch.float32 or weight.requires_grad:
             return super().forward(x)
         if torch.is_grad_enabled() and x.requires_grad:
-            return _ScaledNorm.apply(x, 1 + weight, self._eps)
-        return _normed(x, 1 + weight, self._eps)
+            return _ScaledNorm.apply(x, 1 + weight, _scalar(self.eps))
+        return _normed(x, 1 + weight, _scalar(self.eps))
 
 
 @dataclass
@@ -81,8 +85,8 @@ class _PackedLayer:
     of_qk: tuple[Tensor, Tensor] | None  # Gemma 3's, of queries and keys, (heads + KV heads, head dim)
 
 
-class _FastDecoderLayer(nn.Module):
-    """Feeds one token a row within `packed_for_decoding`."""
+class FastDecoderLayer(nn.Module):
+    """Feeds one token a row within `decoding.decode_weights`."""
 
     _packed: _PackedLayer | None = None
 
@@ -107,8 +111,8 @@ class _FastDecoderLayer(nn.Module):
             counts = (len(q) // attn.head_dim, len(k) // attn.head_dim)
             of_both = zip((attn.q_norm, attn.k_norm), counts, strict=True)
             scale = torch.cat([(1 + norm.weight).expand(count, -1) for norm, count in of_both])
-            of_qk = scale, attn.q_norm._eps
-        self._packed = _PackedLayer(qkv, *others, *((1 + norm.weight, norm._eps) for norm in norms), of_qk)
+            of_qk = scale, _scalar(attn.q_norm.eps)
+        self._packed = _PackedLayer(qkv, *others, *((1 + norm.weight, _scalar(norm.eps)) for norm in norms), of_qk)
 
     def unpack(self) -> None:
         self._packed = None
@@ -165,49 +169,25 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-class _FastGemma2RMSNorm(_FastRMSNorm, Gemma2RMSNorm):
+class _FastGemma2RMSNorm(FastRMSNorm, Gemma2RMSNorm):
     pass
 
 
-class _FastGemma3RMSNorm(_FastRMSNorm, Gemma3RMSNorm):
+class _FastGemma3RMSNorm(FastRMSNorm, Gemma3RMSNorm):
     pass
 
 
-class _FastGemma2DecoderLayer(_FastDecoderLayer, Gemma2DecoderLayer):
+class _FastGemma2DecoderLayer(FastDecoderLayer, Gemma2DecoderLayer):
     pass
 
 
-class _FastGemma3DecoderLayer(_FastDecoderLayer, Gemma3DecoderLayer):
+class _FastGemma3DecoderLayer(FastDecoderLayer, Gemma3DecoderLayer):
     pass
 
 
-_FAST = {
+FAST = {  # the classes of Transformers, and their faster forms
     Gemma2RMSNorm: _FastGemma2RMSNorm,
     Gemma3RMSNorm: _FastGemma3RMSNorm,
     Gemma2DecoderLayer: _FastGemma2DecoderLayer,
     Gemma3DecoderLayer: _FastGemma3DecoderLayer,
 }
-
-
-def speed_up_layers(model: nn.Module) -> None:
-    """Give the layers of a Gemma 2 or 3 on the CPU the faster `forward`, where torch has oneDNN."""
-    if torch.backends.mkldnn.is_available():
-        for module in model.modules():
-            if type(module) in _FAST:
-                module.__class__ = _FAST[type(module)]
-                if isinstance(module, _FastRMSNorm):
-                    module._eps = torch.tensor(module.eps)
-
-
-@contextlib.contextmanager
-def packed_for_decoding(model: nn.Module) -> Iterator[None]:
-    """Within this context decode steps are fast, and no weight may change, nor what adapter is active."""
-    kind = MergedLinear if device.KIND == "xla" else _FastDecoderLayer
-    layers = [layer for layer in model.modules() if isinstance(layer, kind)]
-    try:
-        for layer in layers:
-            layer.pack()
-        yield
-    finally:
-        for layer in layers:
-            layer.unpack()

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..runtime import device
-from .attention import PrefixCache, attention_masks, prompt_positions
+from .attention import attention_masks, prompt_positions
+from .caches import PrefixCache
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

@@ -20,9 +20,7 @@ from ..config.model import ModelConfig
 from ..runtime import device, mesh
 from ..runtime.sharding import shard_model
 from . import tiny
-from .fast_layers import speed_up_layers
 from .forward import base_model
-from .merged_lora import merge_lora
 
 logger = logging.getLogger(__name__)
 
@@ -188,16 +186,11 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 def place(model: nn.Module) -> nn.Module:
     """Move a model to this process's device. Tied embeddings come untied on XLA, so they are tied again.
 
-    What is faster and equal up to rounding in float32 is put in place: on the CPU another form of Gemma's layers
-    (`fast_layers.py`), and there or on a single XLA device of its LoRA layers (`merged_lora.py`). The form of attention
-    is up to the `Sampler`.
+    Its layers stay of the classes that they are, see `decoding.fast_layers`. The form of attention is up to the
+    `Sampler`.
     """
     model.to(device.torch_device())
     base = base_model(model)
-    if device.KIND != "cuda" and not mesh.has_mesh():
-        merge_lora(model)
-    if device.KIND == "cpu":
-        speed_up_layers(model)
     if base.config.get_text_config().tie_word_embeddings:
         _tie_embeddings(base)
     if mesh.has_mesh():

@@ -50,7 +50,7 @@ def _product_of_projected(rows: Tensor, matrix: Tensor, others: Tensor) -> Tenso
 
 
 class MergedLinear(peft.tuners.lora.Linear):
-    """PEFT's LoRA layer with another `forward`. An instance is made by `merge_lora`, out of PEFT's own."""
+    """PEFT's LoRA layer with another `forward`. PEFT's own becomes one within `decoding.fast_layers`."""
 
     _sum: Tensor | None = None  # W + s B A, (out, in)
     _made_from: tuple[Any, ...] = ()  # W, s, and A and B as they were: fused optimizers leave no other sign of a change
@@ -118,14 +118,13 @@ class MergedLinear(peft.tuners.lora.Linear):
         self._decoding = False
 
 
-def merge_lora(model: nn.Module) -> None:
-    """Give every plain LoRA layer (float32 weights, no bias, no variant such as DoRA) the faster `forward`."""
-    for layer in model.modules():
-        if type(layer) is peft.tuners.lora.Linear and isinstance(layer.base_layer, nn.Linear):
-            parts = [layer.base_layer, *layer.lora_A.values(), *layer.lora_B.values()]
-            plain = all(part.bias is None and part.weight.dtype == torch.float32 for part in parts)
-            if plain and not layer.lora_variant and not layer.fan_in_fan_out:
-                layer.__class__ = MergedLinear
+def faster_lora(layer: nn.Module) -> type | None:
+    """`MergedLinear` for a plain LoRA layer: one with float32 weights, no bias, and no variant such as DoRA."""
+    if type(layer) is not peft.tuners.lora.Linear or not isinstance(layer.base_layer, nn.Linear):
+        return None
+    parts = [layer.base_layer, *layer.lora_A.values(), *layer.lora_B.values()]
+    plain = all(part.bias is None and part.weight.dtype == torch.float32 for part in parts)
+    return MergedLinear if plain and not layer.lora_variant and not layer.fan_in_fan_out else None
 
 
 def plain_weight(layer: nn.Module) -> Tensor | None:

@@ -1,126 +1,103 @@
-"""Rows that are decoded with static shapes, as XLA and CUDA graphs need: few widths of a cache, few sizes of groups."""
+"""The rows of a rollout while they are decoded: their tokens, their KV caches, and which of them still go on."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..model.attention import PrefixCache, kept_tokens
-from ..runtime import device, mesh
+from ..model.caches import PrefixCache, RaggedGroups
+from ..runtime import device
 from ..runtime.sharding import shard_rows
-
-SHORTEST_HALVED = 128  # tokens: where completions can't be longer, more decode steps are not worth compiling
-
-
-def cache_widths(room: int) -> list[int]:
-    """Widths through which a static KV cache of up to `room` tokens a row grows: at most four, the last is `room`.
-
-    All but the last are multiples of 128, a TPU's lanes, and no step is much smaller than the others.
-    """
-    portion = max(1, -(-room // (4 * 128))) * 128
-    return [*range(portion, room - portion // 2 + 1, portion), room]
+from .ladders import FewShapes, make_ladder
+from .own_tokens import Memory, Views, WholeTensors
 
 
-def group_sizes(group_size: int, num_prompts: int, num_tokens: int) -> list[int]:
-    """How many rows of every prompt are decoded: all, and as they end a half and a quarter, where `num_tokens` is long.
+class Rows:
+    """N groups of G rows, side by side, that are decoded token by token: `while rows.left(): rows.decode(step)`.
 
-    On a mesh every device must have as many rows as the others.
-    """
-    sizes = [group_size]
-    while num_tokens >= SHORTEST_HALVED and len(sizes) < 3 and sizes[-1] > 1:
-        half = -(-sizes[-1] // 2)
-        if num_prompts * half % mesh.axis_size("fsdp"):
-            break
-        sizes.append(half)
-    return sizes
-
-
-class StaticRows:
-    """N groups of rows and their KV cache. Shapes change seldom, and always to one of a few, each with its own step.
-
-    The cache grows in portions. When no group has more than half of its rows left, every group goes on with a half,
-    in which those that are left come first: prompts keep their places, and so their keys and values stay where they
-    are. Fewer rows may as well have a wider cache, so that halves need only every second of the widths, quarters one.
+    As rows end and caches fill, all tensors go from one shape to the next of a ladder. Where shapes may follow the
+    data, every shape is a rung: rows leave soon after they have ended, prompts without rows leave too, and a step reads
+    only the tokens that are there. Elsewhere there are few rungs, and a step reads whole tensors with a mask.
 
     Args:
-        ids, logps: (B, C), of which the first column is filled in.
-        ended: (B,) bool, after the first token.
-        prompt_mask: (B, P) bool.
+        tokens, logps: (B,) int64 and float32, the first of each row.
+        ended: (B,) bool, whether that has ended it.
+        prompt_mask: (N, P) bool.
         uniforms: (B, C) float32.
         prefix: the KV cache of the prompts; emptied.
         windows: of all layers, see `attention.layer_windows`.
+        pad_token_id: stands where nothing has been decoded.
+        interval: where looking which rows have ended makes the host wait, it looks after so many tokens each.
+        memory: tensors of earlier rows of the same shapes, used again so that a recorded step finds its arguments at
+            the same addresses; empty for the first such rows. None: steps do not care for addresses.
     """
 
     def __init__(
         self,
-        ids: Tensor,
+        tokens: Tensor,
         logps: Tensor,
         ended: Tensor,
         prompt_mask: Tensor,
         uniforms: Tensor,
         prefix: PrefixCache,
         windows: Sequence[int | None],
+        pad_token_id: int,
+        interval: int,
+        memory: Memory | None = None,
     ) -> None:
-        self.num_prompts, room = prefix.num_rows, ids.shape[1] - 1
+        num_rows, num_tokens = uniforms.shape
+        self.num_prompts, self.room, self.memory = prefix.num_rows, num_tokens - 1, memory
+        self.most = num_rows // self.num_prompts  # rows a group
         self.windows = [windows[i] for i in prefix.layers]
-        # All keys, and all values; the pre-flight can't hold them as what they are, views of the projections' results.
-        self.of_prompts = [[x.clone() for x in tensors] for tensors in zip(*prefix.layers.values(), strict=True)]
+        self.ladder = make_ladder(self.num_prompts, self.most, num_tokens, interval)
+        self.has_few_shapes, compiled = isinstance(self.ladder, FewShapes), device.step_kind() == "compiled"
+        prompts = [list(tensors) for tensors in zip(*prefix.layers.values(), strict=True)]  # all keys; all values
         prefix.layers.clear()
-        self.first = ids, logps, ended, prompt_mask, prompt_mask.sum(-1, keepdim=True), uniforms
-        for tensor in self.first:
-            shard_rows(tensor)
-        for tensors in self.of_prompts:
-            for tensor in tensors:
-                shard_rows(tensor, heads_dim=1)
-        plans = device.planner() is not None  # a plan looks at the largest
-        widths = [room] if plans else cache_widths(room)
-        self.sizes = group_sizes(len(ids) // self.num_prompts, self.num_prompts, 0 if plans else ids.shape[1])
-        self.widths = [widths[::-1][:: 2**level][::-1] for level in range(len(self.sizes))]
+        if compiled:  # the pre-flight can't hold them as what they are, views of the projections' results
+            prompts = [[x.clone() for x in tensors] for tensors in prompts]
+        ids = nn.functional.pad(tokens[:, None], (0, self.room), value=pad_token_id)  # (B, C)
+        logps = nn.functional.pad(logps[:, None], (0, self.room))
+        prompt_mask = prompt_mask.repeat_interleave(self.most, dim=0)  # (B, P)
+        first = ids, logps, ended, prompt_mask, prompt_mask.sum(-1, keepdim=True), uniforms
+        self.first = self._hold("rows", first)
+        self.prompts = [self._hold(name, x, 1) for name, x in zip(("keys", "values"), prompts, strict=True)]
+        if compiled:
+            self.own = WholeTensors(self.prompts, self.windows)
+        else:
+            self.own = Views(self.prompts, self.windows, num_rows, self.room, self.has_few_shapes, memory)
+        self.begin()
 
-    def begin(self, level: int = 0, width: int | None = None) -> None:
-        """Empty caches, for the first rows of each group: as many as that level's size.
+    # ---- the loop ----
 
-        Again only with steps that leave their arguments as they are, as `decode` says.
-        """
-        self.level, self.width, self.used = level, width or self.widths[level][0], 0
-        num_rows = self.num_prompts * self.sizes[level]
-        self.own: list[list[Tensor]] = []  # what was there before makes room
-        self.whole, self.chosen = self.first[:2], None  # of all rows; those that are decoded, None: all
-        self.tensors = self.first
-        if level:
-            self.chosen = self._in_groups(torch.arange(self.sizes[level]).expand(self.num_prompts, -1), self.sizes[0])
-            self._select(self.chosen)
-        self.step = torch.zeros(1, dtype=torch.int64, device=self.first[0].device)
-        self.own = [
-            [x.new_zeros(num_rows, x.shape[1], k, x.shape[3]) for x, k in zip(xs, self._kept(self.width), strict=True)]
-            for xs in self.of_prompts
-        ]
-        for tensors in self.own:
-            for tensor in tensors:
-                shard_rows(tensor, heads_dim=1)
-        device.sync()
+    def left(self) -> bool:
+        """Whether any row goes on. Where it looks, rows that have ended leave, if they are enough."""
+        if self.used == self.room:
+            return False
+        if not self.ladder.looks(self.used):
+            return True
+        ended = self.tensors[2].cpu()  # the host waits here
+        if ended.all():
+            return False
+        while (rows := self.ladder.rows_that_stay(ended)) is not None:
+            self._keep(rows)
+            ended = ended[rows]
+        return True
 
-    def decode(self, decode_step: Callable[..., tuple[Tensor, ...]]) -> None:
-        """One more token of every row. The step takes and returns ids, logps, ended and its own number.
+    def decode(self, step: Callable[..., tuple[Tensor, ...]]) -> None:
+        """One more token of every row.
 
-        It may give back the tensors that it was given, changed.
+        The step takes ids, logps, ended, the number of tokens that a row has in the caches, (1,) int64, prompt_mask,
+        lengths of prompts (R, 1), uniforms, four lists of a tensor a layer (keys and values of prompts, and the rows'
+        own), and, where groups are not equal, a `RaggedGroups`. It returns the first four, changed or new.
         """
         if self.used == self.width:
-            self._grow()
+            self._widen(self.used + 1)
         ids, logps, ended, *given = self.tensors
-        ids, logps, ended, self.step = decode_step(ids, logps, ended, self.step, *given, *self.of_prompts, *self.own)
+        ids, logps, ended, self.step = step(
+            ids, logps, ended, self.step, *given, *self._prompts_in_sight(), *self.own.tensors, *self.ragged
+        )
         self.tensors = ids, logps, ended, *given
         self.used += 1
-
-    def drop_ended(self) -> bool:
-        """Let rows leave that have ended, where they are enough. False: all have. The host waits here."""
-        ended = self.tensors[2].cpu().view(self.num_prompts, -1)
-        most_left = int((~ended).sum(dim=1).max())
-        while most_left and self.level + 1 < len(self.sizes) and most_left <= self.sizes[self.level + 1]:
-            order = ended.int().argsort(dim=1, stable=True)[:, : self.sizes[self.level + 1]]
-            self._halve(order)
-            ended = ended.gather(1, order)
-        return most_left > 0
 
     def results(self) -> tuple[Tensor, Tensor]:
         """ids and logps of all rows, (B, C)."""
@@ -130,72 +107,115 @@ class StaticRows:
         device.sync()
         return self.whole
 
-    def rehearse(self, decode_step: Callable[..., tuple[Tensor, ...]]) -> None:
-        """Have all compiled that rows may come to need, whatever their lengths."""
-        for level, widths in enumerate(self.widths):
+    # ---- from rung to rung ----
+
+    def begin(self, group_size: int | None = None, width: int | None = None) -> None:
+        """Start again with empty caches; for a rehearsal with the first rows of each group and caches of this width."""
+        self.group_size, self.used = group_size or self.most, 0
+        self.width = width or self.ladder.width(self.group_size, min(1, self.room))
+        self.whole, self.chosen = self.first[:2], None  # of all rows; the numbers of those decoded, None: all
+        self.tensors = self.first
+        self.ragged: tuple[RaggedGroups, ...] = ()
+        self.prompt_of = torch.arange(self.num_prompts).repeat_interleave(self.group_size)  # of each row
+        if self.group_size < self.most:
+            self.chosen = self.ladder.first_rows(self.most, self.group_size)
+            self._select(self.chosen)
+        (self.step,) = self._hold("step", [torch.zeros(1, dtype=torch.int64, device=self.first[0].device)])
+        self.own.begin(self.num_prompts * self.group_size, self.width)
+        device.sync()
+
+    def rehearse(self, step: Callable[..., tuple[Tensor, ...]]) -> None:
+        """Have every step compiled that rows may come to need, whatever their lengths; nothing if none is compiled."""
+        if device.step_kind() != "compiled" or device.planner() is not None or self.room == 0:
+            return
+        for size, widths in self.ladder.widths.items():
             for width in widths:
-                self.begin(level, width)
-                self.decode(decode_step)
+                self.begin(size, width)
+                self.decode(step)
                 self.results()
                 if width < widths[-1]:
-                    self._grow()
-                if level + 1 < len(self.sizes):
-                    self.begin(level, width)
-                    self._halve(torch.arange(self.sizes[level + 1]).expand(self.num_prompts, -1))
+                    self._widen(width + 1)
+                smaller = self.ladder.smaller(size)
+                if smaller is not None:
+                    self.begin(size, width)
+                    self._keep(self.ladder.first_rows(size, smaller))
+        self.begin()
 
-    def _kept(self, width: int) -> list[int]:
-        """Of each layer, its width where those without a window have this one.
+    def _widen(self, num_tokens: int) -> None:
+        """Have room for so many tokens."""
+        self.width = self.ladder.width(self.group_size, num_tokens)
+        self.own.resize(self.width, self.used)
 
-        A layer with a window keeps no more of a row: then the newest token takes the place of the oldest.
-        """
-        return [kept_tokens(window, 0, width)[1] for window in self.windows]
-
-    def _in_groups(self, places: Tensor, group_size: int) -> Tensor:
-        """Rows, (N * n,) int64, by their places in groups of this size, (N, n)."""
-        return (torch.arange(self.num_prompts)[:, None] * group_size + places).flatten()
-
-    def _grow(self) -> None:
-        self.width = next(width for width in self.widths[self.level] if width > self.width)
-        self._change_caches()
-
-    def _halve(self, places: Tensor) -> None:
-        """Go on with some rows of each group, by their places in it, (N, the next level's size)."""
-        rows = self._in_groups(places, self.sizes[self.level])
+    def _keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows, (fewer,) int64, in their order."""
         if self.chosen is None:
-            self.whole, self.chosen = self.tensors[:2], rows
+            # A recorded step writes over its arguments, and the other rows' results are in these.
+            self.whole = self.tensors[:2] if self.memory is None else [x.clone() for x in self.tensors[:2]]
+            self.chosen = rows
         else:
             self._put_back()
             self.chosen = self.chosen[rows]
-        self.level += 1
-        self.width = next(width for width in self.widths[self.level] if width >= self.width)
         index = self._select(rows)
+        self._regroup(rows)
+        self.width = self.ladder.width(self.group_size, self.width)
         device.sync()
-        self._change_caches(index)
+        self.own.resize(self.width, self.used, index)
 
     def _select(self, rows: Tensor) -> Tensor:
         """Keep these rows, but in the caches. Returns them as they are on the device."""
         index = rows.to(self.first[0].device)
-        self.tensors = tuple(shard_rows(tensor.index_select(0, index)) for tensor in self.tensors)
+        self.tensors = self._hold("rows", [tensor.index_select(0, index) for tensor in self.tensors])
         return index
 
+    def _regroup(self, rows: Tensor) -> None:
+        """Say which row belongs to which prompt, after only these have stayed. Prompts without rows leave too."""
+        if self.has_few_shapes:  # groups stay equal, and all prompts stay
+            self.group_size = len(rows) // self.num_prompts
+            return
+        prompts, self.prompt_of, counts = self.prompt_of[rows].unique_consecutive(
+            return_inverse=True, return_counts=True
+        )
+        if len(prompts) < self.num_prompts:
+            self.num_prompts = len(prompts)
+            self.prompts = [[x[prompts] for x in tensors] for tensors in self.prompts]
+        self.group_size = int(counts.max())
+        first = counts.cumsum(0) - counts  # row of each prompt
+        place_in_group = torch.arange(len(rows)) - first[self.prompt_of]
+        self.ragged = (RaggedGroups(self.prompt_of * self.group_size + place_in_group, self.group_size),)
+
+    def _prompts_in_sight(self) -> list[list[Tensor]]:
+        """Keys and values of the prompts. Where shapes may follow the data, without what windows have left behind."""
+        if self.has_few_shapes:
+            return self.prompts
+
+        def in_sight(x: Tensor, window: int | None) -> Tensor:
+            return x if window is None else x[:, :, max(0, x.shape[2] - max(0, window - self.used - 1)) :]
+
+        return [[in_sight(x, w) for x, w in zip(xs, self.windows, strict=True)] for xs in self.prompts]
+
     def _put_back(self) -> None:
-        """What was decoded, where it belongs among all rows."""
+        """Put what was decoded where it belongs among all rows."""
         index = self.chosen.to(self.first[0].device)
         self.whole = tuple(
             shard_rows(whole.index_copy(0, index, tensor))
             for whole, tensor in zip(self.whole, self.tensors[:2], strict=True)
         )
 
-    def _change_caches(self, index: Tensor | None = None) -> None:
-        """Some rows of the caches, None: all, with room for `width` tokens.
+    def _hold(self, name: str, tensors: Sequence[Tensor], heads_dim: int | None = None) -> list[Tensor]:
+        """Tensors as steps take them: laid on the devices or, with a memory, at the addresses kept for them."""
+        if self.memory is None:
+            return [shard_rows(tensor, heads_dim) for tensor in tensors]
+        held = []
+        for i, tensor in enumerate(tensors):
+            if (name, i) not in self.memory:
+                self.memory[name, i] = tensor.clone()  # the first is the largest
+            held.append(self.memory[name, i][: len(tensor)].copy_(tensor))
+        return held
 
-        One after the other, with no name for what is between: one at a time is there twice.
-        """
-        for tensors in self.own:
-            for i, (tensor, width) in enumerate(zip(tensors, self._kept(self.width), strict=True)):
-                more = (0, 0, 0, width - tensor.shape[2])
-                if index is not None:
-                    tensors[i] = shard_rows(nn.functional.pad(tensor.index_select(0, index), more), heads_dim=1)
-                elif any(more):
-                    tensors[i] = shard_rows(nn.functional.pad(tensor, more), heads_dim=1)
-                device.sync()
+
+def lay_out(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of a row each, laid on this machine's devices, at the beginning of a rollout."""
+    for tensor in tensors:
+        shard_rows(tensor)
+    device.sync()
+    return tensors

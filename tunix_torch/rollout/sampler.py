@@ -1,9 +1,8 @@
-"""Sample completions: prefill once a prompt, then decode one token at a time for all rows. On the CPU rows that have
-ended leave; elsewhere shapes are static, for steps that are compiled (XLA) or recorded (CUDA).
+"""Sample completions: prefill once a prompt, then decode one token at a time for all rows.
 
-Randomness belongs to the row: the host draws one uniform number per row and token, and a token is found by inverting
-the cumulative distribution of the top-k / top-p candidates. So a rollout is the same on cpu, cuda and xla up to float
-ties, does not depend on how rows are batched, and a resumed run draws what the uninterrupted run would have drawn.
+Randomness belongs to the row: one uniform number is drawn per row and token, and a token is found by inverting the
+cumulative distribution of the top-k / top-p candidates. So a rollout is the same on every device up to float ties, does
+not depend on how rows are batched, and a resumed run draws what the uninterrupted run would have drawn.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,15 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Rollout
-from ..model.attention import ATTENTION, PrefixCache, SharedPrefixCache, SlotCache, attention_masks, layer_windows
-from ..model.fast_layers import packed_for_decoding
+from ..model.attention import layer_windows, use_own_attention
+from ..model.caches import SharedPrefixCache
+from ..model.decoding import decode_weights
 from ..model.forward import adapters_in_use, base_model, hidden_states, logits, prefill, text_config
-from ..runtime import compiled, device
-from ..runtime.recorded import RecordedStep
-from ..runtime.sharding import shard_rows
-from .rows import StaticRows
-
-_LEAVE_AT = 7 / 8  # rows that have ended leave when so few are left: each time the KV cache is copied
+from .rows import Rows, lay_out
+from .steps import Steps
 
 
 @dataclass(frozen=True)
@@ -80,17 +76,15 @@ def choose_tokens(scores: Tensor, uniforms: Tensor, params: SamplingParams) -> t
 
 
 class Sampler:
-    """Samples from a model; holds the decode step, which on XLA is compiled once for each shape and then reused, and on
-    CUDA recorded as a graph for each shape in each batch.
+    """Samples from a model with whatever LoRA is active.
 
     Args:
-        model: a causal language model, with or without a LoRA; whatever is active is sampled from. Its attention takes
-            the form that the KV cache needs.
+        model: a causal language model. Its attention takes the form that the KV cache needs.
         eos_token_ids: any of these ends a completion.
         pad_token_id: fills up after the end.
-        stop_check_interval: every so many tokens the host looks which rows have ended; on the CPU before every one.
-        compile_ahead: on XLA, before the first batch of a shape every step is compiled that such a batch may come to
-            need, whatever the lengths of its completions.
+        stop_check_interval: where looking which rows have ended takes time, it is done after so many tokens each.
+        compile_ahead: where decode steps are compiled, all that a batch may come to need, whatever the lengths of its
+            completions, are compiled before the first batch of its shape.
 
     Raises:
         ValueError: the model has an attention of its own.
@@ -106,17 +100,9 @@ class Sampler:
     ) -> None:
         self.model = model
         self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
-        self.stop_check_interval = stop_check_interval
-        self._decode = self._decode_growing if device.KIND == "cpu" else self._decode_static
-        base_model(model).set_attn_implementation(ATTENTION)
-        if text_config(model)._attn_implementation != ATTENTION:
-            raise ValueError(
-                f"model_type={text_config(model).model_type!r}: its attention can't take the form that "
-                "sampling needs; use a Gemma, or another model on Transformers' AttentionInterface"
-            )
-        self._steps: dict[tuple[SamplingParams, tuple[str, ...]], Callable] = {}
-        self.compile_ahead = compile_ahead
-        self._seen: set[tuple] = set()  # for these batches every step has been compiled
+        self.stop_check_interval, self.compile_ahead = stop_check_interval, compile_ahead
+        use_own_attention(base_model(model))
+        self._steps = Steps(model)
 
     @torch.no_grad()
     def sample(
@@ -137,137 +123,60 @@ class Sampler:
         was_training = self.model.training
         self.model.eval()
         try:
-            return self._sample(prompt_ids, prompt_mask, num_completions, params, uniforms.to(prompt_ids.device))
+            with decode_weights(self.model):
+                ids, logps = self._decode(prompt_ids, prompt_mask, num_completions, params, uniforms)
         finally:
             self.model.train(was_training)
-
-    def _sample(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, num_completions: int, params: SamplingParams, uniforms: Tensor
-    ) -> Rollout:
-        for tensor in (prompt_ids, prompt_mask, uniforms):
-            shard_rows(tensor)
-        with packed_for_decoding(self.model):
-            device.sync()
-            ids, logps, prefix = self._start(prompt_ids, prompt_mask, num_completions, params, uniforms)
-            prompt_mask = prompt_mask.repeat_interleave(num_completions, dim=0)  # (B, P)
-            ids, logps = self._decode(ids, logps, prompt_mask, prefix, uniforms, params)
-        mask = self._completion_mask(ids)
+        is_eos = self._is_eos(ids).long()
+        mask = is_eos.cumsum(-1) - is_eos == 0  # by position, up to the first EOS: right even if padding is an EOS
         return Rollout(ids.masked_fill(~mask, self.pad_token_id), mask, logps.masked_fill(~mask, 0.0))
 
-    def _start(
+    def _decode(
         self, prompt_ids: Tensor, prompt_mask: Tensor, num_completions: int, params: SamplingParams, uniforms: Tensor
-    ) -> tuple[Tensor, Tensor, PrefixCache]:
-        """One pass over the prompts, and each row's first token.
-
-        Returns:
-            ids, logps (B, C), of which the first column is filled in; the KV cache of the N prompts, as far as
-            completions look at it.
-        """
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and their log-probabilities, (B, C); after a row's first EOS, anything."""
+        prompt_ids, prompt_mask, uniforms = lay_out(prompt_ids, prompt_mask, uniforms.to(prompt_ids.device))
         last_hidden, prefix = prefill(self.model, prompt_ids, prompt_mask)
-        prefix.forget(layer_windows(text_config(self.model)))
+        windows = layer_windows(text_config(self.model))
+        prefix.forget(windows)
         scores = logits(self.model, last_hidden).repeat_interleave(num_completions, dim=0)  # (B, V)
         tokens, logps = choose_tokens(scores, uniforms[:, 0], params)
-        room = params.max_new_tokens - 1
-        ids = nn.functional.pad(tokens[:, None], (0, room), value=self.pad_token_id)
-        logps = nn.functional.pad(logps[:, None], (0, room))
-        return ids, logps, prefix
+        first = tokens, logps, self._is_eos(tokens)  # each (B,)
 
-    @torch.inference_mode()  # a tenth faster than no_grad
-    def _decode_growing(
-        self,
-        ids: Tensor,
-        logps: Tensor,
-        prompt_mask: Tensor,
-        prefix: PrefixCache,
-        uniforms: Tensor,
-        params: SamplingParams,
-    ) -> tuple[Tensor, Tensor]:
-        """Fill in the columns from 1 on, with shapes that follow the data: rows that have ended leave. For the CPU."""
-        model, config, dtype = self.model, text_config(self.model), base_model(self.model).dtype
-        room = params.max_new_tokens - 1
-        width, lengths = prompt_mask.shape[1], prompt_mask.sum(-1, keepdim=True)  # (B, 1)
-        key_mask = nn.functional.pad(prompt_mask, (0, room), value=True)
-        cache = SharedPrefixCache(prefix, len(ids) // prefix.num_rows, room, layer_windows(config))
-        rows = torch.arange(len(ids))  # those still there
-        ended = self._is_eos(ids[:, 0])
-        for t in range(room):
-            num_left = len(rows) - int(ended.sum())
-            if num_left == 0:
-                break
-            if num_left <= _LEAVE_AT * len(rows):
-                left = (~ended).nonzero()[:, 0]
-                cache.keep(left)
-                rows, ended, key_mask, lengths = rows[left], ended[left], key_mask[left], lengths[left]
-            masks = attention_masks(config, key_mask[:, : width + t + 1], torch.tensor([width + t]), dtype)
-            hidden = hidden_states(model, ids[rows, t : t + 1], masks, lengths + t, cache)  # (rows, 1, D)
-            cache.used += 1  # every layer has its token
-            tokens, token_logps = choose_tokens(logits(model, hidden[:, 0]), uniforms[rows, t + 1], params)
-            ids[rows, t + 1] = tokens.masked_fill(ended, self.pad_token_id)
-            logps[rows, t + 1] = token_logps
-            ended |= self._is_eos(tokens)
-        return ids, logps
-
-    def _decode_static(
-        self,
-        ids: Tensor,
-        logps: Tensor,
-        prompt_mask: Tensor,
-        prefix: PrefixCache,
-        uniforms: Tensor,
-        params: SamplingParams,
-    ) -> tuple[Tensor, Tensor]:
-        """The same with few fixed shapes, for each of which the step is compiled or recorded."""
-        num_prompts, layer_ids, windows = prefix.num_rows, tuple(prefix.layers), layer_windows(text_config(self.model))
-        rows = StaticRows(ids, logps, self._is_eos(ids[:, 0]), prompt_mask, uniforms, prefix, windows)
-        if device.KIND == "cuda":  # anew for each batch: weights may have moved since the last
-            decode = RecordedStep(self._decode_step(params, layer_ids))
-        else:
-            decode = self._compiled_step(params, layer_ids)
-            batch = (params, adapters_in_use(self.model), num_prompts, prompt_mask.shape)
-            ahead = self.compile_ahead and params.max_new_tokens > 1 and device.planner() is None
-            if ahead and batch not in self._seen:
-                rows.rehearse(decode)
-                self._seen.add(batch)
-        rows.begin()
-        for t in range(1, params.max_new_tokens):
-            rows.decode(decode)
-            looks = t % self.stop_check_interval == 0 and t + 1 < params.max_new_tokens
-            if looks and not rows.drop_ended():
-                break
+        batch = (params, adapters_in_use(self.model), num_completions, prompt_ids.shape)
+        layer_ids = tuple(prefix.layers)
+        step, memory, is_new = self._steps.of(batch, lambda: self._decode_step(params, layer_ids))
+        settings = self.pad_token_id, self.stop_check_interval
+        rows = Rows(*first, prompt_mask, uniforms, prefix, windows, *settings, memory)
+        if is_new and self.compile_ahead:
+            rows.rehearse(step)
+        while rows.left():
+            rows.decode(step)
         return rows.results()
+
+    def _decode_step(self, params: SamplingParams, layer_ids: tuple[int, ...]) -> Callable[..., tuple[Tensor, ...]]:
+        """The function that feeds token t of every row and appends token t + 1."""
+        model, config = self.model, text_config(self.model)
+        windows = layer_windows(config)
+
+        def decode_step(
+            ids, logps, ended, step, prompt_mask, lengths, uniforms, keys, values, own_keys, own_values, groups=None
+        ):
+            cache = SharedPrefixCache(layer_ids, windows, keys, values, own_keys, own_values, step, groups)
+            masks = cache.masks(config, prompt_mask)
+            hidden = hidden_states(model, ids.index_select(1, step), masks, lengths + step, cache)  # (R, 1, D)
+            after = step + 1
+            column = uniforms.index_select(1, after)[:, 0]
+            tokens, token_logps = choose_tokens(logits(model, hidden[:, 0]), column, params)
+            tokens = tokens.masked_fill(ended, self.pad_token_id)
+            ids = ids.index_copy(1, after, tokens[:, None])
+            logps = logps.index_copy(1, after, token_logps[:, None])
+            return ids, logps, ended | self._is_eos(tokens), after
+
+        return decode_step
 
     def _is_eos(self, tokens: Tensor) -> Tensor:
         ended = tokens == self.eos_token_ids[0]
         for eos in self.eos_token_ids[1:]:
             ended = ended | (tokens == eos)
         return ended
-
-    def _completion_mask(self, ids: Tensor) -> Tensor:
-        """True up to and including the first EOS, by position: right even when the padding token is an EOS token."""
-        is_eos = self._is_eos(ids).long()
-        return is_eos.cumsum(-1) - is_eos == 0
-
-    def _compiled_step(self, params: SamplingParams, layer_ids: tuple[int, ...]) -> Callable:
-        """The decode step, compiled once for each static shape."""
-        key = (params, adapters_in_use(self.model))
-        if key not in self._steps:
-            self._steps[key] = compiled.compile_step(self._decode_step(params, layer_ids), self.model)
-        return self._steps[key]
-
-    def _decode_step(self, params: SamplingParams, layer_ids: tuple[int, ...]) -> Callable:
-        """The function that feeds token t of every row and appends token t + 1."""
-        model, config = self.model, text_config(self.model)
-        windows = layer_windows(config)
-
-        def decode_step(ids, logps, ended, step, prompt_mask, lengths, uniforms, *keys_and_values):
-            cache = SlotCache(layer_ids, windows, *keys_and_values, step)
-            masks = cache.masks(config, prompt_mask)
-            hidden = hidden_states(model, ids.index_select(1, step), masks, lengths + step, cache)  # (B, 1, D)
-            column = uniforms.index_select(1, step + 1)[:, 0]
-            tokens, token_logps = choose_tokens(logits(model, hidden[:, 0]), column, params)
-            tokens = tokens.masked_fill(ended, self.pad_token_id)
-            ids = ids.index_copy(1, step + 1, tokens[:, None])
-            logps = logps.index_copy(1, step + 1, token_logps[:, None])
-            return ids, logps, ended | self._is_eos(tokens), step + 1
-
-        return decode_step

@@ -81,6 +81,14 @@ def axis_size(axis: str | None) -> int:
     return 1 if _mesh is None or axis is None else _mesh.shape().get(axis, 1)
 
 
+def merges_lora() -> bool:
+    """Whether a LoRA layer is faster when it multiplies once, by the sum of its weights: on the CPU, also through XLA.
+
+    On a mesh each matrix is laid out for itself, and a GPU hardly waits for the small products of a LoRA.
+    """
+    return KIND != "cuda" and not has_mesh()
+
+
 def tokens_per_pass() -> int | None:
     """How many tokens a learning pass should have where the user has not said how many rows it has.
 

@@ -1,41 +1,72 @@
-"""A step of fixed shapes as a CUDA graph: the host launches one graph a token in place of thousands of kernels."""
+"""A step of fixed shapes as CUDA graphs: the host launches one graph a token in place of thousands of kernels."""
 
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import compiled, device
 
 
 class RecordedStep:
-    """Records a step when it is given new tensors, and replays it as long as it is given the same ones.
+    """Records a step when it is given tensors at new addresses, and replays it whenever it is given these again.
 
-    A graph knows tensors by their addresses, so results are written over the first arguments, which they follow, and
-    what else the step reads, such as weights, must stay where it is.
+    A graph knows tensors by their addresses. Therefore results are written over the first arguments, which they
+    follow; who wants to replay a graph later must keep the tensors that it was recorded with.
 
     Args:
         step: takes tensors and lists of tensors, on CUDA, and returns tensors that are no views of them. It may change
             arguments in place, if to do so twice is as good as once. It draws no random numbers, and the host never
             waits in it.
+        model: whose tensors the step reads: parameters, buffers and other attributes of its modules. Their values may
+            change. Whoever may have moved one to another address calls `forget_moved` before the next call.
     """
 
-    def __init__(self, step: Callable[..., Sequence[Tensor]]) -> None:
-        self.step = step
-        self.replay: Callable[[], None] | None = None
-        self.places: list[tuple[int, torch.Size]] = []  # where the tensors lie for which it was recorded
+    def __init__(self, step: Callable[..., Sequence[Tensor]], model: nn.Module) -> None:
+        self.step, self.model = step, model
+        self.graphs: dict[tuple[Any, ...], tuple[int, Callable[[], None]]] = {}  # by where the arguments lie
+        self.weights: list[int] = []  # addresses of the model's tensors, as they are in all graphs
+        self.pool: Any = None  # memory that the graphs share: none of them needs what another one left there
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        places = [(tensor.data_ptr(), tensor.shape) for tensor in compiled.tensors_in(args)]
-        if places != self.places:
-            device.wait()  # for what replays the old graph
-            self.replay = None
-            self.num_results, self.replay = record(lambda: self.step(*args), args)
-            self.places = places
-        self.replay()
-        return args[: self.num_results]
+        places = tuple((x.data_ptr(), x.shape, x.stride()) for x in compiled.tensors_in(args))
+        if places not in self.graphs:
+            if not self.graphs:
+                self.weights = _addresses(self.model)
+                self.pool = new_pool()
+            self.graphs[places] = record(lambda: self.step(*args), args, self.pool)
+        num_results, replay = self.graphs[places]
+        replay()
+        return args[:num_results]
+
+    def forget_moved(self) -> None:
+        """Forget all graphs if a tensor of the model has moved since they were recorded. Looks at every module."""
+        if self.graphs and self.weights != _addresses(self.model):
+            self.forget()
+
+    def forget(self) -> None:
+        """Forget all graphs, once the device has done what was started."""
+        device.wait()
+        self.graphs.clear()
+        self.pool = None
+
+
+def _addresses(model: nn.Module) -> list[int]:
+    """Where the tensors of a model's modules lie."""
+    return [
+        tensor.data_ptr()
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers, vars(module))
+        for tensor in tensors.values()
+        if isinstance(tensor, Tensor)
+    ]
+
+
+def new_pool() -> Any:
+    """Memory for what graphs compute on the way."""
+    return torch.cuda.graph_pool_handle()
 
 
 @functools.cache
@@ -44,7 +75,7 @@ def _side_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def record(step: Callable[[], Sequence[Tensor]], args: Sequence[Any]) -> tuple[int, Callable[[], None]]:
+def record(step: Callable[[], Sequence[Tensor]], args: Sequence[Any], pool: Any) -> tuple[int, Callable[[], None]]:
     """How many results `step` has, and a function that does it again and writes them over the first of `args`."""
     main, side = torch.cuda.current_stream(), _side_stream()
     side.wait_stream(main)
@@ -52,7 +83,7 @@ def record(step: Callable[[], Sequence[Tensor]], args: Sequence[Any]) -> tuple[i
         step()
     main.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):  # nothing is computed in here
+    with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):  # computes nothing
         num_results = write_over(step(), args)
     return num_results, graph.replay
 

@@ -1,0 +1,110 @@
+"""Memory for the keys and values of the tokens that rows have decoded, in the shape that the next step takes.
+
+Both classes have each layer's keys in `tensors[0]` and its values in `tensors[1]`, (rows, KV heads, tokens, head dim).
+A layer with a sliding window never has more tokens than its window, as the newest one replaces the oldest.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..model.attention import kept_tokens
+from ..runtime import device
+from ..runtime.sharding import shard_rows
+
+Memory = dict[tuple[str, int], Tensor]  # tensors by a name and a number
+
+
+class WholeTensors:
+    """Tensors of just the present shape, as a compiled step takes them: each new shape is a copy.
+
+    Args:
+        prompts: keys and values of the prompts, for each layer that has a cache.
+        windows: of these layers, see `attention.layer_windows`.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[Tensor]], windows: Sequence[int | None]) -> None:
+        self.prompts, self.windows = prompts, windows
+        self.tensors: list[list[Tensor]] = []
+
+    def begin(self, num_rows: int, width: int) -> None:
+        """Empty caches, with room for `width` tokens a row."""
+        self.tensors = []  # what was there before makes room
+        widths = _kept(self.windows, width)
+        self.tensors = [
+            [x.new_zeros(num_rows, x.shape[1], k, x.shape[3]) for x, k in zip(xs, widths, strict=True)]
+            for xs in self.prompts
+        ]
+        for tensors in self.tensors:
+            for tensor in tensors:
+                shard_rows(tensor, heads_dim=1)
+
+    def resize(self, width: int, num_used: int, rows: Tensor | None = None) -> None:
+        """Have room for `width` tokens, and go on with some rows only, (fewer,) int64; None: with all.
+
+        One tensor after the other, with no name for what is between: one at a time is there twice.
+        """
+        for tensors in self.tensors:
+            for i, (tensor, kept) in enumerate(zip(tensors, _kept(self.windows, width), strict=True)):
+                more = (0, 0, 0, kept - tensor.shape[2])
+                if rows is not None:
+                    tensors[i] = shard_rows(nn.functional.pad(tensor.index_select(0, rows), more), heads_dim=1)
+                elif any(more):
+                    tensors[i] = shard_rows(nn.functional.pad(tensor, more), heads_dim=1)
+                device.sync()
+
+
+class Views:
+    """Views of tensors that have room for all tokens of all rows: addresses stay, and only rows that move are copied.
+
+    Args:
+        prompts, windows: see `WholeTensors`.
+        num_rows, room: most rows, and most tokens of a row.
+        are_cleared: whether to begin with zeros, as where a step reads what is not written yet: hidden by a mask, it
+            must at least be finite.
+        memory: where the tensors are kept for later rows of the same shapes; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[Tensor]],
+        windows: Sequence[int | None],
+        num_rows: int,
+        room: int,
+        are_cleared: bool,
+        memory: Memory | None,
+    ) -> None:
+        self.windows, self.are_cleared = windows, are_cleared
+        memory, widths = {} if memory is None else memory, _kept(windows, room)
+        for name, xs in zip(("own keys", "own values"), prompts, strict=True):
+            for i, (x, width) in enumerate(zip(xs, widths, strict=True)):
+                if (name, i) not in memory:
+                    memory[name, i] = x.new_empty(num_rows, x.shape[1], width, x.shape[3])
+        self.whole = [[memory[name, i] for i in range(len(windows))] for name in ("own keys", "own values")]
+        self.rows: list[list[Tensor]] = []  # all the room of the rows that go on
+        self.tensors: list[list[Tensor]] = []  # and the part of it that a step reads
+
+    def begin(self, num_rows: int, width: int) -> None:
+        """Empty caches, with room for `width` tokens a row."""
+        if self.are_cleared:
+            for tensors in self.whole:
+                for tensor in tensors:
+                    tensor.zero_()
+        self.rows = [[tensor[:num_rows] for tensor in tensors] for tensors in self.whole]
+        self.resize(width, 0)
+
+    def resize(self, width: int, num_used: int, rows: Tensor | None = None) -> None:
+        """As `WholeTensors.resize`; of a row's tokens `num_used` are there."""
+        if rows is not None:
+            used = _kept(self.windows, num_used)
+            for tensors in self.rows:
+                for i, (tensor, kept) in enumerate(zip(tensors, used, strict=True)):
+                    tensors[i] = tensor[: len(rows)]
+                    tensors[i][:, :, :kept] = tensor[:, :, :kept].index_select(0, rows)
+        widths = _kept(self.windows, width)
+        self.tensors = [[x.narrow(2, 0, k) for x, k in zip(xs, widths, strict=True)] for xs in self.rows]
+
+
+def _kept(windows: Sequence[int | None], width: int) -> list[int]:
+    """How many tokens of a row each layer keeps, where those without a window keep `width`."""
+    return [kept_tokens(window, 0, width)[1] for window in windows]
