@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..batch import TrainBatch, completion_lengths
 from ..config.grpo import GRPOConfig
-from ..data.prompts import Collator
+from ..data.batches import Collator
 from ..data.rows import Row
 from ..runtime import device, together
 from ..runtime.profiling import span
