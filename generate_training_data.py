@@ -1,4 +1,4 @@
-"""Generate questions of several domains with computed answers, for GRPO; with reasoning, for SFT too.
+"""Generates questions of several types with computed answers for GRPO, and with reasoning for SFT too.
 
 python generate_training_data.py --count 1000 --output reasoning_training_data.json --seed 42
 python generate_training_data.py --types math,code --difficulty easy --with_reasoning --val_fraction 0.1
@@ -19,13 +19,14 @@ from tqdm import tqdm
 import utils
 from training_data import DIFFICULTIES, TEMPLATES, Template
 
-MAX_MISSES = 1000  # duplicates in a row after which a template counts as used up
-PROGRESS_FROM = 5000  # rows
+MAX_MISSES = 1000  # after so many duplicates in a row, a template counts as used up
+PROGRESS_FROM = 5000  # from so many rows on, a progress bar shows
 
 Row = dict[str, str]
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of the command line, checked and completed by `check_args`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: utils.fail(message)
     parser.add_argument("--count", type=int, default=1000, help="rows, the validation rows among them")
@@ -40,7 +41,15 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--val_fraction", type=float, default=0.0, help="share of the rows that goes to a second file, NAME_val.json"
     )
-    args = parser.parse_args(argv)
+    return check_args(parser.parse_args(argv))
+
+
+def check_args(args: argparse.Namespace) -> argparse.Namespace:
+    """Check the arguments, and complete them by `num_val` and `val_output`, the size and the file of the second part.
+
+    Raises:
+        ValueError: an argument is out of its range, or a file can't be written.
+    """
     args.types = choose("types", args.types, list(TEMPLATES))
     args.difficulty = choose("difficulty", args.difficulty, DIFFICULTIES)
     if args.count < 1:
@@ -55,7 +64,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args.format = args.format or ("jsonl" if args.output and Path(args.output).suffix.lower() == ".jsonl" else "json")
     args.output = Path(args.output or f"reasoning_training_data.{args.format}")
     args.val_output = args.output.with_name(f"{args.output.stem}_val{args.output.suffix}") if args.num_val else None
-    endings = {"json": (".json",), "jsonl": (".jsonl", ".json")}[args.format]  # by which `load_rows` reads it right
+    # The endings by which `load_rows` recognises the format.
+    endings = {"json": (".json",), "jsonl": (".jsonl", ".json")}[args.format]
     if args.output.suffix.lower() not in endings:
         what = "a JSON list has to end in .json; or give --format jsonl and a name in .jsonl"
         what = what if args.format == "json" else "an object a line has to end in .jsonl"
@@ -69,7 +79,7 @@ def choose(field: str, text: str, known: Sequence[str]) -> list[str]:
     """The names of a comma-separated list, in the order of `known`.
 
     Raises:
-        ValueError: a name that is not known, or given twice, or no name.
+        ValueError: a name is not known or stands there twice, or there is no name.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
@@ -83,10 +93,10 @@ def choose(field: str, text: str, known: Sequence[str]) -> list[str]:
 
 
 def check_new_file(path: Path) -> None:
-    """See that the file can be made.
+    """Check that a new file can be written.
 
     Raises:
-        ValueError: it exists, or its folder does not or may not be written.
+        ValueError: the file exists, or its folder does not exist or can't be written.
     """
     if os.path.lexists(path):
         raise ValueError(f"output={str(path)!r}: exists already; nothing is overwritten")
@@ -98,20 +108,20 @@ def check_new_file(path: Path) -> None:
 
 
 def normalized(question: str) -> str:
-    """A question without regard to case and white space."""
+    """The question in the form in which duplicates are found: without case and with single spaces."""
     return " ".join(question.casefold().split())
 
 
 class Supply:
-    """Questions of one type and difficulty, none twice, from its templates in turn; one used up is left out."""
+    """Supplies different questions of one type and difficulty from its templates, which take turns until used up."""
 
     def __init__(self, name: str, templates: Sequence[Template], rng: random.Random, seen: set[object]):
         self.name, self.templates, self.rng = name, list(templates), rng
-        self.seen = seen  # normalised texts and problems, of all supplies
+        self.seen = seen  # normalised texts and problems; all supplies share this set
         self.num_made = self.num_skipped = 0
 
     def next(self) -> Row | None:
-        """Question, answer and reasoning; None when all templates are used up."""
+        """The next row, with question, answer and reasoning; None when all templates are used up."""
         while self.templates:
             template = self.templates[0]
             for _ in range(MAX_MISSES):
@@ -135,16 +145,16 @@ def generate(
     difficulties: Sequence[str],
     templates: Mapping[str, Mapping[str, Sequence[Template]]] = TEMPLATES,
 ) -> tuple[list[Row], int]:
-    """Rows of question, answer, reasoning, type and difficulty; types and difficulties take turns, so that any run of
-    rows has equal shares of them (up to one row).
+    """Generate rows. Types and difficulties take turns, so that every part of the rows has equal shares, up to one row.
 
     Returns:
-        the rows, and how many questions were drawn again because they had been drawn before.
+        the rows, with question, answer, reasoning, type and difficulty; and the number of duplicates that were drawn
+        and dropped.
 
     Raises:
         ValueError: there are not so many different questions.
     """
-    rng = random.Random(f"training data {seed}")  # of a text: Random(-1) is Random(1)
+    rng = random.Random(f"training data {seed}")  # seeded by a text, because Random(-1) equals Random(1)
     seen: set[object] = set()
     cells = [(kind, difficulty) for difficulty in difficulties for kind in types]
     supplies = [Supply(f"type {k}, difficulty {d}", templates[k][d], rng, seen) for k, d in cells]
@@ -162,12 +172,14 @@ def generate(
 
 
 def split(rows: Sequence[Row], num_val: int, num_cells: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training and validation rows in random order, both with equal shares of the `num_cells` types and difficulties
-    that take turns in `rows`."""
+    """Split rows into training and validation rows, both in random order.
+
+    Both parts have equal shares of the `num_cells` pairs of type and difficulty, which take turns in `rows`.
+    """
     rng = random.Random(f"split {seed}")
     rounds = [rows[i : i + num_cells] for i in range(0, len(rows), num_cells)]
     *whole, last = rounds
-    rng.shuffle(whole)  # templates with few questions are used up in the first rounds
+    rng.shuffle(whole)  # because the first rounds have all questions of templates that are used up soon
     ordered = [row for turn in [*whole, last] for row in turn]
     validation, train = ordered[:num_val], ordered[num_val:]
     rng.shuffle(validation)
@@ -176,7 +188,7 @@ def split(rows: Sequence[Row], num_val: int, num_cells: int, seed: int) -> tuple
 
 
 def write_rows(path: Path, rows: Sequence[Row], columns: Sequence[str], style: str) -> None:
-    """Write the columns of the rows to a new file: style "json", a list, or "jsonl", an object a line."""
+    """Write these columns of the rows to a new file, as a list (style "json") or one object a line ("jsonl")."""
     chosen = [{column: row[column] for column in columns} for row in rows]
     if style == "json":
         text = json.dumps(chosen, indent=2, ensure_ascii=False) + "\n"
@@ -187,7 +199,7 @@ def write_rows(path: Path, rows: Sequence[Row], columns: Sequence[str], style: s
 
 
 def print_statistics(rows: Sequence[Row], num_skipped: int) -> None:
-    """Rows by type and difficulty, length of the questions, duplicates."""
+    """Print the rows by type and difficulty, the mean length of the questions, and the number of duplicates."""
     counts = Counter((row["type"], row["difficulty"]) for row in rows)
     types = [kind for kind in TEMPLATES if any(kind == key[0] for key in counts)]
     difficulties = [difficulty for difficulty in DIFFICULTIES if any(difficulty == key[1] for key in counts)]

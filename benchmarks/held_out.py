@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from tunix_torch import DataConfig, Sampler, SamplingParams, load_model, load_tokenizer
-from tunix_torch.data.prompts import Collator, prepare_rows
+from tunix_torch.data.batches import Collator
+from tunix_torch.data.prompts import prepare_rows
 from tunix_torch.data.sources import load_eval_rows
 from tunix_torch.evals.answers import judge_answers, sample_texts
 from tunix_torch.model.loading import eos_token_ids, place

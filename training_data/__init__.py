@@ -1,6 +1,7 @@
-"""Templates of questions whose answers are computed: `TEMPLATES[type][difficulty]`, functions of a `random.Random`.
+"""Templates of questions whose answers are computed, by type and difficulty: `TEMPLATES["math"]["easy"]`.
 
-Pure standard library, like `rewards`; imports nothing of the library above it.
+A template is a function that draws numbers, names and wordings from a `random.Random`, and returns a question with its
+answer and the steps that lead to it. The package uses the standard library only, and nothing of `tunix_torch`.
 """
 
 from training_data import code_questions, common_sense_questions, logic_questions, math_questions, science_questions

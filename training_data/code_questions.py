@@ -1,7 +1,7 @@
-"""Code: what a small Python function returns. The text that is shown is the text that runs; its trace is the reasoning.
+"""Templates of code: what does a small Python function return?
 
-Only sources that a template of this file has put together from its fixed lines and drawn numbers are run, with the
-few builtins that they use.
+The source that the question shows is the source that runs here, and its trace is the reasoning. Only sources that a
+template of this file has put together from fixed lines and drawn numbers are run, with the few builtins that they use.
 """
 
 import sys
@@ -18,66 +18,78 @@ WORDS = (
 ).split()
 
 
-def run(source: str, args: tuple[object, ...]) -> tuple[object, list[str]]:
-    """Run the function `f` of a source; returns what it returns, and a sentence for each step that it takes.
+class _Tracer:
+    """Watches calls of the function `f` of a source, and describes each step that it takes in a sentence.
 
-    A step is a round of a loop (or a line outside of loops) with the variables that it sets, a call or a return of `f`
-    by itself, and the line that returns in the end.
+    A step is one round of a loop (or one line outside of loops) with the variables that it sets, a recursive call of
+    `f` or its return, and the line that returns in the end.
     """
-    lines = source.splitlines()
-    scope: dict[str, object] = {"__builtins__": BUILTINS}
-    exec(compile(source, FILE_NAME, "exec"), scope)
-    steps: list[str] = []
-    known: dict[FrameType, dict[str, str]] = {}  # the variables as they were at the last event
-    last_line: dict[FrameType, int] = {}
-    pending: dict[str, str] = {}
 
-    def flush() -> None:
-        if pending:
-            steps.append(f"Then {', '.join(f'{name} = {value}' for name, value in pending.items())}.")
-            pending.clear()
+    def __init__(self, source: str) -> None:
+        self.lines = source.splitlines()
+        self.steps: list[str] = []
+        self.known: dict[FrameType, dict[str, str]] = {}  # the variables of each call at its last event
+        self.last_line: dict[FrameType, int] = {}
+        self.pending: dict[str, str] = {}  # variables that were set and are not yet told
 
-    def trace(frame: FrameType, event: str, value: object) -> object:
+    def __call__(self, frame: FrameType, event: str, value: object) -> object:
+        """The function for `sys.settrace`."""
         if frame.f_code.co_name != "f" or frame.f_code.co_filename != FILE_NAME:
             return None
         now = {name: repr(local) for name, local in frame.f_locals.items()}
         call = f"f({', '.join(now[name] for name in frame.f_code.co_varnames[: frame.f_code.co_argcount])})"
         if event == "call":
-            if known:
-                steps.append(f"This needs {call}.")
-            else:
-                given = ", ".join(f"{name} = {local}" for name, local in now.items())
-                steps.append(f"First, the call is {call}, so {given}.")
-            known[frame], last_line[frame] = now, frame.f_lineno
-            return trace
-        before = lines[last_line[frame] - 1].split()
-        entered = {before[1]} if before[0] == "for" and frame.f_lineno == last_line[frame] + 1 else set()
-        changed = {name: x for name, x in now.items() if known[frame].get(name) != x or name in entered}
-        if changed.keys() & pending.keys():
-            flush()
-        pending.update(changed)
-        known[frame], last_line[frame] = now, frame.f_lineno
-        line = lines[frame.f_lineno - 1].strip()
+            self._tell_call(call, now)
+            self.known[frame], self.last_line[frame] = now, frame.f_lineno
+            return self
+        before = self.lines[self.last_line[frame] - 1].split()
+        entered = {before[1]} if before[0] == "for" and frame.f_lineno == self.last_line[frame] + 1 else set()
+        changed = {name: x for name, x in now.items() if self.known[frame].get(name) != x or name in entered}
+        if changed.keys() & self.pending.keys():
+            self._tell_pending()
+        self.pending.update(changed)
+        self.known[frame], self.last_line[frame] = now, frame.f_lineno
+        line = self.lines[frame.f_lineno - 1].strip()
         if event == "return":
-            flush()
-            if frame is next(iter(known)):
-                steps.append(f"Finally `{line}` returns {value!r}.")
-            else:
-                steps.append(f"{call} returns {value!r}.")
+            self._tell_pending()
+            is_first_call = frame is next(iter(self.known))
+            self.steps.append(f"Finally `{line}` returns {value!r}." if is_first_call else f"{call} returns {value!r}.")
         elif line.startswith(("for ", "while ")):
-            flush()
-        return trace
+            self._tell_pending()
+        return self
 
-    outer_trace = sys.gettrace()
-    sys.settrace(trace)
+    def _tell_call(self, call: str, arguments: dict[str, str]) -> None:
+        if self.known:
+            self.steps.append(f"This needs {call}.")
+        else:
+            given = ", ".join(f"{name} = {local}" for name, local in arguments.items())
+            self.steps.append(f"First, the call is {call}, so {given}.")
+
+    def _tell_pending(self) -> None:
+        if self.pending:
+            self.steps.append(f"Then {', '.join(f'{name} = {value}' for name, value in self.pending.items())}.")
+            self.pending.clear()
+
+
+def run(source: str, args: tuple[object, ...]) -> tuple[object, list[str]]:
+    """Run the function `f` of a source.
+
+    Returns:
+        the value that `f` returns, and a sentence for each step that it takes, see `_Tracer`.
+    """
+    scope: dict[str, object] = {"__builtins__": BUILTINS}
+    exec(compile(source, FILE_NAME, "exec"), scope)
+    tracer, outer_trace = _Tracer(source), sys.gettrace()
+    sys.settrace(tracer)
     try:
         result = scope["f"](*args)
     finally:
         sys.settrace(outer_trace)
-    return result, steps
+    return result, tracer.steps
 
 
 def _returns(*lines: str, args: tuple[object, ...]) -> Question:
+    """The question for the value that the function of these lines returns."""
     source = "\n".join(lines)
     result, steps = run(source, args)
     note = ", without quotes" if isinstance(result, str) else ""

@@ -1,4 +1,4 @@
-"""Common sense: calendar and clock, counting, queues, coins, and things put in order."""
+"""Templates of common sense: calendar and clock, counting, queues, coins, and things put in order."""
 
 import calendar
 import functools
@@ -31,7 +31,7 @@ def _any_date(rng: Random) -> date:
 
 
 def _clock(moment: datetime | int) -> str:
-    """HH:MM of a moment, or of minutes after midnight."""
+    """A moment, or a number of minutes after midnight, as HH:MM."""
     if isinstance(moment, int):
         return f"{moment // 60:02d}:{moment % 60:02d}"
     return f"{moment:%H:%M}"
@@ -104,7 +104,8 @@ def days_between(rng: Random) -> Question:
     end = start + timedelta(days=rng.randint(15, 160))
     parts, first = [], date(start.year, start.month, 1)
     month_end = first + timedelta(days=calendar.monthrange(first.year, first.month)[1] - 1)
-    while month_end < end:  # the days of each month that lie after the start
+    # Each part counts the days of one month that lie after the start.
+    while month_end < end:
         parts.append((month_end - max(start, first - timedelta(days=1))).days)
         first = month_end + timedelta(days=1)
         month_end = first + timedelta(days=calendar.monthrange(first.year, first.month)[1] - 1)

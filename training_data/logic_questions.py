@@ -1,4 +1,7 @@
-"""Logic: orders, seats, owners, knights and knaves, syllogisms, sequences; puzzles are solved by trying every case."""
+"""Templates of logic: orders, seats, owners, knights and knaves, syllogisms and sequences.
+
+Puzzles are solved by trying every case.
+"""
 
 import functools
 import itertools
@@ -11,7 +14,8 @@ KINDS = "wug blick tove fep zorp mim larp kiv dord gorp nib plon quib rint snib 
 PETS = ("cat", "dog", "rabbit", "parrot", "hamster", "turtle", "goldfish", "pony")
 COMPARISONS = (("taller", "shorter"), ("older", "younger"), ("faster", "slower"), ("richer", "poorer"))
 
-Clue = tuple[str, Callable[[tuple[str, ...]], bool]]  # its words, and whether an arrangement agrees with it
+# A clue: its words, and a function that says whether an arrangement agrees with it.
+Clue = tuple[str, Callable[[tuple[str, ...]], bool]]
 
 
 # ---- arrangements: who stands where ----
@@ -23,7 +27,10 @@ def _fitting(people: Sequence[str], clues: Sequence[Clue]) -> list[tuple[str, ..
 
 
 def _enough_clues(rng: Random, people: Sequence[str], candidates: list[Clue]) -> list[Clue]:
-    """Clues, shuffled, that leave one arrangement, none of them superfluous; the candidates together have to."""
+    """A shuffled choice of clues that leaves one arrangement and has no superfluous clue.
+
+    All candidates together must leave one arrangement.
+    """
     rng.shuffle(candidates)
     clues = list(candidates)
     for clue in candidates:
@@ -35,7 +42,7 @@ def _enough_clues(rng: Random, people: Sequence[str], candidates: list[Clue]) ->
 
 
 def _elimination(people: Sequence[str], clues: Sequence[Clue], last: str) -> list[str]:
-    """How many arrangements each clue leaves, down to the one."""
+    """Steps that say how many arrangements are left after each clue, and the step `last`."""
     steps = [f"First, there are {len(_fitting(people, []))} possible arrangements."]
     for number, (words, _) in enumerate(clues, start=1):
         left = len(_fitting(people, clues[:number]))
@@ -47,7 +54,8 @@ def order_of_three(rng: Random) -> Question:
     people = rng.sample(NAMES, 3)
     more, less = rng.choice(COMPARISONS)
 
-    def compare(a: str, b: str) -> Clue:  # a is more than b
+    def compare(a: str, b: str) -> Clue:
+        """A clue that says that a has more of the quality than b."""
         words = f"{a} is {more} than {b}" if rng.random() < 0.5 else f"{b} is {less} than {a}"
         return words, lambda order: order.index(a) < order.index(b)
 
@@ -120,7 +128,7 @@ def seats(rng: Random) -> Question:
 
 def owners(rng: Random) -> Question:
     people, pets = sorted(rng.sample(NAMES, 4)), sorted(rng.sample(PETS, 4))
-    hidden = tuple(rng.sample(people, 4))  # hidden[i] owns pets[i]
+    hidden = tuple(rng.sample(people, 4))  # the solution: hidden[i] owns pets[i]
     clues: list[Clue] = []
     for person in people:
         for i, pet in enumerate(pets):
@@ -163,7 +171,7 @@ def _statement(rng: Random, me: int, people: Sequence[str]) -> tuple[str, Callab
 
 def _knights(rng: Random, num_people: int) -> Question:
     people = sorted(rng.sample(NAMES, num_people))
-    worlds = list(itertools.product((True, False), repeat=num_people))  # True: a knight
+    worlds = list(itertools.product((True, False), repeat=num_people))  # True for a knight
     solutions: list[tuple[bool, ...]] = []
     while len(solutions) != 1:
         said = [_statement(rng, i, people) for i in range(num_people)]
@@ -194,11 +202,11 @@ def three_islanders(rng: Random) -> Question:
     return _knights(rng, 3)
 
 
-# ---- syllogisms: things of three kinds; a world says which of the seven combinations of kinds exist ----
+# ---- syllogisms: a world says which of the seven combinations of three kinds exist ----
 
 FORMS = ("All {}s are {}s", "No {}s are {}s", "Some {}s are {}s", "Some {}s are not {}s")
-Proposition = tuple[int, int, int]  # form, and the numbers of its two kinds
-COMBINATIONS = tuple(itertools.product((True, False), repeat=3))[:-1]  # without what is of no kind
+Proposition = tuple[int, int, int]  # the number of its form, and those of its two kinds
+COMBINATIONS = tuple(itertools.product((True, False), repeat=3))[:-1]  # all but the things of no kind
 
 
 def _holds(world: Sequence[tuple[bool, ...]], proposition: Proposition) -> bool:
@@ -214,14 +222,14 @@ def _holds(world: Sequence[tuple[bool, ...]], proposition: Proposition) -> bool:
 
 @functools.cache
 def _worlds() -> list[list[tuple[bool, ...]]]:
-    """Every world in which each kind has a member, those with fewer combinations first."""
+    """All worlds in which each kind has a member; worlds with fewer combinations come first."""
     chosen = (list(itertools.combinations(COMBINATIONS, size)) for size in range(1, 8))
     return [list(w) for worlds in chosen for w in worlds if all(any(thing[k] for thing in w) for k in range(3))]
 
 
 @functools.cache
 def _examples(premises: tuple[Proposition, ...], conclusion: Proposition) -> tuple[list | None, list | None]:
-    """The smallest world with the premises in which the conclusion is true, and that in which it is false."""
+    """Of the worlds in which the premises hold: the smallest where the conclusion is true, and where it is false."""
     allowed = [world for world in _worlds() if all(_holds(world, premise) for premise in premises)]
     true = next((world for world in allowed if _holds(world, conclusion)), None)
     return true, next((world for world in allowed if not _holds(world, conclusion)), None)
@@ -282,7 +290,7 @@ def syllogism(rng: Random) -> Question:
 
 
 def _next_number(values: Sequence[int], steps: Sequence[str]) -> Question:
-    """`values` with the number that is asked for as the last one."""
+    """The question for the last of the values, which shows the others."""
     shown = ", ".join(map(str, values[:-1]))
     return Question(f"What number comes next in the sequence {shown}, ...?", str(values[-1]), steps)
 
@@ -318,7 +326,7 @@ def multiply_and_add(rng: Random) -> Question:
     values, factor, term = [rng.randint(1, 60)], rng.randint(2, 5), rng.randint(-9, 12)
     while len(values) < 6:
         values.append(values[-1] * factor + term)
-    if len(set(values)) < 6:  # a start that stays where it is
+    if len(set(values)) < 6:  # the rule maps some number to itself, so the sequence does not change
         return multiply_and_add(rng)
     rule = f"times {factor}" + (f", then {'plus' if term > 0 else 'minus'} {abs(term)}" if term else "")
     tail = f" {'+' if term > 0 else '-'} {abs(term)}" if term else ""

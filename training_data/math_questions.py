@@ -1,4 +1,4 @@
-"""Mathematics: arithmetic, percentages, word problems, equations, divisors and primes."""
+"""Templates of mathematics: arithmetic, percentages, word problems, equations, divisors and primes."""
 
 import math
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""What a template returns, and the few words and number formats that the templates of all types share."""
+"""The question that a template returns, and the words and number formats that templates of all types share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,17 +16,18 @@ NAMES = (
 class Question:
     """One question with its computed answer.
 
-    `problem` says what is asked whatever the wording and the names: no two rows share it. Empty where the text does.
+    `problem` identifies what is asked, whatever the wording and the names, so that no two rows ask the same. It is
+    empty where the text itself does that.
     """
 
     text: str
     answer: str
-    steps: Sequence[str]  # sentences that lead to the answer, without the last one that states it
+    steps: Sequence[str]  # the sentences that lead to the answer, without the one that states it
     problem: tuple[object, ...] = ()
 
     @property
     def reasoning(self) -> str:
-        """The steps, one a line; the last one ends in the answer."""
+        """The steps, one on each line, and a last line that states the answer."""
         return "\n".join([*self.steps, f"So the answer is {self.answer}."])
 
 
@@ -34,7 +35,7 @@ Template = Callable[[Random], Question]
 
 
 def exact(value: int | Fraction) -> str:
-    """A number as the decimal that it is exactly; it has to have one.
+    """A number as an exact decimal, which it must have.
 
     >>> exact(Fraction(5, 4)), exact(30)
     ('1.25', '30')
@@ -51,16 +52,16 @@ def has_places(value: Fraction, places: int) -> bool:
 
 
 def signed(value: int) -> str:
-    """A term to put behind another: 5 -> "+ 5", -5 -> "- 5"."""
+    """A number as a term to put after another one: 5 -> "+ 5", -5 -> "- 5"."""
     return f"+ {value}" if value >= 0 else f"- {-value}"
 
 
 def listed(words: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """Join words to a list as in a sentence: "a", "a and b", "a, b and c"."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def ordinal(number: int) -> str:
-    """1 -> "1st", 12 -> "12th"."""
+    """A number as an ordinal: 1 -> "1st", 12 -> "12th"."""
     ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
     return f"{number}{ending}"

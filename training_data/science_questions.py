@@ -1,4 +1,4 @@
-"""Science: units, motion, matter, electricity, heat, chemistry and genetics, always with numbers to compute."""
+"""Templates of science, all with a calculation: units, motion, matter, electricity, heat, chemistry and genetics."""
 
 import itertools
 from fractions import Fraction
@@ -24,7 +24,8 @@ UNITS = (
     ("square meters", "square centimeters", 10000),
 )
 MOVERS = ("car", "train", "cyclist", "bus", "boat", "runner")
-GENOTYPES = {"homozygous dominant": (1, 1), "heterozygous": (1, 0), "homozygous recessive": (0, 0)}  # 1: dominant
+# The two forms of a gene in each genotype; 1 is the dominant form.
+GENOTYPES = {"homozygous dominant": (1, 1), "heterozygous": (1, 0), "homozygous recessive": (0, 0)}
 PAIRS = {"A": "T", "T": "A", "C": "G", "G": "C"}
 ATOMIC_MASSES = {"H": 1, "C": 12, "N": 14, "O": 16, "Na": 23, "S": 32, "Ca": 40}
 MOLECULES = {
@@ -265,9 +266,10 @@ def average_speed(rng: Random) -> Question:
 def cross(rng: Random) -> Question:
     names = rng.sample("ABDEGHLMNRT", 2)
     while True:
-        genes = tuple((rng.choice(list(GENOTYPES)), rng.choice(list(GENOTYPES))) for _ in names)  # of the two parents
+        # For each gene, the genotypes of both parents.
+        genes = tuple((rng.choice(list(GENOTYPES)), rng.choice(list(GENOTYPES))) for _ in names)
         dominant = tuple(rng.random() < 0.5 for _ in names)
-        shares = []  # of the four combinations of each gene
+        shares = []  # for each gene, how many of its four combinations show the trait
         for parents, wanted in zip(genes, dominant, strict=True):
             children = itertools.product(*(GENOTYPES[parent] for parent in parents))
             shares.append(sum(any(child) == wanted for child in children))

@@ -10,8 +10,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from tunix_torch import GRPOConfig, TunixTrainer, rewards
+from tunix_torch.data import batches
 from tunix_torch.data import prompts as data
-from tunix_torch.data.prompts import Collator, end_of_turn_id, prepare_rows, render_prompt
+from tunix_torch.data.batches import Collator
+from tunix_torch.data.prompts import end_of_turn_id, prepare_rows, render_prompt
 from tunix_torch.data.rows import COMPLETION_IDS, PROMPT, PROMPT_IDS, answer_of, columns_of
 from tunix_torch.model import tiny
 from tunix_torch.rewarding.columns import check_columns
@@ -297,7 +299,7 @@ def test_stream_is_read_as_it_is_drawn(tokenizer):
     stream = prepare_rows(datasets.IterableDataset.from_generator(rows), tokenizer, 40)
     assert not pulled
     assert [row["question"] for row in itertools.islice(stream, 100)] == [str(i) for i in range(100)]
-    assert len(pulled) <= 100 + data.CHUNK
+    assert len(pulled) <= 100 + batches.CHUNK
 
 
 def test_stream_begins_anew_in_the_next_epochs_order(tokenizer):

@@ -16,7 +16,7 @@ from tunix_torch.rewards.math_answer import agree, read_items
 from tunix_torch.rewards.math_equal import MAX_CHARS, POINTS, math_equal
 from tunix_torch.rewards.math_latex import Unreadable, simplify_latex
 from tunix_torch.rewards.math_numbers import Part
-from tunix_torch.rewards.math_value import variable
+from tunix_torch.rewards.math_written import variable
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRIPLES = read_triples()

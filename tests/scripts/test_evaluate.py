@@ -22,11 +22,13 @@ from models import add_nontrivial_lora
 
 from tunix_torch import DataConfig, Sampler, SamplingParams, load_model, load_tokenizer, rewards
 from tunix_torch.cli import evaluate, evaluation
-from tunix_torch.data.prompts import Collator, prepare_rows
+from tunix_torch.data.batches import Collator
+from tunix_torch.data.prompts import prepare_rows
 from tunix_torch.evals import estimators
-from tunix_torch.evals.answers import sample_batches, sample_texts, takes_answer, votes_by_class
+from tunix_torch.evals.answers import sample_batches, sample_texts
 from tunix_torch.evals.estimators import maj_at_k, mean_at_k, pass_at_k, share_interval, wilson_interval
 from tunix_torch.evals.results import JudgedCompletion, summarize
+from tunix_torch.evals.votes import takes_answer, votes_by_class
 from tunix_torch.model import tiny
 from tunix_torch.model.loading import eos_token_ids
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.prompts import Collator, encode_prompts, render_prompt
-from ..data.readers import FORMATS, format_of, load_rows, open_text
+from ..data.batches import Collator
+from ..data.files import FORMATS, format_of, open_text
+from ..data.prompts import encode_prompts, render_prompt
+from ..data.readers import load_rows
 from ..data.rows import PROMPT_IDS, QUESTION, TURNS, prompt_of
 from ..data.shapes import normalize_row
 from ..evals.answers import sample_texts

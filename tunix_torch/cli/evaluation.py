@@ -17,11 +17,13 @@ from .. import rewards
 from ..config.data import DataConfig
 from ..config.model import TINY_NAME
 from ..config.settings import require
-from ..data.prompts import Collator, prepare_rows
+from ..data.batches import Collator
+from ..data.prompts import prepare_rows
 from ..data.rows import PROMPT_IDS, Row, answer_text, question_of
 from ..data.sources import load_eval_rows
-from ..evals.answers import is_right, rows_at_once, sample_batches, takes_answer, votes_by_class
+from ..evals.answers import is_right, rows_at_once, sample_batches
 from ..evals.results import JudgedCompletion, ResultsFile, summarize
+from ..evals.votes import takes_answer, votes_by_class
 from ..model.loading import eos_token_ids, load_model, load_tokenizer, place
 from ..rewarding.columns import check_columns
 from ..rewarding.scoring import call_rewards

@@ -1,1 +1,1 @@
-"""Questions: from files and hubs to rows, and from rows to prompts of tokens."""
+"""Questions on their way to the model: rows are read from files and hubs, understood, tokenised and padded."""

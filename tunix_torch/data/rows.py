@@ -1,8 +1,9 @@
-"""A row: the data set's own columns, which stay as they are, and what is derived from them, under keys with a prefix.
+"""A row of a data set: its own columns, and the values that the library derives from them.
 
-So a column of the data can be called `prompt_ids` or `answer` or anything else: no derived value takes its place.
-`shapes.py` and `data.py` derive; here is what the others read. A row that neither has seen has only its own columns,
-and then these are what is read.
+Derived values have keys that begin with "tunix/", and the data's own columns are never changed. So a data set may have
+columns of any name, `prompt_ids` or `answer` included, and no derived value overwrites them. `shapes.py` and
+`prompts.py` add the derived values; the functions here read them, and fall back to the data's own columns where a row
+has no derived values.
 """
 
 import json
@@ -12,51 +13,57 @@ from typing import Any
 Row = dict[str, Any]
 
 PREFIX = "tunix/"
-WHERE = PREFIX + "row"  # where the row is, for messages: "rows.jsonl, row 7"
-QUESTION = PREFIX + "question"  # the question as a text; of messages, the last one's
-TURNS = PREFIX + "turns"  # the column that holds the question as messages; "" where the question is a text
-ANSWER = PREFIX + "answer"  # the expected answer as JSON, as a column in Arrow has one type; None: `answer` as it is
-NO_ANSWER = PREFIX + "no_answer"  # why there is no expected answer; "" where there is one
-REASONING = PREFIX + "reasoning"  # what stands before the final answer in the column of the answer
+WHERE = PREFIX + "row"  # where the row comes from, for error messages: "rows.jsonl, row 7"
+QUESTION = PREFIX + "question"  # the question as a text; where it is a list of messages, the text of the last message
+TURNS = PREFIX + "turns"  # the name of the column that holds the question as messages; "" where the question is a text
+# The expected answer as JSON, because a column of an Arrow table has one type and answers may have several. None means
+# that the data's own column `answer` holds the expected answer unchanged.
+ANSWER = PREFIX + "answer"
+NO_ANSWER = PREFIX + "no_answer"  # the reason why there is no expected answer; "" where there is one
+REASONING = PREFIX + "reasoning"  # the text before the final answer, where one column holds both
 PROMPT = PREFIX + "prompt"  # the text that the model sees
-PROMPT_IDS = PREFIX + "prompt_ids"
-COMPLETION_IDS = PREFIX + "completion_ids"  # for supervised fine-tuning, with the token that ends a turn
+PROMPT_IDS = PREFIX + "prompt_ids"  # the tokens of that text
+COMPLETION_IDS = PREFIX + "completion_ids"  # the tokens to learn in SFT, with the one that ends the turn
 
+# Columns of the data, and parameters of reward functions, that hold the expected answer.
 ANSWER_COLUMNS = ("answer", "answers", "expected_answers")
 
 
 def question_of(row: Row) -> str:
-    """The question as a text, to show it."""
+    """The question as a text, for logs and results."""
     return row[QUESTION] if QUESTION in row else row["question"]
 
 
 def prompt_of(row: Row) -> str | list[dict[str, str]]:
-    """What reward functions get as the prompt: the text that the model saw, or the data's own messages."""
+    """The prompt that reward functions get: the text that the model saw, or the data's own list of messages."""
     if row.get(TURNS):
         return list(row[row[TURNS]])
     return row[PROMPT] if PROMPT in row else row["prompt"]
 
 
 def answer_of(row: Row) -> Any:
-    """The expected answer, with the value and type that it has in the data; None where there is none."""
+    """The expected answer, with the value and the type that it has in the data, or None where there is none."""
     derived = row.get(ANSWER)
     return row.get("answer") if derived is None else json.loads(derived)
 
 
 def with_answer(row: Row, answer: Any) -> Row:
-    """The row with another expected answer, under each name that it has there: to judge by that instead."""
+    """A copy of the row with another expected answer, in `answer` and in every other answer column that it has."""
     names = [name for name in ANSWER_COLUMNS if name == "answer" or name in row]
     return row | dict.fromkeys(names, answer) | {ANSWER: json.dumps(answer), NO_ANSWER: ""}
 
 
 def answer_text(row: Row) -> str:
-    """The expected answer as a text; "" where there is none."""
+    """The expected answer as a text, or "" where there is none."""
     answer = None if row.get(NO_ANSWER) else answer_of(row)
     return "" if answer is None else str(answer).strip()
 
 
 def has_column(row: Row, name: str) -> bool:
-    """Whether reward functions get a value of this row by this name, see `columns_of`. Answers must not be None."""
+    """Whether reward functions get a value of this row under this name, as `columns_of` passes them.
+
+    An answer column counts only where the answer is not None.
+    """
     if name in ANSWER_COLUMNS[1:] and row.get(name) is not None:
         return True
     if name in ANSWER_COLUMNS:
@@ -65,15 +72,15 @@ def has_column(row: Row, name: str) -> bool:
 
 
 def own_columns(rows: Iterable[Row]) -> list[str]:
-    """The names of the data's own columns, each once, in order."""
+    """The names of the data's own columns, each once, in the order in which they first appear."""
     return [name for name in dict.fromkeys(name for row in rows for name in row) if not name.startswith(PREFIX)]
 
 
 def columns_of(rows: list[Row], copies: int = 1) -> dict[str, list[Any]]:
-    """The rows' own columns as lists, each value `copies` times; a row that lacks a column has None there.
+    """The columns that reward functions get: one list a column, in which each row's value stands `copies` times.
 
-    `answer` is the expected answer. `answers`, `expected_answers` and `question` are added where the data has no such
-    values.
+    A row that lacks a column has None there. `answer` always holds the expected answer. Where the data has no value
+    of its own for `answers`, `expected_answers` or `question`, the expected answer or the question stands there.
     """
     names = own_columns(rows)
     values = {name: [row.get(name) for row in rows] for name in names}

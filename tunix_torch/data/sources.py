@@ -1,6 +1,7 @@
-"""Training and evaluation rows: of a job's settings (`load_data`), or as a caller has them at hand.
+"""Training and evaluation rows: those that a job's settings name, and those that a caller passes to the trainer.
 
-`readers.py` reads them, `shapes.py` says what a row may look like.
+`load_data` and `load_eval_rows` read what the settings name; `training_rows` and `evaluation_rows` accept data sets of
+many types.
 """
 
 import functools
@@ -22,13 +23,16 @@ from .readers import load_rows, stream_rows
 from .rows import QUESTION, Row
 from .shapes import normalize_row
 
-NUM_GENERATED_ROWS = 4096
-SHUFFLE_BUFFER = 1000  # rows of a stream that are held back, so that they can be drawn in another order
+NUM_GENERATED_ROWS = 4096  # training rows of arithmetic, unless num_train_rows says otherwise
+SHUFFLE_BUFFER = 1000  # so many rows of a stream are kept in memory, and one of them is drawn at random
 
 
 @dataclass(frozen=True)
 class KnownDataset:
-    """Where `--dataset` finds a data set, as (name, configuration); `shapes.COLUMNS` has the columns of its rows."""
+    """Where a data set that `--dataset` knows is found: (name, configuration) at each source, or None where it is not.
+
+    `shapes.COLUMNS` has the columns of its rows.
+    """
 
     huggingface: tuple[str, str | None]
     tfds: tuple[str, str | None] | None
@@ -41,26 +45,28 @@ KNOWN = {
 }
 
 
-# ---- those that a job's settings name ----
+# ---- rows that a job's settings name ----
 
 
 def load_data(
     config: DataConfig, seed: int, check_first: Callable[[Row], object] | None = None
 ) -> tuple[list[Row] | datasets.IterableDataset, list[Row]]:
-    """Training and evaluation rows. Without `data_path` and `dataset`: generated arithmetic, no problem in both.
+    """Load the training and the evaluation rows of a job.
 
-    Evaluation rows are those of `val_data_path`; else, with `train_fraction`, the rest of the training rows; else the
-    test split of `dataset`, unless `data_path` is a local copy of it. With `streaming` the training rows are read as
-    they are drawn, shuffled by `seed` within a window that moves along. All but generated rows are normalized, see
-    `normalize_row`.
+    Without `data_path` and `dataset` both are generated arithmetic, and no problem is in both. Otherwise evaluation
+    rows come from `val_data_path`; without it, from the rest of the training rows where `train_fraction` is below 1;
+    else from the test split of `dataset`, unless `data_path` is a local copy of it. With `streaming`, training rows are
+    read as they are drawn, and shuffled by `seed` within a buffer. All rows that are read are normalized by
+    `normalize_row`; generated ones are not.
 
     Args:
-        check_first: called with the first training row of a stream, to raise what it lacks before training begins.
+        check_first: called with the first training row of a stream, so that it can raise for what that row lacks before
+            training begins.
 
     Raises:
-        ValueError: settings that exclude each other; see also `load_rows` and `normalize_row`.
+        ValueError: settings exclude each other; see also `load_rows` and `normalize_row`.
     """
-    _check(config)
+    _check_settings(config)
     if config.data_path is None and config.dataset is None:
         return tiny.arithmetic_rows("train", config.num_train_rows or NUM_GENERATED_ROWS, seed), load_eval_rows(config)
     if config.streaming:
@@ -68,15 +74,15 @@ def load_data(
     train = _load(config, config.data_path, config.dataset_split, "data_path")
     if config.train_fraction == 1:
         return train[: config.num_train_rows], load_eval_rows(config)
-    train, evaluation = split_rows(train, config.train_fraction, seed)
+    train, evaluation = _split_rows(train, config.train_fraction, seed)
     return train[: config.num_train_rows], evaluation[: config.num_eval_rows]
 
 
 def load_eval_rows(config: DataConfig, setting: str = "val_data_path") -> list[Row]:
-    """Evaluation rows only; without `val_data_path`, `data_path` and `dataset`: generated arithmetic.
+    """Load the evaluation rows only. Without `val_data_path`, `data_path` and `dataset` they are generated arithmetic.
 
     Args:
-        setting: the name that `val_data_path` has for the user.
+        setting: the user's name for `val_data_path`, for error messages.
 
     Raises:
         ValueError: see `load_rows` and `normalize_row`.
@@ -87,19 +93,20 @@ def load_eval_rows(config: DataConfig, setting: str = "val_data_path") -> list[R
     if path is None and (config.dataset is None or is_local):
         return []
     path = config.data_path if path is None else path
-    own = config.val_data_path is not None  # the user's, in whatever shape
-    return _load(config, path, config.val_dataset_split, setting, any_shape=own)[: config.num_eval_rows]
+    # Rows of a file of the user's own need not have the columns of `dataset`.
+    is_own = config.val_data_path is not None
+    return _load(config, path, config.val_dataset_split, setting, any_shape=is_own)[: config.num_eval_rows]
 
 
-def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Two parts that share no question, chosen by `seed`; both keep the order of `rows`.
+def _split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Split rows at random, by `seed`, into two parts that share no question; both keep the order of `rows`.
 
     Args:
-        rows: normalized ones.
-        fraction: of the questions, in the first part.
+        rows: rows from `normalize_row`.
+        fraction: the share of the questions that goes into the first part.
 
     Raises:
-        ValueError: a part would be empty.
+        ValueError: one of the parts would be empty.
     """
     questions = list(dict.fromkeys(row[QUESTION] for row in rows))
     count = int(len(questions) * fraction)
@@ -109,8 +116,8 @@ def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], 
     return [row for row in rows if row[QUESTION] in chosen], [row for row in rows if row[QUESTION] not in chosen]
 
 
-def _check(config: DataConfig) -> None:
-    """What excludes each other among the settings."""
+def _check_settings(config: DataConfig) -> None:
+    """Raise ValueError for settings that exclude each other."""
     generated = config.data_path is None and config.dataset is None
     fraction = f"train_fraction={config.train_fraction}"
     if config.train_fraction < 1 and config.val_data_path is not None:
@@ -129,7 +136,7 @@ def _check(config: DataConfig) -> None:
 
 
 def _place(config: DataConfig, path: str | None) -> tuple[str, str | None]:
-    """(path or name, configuration) to read; `path` None: where `dataset` is found in its source."""
+    """The (path or name, configuration) to read: `path`, or where it is None the place of `dataset` in its source."""
     if path is not None:
         return path, config.dataset_config
     known, source = KNOWN[config.dataset], config.data_source or "huggingface"
@@ -140,6 +147,7 @@ def _place(config: DataConfig, path: str | None) -> tuple[str, str | None]:
 
 
 def _load(config: DataConfig, path: str | None, split: str, setting: str, any_shape: bool = False) -> list[Row]:
+    """Normalized rows. With `any_shape` they need not have the columns of the data set that the settings name."""
     place, config_name = _place(config, path)
     setting = setting if path is not None else f"dataset={config.dataset!r}: data_path"
     rows = load_rows(place, config_name, split, setting, config.data_source)
@@ -148,13 +156,14 @@ def _load(config: DataConfig, path: str | None, split: str, setting: str, any_sh
 
 
 def _stream(config: DataConfig, seed: int, check_first: Callable[[Row], object] | None) -> datasets.IterableDataset:
+    """A shuffled stream of normalized rows. The first row is read here, so that a wrong path or column is found now."""
     place, config_name = _place(config, config.data_path)
     setting = "data_path" if config.data_path is not None else f"dataset={config.dataset!r}: data_path"
     stream = stream_rows(place, config_name, config.dataset_split, setting, config.data_source)
     if config.num_train_rows is not None:
         stream = stream.take(config.num_train_rows)
     normalize = _normalizer(config, place, config.dataset)
-    first = next(iter(stream), None)  # a wrong path or column is told now, not at the first step
+    first = next(iter(stream), None)
     if first is None:
         raise ValueError(f"{setting}={place!r}: no rows")
     first = normalize(first, 0)
@@ -164,7 +173,7 @@ def _stream(config: DataConfig, seed: int, check_first: Callable[[Row], object] 
 
 
 def _normalizer(config: DataConfig, place: str, dataset: str | None) -> functools.partial:
-    """`(row, index) -> row` by the settings; a partial of a function at the top of a module, as streams are hashed."""
+    """A function `(row, index) -> normalized row`. It is a partial and no closure, because `datasets` hashes it."""
     columns = {"question_column": config.question_column, "answer_column": config.answer_column}
     return functools.partial(_normalize, source=place, dataset=dataset, **columns)
 
@@ -173,27 +182,32 @@ def _normalize(row: Row, index: int, **settings: Any) -> Row:
     return normalize_row(row, index + 1, **settings)
 
 
-# ---- those that a caller has at hand ----
+# ---- rows that a caller passes ----
 
 
 def training_rows(rows: Any) -> list[Row] | datasets.Dataset | datasets.IterableDataset:
-    """What a trainer was given to train on: a `datasets.Dataset` or stream as it is, all else as a list of dicts.
+    """Convert a caller's training data to rows.
 
     Args:
-        rows: also a sequence or iterator of dicts, a dict of columns, a pandas DataFrame, a PyTorch data set with a
-            length, or a dict of splits such as a `datasets.DatasetDict`, of which "train" is taken.
+        rows: a `datasets.Dataset` or `IterableDataset`, a sequence or iterator of dicts, a dict of columns, a pandas
+            DataFrame, a PyTorch data set with a length, or a dict of splits such as a `datasets.DatasetDict`, of which
+            the split "train" is taken.
+
+    Returns:
+        a `Dataset` or `IterableDataset` unchanged (a `Dataset` with a transform is read into a list), and anything else
+        as a list of dicts.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: `rows` is none of these.
     """
     return _rows_at_hand(rows, "train_dataset", ("train",))
 
 
 def check_stream(rows: Any, max_steps: int, num_workers: int) -> None:
-    """See that a stream of training rows can be used. Other rows are not looked at.
+    """Check that a run can use its stream of training rows. Rows that are no stream pass unchecked.
 
     Raises:
-        ValueError: the run has no number of steps, or the data loader has several workers.
+        ValueError: the run has no number of steps, or the data loader has worker processes.
     """
     if isinstance(rows, datasets.IterableDataset):
         require(max_steps > 0, "max_steps", max_steps, "streamed rows have no end: set it above 0")
@@ -202,7 +216,10 @@ def check_stream(rows: Any, max_steps: int, num_workers: int) -> None:
 
 
 def evaluation_rows(rows: Any) -> list[Row] | datasets.Dataset:
-    """Likewise to evaluate on. Of a dict of splits "test" or "validation" is taken; a stream is read to its end."""
+    """Convert a caller's evaluation data to rows, as `training_rows` does.
+
+    Of a dict of splits, "test" or "validation" is taken. A stream is read to its end.
+    """
     rows = _rows_at_hand(rows, "eval_dataset", ("test", "validation"))
     if not isinstance(rows, datasets.IterableDataset):
         return rows
@@ -212,7 +229,7 @@ def evaluation_rows(rows: Any) -> list[Row] | datasets.Dataset:
 def _rows_at_hand(
     rows: Any, setting: str, splits: Sequence[str]
 ) -> list[Row] | datasets.Dataset | datasets.IterableDataset:
-    """See `training_rows`. `splits`: the names of which a dict of splits must have exactly one."""
+    """Rows of any type. A dict of splits must have exactly one of the names in `splits`."""
     if isinstance(rows, Mapping) and any(map(_is_split, rows.values())):
         found = [name for name in splits if name in rows]
         if len(found) != 1:
@@ -220,11 +237,16 @@ def _rows_at_hand(
             raise ValueError(f"{setting}: has the splits {', '.join(map(str, rows))}; {hint}")
         return _rows_at_hand(rows[found[0]], setting, splits)
     if isinstance(rows, datasets.Dataset):
-        return list(rows) if rows.format["type"] == "custom" else rows  # made by the user's function as they are read
+        return list(rows) if rows.format["type"] == "custom" else rows  # "custom": a transform makes the rows
     if isinstance(rows, datasets.IterableDataset):
         return rows
+    return _dicts(rows, setting)
+
+
+def _dicts(rows: Any, setting: str) -> list[Row]:
+    """Rows as dicts, of any type that `datasets` does not define."""
     if isinstance(rows, pandas.DataFrame):
-        rows = {name: _cells(rows[name]) for name in rows.columns}
+        rows = {name: _values_of(rows[name]) for name in rows.columns}
     if isinstance(rows, Mapping):
         rows = _rows_of_columns(rows, setting)
     elif isinstance(rows, str | bytes | type) or not (hasattr(rows, "__iter__") or hasattr(rows, "__getitem__")):
@@ -232,10 +254,10 @@ def _rows_at_hand(
     elif isinstance(rows, torch.utils.data.IterableDataset):
         hint = "give a stream as a datasets.IterableDataset, such as datasets.IterableDataset.from_generator(...)"
         raise ValueError(f"{setting}: a {type(rows).__name__} of PyTorch; {hint}")
-    elif not hasattr(rows, "__iter__"):  # by its length, as not all raise an IndexError at their end
+    elif not hasattr(rows, "__iter__"):
         if not isinstance(rows, Sized):
             raise ValueError(f"{setting}: a {type(rows).__name__} without a length; {_EXPECTED}")
-        rows = [rows[i] for i in range(len(rows))]
+        rows = [rows[i] for i in range(len(rows))]  # not by iteration, as not all raise an IndexError at their end
     rows = list(rows)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
@@ -253,11 +275,12 @@ _EXPECTED = (
 
 
 def _is_split(value: Any) -> bool:
+    """Whether a value in a dict is a split of a data set, and so not a column of values."""
     return isinstance(value, datasets.Dataset | datasets.IterableDataset | torch.utils.data.Dataset | pandas.DataFrame)
 
 
-def _cells(column: pandas.Series) -> list[Any]:
-    """The values as Python's, None where pandas has none."""
+def _values_of(column: pandas.Series) -> list[Any]:
+    """The values of a pandas column as Python values; None where pandas has none, and 0.1 for 0.1 in float32."""
     if column.dtype in (np.float32, np.float16):
         values = [float(str(value)) for value in column.to_numpy()]
     else:

@@ -1,1 +1,1 @@
-"""Answering evaluation questions: sampling and judging, pass@k with intervals, results on disk."""
+"""Evaluation: sampled answers to questions whose answers are known, pass@k with intervals, and results on disk."""

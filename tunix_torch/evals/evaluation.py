@@ -1,4 +1,4 @@
-"""Evaluation while a model is trained: greedy answers to held-out questions, sampled ones, and the loss with SFT."""
+"""Evaluates a model while it is trained: greedy and sampled answers to held-out questions, and with SFT the loss."""
 
 import functools
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..config.grpo import GRPOConfig
-from ..data.prompts import Collator
+from ..data.batches import Collator
 from ..data.rows import Row
 from ..learn.sft import completion_loss
 from ..rewarding.scoring import RewardFunc
@@ -24,16 +24,16 @@ def evaluate_policy(
     judge: RewardFunc | None,
     args: GRPOConfig,
 ) -> tuple[dict[str, float], Answers | None]:
-    """Answer the evaluation questions.
+    """Evaluate a policy on the evaluation questions.
 
     Args:
-        rows: from `prepare_rows`; with SFT they have completions.
-        collator: that of the training batches.
-        judge: decides which answers are right; None: nothing is answered.
+        rows: rows from `prepare_rows`; with SFT they have completions.
+        collator: the collator of the training batches.
+        judge: the reward function that decides which answers are right; None: no question is answered.
 
     Returns:
-        metrics: `accuracy` (greedy pass@1), `mean_length`, with `num_eval_completions` = k also `mean@k`, and with SFT
-        `loss`; and the greedy answers.
+        the metrics, and the greedy answers or None. The metrics are `accuracy` (greedy pass@1), `mean_length` in
+        tokens, with `num_eval_completions` = k also `mean@k`, and with SFT `loss`.
 
     Raises:
         ValueError: see `call_rewards`.

@@ -1,4 +1,4 @@
-"""Judged completions: how they are kept in a file, and what they sum up to."""
+"""Judged completions of an evaluation: the file that keeps them, and the metrics that sum them up."""
 
 import dataclasses
 import json
@@ -11,41 +11,41 @@ from typing import Any
 from ..config.settings import require
 from .estimators import maj_at_k, mean_at_k, pass_at_k, share_interval
 
-# Settings with which a file may be continued even so: a preset is its numbers, batches change float ties at most,
-# and time changes nothing.
+# A command may continue a results file even if it differs in these settings: the numbers that a preset stands for are
+# compared instead of its name, a batch size changes results at most where floats tie, and a time limit changes none.
 NOT_COMPARED = ("preset", "batch_size", "reward_timeout")
 
 
 @dataclass
 class JudgedCompletion:
-    """One completion and all that is known of it: a line of the file that evaluate.py writes."""
+    """One completion with its verdicts: a line of the file that evaluate.py writes."""
 
-    row_number: int  # of the question in the data, from 1
-    pass_number: int  # of the completion among those of its question, from 1
+    row_number: int  # the number of the question in the data, from 1
+    pass_number: int  # the number of the completion among those of its question, from 1
     question: str
-    answer: str  # the expected one; "" where there is none
+    answer: str  # the expected answer; "" where there is none
     completion: str
     extracted_answer: str | None
-    vote: str | None  # what it votes for in the majority vote, equal for equal answers: see `votes_by_class`
+    vote: str | None  # its vote for the majority, equal for equal answers: see `votes_by_class`
     right: bool
-    partially_right: bool  # right, or a number near the expected one
-    well_formed: bool  # has the whole format
-    rewards: dict[str, float | None]  # None: the reward function does not apply
-    length: int  # tokens, with the one that ends it
+    partially_right: bool  # it is right, or a number near the expected one
+    well_formed: bool  # it has the whole format
+    rewards: dict[str, float | None]  # None where the reward function does not apply
+    length: int  # in tokens, with the one that ends it
 
 
 def summarize(completions: Sequence[JudgedCompletion]) -> dict[str, float]:
-    """Sum up K completions of each of N questions, in any order.
+    """Compute the metrics of K completions of each of N questions, which may stand in any order.
 
     Returns:
-        correct, total: completions.
+        correct, total: numbers of completions.
         accuracy, partial_accuracy, format_accuracy: shares of all completions.
-        pass@k for K and every power of two below, mean@K, maj@K: see `estimators`; means over questions.
-        NAME_low, NAME_high for each of these shares: the 95% confidence interval of `share_interval`.
-        mean_length: tokens.
+        pass@k for K and every power of two below K, mean@K, maj@K: means over questions, see `estimators`.
+        NAME_low, NAME_high for each of these shares: its 95% confidence interval, see `share_interval`.
+        mean_length: in tokens.
 
     Raises:
-        ValueError: no completions, or not equally many for each question.
+        ValueError: there are no completions, or not equally many for each question.
 
     >>> import json
     >>> lines = open("results.jsonl")  # doctest: +SKIP
@@ -79,26 +79,29 @@ def summarize(completions: Sequence[JudgedCompletion]) -> dict[str, float]:
 
 
 class ResultsFile:
-    """The completions of an evaluation, one JSON object a line; beside them NAME.summary.json: settings and metrics.
+    """The file with the completions of an evaluation, one JSON object a line, and its summary beside it.
 
-    Nothing is overwritten: a file that another evaluation wrote is refused, one of the same settings is continued.
+    The summary, NAME.summary.json, has the settings and the metrics. Nothing is overwritten: a file with the same
+    settings is continued, and any other file is refused.
     """
 
     def __init__(self, path: str, settings: dict[str, Any]) -> None:
         self.path = Path(path)
         self.summary = self.path.parent / (self.path.name.removesuffix(".jsonl") + ".summary.json")
-        self.settings = json.loads(json.dumps(settings))  # as it will be read again
+        self.settings = json.loads(json.dumps(settings))  # with the types that reading the summary gives
 
     def read(self, row_numbers: Sequence[int], at_once: int) -> list[JudgedCompletion]:
-        """The completions that an earlier call of the same command left, up to a whole number of batches.
+        """Read the completions that an earlier, interrupted call of the same command has written.
+
+        Only whole batches count; the file is cut after the last of them. The rest is sampled again in a batch of the
+        same shape as without the interruption, so that its numbers are the same to the last bit.
 
         Args:
-            row_numbers: of all questions.
-            at_once: questions in a batch. A batch cut short is sampled again as a whole: so it has the same shape as
-                without the interruption, and its numbers are the same to the last bit.
+            row_numbers: the numbers of all questions.
+            at_once: how many questions a batch has.
 
         Raises:
-            ValueError: it can't be written there, something else is there already, or it had other settings.
+            ValueError: the file can't be written there, another file is there already, or its settings differ.
         """
         hint = "expected a file, this is a folder" if self.path.is_dir() else "its folder does not exist"
         require(self.path.absolute().parent.is_dir() and not self.path.is_dir(), "output_file", str(self.path), hint)
@@ -111,7 +114,7 @@ class ResultsFile:
             return []
         passes = self.settings["num_passes"]
         expected = [(row, copy) for row in row_numbers for copy in range(1, passes + 1)]
-        lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was cut short
+        lines = self.path.read_bytes().split(b"\n")[:-1]  # the last part is empty, or a line that was cut short
         completions = []
         for number, line in enumerate(lines, start=1):
             try:
@@ -128,6 +131,7 @@ class ResultsFile:
         return completions[:num_kept]
 
     def _compare_settings(self) -> None:
+        """Raise ValueError where the existing summary is of an evaluation with other settings."""
         try:
             earlier = json.loads(self.summary.read_text(encoding="utf-8"))["settings"]
         except (ValueError, TypeError, KeyError) as error:
@@ -138,11 +142,17 @@ class ResultsFile:
             require(name in NOT_COMPARED or earlier.get(name) == value, name, value, hint)
 
     def append(self, completions: Sequence[JudgedCompletion]) -> None:
+        """Write completions at the end of the file."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(dataclasses.asdict(completion)) + "\n" for completion in completions))
 
     def write_summary(self, num_done: int, metrics: dict[str, float] | None) -> None:
-        """Replace the summary as a whole: a kill leaves the old one or the new one."""
+        """Replace the summary in one step, so that an interruption leaves the old one or the new one.
+
+        Args:
+            num_done: how many questions are answered.
+            metrics: from `summarize`; None while questions are left.
+        """
         content = {"settings": self.settings, "num_questions_done": num_done, "metrics": metrics}
         unfinished = self.summary.with_name(self.summary.name + ".unfinished")
         unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..batch import TrainBatch, completion_lengths
 from ..config.grpo import GRPOConfig
-from ..data.prompts import Collator
+from ..data.batches import Collator
 from ..data.rows import Row
 from ..model.decoding import with_fast_layers
 from ..runtime import device, together

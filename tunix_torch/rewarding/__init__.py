@@ -1,1 +1,1 @@
-"""Calling reward functions and judges: their columns, time limits and worker processes."""
+"""Scores completions: calls reward functions and judges with their columns, time limits and worker processes."""

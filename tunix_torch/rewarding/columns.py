@@ -1,11 +1,11 @@
-"""Whether every row has the columns that reward functions take."""
+"""Checks that every row has the columns that reward functions take, before the first of them is called."""
 
 import itertools
 from collections.abc import Sequence
 
 import datasets
 
-from ..data.prompts import PromptStream
+from ..data.batches import PromptStream
 from ..data.rows import ANSWER, NO_ANSWER, PREFIX, WHERE, Row
 from .scoring import RewardFunc, require_columns, required_columns
 
@@ -15,10 +15,11 @@ def check_columns(
     rows: "Sequence[Row] | datasets.Dataset | PromptStream",
     what: str = "reward function",
 ) -> None:
-    """See that every row has what reward functions take; of a stream, that is seen when they are called.
+    """Check that every row has the columns that the functions take. A stream is checked only as they are called.
 
     Args:
-        rows: from `prepare_rows`.
+        rows: rows from `prepare_rows`.
+        what: what the functions are, for error messages.
 
     Raises:
         ValueError: see `require_columns`.

@@ -1,4 +1,4 @@
-"""The questions of a run, ready for the model, and with the columns that its reward functions and its judge take."""
+"""Holds the questions of a run: tokenised for the model, and checked for what reward functions and the judge take."""
 
 import functools
 from collections.abc import Sequence, Sized
@@ -8,7 +8,8 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from ..config.grpo import GRPOConfig
-from ..data.prompts import Collator, PromptStream, prepare_rows
+from ..data.batches import Collator, PromptStream
+from ..data.prompts import prepare_rows
 from ..data.rows import Row
 from ..data.sources import check_stream, evaluation_rows, training_rows
 from .columns import check_columns
@@ -16,15 +17,15 @@ from .scoring import RewardFunc
 
 
 class Questions:
-    """Rows with a prompt or question to train on and to evaluate on. With SFT they have completions too.
+    """The rows that a run trains on and those that it evaluates on. With SFT they have completions too.
 
     Args:
-        train_dataset, eval_dataset: what `training_rows` and `evaluation_rows` take, or None.
+        train_dataset, eval_dataset: data that `training_rows` and `evaluation_rows` take, or None.
         tokenizer: renders and tokenises prompts.
-        args: widths, the system message, what happens to prompts that are too long.
+        args: give the widths, the system message, and what happens to prompts that are too long.
 
     Raises:
-        ValueError: rows that can't be used, or a stream without `max_steps`.
+        ValueError: the data can't be used, or training rows are a stream and `max_steps` is not set.
     """
 
     def __init__(
@@ -51,14 +52,14 @@ class Questions:
 
     @property
     def sizes(self) -> list[int | None]:
-        """How many rows there are to train on and to evaluate on; None where that is not known, or there are none."""
+        """The numbers of training rows and of evaluation rows; None for a stream, and where there are no rows."""
         return [len(rows) if isinstance(rows, Sized) else None for rows in (self.train, self.evaluation)]
 
     def prepare(self, num_embeddings: int, reward_funcs: Sequence[RewardFunc], judge: RewardFunc | None) -> None:
-        """Tokenise all rows, and see that they have what reward functions and the judge take.
+        """Tokenise all rows, and check that they have the columns that reward functions and the judge take.
 
         Args:
-            num_embeddings: of the model, which must have one for each token.
+            num_embeddings: how many embeddings the model has, one for each token that it knows.
 
         Raises:
             ValueError: see `prepare_rows` and `check_columns`.
@@ -73,14 +74,17 @@ class Questions:
             self.evaluation = self.to_evaluate(self.evaluation)
 
     def for_trainer(self) -> dict[str, Any]:
-        """The arguments of `transformers.Trainer` about data."""
+        """The arguments of `transformers.Trainer` that concern data."""
         return {"data_collator": self.collator, "train_dataset": self.train, "eval_dataset": self.evaluation}
 
     def to_evaluate(self, eval_dataset: Any = None) -> list[Row]:
-        """Rows that are tokenised and can be judged: of another data set, or of the run's own, which are already.
+        """Evaluation rows that are tokenised and can be judged.
+
+        Args:
+            eval_dataset: another data set, which is prepared here; None: the evaluation rows of the run.
 
         Raises:
-            ValueError: there are none; see also `prepare_rows` and `check_columns`.
+            ValueError: there are no rows; see also `prepare_rows` and `check_columns`.
         """
         rows = self.evaluation or [] if eval_dataset is None else evaluation_rows(eval_dataset)
         if not rows:

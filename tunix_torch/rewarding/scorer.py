@@ -1,4 +1,4 @@
-"""The reward functions of a run: their names, weights and time limit, and the processes that call them."""
+"""Holds the reward functions of a run, with their names, weights and time limit, and the processes that call them."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -13,10 +13,14 @@ from .workers import RewardWorkers, reward_workers
 
 
 def check_rewards(functions: Any, setting: str = "reward_funcs") -> None:
-    """Reward functions must be functions.
+    """Check that reward functions are functions.
+
+    Args:
+        functions: one function, a sequence of them, or None.
+        setting: the name of the argument that holds them, for error messages.
 
     Raises:
-        ValueError: one is a name or a model; names `setting`.
+        ValueError: one of them is a name, a model or another object that can't be called.
     """
     for function in functions if isinstance(functions, Sequence) and not isinstance(functions, str) else [functions]:
         if isinstance(function, str):
@@ -33,12 +37,12 @@ class Scorer:
     """Scores completions by R reward functions.
 
     Args:
-        functions: one, several or none.
-        weights: one for each function; None: 1 each.
-        timeout: seconds that all functions together may take for a batch; None: as long as they like.
+        functions: one function, a sequence of R of them, or None.
+        weights: one weight for each function; None: each has the weight 1.
+        timeout: seconds that all functions together may take for a batch; None: no limit.
 
     Raises:
-        ValueError: what should be a function is none.
+        ValueError: one of the functions is no function.
     """
 
     def __init__(
@@ -55,7 +59,7 @@ class Scorer:
         self._workers: RewardWorkers | None = None
 
     def check(self, needed: bool) -> None:
-        """Raises ValueError where reward functions are needed and there are none, or weights don't match them."""
+        """Raise ValueError where functions are needed and there are none, or where there are not as many weights."""
         if needed and not self.functions:
             raise ValueError("reward_funcs: GRPO needs at least one reward function")
         if len(self.weights) != len(self.functions):
@@ -65,7 +69,7 @@ class Scorer:
 
     @contextlib.contextmanager
     def in_workers(self, count: int) -> Iterator[None]:
-        """Within this context `count` processes call the functions that are not async; 0: this process does."""
+        """Within this context, `count` processes call the functions that are not async; with 0, this process does."""
         with reward_workers(self.functions, count) as self._workers:
             try:
                 yield
@@ -73,7 +77,7 @@ class Scorer:
                 self._workers = None
 
     def score(self, rows: Sequence[Row], completions: Sequence[str]) -> Tensor:
-        """Every function's value for each of B completions of N rows: (B, R) float64 on the CPU, NaN for None.
+        """The value of each function for each of B completions of N rows: (B, R) float64 in main memory, NaN for None.
 
         Raises:
             ValueError: see `score_completions`.
@@ -81,13 +85,13 @@ class Scorer:
         return score_completions(self.functions, rows, completions, self.timeout, self._workers)
 
     def describe(self, rewards: Tensor, row: int, group_size: int) -> str:
-        """The rewards, (B, R), of the group that a row belongs to, for messages."""
+        """A text for error messages: the rewards, taken from (B, R), of the group that row number `row` belongs to."""
         group = row // group_size
         of_group = rewards[group * group_size : (group + 1) * group_size].tolist()
         return f"group {group} has rewards {self.names}: {of_group}"
 
     def totals(self, rewards: Tensor, completions: Sequence[str]) -> Tensor:
-        """(B, R) float64 rewards -> (B,) float64 weighted totals of those that apply.
+        """The weighted sum of each row's rewards, without those that are NaN: (B, R) float64 -> (B,) float64.
 
         Raises:
             ValueError: a total is not finite.

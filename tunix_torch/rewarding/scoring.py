@@ -1,4 +1,4 @@
-"""Call reward functions with the columns that they take, and check what they return."""
+"""Calls reward functions with the columns that they take, and checks the values that they return."""
 
 import concurrent.futures
 import functools
@@ -15,21 +15,21 @@ from torch import Tensor
 from ..data.rows import ANSWER_COLUMNS, NO_ANSWER, TURNS, WHERE, Row, columns_of, has_column, own_columns, prompt_of
 from .workers import RewardWorkers, awaited, is_async
 
-# (prompts, completions, **columns) -> one value a completion, or None where the function does not apply; may be async.
-# A function without **columns gets those that it names. Where the data's prompt is a list of messages, a completion is
-# one too, as in TRL: [{"role": "assistant", "content": "..."}]
+# A reward function, plain or async: (prompts, completions, **columns) -> one value a completion, or None where the
+# function does not apply to it. A function without **columns gets only the columns that it has parameters for. As in
+# TRL, where the data's prompt is a list of messages a completion is one too: [{"role": "assistant", "content": "..."}]
 RewardFunc = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
 
 def name_of(function: RewardFunc) -> str:
-    """The name of a reward function; of a `functools.partial` that of its function, of an object that of its class."""
+    """The name of a reward function. A `functools.partial` has its function's name, an object the name of its class."""
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
 
 
 def names_of(functions: Sequence[RewardFunc]) -> list[str]:
-    """The names under which reward functions are logged: where several have one name, "name", "name_2" and so on."""
+    """The names under which reward functions are logged. Several of one name become "name", "name_2" and so on."""
     names: list[str] = []
     for function in functions:
         name, count = name_of(function), 1
@@ -41,14 +41,16 @@ def names_of(functions: Sequence[RewardFunc]) -> list[str]:
 
 
 def _parameters(function: RewardFunc) -> tuple[set[str], set[str] | None]:
-    """The names that it can't be called without, and those that it takes; None: it takes any.
+    """The parameters that a reward function can't be called without, and all those that it takes.
+
+    The second is None where the function takes any name.
 
     Raises:
-        ValueError: it takes something by position only.
+        ValueError: a parameter can be given by position only.
     """
     try:
         parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
-    except ValueError:  # some that are not written in Python have none
+    except ValueError:  # some functions that are not written in Python have no signature
         return set(), None
     for p in parameters:
         if p.kind == p.POSITIONAL_ONLY and p.default is p.empty:
@@ -59,7 +61,7 @@ def _parameters(function: RewardFunc) -> tuple[set[str], set[str] | None]:
     taken, required = {p.name for p in by_name}, {p.name for p in by_name if p.default is p.empty}
     if all(p.kind != p.VAR_KEYWORD for p in parameters):
         return required, taken
-    wrapped = getattr(function, "__wrapped__", None)  # a decorator passes on what it is given, and may add to it
+    wrapped = getattr(function, "__wrapped__", None)  # a decorator with **columns passes them on to this one
     if wrapped is None:
         return required, None
     more_required, more = _parameters(wrapped)
@@ -77,15 +79,15 @@ def require_columns(
     what: str = "reward function",
     names: Sequence[str] | None = None,
 ) -> None:
-    """See that rows have the columns that reward functions can't be called without.
+    """Check that rows have the columns that reward functions can't be called without.
 
     Args:
-        what: the functions are, for the message.
-        names: of all the data's columns, if the rows have only some; for the message.
+        what: what the functions are, for error messages.
+        names: all columns of the data, where `rows` have only some of them; for error messages.
 
     Raises:
-        ValueError: a row lacks one, or has no expected answer where one is taken; or a column is called as what reward
-            functions get besides the columns.
+        ValueError: a row lacks such a column, or has no expected answer where a function takes it; or a column is named
+            "prompts" or "completions", as the other arguments of reward functions are.
     """
     needs = [(function, sorted(required_columns(function))) for function in functions]
     for number, row in enumerate(rows, start=1):
@@ -110,13 +112,13 @@ def score_completions(
     timeout: float | None = None,
     workers: RewardWorkers | None = None,
 ) -> Tensor:
-    """Values of R reward functions for B completions of N rows: see `call_rewards`.
+    """Score B completions of N rows by R reward functions; `call_rewards` explains the arguments.
 
     Returns:
-        (B, R) float64 on the host, NaN where a function returned None.
+        (B, R) float64 in main memory, NaN where a function returned None.
 
     Raises:
-        ValueError: as `call_rewards`, or no function judged some completion.
+        ValueError: all functions returned None for a completion; see also `call_rewards`.
     """
     values = call_rewards(functions, rows, completions, timeout, workers)
     rewards = torch.tensor([[math.nan if v is None else v for v in column] for column in values], dtype=torch.float64).T
@@ -134,33 +136,25 @@ def call_rewards(
     workers: RewardWorkers | None = None,
     started: float | None = None,
 ) -> list[list[float | None]]:
-    """What R reward functions say about B completions of N rows, copies of a row side by side.
+    """Call R reward functions for B completions of N rows. Completions of one row stand side by side.
 
-    Functions that are `async` run at the same time as each other and as the others.
+    Async functions run at the same time as each other and as the plain ones.
 
     Args:
-        timeout: seconds that the functions may take for the whole batch; None: as long as they like.
-        workers: processes that call the functions that are not async; None: this one does.
-        started: when that time began, by `time.monotonic`, where several calls share it; None: now.
+        timeout: seconds that the functions may take for the whole batch; None: no limit.
+        workers: processes that call the plain functions; None: this process calls them.
+        started: when the time limit began to run, by `time.monotonic`, where several calls share it; None: now.
 
     Returns:
         R lists of B values, None where a function does not apply.
 
     Raises:
-        ValueError: a row lacks a column that a function takes; a function returned the wrong number of values or
-            something that is no finite number, or took longer than `timeout`. An exception of the function itself
-            passes through.
+        ValueError: a row lacks a column that a function takes; or a function returned the wrong number of values, or a
+            value that is no finite number, or took longer than `timeout`. An exception of the function itself passes
+            through.
     """
     require_columns(functions, rows)
-    copies = len(completions) // len(rows)
-    each = [row for row in rows for _ in range(copies)]
-    columns = columns_of(list(rows), copies) | {
-        "prompts": [prompt_of(row) for row in each],
-        "completions": [
-            [{"role": "assistant", "content": text}] if row.get(TURNS) else text
-            for row, text in zip(each, completions, strict=True)
-        ],
-    }
+    columns = _argument_columns(rows, completions)
     calls: list[Callable[[], Any]] = []
     for function in functions:
         taken = _parameters(function)[1]
@@ -173,21 +167,37 @@ def call_rewards(
             calls.append(functools.partial(function, **arguments))
         else:
             calls.append(workers.submit(function, len(rows), arguments))
-    result, threaded = [], timeout is not None or workers is not None
-    for function, values in zip(functions, _results(functions, calls, threaded, timeout, started), strict=True):
-        try:
-            values = [None if value is None else float(value) for value in values]
-        except (TypeError, ValueError) as error:
-            shown = f"{values!r:.80}"
-            raise ValueError(f"reward function {name_of(function)!r} returned {shown}: expected numbers") from error
-        if len(values) != len(completions):
-            counts = f"{len(values)} values for {len(completions)} completions"
-            raise ValueError(f"reward function {name_of(function)!r} returned {counts}")
-        for i, value in enumerate(values):
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"reward function {name_of(function)!r} returned {value!r} for {completions[i]!r}")
-        result.append(values)
-    return result
+    results = _results(functions, calls, timeout is not None or workers is not None, timeout, started)
+    return [_checked(function, values, completions) for function, values in zip(functions, results, strict=True)]
+
+
+def _argument_columns(rows: Sequence[Row], completions: Sequence[str]) -> dict[str, list[Any]]:
+    """All arguments that a reward function may take, each with B values."""
+    copies = len(completions) // len(rows)
+    row_of_each = [row for row in rows for _ in range(copies)]
+    return columns_of(list(rows), copies) | {
+        "prompts": [prompt_of(row) for row in row_of_each],
+        "completions": [
+            [{"role": "assistant", "content": text}] if row.get(TURNS) else text
+            for row, text in zip(row_of_each, completions, strict=True)
+        ],
+    }
+
+
+def _checked(function: RewardFunc, values: Any, completions: Sequence[str]) -> list[float | None]:
+    """The values that a reward function returned, as floats. Raises ValueError unless each is finite or None."""
+    try:
+        values = [None if value is None else float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        shown = f"{values!r:.80}"
+        raise ValueError(f"reward function {name_of(function)!r} returned {shown}: expected numbers") from error
+    if len(values) != len(completions):
+        counts = f"{len(values)} values for {len(completions)} completions"
+        raise ValueError(f"reward function {name_of(function)!r} returned {counts}")
+    for i, value in enumerate(values):
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"reward function {name_of(function)!r} returned {value!r} for {completions[i]!r}")
+    return values
 
 
 def _results(
@@ -197,18 +207,18 @@ def _results(
     timeout: float | None,
     started: float | None,
 ) -> list[Any]:
-    """What each call returns.
+    """Make the calls, and return their results.
 
-    An async function runs in a thread with an event loop of its own, so that it works where one is running already
-    (notebooks). With `threaded` every function runs in a thread, which a timeout needs: Python can't stop a function,
-    but it can stop waiting. Without, the others run here, one after the other.
+    An async function runs in a thread with an event loop of its own, because this thread may be running one already, as
+    a notebook does. With `threaded`, every function runs in a thread: Python can't stop a function at its time limit,
+    but it can stop waiting for a thread. Otherwise the plain functions run in this thread, one after the other.
     """
     started = time.monotonic() if started is None else started
     in_thread = [threaded or is_async(function) for function in functions]
     futures = [_in_thread(call) if away else None for call, away in zip(calls, in_thread, strict=True)]
     results: list[Any] = [None if away else call() for call, away in zip(calls, in_thread, strict=True)]
     for j, future in enumerate(futures):
-        if future is None and inspect.isawaitable(results[j]):  # of a plain function that wraps an async one
+        if future is None and inspect.isawaitable(results[j]):  # a plain function returned another one's awaitable
             future = _in_thread(functools.partial(lambda awaitable: awaitable, results[j]))
         if future is None:
             continue
@@ -216,14 +226,14 @@ def _results(
         try:
             results[j] = future.result(left)
         except concurrent.futures.TimeoutError:
-            if future.done():  # its own TimeoutError
+            if future.done():  # the function itself raised a TimeoutError
                 raise
             raise ValueError(f"reward_timeout={timeout}: {name_of(functions[j])!r} takes longer than that") from None
     return results
 
 
 def _in_thread(call: Callable[[], Any]) -> concurrent.futures.Future:
-    """Start a call in a thread that does not keep the process alive; a coroutine that it returns is run there."""
+    """Start a call in a thread that does not keep the process alive. A coroutine that it returns runs there too."""
     future: concurrent.futures.Future = concurrent.futures.Future()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Call a slow reward function in several processes, in each for some of the prompts."""
+"""Calls slow reward functions in several processes. Each process gets the completions of some of the prompts."""
 
 import asyncio
 import concurrent.futures
@@ -17,14 +17,15 @@ from ..runtime import together
 
 
 class RewardWorkers:
-    """Processes that call functions. They are fresh ones, which import what they call: nothing of this one is copied.
+    """New processes that import functions and call them. They share no memory with this one.
 
     Args:
-        count: of processes, at least 1.
-        functions: that will be called, at least one. What it remembers, each process remembers for itself.
+        count: how many processes, at least 1.
+        functions: the functions that will be called, at least one. State that a function keeps is kept in each process
+            separately.
 
     Raises:
-        ValueError: a function that another process can't import.
+        ValueError: a function can't be imported in another process.
     """
 
     def __init__(self, count: int, functions: Sequence[Callable[..., Any]]) -> None:
@@ -34,21 +35,22 @@ class RewardWorkers:
             try:
                 data = pickle.dumps(function)
             except (pickle.PicklingError, AttributeError, TypeError) as error:
-                raise self._out_of_reach(error) from None
+                raise self._import_error(error) from None
             if interactive and b"__main__" in data:
-                raise self._out_of_reach(f"{function!r:.80} is defined in an interactive session")
+                raise self._import_error(f"{function!r:.80} is defined in an interactive session")
         before = set(multiprocessing.active_children())
         context = multiprocessing.get_context("spawn")
-        self._pool = concurrent.futures.ProcessPoolExecutor(count, context, _begin, (context.Barrier(count),))
+        self._pool = concurrent.futures.ProcessPoolExecutor(count, context, _wait_for_all, (context.Barrier(count),))
+        # Sending a function to a process makes the process import it, whatever is called there.
         arrived = [self._pool.submit(callable, function) for function in functions for _ in range(count)]
         self._processes = set(multiprocessing.active_children()) - before
         try:
             for future in arrived:
                 future.result()
         except BrokenProcessPool:
-            raise self._out_of_reach("a process that was to import it ended, see above") from None
+            raise self._import_error("a process that was to import it ended, see above") from None
 
-    def _out_of_reach(self, reason: object) -> ValueError:
+    def _import_error(self, reason: object) -> ValueError:
         return ValueError(
             f"reward_processes={self.count}: a reward function can't be called in another process ({reason}); define "
             "it at the top of a module, guard a script's main part by __name__ == '__main__', or set it to 0"
@@ -57,17 +59,21 @@ class RewardWorkers:
     def submit(
         self, function: Callable[..., Any], num_prompts: int, columns: dict[str, list[Any]]
     ) -> Callable[[], Any]:
-        """Start to call a function of columns, whose rows are `num_prompts` groups of equal size, side by side.
+        """Start the calls of a function, one in each process, each with a part of the rows.
+
+        Args:
+            num_prompts: N; the rows are N groups of equal size, side by side. A group is never cut.
+            columns: the arguments of the function, each with one value a row.
 
         Returns:
-            a function that waits, and returns what the calls did, joined; or what one of them did, when that is not one
-            value a row.
+            a function that waits for the calls and returns their values joined. If a call did not return one value a
+            row, its result is returned alone, for the caller to reject.
         """
         num_rows = len(next(iter(columns.values())))
         group_size, bounds = num_rows // num_prompts, [num_prompts * i // self.count for i in range(self.count + 1)]
         slices = [slice(a * group_size, b * group_size) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
         futures = [
-            self._pool.submit(_call, function, {name: values[part] for name, values in columns.items()})
+            self._pool.submit(_call_and_await, function, {name: values[part] for name, values in columns.items()})
             for part in slices
         ]
 
@@ -83,7 +89,7 @@ class RewardWorkers:
         return join
 
     def close(self) -> None:
-        """End the processes, whatever they are doing."""
+        """Kill the processes, even in the middle of a call."""
         for process in self._processes:
             process.kill()
         self._pool.shutdown(cancel_futures=True)
@@ -91,10 +97,10 @@ class RewardWorkers:
 
 @contextlib.contextmanager
 def reward_workers(functions: Sequence[Callable[..., Any]], count: int) -> Iterator[RewardWorkers | None]:
-    """While a run lasts, `count` processes on the first host that call the functions which are not async.
+    """Keep `count` processes on the first host that call the functions which are not async.
 
     Yields:
-        None where there are none: `count` is 0, all functions are async, or this is another host.
+        the processes, or None where there are none: `count` is 0, all functions are async, or this is another host.
 
     Raises:
         ValueError: see `RewardWorkers`.
@@ -117,22 +123,22 @@ def reward_workers(functions: Sequence[Callable[..., Any]], count: int) -> Itera
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Whether calling it gives something to await."""
+    """Whether a call of the function returns an awaitable."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def _begin(barrier: Barrier) -> None:
-    """In each process, before its first call: when all are there, so that the pool starts all of them at once."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the trainer, which closes the pool
+def _wait_for_all(barrier: Barrier) -> None:
+    """Run in each process before its first call: wait for the others, so that the pool has to start them all."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the trainer too, which closes the pool
     barrier.wait()
 
 
-def _call(function: Callable[..., Any], arguments: dict[str, list[Any]]) -> Any:
+def _call_and_await(function: Callable[..., Any], arguments: dict[str, list[Any]]) -> Any:
     return awaited(function(**arguments))
 
 
 def awaited(result: Any) -> Any:
-    """What a call gave, run to its end in an event loop of its own if it is something to await."""
+    """The result of a call; an awaitable is first run to its end in an event loop of its own."""
 
     async def finish() -> Any:
         return await result

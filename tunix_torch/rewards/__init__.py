@@ -1,10 +1,11 @@
-"""Reward functions: pure, standard library only, `(prompts, completions, **columns) -> list[float | None]`.
+"""Reward functions, to be called as `(prompts, completions, **columns) -> list[float | None]`, one value a completion.
 
-All need nothing but a completion, which is a text or a list of messages, and for correctness the `answer` column, of
-texts or numbers. `docs/rewards.md` says what each pays for and what a policy can exploit.
+They look at the completions, which are texts or lists of messages; those that judge correctness also take the column
+`answer`, of texts or numbers. They are pure functions and use the standard library only, except for `math_equal`, which
+imports mpmath when it first needs it. `docs/rewards.md` says what each pays for and how a policy can exploit it.
 
-`REWARDS` names this project's own, with values in [0, 1]; `PRESET_REWARDS` those of other systems, in ranges of their
-own, and `math_equal`, which imports mpmath when it first needs it; `PRESETS` puts rewards together as those systems do.
+`REWARDS` has this project's own functions, with values in [0, 1]. `PRESET_REWARDS` has those of other systems, in
+ranges of their own, and `math_equal`. `PRESETS` has the weighted sets of rewards that those systems train with.
 """
 
 import difflib
@@ -100,7 +101,7 @@ PRESET_REWARDS: dict[str, RewardFn] = {
     "math_equal": math_equal_reward,
 }
 
-# preset -> {name of the reward: weight}
+# name of the preset -> {name of the reward: weight}
 PRESETS: dict[str, dict[str, float]] = {
     "agent_tunix": {
         "match_format_exactly": 1.0,
@@ -121,10 +122,10 @@ PRESETS: dict[str, dict[str, float]] = {
 
 
 def get_reward(name: str) -> RewardFn:
-    """The reward function of that name in `REWARDS` or `PRESET_REWARDS`.
+    """Look up a reward function by its name in `REWARDS` and `PRESET_REWARDS`.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no reward of that name.
 
     >>> get_reward("format") is format_reward
     True
@@ -139,11 +140,10 @@ def get_reward(name: str) -> RewardFn:
 
 
 def find_reward(name: str) -> RewardFn:
-    """The reward function of that name (see `get_reward`), or the one that a dotted path such as `my_module.my_reward`
-    names, which is imported.
+    """Look up a reward function by name, as `get_reward` does, or import it by a path such as `my_module.my_reward`.
 
     Raises:
-        ValueError: there is none of that name, no such module, or what is found can't be called.
+        ValueError: there is no reward of that name, no such module, or the object found there can't be called.
 
     >>> find_reward("tunix_torch.rewards.format_reward.format_reward") is find_reward("format")
     True
@@ -160,7 +160,7 @@ def find_reward(name: str) -> RewardFn:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, but something that it imports is not
+            raise  # the module exists, and another one that it imports does not
         hint = "expected a module in this folder or an installed one"
         raise ValueError(f"reward {name!r}: no module {error.name!r}; {hint}") from error
     if not hasattr(module, attribute):
@@ -172,10 +172,10 @@ def find_reward(name: str) -> RewardFn:
 
 
 def get_preset(name: str) -> list[tuple[RewardFn, float]]:
-    """The reward functions of that preset in `PRESETS`, each with its weight.
+    """The reward functions of a preset in `PRESETS`, each with its weight.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no preset of that name.
 
     >>> [(reward_fn.__name__, weight) for reward_fn, weight in get_preset("composite")]
     [('jaccard_correctness_reward', 0.5), ('structure_reward', 0.3), ('conciseness_reward', 0.2)]

@@ -1,11 +1,11 @@
-"""The four rewards of agent-tunix: the format exactly and approximately, the answer, and the number in it.
+"""The four rewards of agent-tunix: for the exact format, the approximate format, the answer, and the number in it.
 
-Source: agent-tunix's README (kzhou003/agent-tunix), which follows the Tunix GRPO demo. Here a number is parsed by
-`rewards.answers`, so "-5" is -5 and "1,234" is 1234.
+They come from agent-tunix's README (kzhou003/agent-tunix), which follows the Tunix GRPO demo. One thing differs: here
+numbers are parsed by `rewards.answers`, so that "-5" is -5 and "1,234" is 1234.
 
-What a policy can exploit: 5.0 of the 9.5 are for the tags, whatever they hold. With a wrong number in the answer 4.0
-are left, with words or a date 4.5, within 20% of the right number 5.25, within 10% 5.5. A text of several numbers, the
-first of which is right ("600, 5 or 7"), earns 6.0.
+A policy can exploit that 5.0 of the 9.5 points are for the tags, whatever they enclose. With a wrong number in the
+answer it earns 4.0 in all, with words or a date 4.5, within 20% of the right number 5.25, and within 10% 5.5. An answer
+of several numbers of which the first is right ("600, 5 or 7") earns 6.0.
 """
 
 import re
@@ -26,14 +26,16 @@ from .units import changes_value
 
 TAGS = REASONING_TAGS + ANSWER_TAGS
 
-_FIRST_NUMBER = re.compile(r"[^0-9]*[0-9]+(?:[.,][0-9]+)*[^0-9,;.!?\n]*")  # with the words around it
+# The first number of a text, with the words around it.
+_FIRST_NUMBER = re.compile(r"[^0-9]*[0-9]+(?:[.,][0-9]+)*[^0-9,;.!?\n]*")
 
 
 @takes_conversations
 def match_format_exactly(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """3.0 for a reasoning part and then an answer part, neither of them empty, else 0.0.
 
-    Each tag has to occur once; before and after there may be white space only, between the parts any text.
+    Each tag has to occur once. Before the first and after the last tag there may be white space only; between the two
+    parts there may be any text.
 
     >>> match_format_exactly(["?"] * 2, ["<reasoning>6 * 12</reasoning> so <answer>72</answer>", "<answer>72</answer>"])
     [3.0, 0.0]
@@ -43,7 +45,7 @@ def match_format_exactly(prompts: Sequence[str], completions: Sequence[str], **c
 
 @takes_conversations
 def match_format_approximately(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
-    """In [-2, 2]: for each of the four tags 0.5 if it occurs exactly once, else -0.5.
+    """In [-2, 2]: the sum over the four tags of 0.5 for a tag that occurs exactly once, and -0.5 for any other.
 
     >>> match_format_approximately(["?"] * 2, ["<answer>72</answer>", "<answer>7</answer><answer>72</answer>"])
     [0.0, -2.0]
@@ -57,15 +59,19 @@ def check_answer(
 ) -> list[float | None]:
     """In [-1, 3]: how near the text in the answer tags is to the expected answer; None where that is None.
 
-    3.0 the same text; 1.5 the same but for white space around it, or exactly the expected number written in another way
-    (agent-tunix gives that 0.5, as it does a near miss); 0.5 a number within 10% of the expected one; 0.25 within 20%;
-    -1.0 another number; -0.5 one of the two is not a number; 0.0 no answer at all. Within 10% of 0 is only 0.
+    - 3.0 for the same text;
+    - 1.5 for the same text with other white space around it, and for exactly the expected number written in another way
+      (agent-tunix gives that 0.5, as for a number that is near);
+    - 0.5 for a number within 10% of the expected one, 0.25 within 20%; only 0 itself is that near to 0;
+    - -1.0 for any other number;
+    - -0.5 where the answer or the expected answer is not a number;
+    - 0.0 for no answer.
 
-    A policy can earn 0.5 for a guess that is near; a text of several numbers loses 0.5 here and wins 1.5 with
-    `check_numbers`, if the first of them is right.
+    A policy can earn 0.5 by a guess that is near. An answer of several numbers loses 0.5 here, but earns 1.5 with
+    `check_numbers` if the first of them is right.
 
     Raises:
-        ValueError: `answer` has not one value for every completion.
+        ValueError: `answer` does not have one value for every completion.
 
     >>> texts = ["72", " 72", "72.0", "70", "60", "27", "many"]
     >>> check_answer(["?"] * 7, [f"<answer>{text}</answer>" for text in texts], answer=["72"] * 7)
@@ -82,10 +88,11 @@ def check_numbers(
 ) -> list[float | None]:
     """1.5 where the first number in the answer tags is exactly the expected one, else 0.0; None where that is None.
 
-    It is 0.0 where the words around that number negate or bound it, or make it another one (`changes_value`).
+    It is 0.0, too, where the words around that number negate or bound it, or make another number of it
+    (`changes_value`).
 
     Raises:
-        ValueError: `answer` has not one value for every completion.
+        ValueError: `answer` does not have one value for every completion.
 
     >>> texts = ["1,234", "She has 1234.0 clips.", "-1234", "many", "not 1234"]
     >>> check_numbers(["?"] * 5, [f"<answer>{text}</answer>" for text in texts], answer=["#### 1234"] * 5)

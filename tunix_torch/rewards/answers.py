@@ -1,7 +1,7 @@
-"""Find the answer and the reasoning in a completion, and compare answers exactly.
+"""Finds the answer and the reasoning in a completion, and compares answers exactly.
 
-A completion has the form `<reasoning>...</reasoning> <answer>...</answer>`. Nothing here raises on any text, and the
-time taken is linear in its length.
+A completion has the form `<reasoning>...</reasoning> <answer>...</answer>`. No function here raises an error for any
+text, and each takes time linear in its length.
 """
 
 import decimal
@@ -17,24 +17,25 @@ from .units import SCALES, changes_value, may_be_unit, normalise_unit, starts_un
 REASONING_TAGS = ("<reasoning>", "</reasoning>")
 ANSWER_TAGS = ("<answer>", "</answer>")
 
-# Longer than any number a person writes. Below Python's limit on the digits of int(), and it bounds every regex.
+# A longer text is not read as a number. The limit is above any number that a person writes, below Python's limit on the
+# digits of int(), and bounds the time of every regular expression here.
 MAX_NUMBER_CHARS = 200
-# Digits with or without thousands separators, or a bare ".5".
+# Digits with or without thousands separators, or a decimal without a whole part, as ".5".
 DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 
 STEP_END = re.compile(r"\n|(?<=[.!?])\s")  # a step of reasoning is a line or a sentence
 # A calculation, counted at its operator: "2 + 3 * 4" has two, "$4 x 2" one.
 OPERATION = re.compile(r"[0-9] ?[-+*/×·÷x](?= ?[$€£]?[0-9])")
 
-# A number within other text. No digits or letters touch it, so that "x2" and "1e1234" hold none of 2 and 1234; a minus
-# sign counts unless something to subtract from stands before it.
+# A number within other text. No letter or further digit touches it, so that no 2 is found in "x2" and no 1234 in
+# "1e1234". A minus sign belongs to it unless there is something before it to subtract from.
 _NUMBER = re.compile(
     rf"(?:(?<![\w)%])(?P<sign>-)[$€£¥₹]?)?(?<!\w)(?P<digits>{DECIMAL}(?:e[+-]?[0-9]{{1,3}})?)(?![0-9])"
 )
 
-# One number and nothing else but a lead-in, a currency sign and words after it; `units.py` says which make a unit. The
-# exponent has at most three digits, since an exact 1e999999999 would fill the memory; the denominator is not zero. The
-# only digits of a unit are the 2 and 3 of "m2", "cm^3".
+# A text that is one number, with at most a lead-in and a currency sign before it and words after it; `units.py` says
+# which words make a unit. The exponent has at most three digits, because an exact 1e999999999 would fill the memory,
+# and the denominator is not zero. A unit has no digits but the 2 and 3 of "m2" and "cm^3".
 _WORD = r"(?:[%°$€£¥₹][^\W\d_]*|[µμ]?[^\W\d_]+(?:['’.·-][^\W\d_]+)*)(?:\^?[23]|[²³])?"
 _QUANTITY = re.compile(
     rf"""
@@ -49,23 +50,23 @@ _QUANTITY = re.compile(
     """,
     re.VERBOSE,
 )
-# What may stand before and after a GSM8K solution's marker that is on a line with other text.
+# What stands before and after the marker "####" of a GSM8K solution where it shares its line with other text.
 _BEFORE_MARKED_NUMBER = tuple(".!?=0123456789)>")
 _MARKED_NUMBER = re.compile(
     r"[-+]?\s?[$€£¥₹]?\s?[-+]?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+|(?:[0-9]+\s)?[0-9]+\s?/\s?[0-9]+)\s?[%$€£¥₹]?\.?"
 )
 _EQUALS = re.compile(r"(?<![<>!~≈])=")
-_HEADING = re.compile(r"[ \t]*#[ #]")  # of Markdown
+_HEADING = re.compile(r"[ \t]*#[ #]")  # a heading of Markdown
 _MINUS_SIGNS = str.maketrans("\u2212\u2013", "--")
 
 
 class _Quantity(NamedTuple):
     value: Fraction
-    unit: tuple[str, ...]  # normalised words; empty when the text names no unit
+    unit: tuple[str, ...]  # the words of the unit, normalised; empty where the text names no unit
 
 
 def extract_answer(completion: str) -> str | None:
-    """Content of the last complete `<answer>...</answer>`, stripped; None when there is none.
+    """The text in the last complete `<answer>...</answer>`, stripped, or None where there is none.
 
     >>> extract_answer("<reasoning>6 * 12</reasoning> <answer> 72 </answer>")
     '72'
@@ -79,7 +80,7 @@ def extract_answer(completion: str) -> str | None:
 
 
 def extract_verbatim_answer(completion: str) -> str | None:
-    """What `extract_answer` finds, with the white space around it.
+    """The text that `extract_answer` finds, with the white space around it.
 
     >>> extract_verbatim_answer("<answer> 72</answer>")
     ' 72'
@@ -88,7 +89,7 @@ def extract_verbatim_answer(completion: str) -> str | None:
 
 
 def extract_reasoning(completion: str) -> str | None:
-    """Content of the last complete `<reasoning>...</reasoning>`, stripped; None when there is none.
+    """The text in the last complete `<reasoning>...</reasoning>`, stripped, or None where there is none.
 
     >>> extract_reasoning("<reasoning> 6 * 12 = 72 </reasoning> <answer>72</answer>")
     '6 * 12 = 72'
@@ -107,14 +108,17 @@ def extract_steps(completion: str) -> list[str]:
 
 
 def parse_number(text: str) -> Fraction | None:
-    r"""The one number that `text` states, exactly, or None.
+    r"""The exact value of a text that states one number; None for any other text.
 
-    A sign, thousands separators, a currency sign, a fraction, a mixed number, an exponent, a scale word ("3 million"),
-    a unit after it, a short lead-in ("about", "the answer is") and a final period are understood; of a GSM8K solution
-    only what follows the "####" counts (Cobbe et al. 2021, arXiv:2110.14168). A percentage is the number before
-    its sign. Other words in front ("Apollo 11"), a word after it that changes the value ("3 quarters"), a variable
-    ("2x"), a second number ("between 3 and 5"), a division without a remainder ("84/7" is a task, not its answer), a
-    zero denominator, an exponent of four digits, or more than MAX_NUMBER_CHARS characters: None.
+    The number may have a sign, thousands separators, a currency sign, an exponent, a scale word ("3 million"), a unit
+    after it, a short lead-in ("about", "the answer is") and a final period, and may be a fraction or a mixed number. Of
+    a GSM8K solution only the text after the "####" counts (Cobbe et al. 2021, arXiv:2110.14168). A percentage is the
+    number before its sign.
+
+    Texts that state no number are those with other words in front ("Apollo 11"), a word after the number that changes
+    its value ("3 quarters"), a variable ("2x"), a second number ("between 3 and 5"), a division without a remainder
+    ("84/7" is a task, not its answer), a denominator of zero, an exponent of four digits, or more than MAX_NUMBER_CHARS
+    characters.
 
     >>> parse_number("$1,234.50"), parse_number("-1 1/2"), parse_number("50%")
     (Fraction(2469, 2), Fraction(-3, 2), Fraction(50, 1))
@@ -130,9 +134,10 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def find_numbers(text: str) -> list[Fraction]:
-    """Every number in `text`, exactly and in order: signs, thousands separators and exponents of up to three digits.
+    """The exact values of all numbers in a text, in order, with signs, thousands separators and short exponents.
 
-    Of text that as a whole states one number (`parse_number`), that one; so "1/2" holds one number, "1/2 or 3" three.
+    A text that as a whole states one number (`parse_number`) has only that one: "1/2" holds one number, but "1/2 or 3"
+    holds three.
 
     >>> find_numbers("She pays -$5, then 1,234.5 of 10-3."), find_numbers("1/2"), find_numbers("none")
     ([Fraction(-5, 1), Fraction(2469, 2), Fraction(10, 1), Fraction(3, 1)], [Fraction(1, 2)], [])
@@ -148,35 +153,48 @@ def find_numbers(text: str) -> list[Fraction]:
     ]
 
 
-def final_answer(solution: str) -> str:
-    """What follows the "####" of a GSM8K solution, stripped; a text without such a marker as it is.
+def split_marked_answer(solution: str) -> tuple[str, str]:
+    """Split a GSM8K solution at its "####" into the reasoning before it and the final answer after it, both stripped.
 
-    The last "####" is a marker where it begins the last line and no other line is a heading of Markdown ("# ..." or
-    "##..."), or where a number follows it that ends the text, and the end of a sentence or calculation stands before.
-    Any other "####" is part of the answer.
+    A text without such a marker is the final answer as it is, and its reasoning is "".
 
-    >>> final_answer("48 + 24 = 72\\n#### 72"), final_answer("48 + 24 = 72. #### 72"), final_answer(" 72")
-    ('72', '72', ' 72')
-    >>> final_answer("Write #### 5"), final_answer("# Title\\n#### Heading")
-    ('Write #### 5', '# Title\\n#### Heading')
+    The last "####" is a marker where it begins the last line and no other line is a Markdown heading ("# ..." or
+    "##..."). It is also one where a number that ends the text follows it, and the end of a sentence or of a calculation
+    stands before it. Any other "####" is part of the answer.
+
+    >>> split_marked_answer("48 + 24 = 72\\n#### 72"), split_marked_answer(" 72")
+    (('48 + 24 = 72', '72'), ('', ' 72'))
+    >>> split_marked_answer("48 + 24 = 72. #### 72"), split_marked_answer("Write #### 5")
+    (('48 + 24 = 72.', '72'), ('', 'Write #### 5'))
+    >>> split_marked_answer("# Title\\n#### Heading")
+    ('', '# Title\\n#### Heading')
     """
-    before, marker, final = solution.rpartition("####")
+    reasoning, marker, final = solution.rpartition("####")
     final = final.strip()
     if not marker or "\n" in final:
-        return solution
-    *other_lines, line = before.split("\n")
+        return "", solution
+    *other_lines, line = reasoning.split("\n")
     begins_last_line = not line.strip() and not any(map(_HEADING.match, other_lines))
-    follows_end = before[-1:].isspace() and before.rstrip().endswith(_BEFORE_MARKED_NUMBER)
+    follows_end = reasoning[-1:].isspace() and reasoning.rstrip().endswith(_BEFORE_MARKED_NUMBER)
     if begins_last_line or follows_end and _MARKED_NUMBER.fullmatch(final.translate(_MINUS_SIGNS)):
-        return final
-    return solution
+        return reasoning.strip(), final
+    return "", solution
+
+
+def final_answer(solution: str) -> str:
+    """The final answer of a GSM8K solution, as `split_marked_answer` finds it; another text as it is.
+
+    >>> final_answer("48 + 24 = 72\\n#### 72"), final_answer(" 72")
+    ('72', ' 72')
+    """
+    return split_marked_answer(solution)[1]
 
 
 def stated_number(answer: str) -> Fraction | None:
-    """The one number that an answer states: alone, in a sentence without another one, or after the last "=".
+    """The one number that an answer states: alone, in a sentence without another number, or after the last "=".
 
-    None where there are several, as in a list, a date or a time, or where the text makes it another number, a bound or
-    no answer (`changes_value`).
+    It is None where there are several numbers, as in a list, a date or a time, and where the words around the number
+    make another number, a bound or no answer of it (`changes_value`).
 
     >>> stated_number("150 × 4 = 600"), stated_number("She pays $600 in all.")
     (Fraction(600, 1), Fraction(600, 1))
@@ -194,12 +212,12 @@ def stated_number(answer: str) -> Fraction | None:
 
 
 def answer_text(answer: object) -> str | None:
-    """An expected answer of a data set as text: texts as they are, numbers as Python writes them, None as None.
+    """An expected answer of a data set as a text: a text unchanged, a number as Python writes it, and None for None.
 
-    An exponent is written out, where that takes less than MAX_NUMBER_CHARS digits.
+    An exponent is written out where that takes fewer than MAX_NUMBER_CHARS digits.
 
     Raises:
-        ValueError: it is anything else, such as a list or NaN.
+        ValueError: the answer is anything else, such as a list or NaN.
 
     >>> answer_text("72"), answer_text(72), answer_text(145.0), answer_text(1e-05), answer_text(None)
     ('72', '72', '145.0', '0.00001', None)
@@ -213,7 +231,7 @@ def answer_text(answer: object) -> str | None:
     text = str(answer)
     if isinstance(answer, bool) or "e" not in text.casefold():
         return text
-    number = decimal.Decimal(text)  # of the digits that Python writes: 0.00001 for the float 1e-05
+    number = decimal.Decimal(text)  # exactly what Python writes: 0.00001 for the float 1e-05
     is_short = abs(number.adjusted()) + len(number.as_tuple().digits) < MAX_NUMBER_CHARS
     return f"{number:f}" if is_short else text
 
@@ -221,10 +239,10 @@ def answer_text(answer: object) -> str | None:
 def score_against_answers(
     completions: Sequence[str], answer: Sequence[object], score: Callable[[str, str], float]
 ) -> list[float | None]:
-    """`score(completion, expected)` of every row, None where the expected answer is None. A number counts as its text.
+    """Call `score(completion, expected answer as a text)` for every row. The value is None where no answer is expected.
 
     Raises:
-        ValueError: `answer` has not one value for every completion, or one that `answer_text` refuses.
+        ValueError: `answer` does not have one value for every completion, or has one that `answer_text` refuses.
     """
     if len(answer) != len(completions):
         raise ValueError(
@@ -237,12 +255,12 @@ def score_against_answers(
 
 
 def answers_match(given: str, expected: str) -> bool:
-    """Whether two answers state the same: the same number if both are numbers, otherwise the same text.
+    """Whether two answers are equal: as numbers where both state one, and as texts otherwise.
 
-    Numbers are compared exactly (0.33 is not 1/3). If both name a unit, the units have to agree in their words, up to
-    case, plural and currency sign, as far as the shorter one goes ("72 apples" and "72 apples in all" agree). Nothing
-    is converted: "50%" matches "50" but not "0.5". Text is compared without regard to case, white space and final
-    periods.
+    Numbers are compared exactly (0.33 is not 1/3). Where both name a unit, the words of the units have to agree, apart
+    from case, plural and currency sign, and as far as the shorter unit goes ("72 apples" and "72 apples in all" agree).
+    No unit is converted: "50%" matches "50" but not "0.5". Texts are compared without regard to case, white space and
+    final periods.
 
     >>> answers_match("$72.00", "72 dollars"), answers_match("72 km", "72"), answers_match(" new  york.", "New York")
     (True, True, True)
@@ -257,6 +275,7 @@ def answers_match(given: str, expected: str) -> bool:
 
 
 def _last_between(text: str, opening: str, closing: str) -> str | None:
+    """The text in the last pair of these tags, or None where there is no pair."""
     start = text.rfind(opening, 0, max(text.rfind(closing), 0))
     if start < 0:
         return None
@@ -265,14 +284,16 @@ def _last_between(text: str, opening: str, closing: str) -> str | None:
 
 
 def _normalise(text: str) -> str:
+    """The final answer in small letters, with single spaces, and without Markdown, a LaTeX box and a final period."""
     final = final_answer(text).translate(_MINUS_SIGNS)
-    final = " ".join(final.casefold().split()).strip("*` ").rstrip(" .,;")  # Markdown's bold and code
-    if final.startswith("\\boxed{") and final.endswith("}"):  # LaTeX
+    final = " ".join(final.casefold().split()).strip("*` ").rstrip(" .,;")
+    if final.startswith("\\boxed{") and final.endswith("}"):
         final = final[len("\\boxed{") : -1].strip()
     return final
 
 
 def _parse_quantity(text: str) -> _Quantity | None:
+    """The number and the unit of a normalised text, or None where it states no single number."""
     match = _QUANTITY.fullmatch(text) if len(text) <= MAX_NUMBER_CHARS else None
     if match is None:
         return None
@@ -289,6 +310,7 @@ def _parse_quantity(text: str) -> _Quantity | None:
 
 
 def _is_unit(words: list[str], attached: bool) -> bool:
+    """Whether the words after a number are a unit; `attached` when there is no space between."""
     first = re.match(r"/?([^\W\d_²³]*)", words[0])[1]
     begins = words[0][0] in "/%°$€£¥₹" or starts_unit(first, attached, letters=True)
     return begins and may_be_unit(" ".join(words))

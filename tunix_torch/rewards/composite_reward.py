@@ -1,4 +1,4 @@
-"""The weighted sum of several reward functions, and its parts."""
+"""Combines several reward functions to a weighted sum, and shows what each of them adds."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,14 +10,14 @@ RewardFn = Callable[..., Sequence[float | None]]
 
 @dataclass(frozen=True)
 class RewardComponent:
-    """One term of a composite reward: `weight` times the value of `reward_fn`, clipped to `clip_range` before that.
+    """One term of a composite reward: the value of `reward_fn`, clipped to `clip_range`, times `weight`.
 
-    With `normalize`, the clipped value is mapped from `clip_range` to [0, 1] before it is weighted. `metadata` is for
-    notes of the user's own and changes no value.
+    With `normalize`, the clipped value is mapped from `clip_range` to [0, 1] before it is weighted. `metadata` holds
+    notes of the user and changes no value.
 
     Raises:
-        ValueError: `weight` is not finite, `clip_range` is not (low, high) with low < high, or `normalize` has no
-            finite `clip_range` to map from.
+        ValueError: `weight` is not finite, `clip_range` is not (low, high) with low < high, or `normalize` is set
+            without a finite `clip_range`.
     """
 
     name: str
@@ -43,22 +43,22 @@ class RewardComponent:
 class RewardBreakdown:
     """The score of one completion: the weighted total, and each component's value before it was weighted."""
 
-    total: float | None  # None where no component applies
-    parts: dict[str, float | None]  # name -> value, clipped and normalised; None where the component does not apply
+    total: float | None  # None where no component applies to the completion
+    parts: dict[str, float | None]  # name -> value after clipping and mapping to [0, 1]; None where it does not apply
 
 
 def composite_reward(components: Sequence[RewardComponent]) -> RewardFn:
     """A reward function `(prompts, completions, **columns)` that gives the weighted sum of the components.
 
-    Its values lie in the sum of the components' weighted ranges. A component that gives None for a row is left out of
-    that row's sum (the other weights stay as they are); where no component applies the value is None. A plain weighted
-    sum of rewards is what DeepSeek-R1 (arXiv:2501.12948) and TRL's `reward_weights` use.
+    Its values lie in the sum of the components' weighted ranges. A component that gives None for a completion is left
+    out of that sum, and the other weights do not change. Where no component applies, the value is None. DeepSeek-R1
+    (arXiv:2501.12948) and TRL's `reward_weights` use the same plain weighted sum.
 
-    Components get the completions as they come, texts or lists of messages; the rewards of this package take both.
+    The components get the completions unchanged, as texts or lists of messages; the rewards of this package take both.
 
     Raises:
-        ValueError: no components, or two with one name; and, from the function returned, what `score_with_breakdown`
-            raises.
+        ValueError: there are no components, or two have the same name. The returned function raises what
+            `score_with_breakdown` raises.
 
     >>> from tunix_torch.rewards import correctness_reward, format_reward
     >>> components = [RewardComponent("correctness", correctness_reward), RewardComponent("format", format_reward, 0.5)]
@@ -77,11 +77,11 @@ def composite_reward(components: Sequence[RewardComponent]) -> RewardFn:
 def score_with_breakdown(
     components: Sequence[RewardComponent], prompts: Sequence[str], completions: Sequence[str], **columns: object
 ) -> list[RewardBreakdown]:
-    """The weighted total and the parts of every completion; ranges as in `composite_reward`.
+    """The weighted total and the components' values for every completion, in the ranges of `composite_reward`.
 
     Raises:
-        ValueError: no components, or two with one name; a reward function that gives another number of values than
-            there are completions, or a value that after clipping is not finite.
+        ValueError: there are no components, or two have the same name; or a reward function does not give one value for
+            each completion, or gives a value that is not finite after clipping.
 
     >>> from tunix_torch.rewards import format_reward
     >>> score_with_breakdown([RewardComponent("format", format_reward, weight=0.5)], ["?"], ["<answer>72</answer>"])

@@ -1,4 +1,4 @@
-"""Take completions in the conversational form too, as TRL gives them for a prompt that is a list of messages."""
+"""Lets reward functions of texts take completions that are lists of messages, as TRL gives them for such prompts."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,10 +8,10 @@ RewardOfTexts = Callable[..., list[Any]]
 
 
 def completion_text(completion: object) -> str:
-    """The text of a completion: a text as it is, of a list of messages what the assistant says in them.
+    """The text of a completion: the completion itself, or in a list of messages what the assistant says.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the completion is neither a text nor a list of messages.
 
     >>> completion_text("72"), completion_text([{"role": "assistant", "content": "72"}])
     ('72', '72')
@@ -25,7 +25,7 @@ def completion_text(completion: object) -> str:
 
 
 def takes_conversations(reward_fn: RewardOfTexts) -> RewardOfTexts:
-    """`reward_fn`, a function of texts, made to take completions that are lists of messages as well.
+    """Make a reward function of texts accept completions that are lists of messages as well.
 
     >>> @takes_conversations
     ... def length_reward(prompts, completions, **columns):
@@ -42,7 +42,7 @@ def takes_conversations(reward_fn: RewardOfTexts) -> RewardOfTexts:
 
 
 def _content_text(content: object) -> str:
-    """The content of a message, which may be in parts: [{"type": "text", "text": "72"}]."""
+    """The text of a message's content, which may come in parts: [{"type": "text", "text": "72"}]."""
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):

@@ -1,4 +1,4 @@
-"""Correctness: does the text in the answer tags state the expected answer?"""
+"""The reward for correctness: whether the text in the answer tags states the expected answer."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,14 @@ def correctness_reward(
 ) -> list[float | None]:
     """1.0 where the answer tags hold the expected answer, 0.0 where not, None where the expected answer is None.
 
-    The outcome reward of GRPO on problems that can be checked (DeepSeek-R1, arXiv:2501.12948, section 2.2.2).
-    `answers_match` says what counts as the same answer.
+    This is the outcome reward of GRPO on problems that can be checked (DeepSeek-R1, arXiv:2501.12948, section 2.2.2).
+    `answers_match` says which answers are equal.
 
-    A policy can add words: one after the number that `rewards.units` doesn't list as changing it counts as a unit.
+    A policy can add words: a word after the number counts as a unit, unless `rewards.units` lists it among those that
+    change the number.
 
     Raises:
-        ValueError: `answer` has not one value for every completion.
+        ValueError: `answer` does not have one value for every completion.
 
     >>> completions = ["<answer>$72</answer>", "<answer>27</answer>", "It is 72.", "<answer>72</answer>"]
     >>> correctness_reward(["How much?"] * 4, completions, answer=["72", "72", "72", None])

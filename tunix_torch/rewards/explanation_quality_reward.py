@@ -1,22 +1,22 @@
-"""Conciseness: is the reasoning neither too short nor too long, and does it not repeat itself?"""
+"""The reward for conciseness: whether the reasoning is neither too short nor too long, and does not repeat itself."""
 
 from collections.abc import Sequence
 
 from .answers import extract_reasoning
 from .conversations import takes_conversations
 
-MIN_WORDS = 20  # full reward from here ...
-MAX_WORDS = 150  # ... to here
-ZERO_WORDS = 300  # nothing from here on
+MIN_WORDS = 20  # the length factor is 1 from this number of words ...
+MAX_WORDS = 150  # ... to this one
+ZERO_WORDS = 300  # and it is 0 from this number on
 
 
 @takes_conversations
 def explanation_quality_reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
-    """In [0, 1]: a length factor times the share of distinct word trigrams of the text in the reasoning tags.
+    """In [0, 1]: a length factor times the share of distinct word trigrams, both of the text in the reasoning tags.
 
     The length factor is 1 from MIN_WORDS to MAX_WORDS words and falls linearly to 0 at no words and at ZERO_WORDS. The
-    share of distinct trigrams is the distinct-n of Li et al. 2016 (arXiv:1510.03055) with n = 3; it is 1 where there
-    are fewer than three words. Without a reasoning text the reward is 0.0.
+    share of distinct trigrams is the distinct-n of Li et al. 2016 (arXiv:1510.03055) with n = 3; it is 1 for
+    fewer than three words. Without a reasoning text the reward is 0.0.
 
     >>> texts = [" ".join(map(str, range(n))) for n in (10, 50, 225, 300)] + ["so it is " * 20]
     >>> rewards = explanation_quality_reward(["?"] * 5, [f"<reasoning>{text}</reasoning>" for text in texts])

@@ -1,4 +1,4 @@
-"""Format: is the completion exactly a reasoning part and then an answer part?"""
+"""The reward for the format: whether the completion is exactly a reasoning part and then an answer part."""
 
 import re
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ _LAYOUT = re.compile(r"\s*<reasoning>(.*?)</reasoning>\s*<answer>(.*?)</answer>\
 def format_reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """In [0, 1]: 1.0 for exactly `<reasoning>...</reasoning> <answer>...</answer>`, else 0.1 for each tag present once.
 
-    Exactly means: each tag once and in this order, neither part empty, nothing but white space around and between
-    them. So a completion that misses the layout gets at most 0.4. The full reward is the format reward of DeepSeek-R1
-    (arXiv:2501.12948, section 2.2.2); the partial credit, which gives a first signal to a model that has not yet
-    produced the whole layout, follows the tag count of the Tunix GRPO demo.
+    Exactly means that each tag occurs once and in this order, that no part is empty, and that only white space stands
+    around and between the parts. So a completion without this layout gets at most 0.4. The full reward is the format
+    reward of DeepSeek-R1 (arXiv:2501.12948, section 2.2.2). The partial credit follows the tag count of the Tunix GRPO
+    demo; it gives a first signal to a model that has not yet produced the whole layout.
 
     >>> format_reward(["?"] * 3, ["<reasoning>6 * 12</reasoning>\\n<answer>72</answer>", "<answer>72</answer>", "72"])
     [1.0, 0.2, 0.0]

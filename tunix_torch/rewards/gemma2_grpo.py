@@ -1,11 +1,11 @@
 """The five rewards of gemma2-grpo-reasoning: format, logic, accuracy, and bonuses for self-correction and length.
 
-Source: mlvpatel/gemma2-grpo-reasoning, whose README weighs the first three 0.25, 0.30 and 0.45 and adds the bonuses as
-they are. Here words are whole words ("also" is no "so", "awaiting" no "wait").
+They come from mlvpatel/gemma2-grpo-reasoning, whose README gives the first three the weights 0.25, 0.30 and 0.45 and
+adds the bonuses unweighted. One thing differs: here words are whole words ("also" has no "so", "awaiting" no "wait").
 
-What a policy can exploit: a completion with both parts, stuffed with the words, steps and phrases that logic and the
-bonuses count, earns 0.25 + 0.30 + 0.10 + 0.05 = 0.70 with a wrong answer, as much as a short right one earns with 0.25
-and 0.45. That is the system's formula. Where it matters, weigh gemma2_accuracy more.
+A policy can exploit that logic and the bonuses count words, steps and phrases. A completion with both parts that is
+stuffed with them earns 0.25 + 0.30 + 0.10 + 0.05 = 0.70 with a wrong answer, as much as a short right one, which earns
+0.25 + 0.45. That is the system's formula; where it matters, give gemma2_accuracy more weight.
 """
 
 import re
@@ -49,7 +49,7 @@ _EQUALS = re.compile(r"=|\bequals?\b")
 
 @takes_conversations
 def gemma2_format_reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
-    """In [0, 1]: 1.0 for a reasoning part and then an answer part, 0.5 in the wrong order, 0.3 for one part, else 0.0.
+    """In [0, 1]: 1.0 for a reasoning and then an answer part, 0.5 for the wrong order, 0.3 for one part, else 0.0.
 
     >>> parts = ["<reasoning>6 * 12</reasoning>", "<answer>72</answer>"]
     >>> gemma2_format_reward(["?"] * 4, ["".join(parts), "".join(reversed(parts)), parts[1], "72"])
@@ -80,14 +80,14 @@ def gemma2_accuracy_reward(
 ) -> list[float | None]:
     """In [0, 1]: how near the number that the answer tags state is to the expected one; None where that is None.
 
-    1.0 exactly the same; 0.9 within 1%; 0.5 within 10%; else 0.0. `stated_number` says which number that is; the system
-    itself takes the last one of any text. Where the expected answer is not one number (a date, a time, a list, words),
-    `answers_match` decides.
+    It is 1.0 for exactly the same number, 0.9 within 1%, 0.5 within 10%, else 0.0. `stated_number` says which number an
+    answer states; the original system takes the last number of any text. Where the expected answer is not one number (a
+    date, a time, a list, words), the reward is 1.0 or 0.0 by `answers_match`.
 
-    A policy can earn 0.9 or 0.5 for a guess that is near.
+    A policy can earn 0.9 or 0.5 by a guess that is near.
 
     Raises:
-        ValueError: `answer` has not one value for every completion.
+        ValueError: `answer` does not have one value for every completion.
 
     >>> texts = ["600", "150 × 4 = 600", "605", "650", "-600"]
     >>> gemma2_accuracy_reward(["?"] * 5, [f"<answer>{text}</answer>" for text in texts], answer=["600"] * 5)
@@ -100,7 +100,7 @@ def gemma2_accuracy_reward(
 def gemma2_self_correction_bonus(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """In [0, 0.1]: 0.03 for each different phrase of CORRECTIONS in the completion, at most 0.10.
 
-    It looks at phrases only; a model can earn it without a correction, so keep it small.
+    It looks at phrases only, so that a model can earn it without any correction. Keep its weight small.
 
     >>> texts = ["600", "Wait, that's not right.", "Wait. Actually, let me redo this: I made an error."]
     >>> gemma2_self_correction_bonus(["?"] * 3, texts)
@@ -130,7 +130,7 @@ def _score_format(completion: str) -> float:
 
 def _score_logic(completion: str) -> float:
     reasoning = (extract_reasoning(completion) or "").casefold()
-    # hundredths, so that the sum is exact
+    # All parts are in hundredths, so that their sum is exact.
     transitions = min(5 * len(TRANSITIONS.intersection(re.findall(r"\w+", reasoning))), 40)
     steps = min(10 * len(set(_STEP_NUMBER.findall(reasoning))), 30)
     expressions = min(5 * len(OPERATION.findall(reasoning)), 20)

@@ -1,11 +1,11 @@
 """The three rewards of the hackathon trainer: correctness with partial credit, structure and conciseness.
 
-Source: GauravKrv/tunix-hackathon, which weighs them 0.5, 0.3 and 0.2. Its `RewardComponent` and its composite with
-details are in `composite_reward.py`, its step and trajectory scores in `trajectory.py`. Here words are whole words, and
-"0.15" does not end a sentence.
+They come from GauravKrv/tunix-hackathon, which gives them the weights 0.5, 0.3 and 0.2. Its `RewardComponent` and its
+composite reward are in `composite_reward.py`, its scores of steps and trajectories in `trajectory.py`. Two things
+differ: here words are whole words, and "0.15" does not end a sentence.
 
-What a policy can exploit: structure and conciseness look at the form only, so half of the weighted sum is there without
-the right answer, and PARTIAL_CREDIT for words that the wrong one shares with it.
+A policy can exploit that structure and conciseness look at the form only: it can earn half of the weighted sum without
+the right answer, and up to PARTIAL_CREDIT of the other half by words that a wrong answer shares with the right one.
 """
 
 import re
@@ -43,13 +43,13 @@ _CONCLUSION = re.compile(
 def jaccard_correctness_reward(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[object], **columns: object
 ) -> list[float | None]:
-    """In [0, 1]: 1.0 for the expected answer, else PARTIAL_CREDIT times the Jaccard similarity; None where it is None.
+    """In [0, 1]: 1.0 for the expected answer, else PARTIAL_CREDIT times its Jaccard similarity; None where it is None.
 
-    The similarity is the number of words that both answers have over that of words that either has. `answers_match`
-    says what counts as the expected answer.
+    The similarity of two answers is the number of words that both have, divided by the number of words that at least
+    one has. `answers_match` says which answers are equal to the expected one.
 
     Raises:
-        ValueError: `answer` has not one value for every completion.
+        ValueError: `answer` does not have one value for every completion.
 
     >>> completions = [f"<answer>{text}</answer>" for text in ("the New York area", "the Paris area", "Rome")]
     >>> jaccard_correctness_reward(["?"] * 3, completions, answer=["The New York area."] + ["the London area"] * 2)
@@ -60,15 +60,15 @@ def jaccard_correctness_reward(
 
 @takes_conversations
 def structure_reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
-    """In [0, 1]: are the steps in the reasoning tags connected, long enough and punctuated? 0.0 without steps.
+    """In [0, 1]: whether the steps in the reasoning tags are connected, long enough and punctuated; 0.0 without steps.
 
     A step is a line or a sentence. The reward is the mean of two parts:
 
     - flow: the share of steps that have a word of TRANSITIONS; 1 for a single step;
-    - quality: half the length over MIN_STEP_CHARS characters, at most 1, plus half for punctuation (a half without),
-      averaged over the steps;
+    - quality: the mean over the steps of half the length in units of MIN_STEP_CHARS characters (at most 1), plus half
+      of 1 with punctuation and of 0.5 without;
 
-    times 1 for up to MAX_STEPS steps, 0.05 less for each one more.
+    multiplied by 1 for up to MAX_STEPS steps, and by 0.05 less for each further step.
 
     >>> texts = ["First, 48 / 2 = 24.\\nThen 48 + 24 = 72.", "48 / 2 = 24.\\n48 + 24 = 72.", "72", ""]
     >>> structure_reward(["?"] * 4, [f"<reasoning>{text}</reasoning>" for text in texts])
@@ -79,9 +79,10 @@ def structure_reward(prompts: Sequence[str], completions: Sequence[str], **colum
 
 @takes_conversations
 def conciseness_reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
-    """In [0, 1]: is the text in the reasoning tags clear, complete and tidy? 0.0 without such text.
+    """In [0, 1]: whether the text in the reasoning tags is clear, complete and tidy; 0.0 without such text.
 
-    0.4 times clarity, 0.3 times completeness and 0.3 times tidiness, each the mean of the values in its row:
+    The reward is 0.4 times clarity, 0.3 times completeness and 0.3 times tidiness, each of which is the mean of these
+    values:
 
     - clarity: nearness of the mean word to IDEAL_WORD_CHARS characters; nearness of the mean sentence to
       IDEAL_SENTENCE_WORDS words; 1 with a phrase such as "for example", else 0.7;

@@ -1,7 +1,7 @@
-r"""The arithmetic of mathematical answers: exact in fractions where that is possible, else to DIGITS digits in mpmath.
+"""The arithmetic of mathematical answers: exact in fractions where that is possible, else with DIGITS digits in mpmath.
 
-Every number is bounded, so that nothing takes long or fills the memory. Functions raise `Unreadable` beyond the bounds,
-and where there is no value.
+Every number is bounded, so that no answer takes long or fills the memory. The functions raise `Unreadable` beyond these
+bounds, and where a calculation has no value.
 """
 
 import threading
@@ -11,60 +11,61 @@ from typing import Any, NamedTuple
 
 from .math_latex import Unreadable
 
-MAX_ROOT = 20
-MAX_BITS = 4096  # of a fraction's numerator and denominator
+MAX_ROOT = 20  # the largest index of a root
+MAX_BITS = 4096  # the largest size of a fraction's numerator and denominator
 DIGITS = 120
-LARGEST = 1e30  # the size of a number that is not a fraction is at most that, and at least 1 / LARGEST ...
-ZERO = 1e-60  # ... but a sum, or a function as the sine of pi, that is smaller than this is 0 but for rounding
-TOLERANCE = 1e-40  # relative, between numbers that are not both fractions
+LARGEST = 1e30  # a number that is no fraction has a size from 1 / LARGEST to LARGEST, or is 0
+ZERO = 1e-60  # a smaller sum, or value of a function such as the sine of pi, differs from 0 only by rounding
+TOLERANCE = 1e-40  # the relative difference up to which numbers are equal that are not both fractions
 
-# The value of an expression: a Fraction, a real or complex number of mpmath, or a Group.
+# The value of an expression is a Fraction, a real or complex number of mpmath, or a Compound.
 Value = Any
 
 _OF_THREAD = threading.local()
+# Functions that are computed as 1 / another one, and those with another name in mpmath.
 _RECIPROCALS = {"sec": "cos", "csc": "sin", "cot": "tan", "sech": "cosh", "csch": "sinh", "coth": "tanh"}
 _MPMATH_NAMES = {"log": "log10", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}
 
 
 class Part(NamedTuple):
-    """One value of a group, and how it is written."""
+    """One value, and how the answer writes it."""
 
     value: Value
-    is_plain: bool = False  # a number without any calculation, or a fraction
-    is_calculation: bool = False  # a calculation that is still to be done
+    is_plain: bool = False  # it is written as a number without any calculation, or as a fraction
+    is_calculation: bool = False  # it is written as a calculation that is still to be done
 
 
-class Group(NamedTuple):
-    """Several values as one: a tuple, an interval, a set, a union, a matrix, ..."""
+class Compound(NamedTuple):
+    """Several values that make one: a tuple, an interval, a set, a union, a matrix or the like."""
 
-    kind: str  # for tuples and intervals the two brackets, for sets "{}"
+    kind: str  # the two brackets of a tuple or an interval, "{}" for a set, "cup" for a union, and so on
     parts: tuple[Part, ...]
 
 
-def group_of(kind: str, *values: Value) -> Group:
-    """A group of which it doesn't matter how the values are written."""
-    return Group(kind, tuple(map(Part, values)))
+def compound_of(kind: str, *values: Value) -> Compound:
+    """A compound of values for which it does not matter how they are written."""
+    return Compound(kind, tuple(map(Part, values)))
 
 
-UNORDERED = frozenset(("{}", "cup"))
+UNORDERED = frozenset(("{}", "cup"))  # the kinds of compounds in which the order of values does not count
 
 
 def same_value(given: Value, expected: Value) -> bool:
-    """Whether two values are the same; the order counts, but for sets and unions. `same_part` judges a group's parts.
+    """Whether two values are equal. Order counts in compounds other than sets and unions; `same_part` compares parts.
 
     >>> same_value(power(Fraction(8), Fraction(1, 2)), multiply(Fraction(2), power(Fraction(2), Fraction(1, 2))))
     True
     >>> one, two = Fraction(1), Fraction(2)
-    >>> [same_value(group_of(kind, one, two), group_of(kind, two, one)) for kind in ("{}", "()")]
+    >>> [same_value(compound_of(kind, one, two), compound_of(kind, two, one)) for kind in ("{}", "()")]
     [True, False]
     """
-    if isinstance(given, Group) and isinstance(expected, Group):
+    if isinstance(given, Compound) and isinstance(expected, Compound):
         if given.kind != expected.kind or len(given.parts) != len(expected.parts):
             return False
         if given.kind in UNORDERED:
             return match_all(given.parts, expected.parts, same_part)
         return all(map(same_part, given.parts, expected.parts))
-    if isinstance(given, Group) or isinstance(expected, Group):
+    if isinstance(given, Compound) or isinstance(expected, Compound):
         return False
     if isinstance(given, Fraction) and isinstance(expected, Fraction):
         return given == expected
@@ -73,7 +74,7 @@ def same_value(given: Value, expected: Value) -> bool:
 
 
 def same_part(given: Part, expected: Part) -> bool:
-    """Whether two values are the same; where a number is expected, a calculation is none.
+    """Whether two values are equal. A calculation that is still to be done does not equal a number that is expected.
 
     >>> three = Fraction(3)
     >>> same_part(Part(three, is_plain=True), Part(three)), same_part(Part(three, False, True), Part(three, True))
@@ -83,7 +84,7 @@ def same_part(given: Part, expected: Part) -> bool:
 
 
 def match_all(given: tuple[Any, ...], expected: tuple[Any, ...], same: Callable[[Any, Any], bool]) -> bool:
-    """Whether every one of `given` is the same as another one of `expected`, and none is left over."""
+    """Whether `given` and `expected` have the same values in any order, each as often."""
     left = list(expected)
     for value in given:
         index = next((i for i, other in enumerate(left) if same(value, other)), None)
@@ -94,9 +95,9 @@ def match_all(given: tuple[Any, ...], expected: tuple[Any, ...], same: Callable[
 
 
 def _arithmetic() -> Any:
-    """mpmath with a precision of our own, so that nobody else's is changed; one for each thread: it has a state."""
+    """mpmath with a precision of its own, for each thread separately because it has state. Other users keep theirs."""
     if not hasattr(_OF_THREAD, "arithmetic"):
-        from mpmath.ctx_mp import MPContext  # here: `import rewards` imports the standard library only
+        from mpmath.ctx_mp import MPContext  # imported here, so that the package needs only the standard library
 
         _OF_THREAD.arithmetic = MPContext()
         _OF_THREAD.arithmetic.dps = DIGITS
@@ -104,28 +105,36 @@ def _arithmetic() -> Any:
 
 
 def pi() -> Value:
+    """The number pi."""
     return +_arithmetic().pi
 
 
 def euler() -> Value:
+    """Euler's number e."""
     return +_arithmetic().e
 
 
 def imaginary_unit() -> Value:
+    """The imaginary unit i."""
     return _arithmetic().mpc(0, 1)
 
 
 def digits_of(value: Value) -> str:
-    """The first 30 digits, or the fraction."""
+    """The value as a text: the fraction, or the first 30 digits."""
     return str(value) if isinstance(value, Fraction) else _arithmetic().nstr(value, 30)
 
 
 def _inexact(value: Value) -> Value:
+    """The value as a number of mpmath."""
     return _arithmetic().mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
 
 
 def keep(value: Value, rounds: bool = False) -> Value:
-    """`value`, if it is not too large or too small to go on with; where what it comes from `rounds`, ZERO is 0."""
+    """Return the value, or raise Unreadable where it is too large or too small.
+
+    Args:
+        rounds: the value comes from a calculation whose rounding may hide a 0, so that a size below ZERO means 0.
+    """
     if isinstance(value, Fraction):
         if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
             raise Unreadable(f"a number of more than {MAX_BITS} bits")
@@ -133,33 +142,38 @@ def keep(value: Value, rounds: bool = False) -> Value:
     size = abs(value)
     if size == 0 or rounds and size < ZERO:
         return Fraction(0)
-    if not 1 / LARGEST <= size <= LARGEST:  # nor NaN
+    if not 1 / LARGEST <= size <= LARGEST:  # true for NaN, too
         raise Unreadable("a number too large or too small")
     return value
 
 
 def add(a: Value, b: Value) -> Value:
+    """a + b."""
     exact = are_exact(a, b)
     return keep(a + b if exact else _inexact(a) + _inexact(b), rounds=True)
 
 
 def multiply(a: Value, b: Value) -> Value:
+    """a * b."""
     exact = are_exact(a, b)
     return keep(a * b if exact else _inexact(a) * _inexact(b))
 
 
 def are_exact(*values: Value) -> bool:
-    if any(isinstance(value, Group) for value in values):
+    """Whether all values are fractions. Raises Unreadable where one of them is a compound."""
+    if any(isinstance(value, Compound) for value in values):
         raise Unreadable("arithmetic with several values at once")
     return all(isinstance(value, Fraction) for value in values)
 
 
 def absolute(value: Value) -> Value:
+    """The absolute value of a number."""
     are_exact(value)
     return abs(value)
 
 
 def power(base: Value, exponent: Value) -> Value:
+    """base ** exponent. Of a negative fraction, a root with an odd index is the real one."""
     exact = are_exact(base, exponent)
     if base == 0:
         if isinstance(exponent, Fraction) and exponent > 0:
@@ -170,7 +184,7 @@ def power(base: Value, exponent: Value) -> Value:
         if abs(exponent) * bits > MAX_BITS:
             raise Unreadable(f"a number of more than {MAX_BITS} bits")
         return base**exponent.numerator
-    if exact and base < 0 and exponent.denominator % 2:  # the real root, as sqrt[3]{-8} is -2
+    if exact and base < 0 and exponent.denominator % 2:  # sqrt[3]{-8} is -2
         return multiply(Fraction((-1) ** (exponent.numerator % 2)), power(-base, exponent))
     base, exponent = _inexact(base), _inexact(exponent)
     if abs(exponent) * (abs(_arithmetic().ln(abs(base))) + 1) > MAX_BITS:
@@ -179,16 +193,19 @@ def power(base: Value, exponent: Value) -> Value:
 
 
 def ratio(numerator: Value, denominator: Value) -> Value:
+    """numerator / denominator."""
     return multiply(numerator, power(denominator, Fraction(-1)))
 
 
 def root(value: Value, index: Value) -> Value:
+    """The root of an index from 2 to MAX_ROOT."""
     if not isinstance(index, Fraction) or index.denominator != 1 or not 2 <= index <= MAX_ROOT:
         raise Unreadable(f"a root of index {index}")
     return power(value, 1 / index)
 
 
 def apply(name: str, argument: Value) -> Value:
+    """The value of a function in `units.FUNCTIONS`."""
     are_exact(argument)
     if name in ("ln", "log") and argument == 0:
         raise Unreadable("a logarithm of 0")

@@ -1,28 +1,27 @@
-r"""Compute the value of one mathematical expression from its tokens.
+r"""Computes the value of one mathematical expression from its tokens.
 
-Nothing is given to eval(), on which sympy's parser of plain text is built, nor to a symbolic simplifier, which may run
-for ever. A small parser computes as it reads: exactly in fractions where that is possible, otherwise in
-mpmath, sympy's arithmetic. The length of the text, the depth of its brackets and every number on the way are
-bounded, so reading takes milliseconds.
+A small parser computes while it reads: exactly in fractions where that is possible, otherwise in mpmath, which is
+sympy's arithmetic. The library does not use sympy itself, because its parser of plain text is built on eval(), and its
+simplifier may run for ever. The length of the text, the depth of its brackets and every number on the way are bounded,
+so that reading takes milliseconds.
 """
 
 import math
 import re
-import zlib
 from collections.abc import Callable
 from fractions import Fraction
 
 from .math_latex import CLOSING, OPENING, Unreadable
 from .math_numbers import (
-    Group,
+    Compound,
     Part,
     Value,
     absolute,
     add,
     apply,
+    compound_of,
     digits_of,
     euler,
-    group_of,
     imaginary_unit,
     keep,
     multiply,
@@ -31,33 +30,33 @@ from .math_numbers import (
     ratio,
     root,
 )
+from .math_written import as_part, variable
 from .units import FUNCTIONS, GREEK
 
-MAX_DEPTH = 20
-MAX_ATOMS = 300  # numbers, variables and brackets read, those after a plus-minus sign twice
+MAX_DEPTH = 20  # of nested powers and brackets
+MAX_ATOMS = 300  # the most numbers, variables and brackets that are read; a plus-minus sign makes some count twice
 MAX_FACTORIAL = 300
-MAX_VALUES = 40  # in one pair of brackets
+MAX_VALUES = 40  # the most values in one pair of brackets
 
+# Functions of an angle, in which "°" means pi / 180.
 _CIRCULAR = frozenset(("sin", "cos", "tan", "sec", "csc", "cot"))
-_UNKNOWN_FUNCTIONS = frozenset("fghFGH")  # "f(2)" is not f times 2
-_INTEGER, _NUMBER = r"[0-9]+(?:,[0-9]{3})*", r"(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)"
-_FRACTION = re.compile(rf"\{{?{_NUMBER}\}}?/\{{?{_NUMBER}\}}?|frac\{{?{_INTEGER}\}}?\{{?{_INTEGER}\}}?")
-_PLAIN_NUMBER = re.compile(
-    rf"{_NUMBER}|[0-9.]+[eE][-+]?[0-9]+|(?:{_INTEGER})?(?:{_FRACTION.pattern})"
-    rf"|{_NUMBER}\*10\^(?:\{{-?[0-9]+\}}|-?[0-9]+)|repeating.*"
-)
-_BRACKETED = re.compile(r"\([^()]*\)")
+_UNKNOWN_FUNCTIONS = frozenset("fghFGH")  # functions without a definition: "f(2)" is not f times 2
 _STARTS_VALUE = frozenset("( [ { [[ sqrt frac binom repeating pi infty".split()) | FUNCTIONS | GREEK
 
 
 def read_value(tokens: list[str], point: int = 0) -> tuple[list[Value], int]:
-    r"""The values of an expression, its variables having those that belong to `point`, and how much it calculates.
+    r"""Compute the values of an expression, and count its calculations.
 
-    The values are two where the tokens have a plus-minus sign. What is counted is sums, products and quotients, except
-    fractions that are written as such.
+    Args:
+        tokens: the expression, from `split_tokens`.
+        point: a number from 0 that chooses the values of the variables, see `variable`.
+
+    Returns:
+        the value, or two values where the tokens have a plus-minus sign; and the number of sums, products, quotients
+        and the like, without fractions that are written with `frac`.
 
     Raises:
-        Unreadable: the tokens are not mathematics that is read here, or a number on the way is too large.
+        Unreadable: the tokens are no mathematics that is read here, or a number on the way is too large.
 
     >>> from tunix_torch.rewards.math_latex import split_tokens
     >>> read_value(split_tokens("1 + 2 * 3^2")), read_value(split_tokens(r"1\frac{1}{2}"))
@@ -77,30 +76,8 @@ def read_value(tokens: list[str], point: int = 0) -> tuple[list[Value], int]:
     return values, reader.operations
 
 
-def as_part(value: Value, tokens: list[str], operations: int) -> Part:
-    """`value` with how it is written: in these tokens, which calculate so many times.
-
-    >>> [as_part(Fraction(3), text.split(), n)[1:] for text, n in (("3", 0), ("1 + 2", 1), ("6 / 2", 1))]
-    [(True, False), (False, True), (True, True)]
-    >>> as_part(Fraction(3, 2), ["3", "/", "2"], 1)[1:]
-    (True, False)
-    """
-    written = "".join(tokens).lstrip("+-")
-    written = written[1:-1] if _BRACKETED.fullmatch(written) else written
-    is_plain = _PLAIN_NUMBER.fullmatch(written) is not None
-    is_whole = isinstance(value, Fraction) and value.denominator == 1
-    is_division = is_plain and is_whole and _FRACTION.fullmatch(written) is not None  # "84/7" for 12
-    return Part(value, is_plain, operations > 0 and not is_plain or is_division)
-
-
-def variable(name: str, point: int) -> Fraction:
-    """In [-2, 2], not 0; different for every name and point, negative at odd points."""
-    size = Fraction(zlib.crc32(f"{name} {point}".encode()) % 999_983 + 1, 500_009)
-    return -size if point % 2 else size
-
-
 class _Reader:
-    """Computes the value of one expression while reading it, by recursive descent.
+    """Computes the value of one expression while it reads it, by recursive descent through this grammar:
 
     union: sum ("cup" sum)*;  sum: product (("+" | "-") product)*;  product: power (("*" | "/" | nothing) power)*;
     power: atom ("!" | "°")* ("^" power)?
@@ -110,13 +87,16 @@ class _Reader:
         self.tokens = list(tokens)
         self.point = point
         self.position = self.depth = self.operations = self.bars = self.atoms = 0
-        self.plus_minus = 1  # what a plus-minus sign means at the moment ...
-        self.has_plus_minus = self.in_circular = False  # ... and whether there was one
+        self.plus_minus = 1  # the sign that a plus-minus sign means in this reading
+        self.has_plus_minus = False  # whether this reading has met a plus-minus sign
+        self.in_circular = False  # whether the parser reads the argument of a function of an angle
 
     def peek(self) -> str:
+        """The next token, or "" at the end."""
         return self.tokens[self.position] if self.position < len(self.tokens) else ""
 
     def take(self, wanted: str | None = None) -> str:
+        """Read the next token. It must be `wanted`, where that is given."""
         token = self.peek()
         if not token or wanted not in (None, token):
             raise Unreadable(f"{token!r} where {wanted or 'a value'!r} should stand")
@@ -124,12 +104,14 @@ class _Reader:
         return token
 
     def accept(self, token: str) -> bool:
+        """Read the next token if it is this one, and say whether it was."""
         if self.peek() != token:
             return False
         self.position += 1
         return True
 
     def alternatives(self) -> list[Value]:
+        """Read a union; one with a plus-minus sign is read twice, and has two values."""
         start, self.has_plus_minus = self.position, False
         values = [self.union()]
         if self.has_plus_minus:
@@ -142,9 +124,9 @@ class _Reader:
         values = [self.sum()]
         while self.accept("cup"):
             values.append(self.sum())
-        if len(values) > 1 and not all(isinstance(value, Group) for value in values):
+        if len(values) > 1 and not all(isinstance(value, Compound) for value in values):
             raise Unreadable("a union of numbers")
-        return values[0] if len(values) == 1 else group_of("cup", *values)
+        return values[0] if len(values) == 1 else compound_of("cup", *values)
 
     def sign(self) -> int:
         token = self.take()
@@ -168,7 +150,7 @@ class _Reader:
                 value = multiply(value, self.signed())
             elif self.accept("/"):
                 value = ratio(value, self.signed())
-            elif self.starts_value():  # "2x", "2(x + 1)", but not "2 3"
+            elif self.starts_value():  # a product without a sign, as "2x" and "2(x + 1)", but not "2 3"
                 value = multiply(value, self.power())
             else:
                 return value
@@ -204,9 +186,11 @@ class _Reader:
         return self.unknown("!", [value])
 
     def degrees(self, value: Value) -> Value:
+        """A number of degrees: an angle in the argument of a function such as sin, else the plain number."""
         return multiply(value, multiply(pi(), Fraction(1, 180))) if self.in_circular else value
 
     def atom(self) -> Value:
+        """Read a number, a variable, a pair of brackets, or a function with its argument."""
         self.atoms += 1
         if self.atoms > MAX_ATOMS:
             raise Unreadable(f"more than {MAX_ATOMS} numbers, variables and brackets")
@@ -216,7 +200,7 @@ class _Reader:
         if token == "[[":
             return self.matrix()
         if token == "\\{" and self.accept("\\}"):
-            return Group("{}", ())
+            return Compound("{}", ())
         if token in OPENING:
             return self.bracketed(token)
         if token == "|":
@@ -225,6 +209,10 @@ class _Reader:
             self.take("|")
             self.bars -= 1
             return absolute(value)
+        return self.named(token)
+
+    def named(self, token: str) -> Value:
+        """Read the rest of an atom that begins with a name: a command, a function, a constant or a variable."""
         if token == "sqrt":
             index = Fraction(2)
             if self.accept("["):
@@ -243,7 +231,7 @@ class _Reader:
         if token == "pi":
             return pi()
         if token == "emptyset":
-            return Group("{}", ())
+            return Compound("{}", ())
         if token in ("e", "i") and self.peek() != "_":
             return euler() if token == "e" else imaginary_unit()
         if token in _UNKNOWN_FUNCTIONS and self.peek() == "(" or self.applies_to_letter(token):
@@ -254,32 +242,33 @@ class _Reader:
         raise Unreadable(f"{token!r} where a value should stand")
 
     def applies_to_letter(self, token: str) -> bool:
-        """Whether p(x) begins here: a function's name, not p times x."""
+        """Whether the tokens are a function of a letter, as p(x), which is not p times x."""
         opening, argument, closing = [*self.tokens[self.position : self.position + 3], "", "", ""][:3]
         return (_is_letter(token) or token in GREEK) and opening == "(" and _is_letter(argument) and closing == ")"
 
     def bracketed(self, opening: str) -> Value:
+        """Read the rest of a pair of brackets: a value in brackets, a tuple, an interval or a set."""
         parts, closing = self.until_closed(opening)
         if opening == "\\{" or opening == "{" and len(parts) > 1:
-            return Group("{}", tuple(parts))
+            return Compound("{}", tuple(parts))
         if len(parts) == 1 and closing == OPENING[opening]:
             return parts[0].value
         if len(parts) == 1:
             raise Unreadable(f"{opening!r} closed by {closing!r}")
-        return Group("()" if opening == "<<" else opening + closing, tuple(parts))
+        return Compound("()" if opening == "<<" else opening + closing, tuple(parts))
 
     def part(self, read: Callable[[], list[Value]]) -> list[Part]:
-        """What `read` reads, with how it is written."""
+        """The values that `read` reads, each with how it is written."""
         start, operations = self.position, self.operations
         values = read()
         return [as_part(value, self.tokens[start : self.position], self.operations - operations) for value in values]
 
     def until_closed(self, opening: str) -> tuple[list[Part], str]:
-        """The values between commas, and the closing bracket, which for "(" and "[" may be either of the two."""
+        """Read values between commas, and the closing bracket, which for "(" and "[" may be either ")" or "]"."""
         bars, self.bars = self.bars, 0
         parts: list[Part] = []
         if opening == "\\{" or opening == "{" and self.has_comma_before("}"):
-            plus_minus = self.plus_minus, self.has_plus_minus  # in a set, each plus-minus sign makes two elements
+            plus_minus = self.plus_minus, self.has_plus_minus  # each plus-minus sign in a set makes two elements
             self.plus_minus = 1
             while not parts or self.accept(","):
                 parts.extend(self.part(self.alternatives))
@@ -296,6 +285,7 @@ class _Reader:
         return parts, closing
 
     def has_comma_before(self, closing: str) -> bool:
+        """Whether a comma follows, outside of further brackets, before the closing bracket."""
         depth = 0
         for token in self.tokens[self.position :]:
             if depth == 0 and token in (",", closing):
@@ -303,7 +293,8 @@ class _Reader:
             depth += (token in OPENING) - (token in CLOSING)
         return False
 
-    def matrix(self) -> Group:
+    def matrix(self) -> Compound:
+        """Read the rest of a matrix after its opening bracket."""
         rows: list[list[Part]] = [[]]
         while True:
             rows[-1].extend(self.part(lambda: [self.sum()]))
@@ -311,21 +302,21 @@ class _Reader:
             if separator == ";;" and self.peek() != "]]":
                 rows.append([])
             elif separator == "]]" or separator == ";;" and self.accept("]]"):
-                return group_of("matrix", *(Group("row", tuple(row)) for row in rows))
+                return compound_of("matrix", *(Compound("row", tuple(row)) for row in rows))
             elif separator != "&":
                 raise Unreadable(f"{separator!r} in a matrix")
 
     def argument(self) -> Value:
-        r"""What follows \frac: a group in braces, or else one digit or letter."""
+        r"""Read one argument of \frac: an expression in braces, or a single digit or letter."""
         token = self.peek()
-        if token.isdecimal() and len(token) > 1:  # \frac12
+        if token.isdecimal() and len(token) > 1:  # \frac12 is one half
             self.tokens[self.position : self.position + 1] = [token[0], token[1:]]
         elif token != "{" and not token.isdecimal() and not _is_letter(token) and token != "pi":
             raise Unreadable("an argument without braces")
         return self.atom()
 
     def subscript(self) -> str:
-        """The subscript of a variable or of a number in another base, as a part of its name."""
+        """Read the subscript of a variable, or of a number in another base, as a part of its name."""
         if not self.accept("_"):
             return ""
         if not self.accept("{"):
@@ -337,7 +328,7 @@ class _Reader:
         return name
 
     def mixed_number(self, token: str) -> Fraction:
-        r"""The number `token`, and the fraction after it: "1 1/2" and "1\frac{1}{2}" are 3/2."""
+        r"""The number `token` plus a fraction right after it: "1 1/2" and "1\frac{1}{2}" are 3/2."""
         after = " ".join(self.tokens[self.position : self.position + 7])
         written = re.match(r"([0-9]+) / ([0-9]+)(?= |$)", after)
         written = written or re.match(r"frac (?:\{ )?([0-9]+)(?: \})? (?:\{ )?([0-9]+)(?: \})?(?= |$)", after)
@@ -348,6 +339,7 @@ class _Reader:
         return keep(_to_fraction(token))
 
     def repeating_decimal(self) -> Fraction:
+        """Read {whole part}{decimals}{repeating decimals}, any of which but the last may be empty."""
         parts = []
         for _ in range(3):
             self.take("{")
@@ -358,29 +350,31 @@ class _Reader:
         return keep(fixed + Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(start)))
 
     def choose(self, n: Value, k: Value) -> Value:
+        """The binomial coefficient, or the value of an unknown function where n or k is no small whole number."""
         whole = all(isinstance(x, Fraction) and x.denominator == 1 and 0 <= x <= MAX_FACTORIAL for x in (n, k))
         return Fraction(math.comb(n.numerator, k.numerator)) if whole else self.unknown("binom", [n, k])
 
     def unknown(self, name: str, arguments: list[Value]) -> Fraction:
-        """The value at these arguments of a function of which only the name is known."""
-        if any(isinstance(argument, Group) for argument in arguments):
+        """A value for an unknown function, which depends on its name and its arguments only."""
+        if any(isinstance(argument, Compound) for argument in arguments):
             raise Unreadable(f"{name!r} of several values at once")
         texts = map(digits_of, arguments)
         return variable(f"{name}({','.join(texts)})", self.point)
 
     def function(self, name: str) -> Value:
+        """Read the rest of a function after its name: its base, its exponent and its argument."""
         exponent = base = None
         if name == "log" and self.accept("_"):
             base = self.argument()
         if self.accept("^"):
-            exponent = self.atom()  # \sin^2 x
-            if not isinstance(exponent, Fraction) or exponent < 1:  # \sin^{-1} is no power
+            exponent = self.atom()  # as in \sin^2 x
+            if not isinstance(exponent, Fraction) or exponent < 1:  # \sin^{-1} means the inverse function
                 raise Unreadable(f"{name}^{exponent}")
         outside, self.in_circular = self.in_circular, name in _CIRCULAR
         is_bracketed = self.peek() in ("(", "{", "[")
         argument = self.power() if not is_bracketed else self.atom()
         while not is_bracketed and (self.peek() == "pi" or _is_letter(self.peek())):
-            argument = multiply(argument, self.power())  # \sin 2x
+            argument = multiply(argument, self.power())  # as in \sin 2x
         self.in_circular = outside
         value = apply(name, argument)
         if base is not None:

@@ -1,9 +1,10 @@
-"""The three rewards of the notebook: format, correctness and the quality of the reasoning.
+"""The three rewards of a notebook on reasoning with Tunix: format, correctness and the quality of the reasoning.
 
-Source: aabhimittal/Training-Reasoning-Models-with-Tunix-GRPO, whose README weighs them 0.3, 0.5 and 0.2. Here words are
-whole words ("also" is no "so", "address" no "add") and "0.15" does not end a sentence.
+They come from aabhimittal/Training-Reasoning-Models-with-Tunix-GRPO, whose README gives them the weights 0.3, 0.5 and
+0.2. Two things differ: here words are whole words ("also" has no "so", "address" no "add"), and "0.15" does not end a
+sentence.
 
-What a policy can exploit: the tags and the words that the quality counts earn 0.3 + 0.2 without the right answer.
+A policy can exploit that the tags, and the words that the quality counts, earn 0.3 + 0.2 without the right answer.
 """
 
 import re
@@ -23,11 +24,11 @@ from .answers import (
 )
 from .conversations import takes_conversations
 
-TOLERANCE = Fraction(1, 100)
-MAX_ANSWER_WORDS = 20
+TOLERANCE = Fraction(1, 100)  # numbers that differ by less are equal
+MAX_ANSWER_WORDS = 20  # a longer answer earns nothing for containing the expected one
 STEP_WORDS = frozenset("first then next finally step therefore so because".split())
 _WORD = re.compile(r"-?[0-9]+(?:[.,][0-9]+)*|[^\W0-9]+")
-# One mark of mathematics each.
+# Each pattern is one mark of mathematics.
 _MATHEMATICS = [
     OPERATION,
     re.compile("="),
@@ -57,14 +58,15 @@ def notebook_correctness_reward(
 ) -> list[float | None]:
     """In [0, 1]: 1.0 for the expected answer, 0.7 for an answer that contains it, else 0.0; None where that is None.
 
-    The expected answer is the same by `answers_match`, or a number less than TOLERANCE away, whatever its unit.
-    Containing means as whole words, in an answer of at most MAX_ANSWER_WORDS words; a number has to be the only one
-    that the answer states (`stated_number`). The notebook itself pays 0.7 wherever the text occurs, so for "0 1 2 3".
+    An answer is the expected one if it is equal by `answers_match`, or is a number less than TOLERANCE away, whatever
+    its unit. It contains the expected one if it has its words as whole words, and at most MAX_ANSWER_WORDS words in
+    all. An expected number has to be the only number that the answer states (`stated_number`). The notebook itself pays
+    0.7 wherever the expected text occurs, so that "0 1 2 3" earns it for many numbers.
 
     A policy can still earn 0.7 by putting several words into one answer, as in "yes or no".
 
     Raises:
-        ValueError: `answer` has not one value for every completion.
+        ValueError: `answer` does not have one value for every completion.
 
     >>> texts = ["36", "36.001", "The total is 36 dollars.", "36 or 37", "136", ""]
     >>> notebook_correctness_reward(["?"] * 6, [f"<answer>{text}</answer>" for text in texts], answer=["36"] * 6)
@@ -79,7 +81,7 @@ def notebook_reasoning_quality_reward(
 ) -> list[float]:
     """In [0, 1]: the sum of four parts about the text in the reasoning tags; 0.0 without such text.
 
-    - length: 0.3 for 10 to 200 words, 0.1 for any other number of more than 5;
+    - length: 0.3 for 10 to 200 words, 0.1 for 6 to 9 words and for more than 200;
     - steps: 0.1 for each different word of STEP_WORDS, at most 0.3;
     - mathematics: 0.1 for each of these that occurs, at most 0.2: a calculation, "=", multiply, divide, add, subtract;
     - sentences: 0.2 for two or more sentences or lines.
@@ -109,7 +111,7 @@ def _score_correctness(completion: str, expected: str) -> float:
 
 
 def _as_words(text: str) -> str:
-    """The words with one space before and after each; a number, with its sign and decimals, is a word.
+    """The words of a text with one space before and after each. A number with its sign and decimals is one word.
 
     >>> _as_words("It's -0.5,  not $5.")
     ' it s -0.5 not 5 '
@@ -120,7 +122,7 @@ def _as_words(text: str) -> str:
 def _score_quality(completion: str) -> float:
     reasoning = (extract_reasoning(completion) or "").casefold()
     num_words = len(reasoning.split())
-    # tenths, so that the sum is exact
+    # All parts are in tenths, so that their sum is exact.
     length = 3 if 10 <= num_words <= 200 else int(num_words > 5)
     steps = min(len(STEP_WORDS.intersection(re.findall(r"\w+", reasoning))), 3)
     mathematics = min(sum(mark.search(reasoning) is not None for mark in _MATHEMATICS), 2)

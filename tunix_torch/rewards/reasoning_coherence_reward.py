@@ -1,4 +1,4 @@
-"""Structure: is the reasoning laid out in connected steps, with arithmetic that is true?"""
+"""The reward for structure: whether the reasoning has connected steps, and arithmetic that is true."""
 
 import re
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from fractions import Fraction
 from .answers import DECIMAL, MAX_NUMBER_CHARS, STEP_END, extract_reasoning
 from .conversations import takes_conversations
 
-FULL_STEPS = 3
-FULL_TRANSITIONS = 2
+FULL_STEPS = 3  # so many different steps earn the full quarter
+FULL_TRANSITIONS = 2  # so many different transition words earn the full quarter
 TRANSITIONS = frozenset(
     "first firstly second secondly third next then after so since because therefore thus hence finally".split()
 )
@@ -17,7 +17,7 @@ _LIST_MARKER = re.compile(r"^[ \t]*(?:[-*•]|[0-9]+[.)])[ \t]+", re.MULTILINE)
 _SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "×": "*", "·": "*", "÷": "/", "$": None, "€": None, "£": None})
 _TIMES_X = re.compile(r"(?<=[0-9]) ?x ?(?=[0-9])")
 _CLAUSE_END = re.compile(r"[.,;:!?](?:\s|$)|\n")
-_EQUATION = re.compile(r"[-+*/^%=0-9., ]+")  # a run of what equations are made of; _evaluate refuses "^" and "%"
+_EQUATION = re.compile(r"[-+*/^%=0-9., ]+")  # characters of equations; `_evaluate` refuses those with "^" or "%"
 _TERM = re.compile(rf"([-+*/])\s*(-?{DECIMAL})\s*")
 _TERMS = re.compile(rf"(?:{_TERM.pattern})+")
 
@@ -27,14 +27,15 @@ def reasoning_coherence_reward(prompts: Sequence[str], completions: Sequence[str
     """In [0, 1]: the sum of four quarters about the text in the reasoning tags; 0.0 without such text.
 
     - presence: 0.25 for any text;
-    - steps: 0.25 for three different steps, a third of it each; a step is a line or sentence of three or more words;
-    - transitions: 0.25 for two different words of TRANSITIONS, half of it for one;
+    - steps: 0.25 for three different steps, and a third of it for each step below; a step is a line or a sentence of
+      three or more words;
+    - transitions: 0.25 for two different words of TRANSITIONS, and half of it for one;
     - arithmetic: 0.25 times the share of equations, such as `2 + 3 * 4 = 14`, that are exactly true; 0 without one.
       Expressions with letters, brackets, powers or percentages are not judged.
 
-    The parts are this project's own measure of structure; checking written calculations follows the calculator
-    annotations of GSM8K (Cobbe et al. 2021, arXiv:2110.14168). It looks at form only, so give it a small weight beside
-    correctness.
+    These parts are this project's own measure of structure. Checking the written calculations follows the calculator
+    annotations of GSM8K (Cobbe et al. 2021, arXiv:2110.14168). The reward looks at the form only, so give it a small
+    weight beside correctness.
 
     >>> good = "First, 48 / 2 = 24 clips in May.\\nThen 48 + 24 = 72 in both months.\\nSo the answer is 72."
     >>> wrong = "First, 48 / 2 = 24 clips in May.\\nThen 48 + 24 = 62 in both months.\\nSo the answer is 62."
@@ -61,7 +62,7 @@ def _score(reasoning: str | None) -> float:
 
 
 def _judge_equations(reasoning: str) -> list[bool]:
-    """For every equation in the text that we can evaluate: is it true?
+    """Whether each equation in the text is true. Equations that can't be evaluated are left out.
 
     >>> _judge_equations("2 + 3 = 5. Total = $4 x 2 = $8, then 10 - 1 = 8; x + 3 = 7 and 7 = 7")
     [True, True, False]
@@ -80,11 +81,12 @@ def _judge_equations(reasoning: str) -> list[bool]:
 
 
 def _calculates(side: str) -> bool:
+    """Whether a side of an equation has an operator, other than the sign of its first number."""
     return any(operator in side.strip()[1:] for operator in "+-*/")
 
 
 def _evaluate(expression: str) -> Fraction | None:
-    """Exact value of a sum of products of numbers; None when it is anything else, or divides by zero.
+    """The exact value of a sum of products and quotients; None for anything else, and for a division by zero.
 
     >>> _evaluate("2 + 3 * -4 / 8"), _evaluate("1,000 - .5"), _evaluate("+ 3"), _evaluate("1 / 0")
     (Fraction(1, 2), Fraction(1999, 2), None, None)

@@ -1,4 +1,4 @@
-"""Scores of a reasoning step by step, and of the whole of it, with a discount for later steps."""
+"""Scores each step of a reasoning, with a discount for later steps, and the completion as a whole."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,12 @@ from .conversations import completion_text
 
 @dataclass(frozen=True)
 class TrajectoryScore:
-    """The scores of one completion's steps, and of the completion."""
+    """The scores of one completion and of its steps."""
 
-    steps: list[RewardBreakdown]  # one for each step, not discounted
+    steps: list[RewardBreakdown]  # one score for each step, not discounted
     discounted: list[float | None]  # discount ** i * steps[i].total, None where no component applies
-    mean: float | None  # of those discounted scores that apply; 0.0 without steps, None where none applies
-    whole: RewardBreakdown | None  # of the whole completion; None without trajectory components
+    mean: float | None  # the mean of the discounted scores that are not None; 0.0 without steps, None if all are None
+    whole: RewardBreakdown | None  # the score of the whole completion; None without trajectory components
 
 
 def score_steps(
@@ -25,14 +25,16 @@ def score_steps(
     steps: Sequence[str],
     columns: Mapping[str, object] | None = None,
 ) -> list[RewardBreakdown]:
-    """The weighted total and the parts of every step; ranges as in `composite_reward`.
+    """The weighted total and the components' values for every step, in the ranges of `composite_reward`.
 
-    A step is given to the components as a completion whose reasoning part is that step alone, so the rewards of this
-    package that look at the reasoning work on it as they are. `columns` has the data set's values for this one prompt,
-    for example `{"answer": "72"}`; each step gets them.
+    The components get each step as a completion whose reasoning part is that step alone, so that the rewards of this
+    package that look at the reasoning work unchanged.
+
+    Args:
+        columns: the data set's values for this one prompt, for example `{"answer": "72"}`; every step gets them.
 
     Raises:
-        ValueError: as `score_with_breakdown`.
+        ValueError: see `score_with_breakdown`.
 
     >>> from tunix_torch.rewards import structure_reward
     >>> scores = score_steps([RewardComponent("structure", structure_reward)], "?", ["48 / 2 = 24.", "72"])
@@ -53,13 +55,14 @@ def score_trajectory(
     trajectory_components: Sequence[RewardComponent] = (),
     columns: Mapping[str, object] | None = None,
 ) -> TrajectoryScore:
-    """The scores of the steps of `completion` (`extract_steps`), step i times `discount` ** i, and of the whole of it.
+    """Score the steps of a completion, as `extract_steps` finds them, and the completion as a whole.
 
-    `mean` lies in the range of the step components' weighted sum, widened to include 0. The process reward of the
-    hackathon trainer; scoring steps instead of outcomes follows Lightman et al. 2023 (arXiv:2305.20050).
+    The score of step i is multiplied by `discount` ** i. `mean` lies in the range of the step components' weighted sum,
+    widened to include 0. This is the process reward of the hackathon trainer; scoring steps instead of outcomes follows
+    Lightman et al. 2023 (arXiv:2305.20050).
 
     Raises:
-        ValueError: `discount` is not in [0, 1]; and as `score_with_breakdown`.
+        ValueError: `discount` is not in [0, 1]; see also `score_with_breakdown`.
 
     >>> from tunix_torch.rewards import format_reward, structure_reward
     >>> step_components = [RewardComponent("structure", structure_reward)]
@@ -79,10 +82,10 @@ def score_trajectory(
 
 
 def trajectory_reward(components: Sequence[RewardComponent], discount: float = 1.0) -> RewardFn:
-    """A reward function `(prompts, completions, **columns)`: the `mean` of `score_trajectory`, in the same range.
+    """A reward function `(prompts, completions, **columns)` that gives the `mean` of `score_trajectory`, in its range.
 
     Raises:
-        ValueError: `discount` is not in [0, 1]; and, from the function returned, what `score_with_breakdown` raises.
+        ValueError: `discount` is not in [0, 1]. The returned function raises what `score_with_breakdown` raises.
 
     >>> from tunix_torch.rewards import structure_reward
     >>> reward_fn = trajectory_reward([RewardComponent("structure", structure_reward)], discount=0.5)
@@ -107,6 +110,7 @@ def _check_discount(discount: float) -> None:
 
 
 def _mean(scores: list[float | None]) -> float | None:
+    """The mean of the scores that are not None; 0.0 without scores, None if all are None."""
     if not scores:
         return 0.0
     known = [score for score in scores if score is not None]

@@ -1,12 +1,13 @@
-"""Which words after a number are a unit: those that name what is counted or measured, and leave its value alone.
+"""Decides which words after a number are a unit: words that name what is counted or measured.
 
-A word that changes the value ("3 quarters", "5 squared") or takes it back ("5 is wrong") is none, nor is mathematics
-("2x", "4 sqrt 2", "3 pi"). These are lists: a word that they do not have counts as a unit.
+A word is no unit if it changes the number's value ("3 quarters", "5 squared"), takes it back ("5 is wrong"), or belongs
+to mathematics ("2x", "4 sqrt 2", "3 pi"). Such words are listed here; a word that no list has counts as a unit.
 """
 
 import re
 from collections.abc import Sequence
 
+# Words that multiply the number before them.
 SCALES = {
     "dozen": 12,
     "hundred": 100,
@@ -40,20 +41,20 @@ _CHANGES_VALUE = frozenset(
         *"permille permil mille bps binary ternary octal hex hexadecimal".split(),
         *"squared cubed root factorial doubled tripled halved twice thrice".split(),
         *"negative negated inverse reciprocal repeating recurring choose mod modulo below".split(),
-        # These take the value back, or say that it may be another one.
+        # These words take the value back, or say that it may be another one.
         *"not never none nope nothing cannot isnt arent wasnt werent aint dont doesnt didnt cant".split(),
         *"wrong false incorrect untrue invalid inaccurate erroneous mistaken mistake mistakenly".split(),
         *"incorrectly wrongly impossible unlikely doubtful unsure uncertain unknown".split(),
         *"maybe perhaps possibly probably".split(),
     ]
 )
-# "quadrillion", "fourteenths", "twentieth", "nines", "sixes", "twenties"; but "24 zeros" counts zeros.
+# Words such as "quadrillion", "fourteenths", "twentieth", "nines", "sixes" and "twenties". "24 zeros" counts zeros.
 _NUMBER_WORD = re.compile(
     rf"[a-z]*(?:illion|illionth|teenth|tieth)s?|(?:{'|'.join(sorted(_NUMBER_WORDS - {'zero'}))})e?s"
     r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ties"
 )
 _NEGATION = re.compile(r"n['’]t\b")
-# What makes a number of a sentence a bound: "at least 600", "over $600", "x >= 600"; and "600th" is another number.
+# Words and signs that make a bound of a number ("at least 600", "over $600", "x >= 600") or a rank ("600th").
 _BOUND = re.compile(
     r"\bat (?:the )?(?:very )?(?:least|most)\b"
     r"|\b(?:(?:more|less|fewer|greater|smaller|larger|bigger|higher|lower|other) than|over|under|above|beyond|between"
@@ -62,12 +63,12 @@ _BOUND = re.compile(
 )
 _NEVER_IN_A_UNIT = _CHANGES_VALUE | frozenset(
     [
-        # These go on to another number, ...
+        # These words lead to another number, ...
         *"and or but if unless except plus minus times divided multiplied added subtracted than".split(),
         *"basis score double triple quadruple".split(),
-        # ... bound the value or take it back, ...
+        # ... these bound the value or take it back, ...
         *"least most instead rather hardly barely likely".split(),
-        # ... and are mathematics. "min" is missing: "40 min" are minutes.
+        # ... and these are mathematics. "min" is not listed, because "40 min" are minutes.
         *FUNCTIONS,
         *GREEK,
         *"pi sqrt frac inf infinity infty arccot arcsec arccsc arcsinh arccosh arctanh arsinh arcosh artanh".split(),
@@ -76,26 +77,28 @@ _NEVER_IN_A_UNIT = _CHANGES_VALUE | frozenset(
         *"sine cosine sines cosines logarithm squareroot cuberoot transpose conjugate equals".split(),
     ]
 )
-# "7 is wrong", but "7 miles to go"; "7 mega" is no number of things, and "7 fold" is another number.
+# Words that are no unit right after the number, but may stand later in one: "7 is wrong", but "7 miles to go".
 _NEVER_FIRST = frozenset("is are was were to fold mega giga tera micro milli nano pico deca deci centi thou".split())
-# Short units, which otherwise could be a product of variables, as "ab" is. After a space, more of them are unambiguous.
+# Short units. Any other short word could be a product of variables, as "ab" is. Those of the first set are units even
+# without a space after the number; those of the second only with a space.
 _ATTACHED_UNITS = frozenset(
     "km cm mm kg mg lb lbs oz ft kb mb gb hz khz mhz ghz kw kwh kj mph kph kmh hrs mins secs th st nd rd μm".split()
 )
 _SHORT_UNITS = _ATTACHED_UNITS | frozenset(
     "nm in yd mi ml cl dl hr min sec ms am pm tb mw cal pts pt px usd eur gbp gm gms pct sq cu μs μl μg of".split()
 )
-# Letters alone after a short unit or a word of mathematics are variables, as in "2 cm x" and "2 over n"; in "5 visits
-# to company B" there are none.
+# A single letter after a short unit or a word of mathematics is a variable, as in "2 cm x" and "2 over n"; the letter
+# in "5 visits to company B" is none.
 _VARIABLE = re.compile(
     rf"(?<![\w'’.-])(?:[a-z]|over|per|base|by|{'|'.join(sorted(_SHORT_UNITS - {'of', 'in', 'am'}))})(?:\^?[23]|[²³])? "
     r"(?:[bdeinpqrtuxyz]|[xyz]+)(?!\w|['’.-]\w)"
 )
-# With a space before them, and in plain text only: in mathematics they are variables.
+# Letters that are units after a space in plain text. In mathematics they are variables.
 _LETTER_UNITS = frozenset("mgshl")
 _PRODUCT_LETTERS = frozenset("abcdwxyz")
 _VOWELS = frozenset("aeiouyäöüéèáàíóúæøå")
 
+# One spelling of a unit -> its other spellings, without endings of the plural.
 _SPELLINGS = {
     **{"dollar": "$ usd", "euro": "€ eur", "pound": "£ gbp", "yen": "¥", "rupe": "₹"},
     **{"%": "percent percentag pct", "°": "degre"},
@@ -114,13 +117,14 @@ _SPELLINGS = {
 _ALIASES = {other: one for one, others in _SPELLINGS.items() for other in others.split()}
 _POWERS = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
 _SUPERSCRIPTS = str.maketrans({"²": "2", "³": "3", "^": None, "{": None, "}": None, "(": None, ")": None})
-# "miles" and "mile", "inches" and "inch", "glasses" and "glass"; too short a word ("ms", "s") is left alone.
+# The endings in which "miles" and "mile", "inches" and "inch", "glasses" and "glass" differ. Words as short as "ms"
+# keep their "s".
 _WORD_ENDING = re.compile(r"(?<=\w\w)(?:es|(?<!s)s|e)\b")
 _LETTERS = re.compile(r"[^\W\d_]+")
 
 
 def changes_value(text: str) -> bool:
-    """Whether `text`, a sentence with a number, makes that another number, a bound, or no answer.
+    """Whether the words of a sentence make another number, a bound, or no answer of the number in it.
 
     >>> [changes_value(text) for text in ("3 quarters of it", "3 clips in all", "3 ten-thousandths", "it is not 3")]
     [True, False, True, True]
@@ -132,8 +136,9 @@ def changes_value(text: str) -> bool:
 
 
 def may_be_unit(text: str) -> bool:
-    """Whether no word of `text`, which stands after a number, changes its value or takes it back, states another one,
-    or is mathematics.
+    """Whether a text after a number may be its unit.
+
+    It is no unit if a word of it changes the value or takes it back, leads to another number, or is mathematics.
 
     >>> may_be_unit("clips in all"), may_be_unit("quarters"), may_be_unit("apples or seven"), may_be_unit("cm x")
     (True, False, False, False)
@@ -145,7 +150,7 @@ def may_be_unit(text: str) -> bool:
 
 
 def is_short_unit(word: str) -> bool:
-    """Whether `word` is one of the short units, as "cm" is.
+    """Whether a word is one of the listed short units, such as "cm".
 
     >>> is_short_unit("cm"), is_short_unit("gcd")
     (True, False)
@@ -154,9 +159,11 @@ def is_short_unit(word: str) -> bool:
 
 
 def starts_unit(word: str, attached: bool, letters: bool = False) -> bool:
-    """Whether a word right after a number can begin a unit; `attached` when no space is between the two.
+    """Whether a word right after a number can begin a unit.
 
-    A letter is a unit only where the text has `letters` for units, and only some of them; in "2x" it is a variable.
+    Args:
+        attached: there is no space between the number and the word.
+        letters: a single letter may be a unit, as in plain text. In mathematics it is a variable.
 
     >>> starts_unit("clips", False), starts_unit("km", True), starts_unit("x", True), starts_unit("ab", False)
     (True, True, False, False)
@@ -172,12 +179,13 @@ def starts_unit(word: str, attached: bool, letters: bool = False) -> bool:
 
 
 def _has_word_of(words: frozenset[str], folded: str) -> bool:
+    """Whether a text in small letters has one of the words, a word for a number, or a negation."""
     found = _LETTERS.findall(folded)
     return not words.isdisjoint(found) or any(map(_NUMBER_WORD.fullmatch, found)) or bool(_NEGATION.search(folded))
 
 
 def normalise_unit(words: Sequence[str]) -> tuple[str, ...]:
-    """The words of a unit without their plural, in one spelling.
+    """The words of a unit in the singular and in one spelling, so that equal units compare equal.
 
     >>> normalise_unit(["$"]), normalise_unit(["Inches"]), normalise_unit(["cm^{2}"]), normalise_unit(["square", "cm"])
     (('dollar',), ('in',), ('cm2',), ('cm2',))
@@ -197,5 +205,5 @@ def _in_one_spelling(word: str) -> str:
 
 
 def units_agree(a: Sequence[str], b: Sequence[str]) -> bool:
-    """Whether two units are the same in their words, as far as the shorter one goes; a missing one agrees with any."""
+    """Whether two units have the same words, as far as the shorter one goes. No unit agrees with any unit."""
     return all(x == y for x, y in zip(a, b, strict=False))
