@@ -82,12 +82,11 @@ def _look_up(table: Tensor, numbers: Tensor, parts: int) -> Tensor:
 
 
 def in_passes(batch: TrainBatch, args: GRPOConfig, compute: Callable[[Pass], T]) -> list[T]:
-    """What `compute` returns for each pass of a batch. Forward and backward passes run in here and nowhere else."""
-    results = []
-    for part in lay_out(batch, args):
-        results.append(compute(part))
-        device.sync()
-    return results
+    """What `compute` returns for each pass of a batch. All forward and backward passes of learning run in here.
+
+    `compute` ends with `device.sync()`, so that on XLA each pass is a graph of its own.
+    """
+    return [compute(part) for part in lay_out(batch, args)]
 
 
 def lay_out(batch: TrainBatch, args: GRPOConfig) -> list[Pass]:

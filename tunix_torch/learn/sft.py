@@ -45,6 +45,7 @@ def learn_completions(
         loss = -(logps * part.batch.token_weights).sum()
         backward(loss)
         total += loss.detach()
+        device.sync()
 
     in_passes(batch, args, learn_pass)
     return total

@@ -9,6 +9,7 @@ from ..batch import TrainBatch
 from ..config.grpo import GRPOConfig
 from ..grpo import grpo_loss
 from ..model.decoding import with_fast_layers
+from ..runtime import device
 from .logprobs import token_logps
 from .passes import Pass, in_passes
 
@@ -22,7 +23,13 @@ def logps_without_gradient(model: nn.Module, batch: TrainBatch, args: GRPOConfig
     would otherwise differ from itself by rounding.
     """
     model.eval()
-    return torch.cat(in_passes(batch, args, lambda part: token_logps(model, part, args.generation_temperature)[0]))
+
+    def score(part: Pass) -> Tensor:
+        logps = token_logps(model, part, args.generation_temperature)[0]
+        device.sync()
+        return logps
+
+    return torch.cat(in_passes(batch, args, score))
 
 
 @with_fast_layers
@@ -67,7 +74,7 @@ def learn_pass(model: nn.Module, part: Pass, args: GRPOConfig, backward: Callabl
     backward(terms.loss)
     logps, mask = logps.detach(), batch.completion_mask
     gap = (logps - batch.sampler_logps).abs() * mask
-    return {
+    numbers = {
         "loss": terms.loss.detach(),
         "policy_loss": terms.policy_loss,
         "kl_loss": terms.kl_loss,
@@ -82,3 +89,5 @@ def learn_pass(model: nn.Module, part: Pass, args: GRPOConfig, backward: Callabl
         "row_largest_kl": terms.largest_kl,
         "logps": logps,
     }
+    device.sync()
+    return numbers
