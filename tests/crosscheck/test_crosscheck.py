@@ -166,8 +166,8 @@ def mask_off_by_one(monkeypatch, trainer):
 def temperature_forgotten(monkeypatch, trainer):
     right = tunix_torch.learn.step.token_logps
 
-    def forgetful(model, batch, temperature=1.0, share_prefix=True):
-        return right(model, batch, 1.0 if torch.is_grad_enabled() else temperature, share_prefix)
+    def forgetful(model, rows, temperature=1.0):
+        return right(model, rows, 1.0 if torch.is_grad_enabled() else temperature)
 
     monkeypatch.setattr(tunix_torch.learn.step, "token_logps", forgetful)
 

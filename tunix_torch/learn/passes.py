@@ -3,10 +3,13 @@
 A batch is cut into micro-batches, and each of them becomes a `Pass`. There are four ways to lay out its completions:
 
 - plain rows: a row is a prompt and one completion. Gradient checkpointing needs this, since its layers drop KV caches.
-- shared prompts: each prompt is computed once, and its completions continue its KV cache. Gradients are exact.
-- length buckets: as shared prompts, in one block for each range of lengths, so that little padding is computed. Shapes
+
+In the others each prompt is computed once and its completions continue its KV cache. Gradients are exact all the same:
+
+- padded rows: a row is one completion, as wide as the batch has room for.
+- bucketed rows: completions of similar length form a block of their width, so that little padding is computed. Shapes
   follow the data, so this is for devices that compile nothing.
-- packed rows: as shared prompts, with several completions of a prompt in one row. This is what fixed shapes allow.
+- packed rows: several completions of a prompt share a row. This is how fixed shapes hold little padding.
 
 Everything about a layout follows from the lengths of the completions, which lie in main memory. Building one therefore
 never waits for the device.
@@ -113,13 +116,18 @@ def shared_prompts(batch: TrainBatch, may_pack: bool = False) -> Pass:
     """A micro-batch in which completions continue their prompts, with as little padding as this device allows.
 
     Args:
-        may_pack: where shapes are static, two completions may share a row, if there is room for them.
+        may_pack: where shapes are static, completions may be packed into half as many rows, if they fit.
     """
     if not device.static_shapes():
         return bucketed_rows(batch)
     num_bins = _num_bins(batch) if may_pack else None
     packed = None if num_bins is None else packed_rows(batch, num_bins)
-    return packed or Pass(batch, [Block(_group_size(batch))])
+    return packed or padded_rows(batch)
+
+
+def padded_rows(batch: TrainBatch) -> Pass:
+    """A micro-batch in which each completion continues its prompt in a row of C tokens."""
+    return Pass(batch, [Block(_group_size(batch))])
 
 
 def bucketed_rows(batch: TrainBatch) -> Pass:
