@@ -6,14 +6,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-# ---- numbers ----
-
 
 def check_gradient_norm(norm: float, model: nn.Module, step: int) -> None:
-    """A gradient must be finite before the optimizer may step.
+    """See that a gradient is finite, before the optimizer steps.
+
+    Args:
+        norm: the norm of the gradient of all weights together.
 
     Raises:
-        FloatingPointError: `norm` is not; names the step and a matrix.
+        FloatingPointError: it is not finite; the message names the step and a matrix.
     """
     if math.isfinite(norm):
         return
@@ -27,18 +28,22 @@ def check_gradient_norm(norm: float, model: nn.Module, step: int) -> None:
 
 
 def _zero_if_finite(tensor: Tensor) -> Tensor:
-    """0 where all of a tensor's numbers are finite, else NaN, (). A sum: the hosts of a mesh share it on any device."""
+    """0 where all of a tensor's numbers are finite, else NaN: (). It is a sum, which every host of a mesh can read."""
     return (tensor.detach() * 0).sum()
 
 
 def check_finite(weights: Mapping[str, Tensor], when: str) -> None:
-    """Weights and moments that are kept, or have been learned with, must be finite. All are on one device.
+    """See that weights, or an optimizer's moments, are finite, before they are kept. All are on one device.
+
+    Args:
+        weights: by the names that the message uses.
+        when: what the message begins with, such as "step 3".
 
     Raises:
-        FloatingPointError: one is not; names `when` and the matrix.
+        FloatingPointError: one is not finite; the message names the matrix.
     """
     if not weights or float(torch.stack([_zero_if_finite(weight) for weight in weights.values()]).sum()) == 0:
-        return  # the host has waited once
+        return  # so that in the usual case the device is waited for only once
     for name, weight in weights.items():
         if math.isnan(_zero_if_finite(weight)):
             raise FloatingPointError(

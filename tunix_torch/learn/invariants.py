@@ -9,7 +9,6 @@ from ..model.adapter import adapter_weights
 from ..model.forward import base_model
 from ..model.policy import Policy
 from .finite import check_finite
-from .metrics import broken_invariant
 
 
 def check_first_pass(
@@ -27,20 +26,53 @@ def check_first_pass(
     Args:
         parts: for each micro-batch what `learn_pass` returned.
         first: their `sum_up`.
-        policy: that has learned; in float32 the limits are narrow.
+        policy: the one that learns; where it computes in float32 the limits are narrow.
         step: the number of the optimizer step, from 1, for messages.
         describe_row: what to say of a row of the batch.
-        at_reference, dropout: see `broken_invariant`.
+        at_reference: the policy has not left the reference yet, so its KL must be 0.
+        dropout: the policy has dropout, so its log-probabilities differ from the sampler's and need only be finite.
 
     Raises:
         FloatingPointError: a weight or a log-probability is not finite.
         AssertionError: something else does not hold; the message says what, and describes the row.
     """
     exact = base_model(policy.model).dtype == torch.float32
-    broken = broken_invariant(parts, first, exact, at_reference, dropout)
+    broken = _broken_invariant(parts, first, exact, at_reference, dropout)
     if broken is None:
         return
     check_finite(adapter_weights(policy.model, policy.adapter), f"step {step}")
     check_finite({"a log-probability": torch.cat([part["logps"] for part in parts])}, f"step {step}")
     message, row = broken
     raise AssertionError(f"{message}; {describe_row(row)}")
+
+
+def _broken_invariant(
+    parts: Sequence[dict[str, Tensor]], first: dict[str, float], exact: bool, at_reference: bool, dropout: bool
+) -> tuple[str, int] | None:
+    """What does not hold, and the first row of the batch where it does not; None: everything holds.
+
+    Args:
+        exact: the model computes in float32, so the limits are narrow.
+    """
+
+    def column(name: str) -> Tensor:  # (B,)
+        return torch.cat([part[name].float() for part in parts]).cpu()
+
+    checks = [(column("row_bad"), 0.5, "a log-probability is not finite, or above 0")]
+    if not dropout:
+        ratio_gap, sampler_gap = column("row_ratio_gap"), column("row_sampler_gap")
+        checks.append((ratio_gap, 1e-3 if exact else 0.1, "the first ratio is off 1 by {:.3g}"))
+        if exact:
+            checks.append((sampler_gap, 1e-2, "sampler and learner disagree by {:.3g} on a log-probability"))
+        elif first["sampler_gap"] > 0.2 * max(first["tokens"], 1.0):  # of bfloat16 only the mean is limited
+            most = sampler_gap.max() * (1 - 1e-6)
+            checks.append((sampler_gap, most, "sampler and learner disagree by up to {:.3g} on a log-probability"))
+        if exact and at_reference:
+            message = "the policy has not learned yet, but its KL from the reference policy is {:.3g}"
+            checks.append((column("row_largest_kl"), 1e-4, message))
+    for values, limit, message in checks:
+        broken = ~(values <= limit)  # written so that NaN is broken, too
+        if broken.any():
+            row = int(broken.int().argmax())
+            return message.format(float(values[row])), row
+    return None

@@ -55,42 +55,49 @@ def _states(model: nn.Module, rows: Pass) -> tuple[Tensor, Tensor]:
     prefilled = prefill(model, batch.prompt_ids, batch.prompt_mask) if rows.shares_prompts else None
     for block in rows.blocks:
         of_block = rows.ids_of(block)
-        hidden = _states_of_block(model, rows, block, of_block, prefilled)
+        if prefilled is None:
+            hidden = _states_of_rows(model, rows, block, of_block)
+        else:
+            hidden = _states_after(model, rows, block, of_block, *prefilled)
         if block.kept is None:
+            assert len(rows.blocks) == 1, "of several blocks it must be said which tokens are kept"
             return hidden, of_block
         states.append(hidden.flatten(0, 1)[block.kept])
         ids.append(of_block.flatten()[block.kept])
     return torch.cat(states)[None], torch.cat(ids)[None]
 
 
-def _states_of_block(
-    model: nn.Module, rows: Pass, block: Block, ids: Tensor, prefilled: tuple[Tensor, PrefixCache] | None
+def _states_of_rows(model: nn.Module, rows: Pass, block: Block, ids: Tensor) -> Tensor:
+    """The hidden states that predict the tokens `ids` (R, W) of a block whose rows hold their prompts: (R, W, D)."""
+    prompt_mask = block.by_row(rows.batch.prompt_mask)  # (R, P)
+    inputs = torch.cat((block.by_row(rows.batch.prompt_ids), ids), dim=1)  # (R, P + W)
+    mask = nn.functional.pad(prompt_mask, (0, ids.shape[1]), value=True)
+    slots = torch.arange(inputs.shape[1], device=ids.device)
+    masks = attention_masks(text_config(model), mask, slots, base_model(model).dtype)
+    hidden = hidden_states(model, inputs, masks, prompt_positions(mask), cache=None)
+    return hidden[:, prompt_mask.shape[1] - 1 : -1]
+
+
+def _states_after(
+    model: nn.Module, rows: Pass, block: Block, ids: Tensor, last_hidden: Tensor, prefix: PrefixCache
 ) -> Tensor:
-    """The hidden states that predict the tokens `ids` (R, W) of a block: (R, W, D).
+    """The hidden states that predict the tokens `ids` (R, W) of a block whose rows continue a KV cache: (R, W, D).
 
     Args:
-        prefilled: what `prefill` returned for the N prompts; None: each row computes its own prompt.
+        last_hidden, prefix: what `prefill` returned for the N prompts.
     """
-    config, dtype, width = text_config(model), base_model(model).dtype, ids.shape[1]
-    if prefilled is None:
-        prompt_mask = block.by_row(rows.batch.prompt_mask)  # (R, P)
-        inputs = torch.cat((block.by_row(rows.batch.prompt_ids), ids), dim=1)
-        mask = nn.functional.pad(prompt_mask, (0, width), value=True)
-        masks = attention_masks(config, mask, torch.arange(inputs.shape[1], device=ids.device), dtype)
-        hidden = hidden_states(model, inputs, masks, prompt_positions(mask), cache=None)
-        return hidden[:, prompt_mask.shape[1] - 1 : -1]
-
-    last_hidden, prefix = prefilled
-    first = block.by_row(last_hidden)[:, None]  # (R, 1, D): what predicts a completion's first token
-    if width == 1:
+    first = block.by_row(last_hidden)[:, None]  # (R, 1, D), which predicts the first token of a completion
+    inputs = ids[:, :-1]  # the last token predicts nothing that is asked for
+    if inputs.shape[1] == 0:
         return first
-    whole = isinstance(block.prompts, int)
-    prefix = prefix.expand(block.prompts) if whole else prefix.take(block.prompts)
-    prompt_mask = block.by_row(rows.batch.prompt_mask)
-    # The last token of a row predicts nothing that is asked for.
-    segments = None if block.segments is None else block.segments[:, :-1]
-    offsets = torch.arange(width - 1, device=ids.device) if block.offsets is None else block.offsets[:, :-1]
-    masks = continuation_masks(config, prompt_mask, offsets, segments, dtype)
-    positions = prompt_mask.sum(-1, keepdim=True) + offsets
-    hidden = torch.cat((first, hidden_states(model, ids[:, :-1], masks, positions, prefix)), dim=1)
-    return hidden if block.offsets is None else torch.where((block.offsets == 0)[..., None], first, hidden)
+    prompts, segments, offsets = block.prompts, block.segments, block.offsets
+    cache = prefix.expand(prompts) if isinstance(prompts, int) else prefix.take(prompts)
+    prompt_mask = block.by_row(rows.batch.prompt_mask)  # (R, P)
+    if segments is None:
+        places = torch.arange(inputs.shape[1], device=ids.device)
+    else:
+        places, segments = offsets[:, :-1], segments[:, :-1]
+    masks = continuation_masks(text_config(model), prompt_mask, places, segments, base_model(model).dtype)
+    positions = prompt_mask.sum(-1, keepdim=True) + places
+    hidden = torch.cat((first, hidden_states(model, inputs, masks, positions, cache)), dim=1)
+    return hidden if segments is None else torch.where((offsets == 0)[..., None], first, hidden)

@@ -1,4 +1,4 @@
-"""The numbers of a step, under the names that TRL and Tunix use, and the invariants read off them."""
+"""The numbers that a step logs, under the names that TRL and Tunix use."""
 
 import logging
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def rollout_metrics(
     group_size: int,
     eos_ids: list[int],
 ) -> dict[str, float]:
-    """Numbers about one rollout, all computed on the host.
+    """Numbers about one rollout. All tensors lie in main memory.
 
     Args:
         ids, mask: (B, C) int64 and bool.
@@ -58,19 +58,23 @@ def warn_of_equal_rewards(metrics: dict[str, float], step: int, example: str) ->
 
 
 def sum_up(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """The scalars of a pass over a batch, summed over its micro-batches. The host waits once."""
+    """The scalars of what `learn` returned, summed over micro-batches. The device is waited for, once."""
     names = [name for name in parts[0] if parts[0][name].ndim == 0]
     columns = torch.stack([torch.stack([part[name].float() for name in names]) for part in parts])  # (parts, names)
     return dict(zip(names, columns.sum(dim=0).tolist(), strict=True))
 
 
 def add_up(numbers: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Each number, summed over the batches of an optimizer step."""
+    """The sum of each number over the batches of an optimizer step."""
     return {name: sum(of_batch[name] for of_batch in numbers) for name in numbers[0]}
 
 
 def learning_metrics(first: dict[str, float], last: dict[str, float], has_reference: bool) -> dict[str, float]:
-    """What is logged of the first and the last pass over a batch (see `learning.learn`)."""
+    """What is logged of the first and of the last time that a batch was learned from.
+
+    Args:
+        first, last: the sums over micro-batches of what `learn_pass` returned.
+    """
     weight, tokens = max(last["weight"], 1e-12), max(last["tokens"], 1.0)
     kl = {"kl": last["kl_loss"] / weight} if has_reference else {}
     return kl | {
@@ -79,39 +83,3 @@ def learning_metrics(first: dict[str, float], last: dict[str, float], has_refere
         "entropy": last["entropy"] / tokens,
         "sampling/sampling_logp_difference/mean": first["sampler_gap"] / tokens,
     }
-
-
-def broken_invariant(
-    parts: Sequence[dict[str, Tensor]], first: dict[str, float], exact: bool, at_reference: bool, dropout: bool
-) -> tuple[str, int] | None:
-    """What is wrong with the first pass over a batch, and the first row where it is; or None.
-
-    Args:
-        parts: what `TunixTrainer.learning_pass` returned.
-        first: their `sum_up`.
-        exact: the model computes in float32, so tolerances are narrow.
-        at_reference: the policy has not left the reference yet, so the KL must be 0.
-        dropout: makes the learning pass differ from sampling on purpose; only finite it must be.
-    """
-
-    def column(name: str) -> Tensor:  # (B,)
-        return torch.cat([part[name].float() for part in parts]).cpu()
-
-    checks = [(column("row_bad"), 0.5, "a log-probability is not finite, or above 0")]
-    if not dropout:
-        ratio_gap, sampler_gap = column("row_ratio_gap"), column("row_sampler_gap")
-        checks.append((ratio_gap, 1e-3 if exact else 0.1, "the first ratio is off 1 by {:.3g}"))
-        if exact:
-            checks.append((sampler_gap, 1e-2, "sampler and learner disagree by {:.3g} on a log-probability"))
-        elif first["sampler_gap"] > 0.2 * max(first["tokens"], 1.0):  # bfloat16: on average only
-            most = sampler_gap.max() * (1 - 1e-6)
-            checks.append((sampler_gap, most, "sampler and learner disagree by up to {:.3g} on a log-probability"))
-        if exact and at_reference:
-            message = "the policy has not learned yet, but its KL from the reference policy is {:.3g}"
-            checks.append((column("row_largest_kl"), 1e-4, message))
-    for values, limit, message in checks:
-        broken = ~(values <= limit)  # not a number is broken
-        if broken.any():
-            row = int(broken.int().argmax())
-            return message.format(float(values[row])), row
-    return None

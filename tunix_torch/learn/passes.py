@@ -42,7 +42,7 @@ class Block:
     tokens: Tensor | None = None  # (R, W) int64: which token of the completions stands here; None: all, as they are
     kept: Tensor | None = None  # (K,) int64: those of the R * W tokens whose results are kept; None: all
     segments: Tensor | None = None  # (R, W) int64: the completion of each token; None: a row holds one completion
-    offsets: Tensor | None = None  # (R, W) int64: the place of each token in its completion; None: as in its row
+    offsets: Tensor | None = None  # (R, W) int64: the place of each token in its completion; given with segments
 
     def by_row(self, of_prompts: Tensor) -> Tensor:
         """What belongs to each row's prompt: (N, ...) -> (R, ...)."""
@@ -61,7 +61,7 @@ class Pass:
     """
 
     batch: TrainBatch
-    blocks: list[Block]
+    blocks: list[Block]  # one that is kept whole, or any number of which some tokens are kept
     shares_prompts: bool = True  # each prompt is computed once; False: every row begins with its prompt
     source: Tensor | None = None  # (B, C) int64: which result belongs to each token; None: results are (B, C) already
     parts: int = 1
@@ -144,7 +144,7 @@ def bucketed_rows(batch: TrainBatch) -> Pass:
         tokens = rows[:, None] * width + columns[:longest]  # (R, longest)
         kept = (columns[:longest] < lengths[rows, None]).flatten().nonzero()[:, 0]
         blocks.append(Block(upload(rows // _group_size(batch)), upload(tokens), upload(kept)))
-    source = (starts[:, None] + columns).clamp(max=num_kept - 1)
+    source = (starts[:, None] + columns).clamp(max=num_kept - 1)  # (B, C)
     return Pass(batch, blocks, source=upload(source))
 
 
@@ -167,13 +167,13 @@ def packed_rows(batch: TrainBatch, num_bins: int) -> Pass | None:
     fitted = [first_fit(group, num_bins, width) for group in batch.lengths.view(num_prompts, -1).tolist()]
     if None in fitted:
         return None
-    starts, lengths = torch.tensor(fitted), batch.lengths.view(num_prompts, -1)  # (N, G)
+    columns, starts = torch.arange(width), torch.tensor(fitted)  # (C,) and (N, G)
     tokens = torch.full((num_prompts, num_bins * width), -1)
-    for prompt, row in torch.cartesian_prod(*map(torch.arange, starts.shape)).tolist():
-        start, length = int(starts[prompt, row]), int(lengths[prompt, row])
-        tokens[prompt, start : start + length] = row * width + torch.arange(length)
-    tokens = tokens.view(-1, width)
-    source = (starts.view(-1, 1) + torch.arange(width)).clamp(max=num_bins * width - 1)
+    for in_group, group, of_group in zip(tokens, fitted, batch.lengths.view(num_prompts, -1).tolist(), strict=True):
+        for row, (start, length) in enumerate(zip(group, of_group, strict=True)):
+            in_group[start : start + length] = row * width + columns[:length]
+    tokens = tokens.view(-1, width)  # (N * bins, C), -1 at padding
+    source = (starts.view(-1, 1) + columns).clamp(max=num_bins * width - 1)  # (B, C)
     upload = _uploader(batch)
     block = Block(
         num_bins,
@@ -185,6 +185,7 @@ def packed_rows(batch: TrainBatch, num_bins: int) -> Pass | None:
 
 
 def _group_size(batch: TrainBatch) -> int:
+    """Completions of each prompt."""
     return len(batch.completion_ids) // len(batch.prompt_ids)
 
 
@@ -227,10 +228,10 @@ def rehearsals(batch: TrainBatch, args: GRPOConfig) -> list[list[TrainBatch]]:
 def rehearse(
     batch: TrainBatch, args: GRPOConfig, learn_from: Callable[[TrainBatch], Any], forget: Callable[[], None]
 ) -> None:
-    """Compile every shape that a learning pass may take, so that none is new later. Where nothing is compiled: nothing.
+    """Compile every shape that a learning pass may take, so that none is new later. CPU and CUDA need none of this.
 
     Args:
-        learn_from: does with a micro-batch all that is done when it is learned from, but for the optimizer's step.
+        learn_from: does all that learning from a micro-batch takes, without the optimizer's step.
         forget: drops the gradients.
     """
     with device.random_numbers_kept():

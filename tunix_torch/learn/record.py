@@ -1,4 +1,4 @@
-"""One learning step as it happened, on disk: so that another implementation can replay it (`python -m crosscheck`)."""
+"""Records of learning steps on disk, which another implementation can replay: `python -m crosscheck` does."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -18,7 +18,7 @@ FOLDER = "batches"  # in a run's output_dir
 
 @dataclass
 class StepRecord:
-    """What went into a learning step and what came out of its first pass. All tensors are on the host."""
+    """What went into a learning step, and what came out of its first pass. All tensors lie in main memory."""
 
     batch: TrainBatch
     lora: dict[str, Tensor]  # the adapter before the step, by parameter name
@@ -31,6 +31,7 @@ class StepRecord:
     model_dtype: str  # of the base weights: "float32" or "bfloat16"
 
     def save(self, path: Path) -> None:
+        """Write a safetensors file: tensors under `field` or `field.name`, the other fields in its metadata."""
         tensors, words = {}, {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -94,12 +95,12 @@ def record_step(
     """Gather a step's record after a learning pass and before the optimizer steps.
 
     Args:
-        parts: what `TunixTrainer.learning_pass` returned.
+        parts: what `learn` returned.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.grad is not None}  # a vision tower gets none
-    on_host = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    trained = {name: p for name, p in model.named_parameters() if p.grad is not None}  # a vision tower has none
+    columns = {f.name: getattr(batch, f.name) for f in fields(batch)}
     return StepRecord(
-        batch=TrainBatch(**{name: value if value is None else value.cpu() for name, value in on_host.items()}),
+        batch=TrainBatch(**{name: value if value is None else value.cpu() for name, value in columns.items()}),
         lora={name: p.detach().cpu().clone() for name, p in trained.items()},
         logps=torch.cat([part["logps"] for part in parts]).cpu(),
         loss=sum(part["loss"].cpu() for part in parts),
