@@ -64,7 +64,7 @@ def watch_packing(monkeypatch):
 
     def watched(layer):
         pack(layer)
-        counts.append(layer._packed is not None)
+        counts.append(layer._layout is not None)
 
     monkeypatch.setattr(FastDecoderLayer, "pack", watched)
     return counts
@@ -153,13 +153,13 @@ def test_each_rollout_sees_the_newest_weights():
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_bias": True}])
-def test_layers_with_another_kind_of_lora_are_not_packed(lora, monkeypatch):
+def test_layers_with_another_kind_of_lora_keep_their_own_form(lora, monkeypatch):
     packed = watch_packing(monkeypatch)
     assert_same_rollouts(add_nontrivial_lora(make_model("gemma3"), **lora))
     assert packed == [False, False]
 
 
-def test_another_activation_is_not_packed(monkeypatch):
+def test_another_activation_keeps_the_own_form(monkeypatch):
     packed = watch_packing(monkeypatch)
     assert_same_rollouts(make_model("gemma3", hidden_activation="silu"))
     assert packed == [False, False]
@@ -195,14 +195,14 @@ def test_a_model_can_still_be_pickled():
         assert torch.equal(sample(other).completion_ids, expected.completion_ids)
 
 
-def test_a_failure_while_packing_leaves_nothing_packed(monkeypatch):
+def test_a_failure_while_weights_are_laid_out_leaves_no_layout(monkeypatch):
     model = make_model("gemma3")
     own = classes_of(model)
     layers = model.get_decoder().layers
     monkeypatch.setattr(layers[0], "pack", lambda: 1 / 0, raising=False)
     with pytest.raises(ZeroDivisionError), decode_weights(model):
         pass
-    assert all(getattr(layer, "_packed", None) is None for layer in layers) and classes_of(model) == own
+    assert all(getattr(layer, "_layout", None) is None for layer in layers) and classes_of(model) == own
 
 
 def test_a_trainer_changes_no_class_and_its_numbers_do_not_depend_on_contexts(model_folder, tmp_path):

@@ -17,7 +17,7 @@ from ..runtime import device
 # The names by which models take the two forms of attention, and that of this process.
 GROUPED = "tunix_grouped"
 SDPA = "tunix_sdpa"
-ATTENTION = GROUPED if device.KIND == "xla" else SDPA
+ATTENTION = GROUPED if device.traces_graphs() else SDPA
 
 
 def use_own_attention(model: PreTrainedModel) -> None:
@@ -224,11 +224,13 @@ class SharedPrefixKV:
         """Products of M queries a row and KV head with all keys: (R, KV heads, M, D) -> (R, KV heads, M, P + K)."""
         if self.prompt_keys.shape[2] == 0:  # the window has left the prompt
             return query @ self.own_keys.mT
-        if device.KIND == "xla":  # no two dimensions become one: on a mesh each may be split, see `grouped_attention`
+        if device.traces_graphs():  # no dimensions are merged, since a mesh may split each (see `grouped_attention`)
             in_groups = query.unflatten(0, (-1, self.group_size))
             of_prompt = torch.einsum("nghmd,nhpd->nghmp", in_groups, self.prompt_keys).flatten(0, 1)
-            of_row = torch.einsum("rhkd,rhmd->rhkm", self.own_keys, query).mT  # in this order the CPU needn't turn keys
-        else:  # einsum would be slower
+            of_row = torch.einsum(
+                "rhkd,rhmd->rhkm", self.own_keys, query
+            ).mT  # in this order XLA:CPU need not transpose keys
+        else:  # where einsum would be slower
             of_prompt = self.by_row(self.by_prompt(query) @ self.prompt_keys.mT)
             of_row = query @ self.own_keys.mT
         return torch.cat((of_prompt, of_row), dim=-1)
@@ -238,7 +240,7 @@ class SharedPrefixKV:
         if self.prompt_keys.shape[2] == 0:
             return weights @ self.own_values
         of_prompt, of_row = weights.tensor_split([self.prompt_keys.shape[2]], dim=-1)
-        if device.KIND == "xla":
+        if device.traces_graphs():
             in_groups = of_prompt.unflatten(0, (-1, self.group_size))
             mixed = torch.einsum("nghmp,nhpd->nghmd", in_groups, self.prompt_values).flatten(0, 1)
             return mixed + torch.einsum("rhmk,rhkd->rhmd", of_row, self.own_values)

@@ -1,4 +1,4 @@
-"""Faster forms of a model's layers, put in place for a while: `fast_layers` to learn, `decode_weights` to decode."""
+"""Puts faster forms of a model's layers in place for a while: `fast_layers` to learn, `decode_weights` to decode."""
 
 import contextlib
 import functools
@@ -15,12 +15,12 @@ from .merged_lora import MergedLinear, faster_lora
 
 @contextlib.contextmanager
 def fast_layers(model: nn.Module) -> Iterator[None]:
-    """Within this context layers compute in the form that is fastest here, and equal up to rounding in float32.
+    """Within this context a model's layers have the form that is fastest on this machine.
 
-    These are LoRA layers that multiply once and, on the CPU, the norms and decoder layers of Gemma 2 and 3. A backward
-    pass must be within the context too, as layers under gradient checkpointing are computed again there. When it ends
-    every module has the class that it had. What a layer has computed from its weights stays with it for the next time.
-    Contexts may be nested.
+    The faster forms compute the same up to rounding in float32. They are LoRA layers that multiply once and, where
+    steps are eager, the norms and decoder layers of Gemma 2 and 3. The backward pass must be within the context too,
+    since it computes layers under gradient checkpointing again. When the context ends, every module has its own class
+    again, but keeps what it has computed from its weights for the next time. Contexts may be nested.
     """
     changed = []
     for module in _modules(model):
@@ -37,27 +37,28 @@ def fast_layers(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def decode_weights(model: nn.Module) -> Iterator[None]:
-    """Within this context a model is at its fastest for decoding on this machine. It includes `fast_layers`.
+    """Within this context a model decodes as fast as it can on this machine. The context includes `fast_layers`.
 
-    The weights are laid out once for all steps, so none of them may change, nor what adapter is active. When it ends
-    the model is exactly what it was. Call it without gradient. On the CPU tensors made in it are inference tensors:
-    autograd takes only results computed from them after its end.
+    The weights are laid out once for all steps, so neither a weight nor the active adapter may change. When the
+    context ends, the model is exactly what it was. It must be entered without gradients. Where steps are eager,
+    tensors that are made within it are inference tensors, so autograd takes only results that are computed from them
+    afterwards.
     """
-    eager = device.step_kind() == "eager"  # then inference mode saves a tenth of the time of a step
+    eager = device.step_kind() == "eager"  # then inference mode saves a tenth of a step's time
     with fast_layers(model), torch.inference_mode() if eager else contextlib.nullcontext():
         kind = MergedLinear if device.step_kind() == "compiled" else FastDecoderLayer
         layers = [module for module in _modules(model) if isinstance(module, kind)]
         try:
             for layer in layers:
-                layer.pack()
+                layer.prepare_to_decode()
             yield
         finally:
             for layer in layers:
-                layer.unpack()
+                layer.end_decoding()
 
 
 def with_fast_layers(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, called within `fast_layers` of its first argument, a model."""
+    """A decorator that calls the function within `fast_layers` of its first argument, which is a model."""
 
     @functools.wraps(function)
     def wrapped(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +69,10 @@ def with_fast_layers(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
-    """All modules of a model, each perhaps several times. `model.modules()` takes five times as long."""
+    """All modules of a model, some of them perhaps twice.
+
+    `model.modules()` prevents that and takes five times as long.
+    """
     found, stack = [], [model]
     while stack:
         module = stack.pop()
@@ -79,7 +83,7 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _faster_class(module: nn.Module) -> type | None:
-    """The class of the faster form of a module on this machine; None: there is none, or the module has it already."""
-    if device.KIND == "cpu" and type(module) in FAST and torch.backends.mkldnn.is_available():
+    """The class of a module's faster form on this machine. None: it has no faster form, or has taken it already."""
+    if device.step_kind() == "eager" and type(module) in FAST and torch.backends.mkldnn.is_available():
         return FAST[type(module)]
     return faster_lora(module) if mesh.merges_lora() else None

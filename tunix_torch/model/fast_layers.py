@@ -67,13 +67,14 @@ class FastRMSNorm(nn.Module):
 
 
 @dataclass
-class _PackedLayer:
-    """The projections of one decoder layer, LoRA added, laid out by oneDNN: for few rows twice as fast as MKL's.
+class _DecodeLayer:
+    """What a decode step reads of one decoder layer.
 
-    And of each norm its scale and its epsilon, ().
+    The weights of the projections include the LoRA, and oneDNN has laid them out: for few rows its products are twice
+    as fast as MKL's. For each norm there are its scale, (D,), and its epsilon, ().
     """
 
-    qkv: Tensor  # the three below each other
+    qkv: Tensor  # the weights of the queries, keys and values, one below the other
     o: Tensor
     gate: Tensor
     up: Tensor
@@ -82,17 +83,17 @@ class _PackedLayer:
     after_attention: tuple[Tensor, Tensor]
     before_mlp: tuple[Tensor, Tensor]
     after_mlp: tuple[Tensor, Tensor]
-    of_qk: tuple[Tensor, Tensor] | None  # Gemma 3's, of queries and keys, (heads + KV heads, head dim)
+    of_qk: tuple[Tensor, Tensor] | None  # Gemma 3 norms queries and keys: (heads + KV heads, head dim)
 
 
 class FastDecoderLayer(nn.Module):
-    """Feeds one token a row within `decoding.decode_weights`."""
+    """Computes the layer for one token of each row in few operations, within `decoding.decode_weights`."""
 
-    _packed: _PackedLayer | None = None
+    _layout: _DecodeLayer | None = None
 
     @torch.no_grad()
-    def pack(self) -> None:
-        """Lay out the projections. They, their LoRA and what is active must not change until `unpack`."""
+    def prepare_to_decode(self) -> None:
+        """Lay out the weights. Until `end_decoding`, neither they nor the active adapter may change."""
         attn, mlp = self.self_attn, self.mlp
         layers = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         weights = [plain_weight(layer) for layer in layers]
@@ -112,10 +113,10 @@ class FastDecoderLayer(nn.Module):
             of_both = zip((attn.q_norm, attn.k_norm), counts, strict=True)
             scale = torch.cat([(1 + norm.weight).expand(count, -1) for norm, count in of_both])
             of_qk = scale, _scalar(attn.q_norm.eps)
-        self._packed = _PackedLayer(qkv, *others, *((1 + norm.weight, _scalar(norm.eps)) for norm in norms), of_qk)
+        self._layout = _DecodeLayer(qkv, *others, *((1 + norm.weight, _scalar(norm.eps)) for norm in norms), of_qk)
 
-    def unpack(self) -> None:
-        self._packed = None
+    def end_decoding(self) -> None:
+        self._layout = None
 
     def forward(
         self,
@@ -125,8 +126,8 @@ class FastDecoderLayer(nn.Module):
         past_key_values: object = None,
         **kwargs: Any,
     ) -> Tensor:
-        packed = self._packed
-        if packed is None or not isinstance(past_key_values, SharedPrefixCache) or torch.is_grad_enabled():
+        layout = self._layout
+        if layout is None or not isinstance(past_key_values, SharedPrefixCache) or torch.is_grad_enabled():
             return super().forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -135,29 +136,29 @@ class FastDecoderLayer(nn.Module):
                 **kwargs,
             )
         x, attn = hidden_states[:, 0], self.self_attn  # (R, D)
-        qkv = _product(_normed(x, *packed.before_attention), packed.qkv).view(len(x), -1, attn.head_dim)
-        heads = packed.o.shape[1] // attn.head_dim
+        qkv = _product(_normed(x, *layout.before_attention), layout.qkv).view(len(x), -1, attn.head_dim)
+        heads = layout.o.shape[1] // attn.head_dim
         num_kv = (qkv.shape[1] - heads) // 2
         qk, value = qkv[:, : heads + num_kv], qkv[:, heads + num_kv :]  # (R, heads + KV heads, E), (R, KV heads, E)
         softcap = attn.attn_logit_softcapping
-        if packed.of_qk is not None:
-            qk, softcap = _normed(qk, *packed.of_qk), None
+        if layout.of_qk is not None:
+            qk, softcap = _normed(qk, *layout.of_qk), None
         qk = _rotate(qk, *position_embeddings)
         kv, _ = past_key_values.update(qk[:, heads:, None], value[:, :, None], attn.layer_idx)
         mixed = shared_prefix_attention(qk[:, :heads, None], kv, attention_mask, attn.scaling, softcap)
-        x = _plus_normed(x, _product(mixed.view(len(x), -1), packed.o), *packed.after_attention)
-        h = _normed(x, *packed.before_mlp)
-        gate = torch.ops.mkldnn._linear_pointwise(h, packed.gate, None, "gelu", [], "tanh")
-        h = torch.ops.mkldnn._linear_pointwise.binary(h, gate, packed.up, None, "mul")
-        return _plus_normed(x, _product(h, packed.down), *packed.after_mlp)[:, None]
+        x = _plus_normed(x, _product(mixed.view(len(x), -1), layout.o), *layout.after_attention)
+        h = _normed(x, *layout.before_mlp)
+        gate = torch.ops.mkldnn._linear_pointwise(h, layout.gate, None, "gelu", [], "tanh")
+        h = torch.ops.mkldnn._linear_pointwise.binary(h, gate, layout.up, None, "mul")
+        return _plus_normed(x, _product(h, layout.down), *layout.after_mlp)[:, None]
 
 
 def _plus_normed(x: Tensor, y: Tensor, scale: Tensor, eps: Tensor) -> Tensor:
     return torch.addcmul(x, y.mul_(_inverse_rms(y, eps)), scale)
 
 
-def _product(x: Tensor, packed: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

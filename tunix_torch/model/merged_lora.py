@@ -1,12 +1,13 @@
-"""LoRA layers that multiply once: y = x (W + s B A)^T, where s is the LoRA's scaling.
+"""A LoRA layer that multiplies once: y = x (W + s B A)^T, where s is the scaling of the LoRA.
 
-PEFT's layer computes x W^T + s (x A^T) B^T, which takes three products and three passes over y. Here the sum of the
-weights is kept, and made anew when A or B has changed. W itself stays as it is, to the bit: it is the reference policy.
-The gradients of A and B come from skinny products, in the order in which the CPU's libraries are fast (MKL, XLA's own).
-For decoding on XLA the sum is kept transposed: on the CPU that is twice as fast, as no step has to do it.
+PEFT's layer computes x W^T + s (x A^T) B^T, which takes three products and three passes over y. This layer keeps the
+sum of the weights, and computes it again when A or B has changed. W itself never changes, since the reference policy
+needs it. The gradients of A and B come from skinny products, in the order in which the libraries of the CPU (MKL,
+XLA's own) are fast. To decode through XLA the transposed sum is kept, which is twice as fast on the CPU, since no step
+transposes.
 
-Only where weights are float32: in bfloat16 the sum would round small updates away. It costs memory: on the CPU the sums
-are a second copy of the projections, and while decoding, packed ones are a third.
+The weights must be float32: in bfloat16 the sum would round small updates away. The price is memory. On the CPU the
+sums are a second copy of the projections, and while decoding, the copies that oneDNN has laid out are a third.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..runtime import device
 
-_ON_XLA = device.KIND == "xla"
+_TRACED = device.traces_graphs()
 
 
 class _MergedProduct(torch.autograd.Function):
@@ -44,22 +45,24 @@ def _product_of_projected(rows: Tensor, matrix: Tensor, others: Tensor) -> Tenso
 
     Left to itself, XLA merges transpositions before and after into its products, which takes the CPU ten times as long.
     """
-    if not _ON_XLA:
+    if not _TRACED:
         return (matrix @ rows.t()) @ others
     return device.optimization_barrier(device.optimization_barrier(rows @ matrix.t()).t() @ others)
 
 
 class MergedLinear(peft.tuners.lora.Linear):
-    """PEFT's LoRA layer with another `forward`. PEFT's own becomes one within `decoding.fast_layers`."""
+    """PEFT's LoRA layer with another `forward`. `decoding.fast_layers` makes it of PEFT's own layer."""
 
     _sum: Tensor | None = None  # W + s B A, (out, in)
-    _made_from: tuple[Any, ...] = ()  # W, s, and A and B as they were: fused optimizers leave no other sign of a change
-    _packed: Tensor | None = None  # on XLA: the sum, transposed; always the same tensor
+    # W, s, and copies of A and B, since fused optimizers leave no other sign of a change
+    _made_from: tuple[Any, ...] = ()
+    _decode_weight: Tensor | None = None  # where steps are compiled: the transposed sum, always in the same tensor
     _decoding = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._decoding and not (self._disable_adapters or torch.is_grad_enabled()):  # `pack` has looked at the rest
-            return x @ self._packed
+        # `prepare_to_decode` has seen that nothing else is in the way
+        if self._decoding and not (self._disable_adapters or torch.is_grad_enabled()):
+            return x @ self._decode_weight
         name = None if args or kwargs else self._plain_adapter(x.device)
         if name is None:
             return super().forward(x, *args, **kwargs)
@@ -69,7 +72,7 @@ class MergedLinear(peft.tuners.lora.Linear):
         return nn.functional.linear(x, self.merged_weight(name))
 
     def _plain_adapter(self, place: torch.device) -> str | None:
-        """The adapter that acts alone here, if adding it to the weights says it all; else PEFT's way is taken."""
+        """The only active adapter, if adding it to the weights gives all that it does. None: PEFT's way is taken."""
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
         name = self.active_adapters[0]
@@ -83,43 +86,43 @@ class MergedLinear(peft.tuners.lora.Linear):
 
     @torch.no_grad()
     def merged_weight(self, name: str) -> Tensor:
-        """W + s B A of an adapter, (out, in). On XLA it is computed in each graph, as to compare A and B would wait.
+        """W + s B A of an adapter, (out, in). Traced graphs compute it each time, since comparing A and B would wait.
 
-        W is told by its identity and version: a change through `W.data`, which leaves neither, is not seen.
+        A change of W is noticed by its identity and its version. A change through `W.data` alters neither.
         """
         a, b, base = self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer.weight
-        if _ON_XLA:  # not by addmm, which torch-xla leaves to the host where its alpha is not 1
+        if _TRACED:  # not by addmm, which torch-xla leaves to the host where its alpha is not 1
             return base + self.scaling[name] * (b @ a)
         key = (name, self.scaling[name], base._version)
         if self._sum is not None:
             old_key, old_base, old_a, old_b = self._made_from
             if old_key == key and old_base is base and torch.equal(a, old_a) and torch.equal(b, old_b):
                 return self._sum
-        with torch.inference_mode(False), torch.no_grad():  # a learning pass may take it
+        with torch.inference_mode(False), torch.no_grad():  # so that a learning pass may use it
             self._sum = torch.addmm(base, b, a, alpha=self.scaling[name])
             self._made_from = (key, base, a.detach().clone(), b.detach().clone())
         return self._sum
 
     @torch.no_grad()
-    def pack(self) -> None:
-        """On XLA, make the copy for decoding. A and B must not change until `unpack`."""
+    def prepare_to_decode(self) -> None:
+        """Copy the transposed sum for compiled steps. A and B must not change until `end_decoding`."""
         name = self._plain_adapter(self.base_layer.weight.device)
         if name is None:
             return
         weight = self.merged_weight(name)
-        if self._packed is None:
-            self._packed = weight.t().contiguous()
+        if self._decode_weight is None:
+            self._decode_weight = weight.t().contiguous()
         else:
-            self._packed.copy_(weight.t())
+            self._decode_weight.copy_(weight.t())
         self._decoding = True
 
-    def unpack(self) -> None:
-        """The copy stays: the compiled step knows it."""
+    def end_decoding(self) -> None:
+        """Use the sum again. The copy stays, since the compiled step reads it."""
         self._decoding = False
 
 
 def faster_lora(layer: nn.Module) -> type | None:
-    """`MergedLinear` for a plain LoRA layer: one with float32 weights, no bias, and no variant such as DoRA."""
+    """`MergedLinear` for a plain LoRA layer, with float32 weights, no bias and no variant such as DoRA. Else None."""
     if type(layer) is not peft.tuners.lora.Linear or not isinstance(layer.base_layer, nn.Linear):
         return None
     parts = [layer.base_layer, *layer.lora_A.values(), *layer.lora_B.values()]

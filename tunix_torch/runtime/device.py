@@ -83,6 +83,11 @@ def static_shapes() -> bool:
     return KIND == "xla"
 
 
+def traces_graphs() -> bool:
+    """Whether operations are traced into graphs for a compiler, so that reading a value makes Python wait."""
+    return KIND == "xla"
+
+
 def step_kind() -> str:
     """How a decode step runs: "eager", "compiled" once for each shape, or "recorded" as a graph for each shape."""
     return {"cpu": "eager", "xla": "compiled", "cuda": "recorded"}[KIND]
