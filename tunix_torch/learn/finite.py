@@ -14,13 +14,14 @@ def check_gradient_norm(norm: float, model: nn.Module, step: int) -> None:
         norm: the norm of the gradient of all weights together.
 
     Raises:
-        FloatingPointError: it is not finite; the message names the step and a matrix.
+        FloatingPointError: the norm is not finite. The message names the step and a matrix.
     """
     if math.isfinite(norm):
         return
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    named = next((name for name, gradient in gradients.items() if math.isnan(_zero_if_finite(gradient))), None)
-    where = f"that of {named} is not finite" if named else "it is too large for float32"
+    bad = [name for name, gradient in gradients.items() if math.isnan(_zero_if_finite(gradient))]
+    # clipping by a norm that is not a number makes all gradients that, so often all of them are found
+    where = f"{len(bad)} gradients, such as that of {bad[0]}, are not finite" if bad else "it is too large for float32"
     raise FloatingPointError(
         f"step {step}: the gradient's norm is {norm}: {where}; the optimizer has not stepped, and nothing is saved. "
         "Checkpoints of earlier steps are whole: resume from one, with a lower learning_rate in a new run"
