@@ -2,7 +2,7 @@
 
 Letters: N prompts, G completions a prompt, B = N * G rows, P prompt width, C completion width, R reward functions.
 Rows of one group stand side by side: row b belongs to prompt b // G. Prompts are padded on the left, completions on
-the right. Field names are those of google-tunix's `TrainExample` where it has one.
+the right. A field has the name that google-tunix's `TrainExample` has for it, if there is one.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -18,7 +18,7 @@ class PromptBatch:
 
     prompt_ids: Tensor  # (N, P) int64
     prompt_mask: Tensor  # (N, P) bool, False at padding
-    rows: list[dict[str, Any]]  # N rows of the data set: its own columns, and what is derived from them (`rows.py`)
+    rows: list[dict[str, Any]]  # N rows of the data set, with what `data/rows.py` says is derived from them
 
     def to(self, device: torch.device) -> "PromptBatch":
         return replace(self, prompt_ids=self.prompt_ids.to(device), prompt_mask=self.prompt_mask.to(device))
@@ -35,20 +35,20 @@ class Rollout:
 
 @dataclass
 class TrainBatch:
-    """All that the loss needs. `old_per_token_logps` is None when the batch is used once (then it equals the policy's
-    own, without gradient); `ref_per_token_logps` is None when there is no KL penalty. `lengths` and `rewards` lie in
-    main memory, so that reading them never waits for the device; all other tensors lie on the device."""
+    """Everything that the loss needs. Without `old_per_token_logps` the batch is used once, and the loss takes the
+    current log-probabilities, detached. Without `ref_per_token_logps` there is no KL penalty. `lengths` and `rewards`
+    lie in main memory, so that reading them never waits for the device. All other tensors lie on the device."""
 
     prompt_ids: Tensor  # (N, P) int64
     prompt_mask: Tensor  # (N, P) bool
     completion_ids: Tensor  # (B, C) int64
     completion_mask: Tensor  # (B, C) bool
     advantages: Tensor  # (B,) float32
-    token_weights: Tensor  # (B, C) float32: loss = sum(per-token loss * token_weights), over the *whole* batch
+    token_weights: Tensor  # (B, C) float32: the loss of an optimizer step is sum(per-token loss * token_weights)
     lengths: Tensor  # (B,) int64, what `completion_lengths` says of completion_mask
     ref_per_token_logps: Tensor | None = None  # (B, C) float32
     old_per_token_logps: Tensor | None = None  # (B, C) float32
-    sampler_logps: Tensor | None = None  # (B, C) float32, to compare with what the learning pass computes
+    sampler_logps: Tensor | None = None  # (B, C) float32, which `learn` compares with its own
     rewards: Tensor | None = None  # (B,) float64: the weighted totals that the advantages come from
 
     def tensors(self) -> list[Tensor]:
@@ -57,9 +57,9 @@ class TrainBatch:
         return [value for value in values if value is not None]
 
     def split(self, micro_batch_size: int | None) -> list["TrainBatch"]:
-        """Cut into micro-batches of `micro_batch_size` rows, each with its own prompts. Their losses add up.
+        """Cut into micro-batches of `micro_batch_size` rows, each with the prompts of its rows. Their losses add up.
 
-        `micro_batch_size` divides G or is a multiple of it (`GRPOConfig` checks that); None: no cut.
+        `micro_batch_size` divides G or is a multiple of it, as `GRPOConfig` checks. With None nothing is cut.
         """
         num_rows, num_prompts = self.completion_ids.shape[0], self.prompt_ids.shape[0]
         if micro_batch_size is None or micro_batch_size >= num_rows:
@@ -80,6 +80,6 @@ class TrainBatch:
 
 
 def completion_lengths(completion_mask: Tensor) -> Tensor:
-    """Where each row's last token ends, (B, C) bool -> (B,) int64 in main memory. The device is waited for."""
+    """How many columns each row has up to its last token: (B, C) bool -> (B,) int64. Python waits for the device."""
     mask = completion_mask.cpu()
     return (mask * torch.arange(1, mask.shape[1] + 1)).amax(dim=1)

@@ -1,7 +1,7 @@
 """The mathematics of GRPO and its variants: advantages, KL, ratios, aggregation, loss. All are pure functions.
 
 The numerics follow google-tunix 0.1.7 (`rl/algo_core.py`, `rl/common.py`) unless a docstring says otherwise.
-The letters of the shapes: B rows (completions), G rows in a group, C completion tokens.
+The letters of the shapes: N groups, G rows in a group, B = N * G rows (completions), C completion tokens.
 """
 
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ LOSS_AGGREGATIONS = (
     "seq-mean-token-sum",
     "sequence-mean-token-sum-norm",
 )
-LARGEST_EXPONENT = 80.0  # its exp, about 1e35, is finite in float32 and above any clamp
-ROUNDING = 8 * 2.0**-52  # a relative difference of rewards that only the rounding of a weighted total can cause
+LARGEST_EXPONENT = 80.0  # its exp, about 1e35, is finite in float32 and above any sensible `kl_clamp`
+ROUNDING = 8 * 2.0**-52  # rewards that differ by less, relative to the largest, count as equal: it is float64 rounding
 
 
 def compute_group_advantages(
     rewards: Tensor, group_size: int, algorithm: str = "grpo", normalize: bool = True, epsilon: float = 1e-8
 ) -> Tensor:
-    """How much better each completion is than its group.
+    """How much better each completion is than the mean of its group.
 
     grpo, gspo, dapo: (r - mean) / (std + epsilon), std with ddof = 1 (DeepSeekMath, arXiv 2402.03300, section 4.1.2);
     without `normalize`, and for dr_grpo (arXiv 2503.20783): r - mean; rloo (arXiv 2402.14740): r - mean of the others.
@@ -42,7 +42,9 @@ def compute_group_advantages(
         ValueError: `group_size` is below 2 or does not divide B, or `rewards` is not one-dimensional.
     """
     if rewards.ndim != 1 or group_size < 2 or rewards.shape[0] % group_size:
-        raise ValueError(f"rewards of shape {tuple(rewards.shape)} are not groups of {group_size}, at least 2, rows")
+        raise ValueError(
+            f"rewards of shape {tuple(rewards.shape)} can't be cut into groups of {group_size}, at least 2"
+        )
     grouped = rewards.double().view(-1, group_size)  # (N, G)
     centred = grouped - grouped.mean(dim=1, keepdim=True)
     centred = centred - centred.mean(dim=1, keepdim=True)  # corrects the rounding of the first subtraction
@@ -51,15 +53,17 @@ def compute_group_advantages(
     elif normalize and algorithm != "dr_grpo":
         centred = centred / (centred.std(dim=1, keepdim=True) + epsilon)
     spread = grouped.amax(dim=1, keepdim=True) - grouped.amin(dim=1, keepdim=True)
-    equal = spread <= ROUNDING * grouped.abs().amax(dim=1, keepdim=True)  # the rounding of their mean may be as large
+    # else a residue of rounding, divided by itself, would count in full
+    equal = spread <= ROUNDING * grouped.abs().amax(dim=1, keepdim=True)
     return torch.where(equal, 0.0, centred).flatten().float()
 
 
 def per_token_kl(logps: Tensor, ref_logps: Tensor, estimator: str, clamp: float | None = None) -> Tensor:
     """KL(policy || reference) estimated at each token, (B, C); see http://joschu.net/blog/kl-approx.html.
 
-    k1: log-ratio; k2: half its square; k3: exp(-log-ratio) - 1 + log-ratio, never negative. (google-tunix calls them
-    "kl", "mse_kl" and "low_var_kl".) `clamp` limits the estimate's absolute value. Where it does, the gradient is 0.
+    With the log-ratio, logps - ref_logps: k1 is the log-ratio; k2 is half its square; k3 is exp(-log-ratio) - 1 +
+    log-ratio, which is never negative. google-tunix calls them "kl", "mse_kl" and "low_var_kl". `clamp` limits the
+    absolute value of the estimate; where it does, the gradient is 0.
     """
     difference = ref_logps - logps
     if clamp is not None:  # exp of a larger difference overflows, and the gradient would be 0 * inf
@@ -97,7 +101,7 @@ def aggregation_weights(
             sequence-mean-token-sum-norm: sum of everything divided by the number of rows.
             The last two give the same number. Both names exist because google-tunix has both.
         max_length: the number of tokens that a completion may have at most.
-        num_tokens, num_rows: how many there are in all batches of the optimizer step. None: only this mask counts.
+        num_tokens, num_rows: their numbers in all batches of the optimizer step. None: they are counted in this mask.
 
     Returns:
         (B, C) float32.
@@ -124,7 +128,7 @@ class LossTerms:
     loss: Tensor  # policy_loss + beta * kl_loss, with gradient
     policy_loss: Tensor
     kl_loss: Tensor  # 0 without a reference
-    clipped_weight: Tensor  # the weight of the tokens whose ratio is clipped
+    clipped_weight: Tensor  # the weight of the tokens whose loss is that of the clipped ratio
     ratio_gap: Tensor  # (B,) the largest |ratio - 1| of each row
     largest_kl: Tensor  # (B,) the largest |KL estimate| of each row
 
@@ -152,22 +156,23 @@ def grpo_loss(
         token_weights: (B, C) float32 from `aggregation_weights`, 0 where masked.
         epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high].
         epsilon_c: the dual clip: with a negative advantage the loss is at most -epsilon_c * advantage.
-        sequence_level: GSPO (arXiv 2507.18071): a row has one ratio, the geometric mean, with token-level gradients.
+        sequence_level: GSPO (arXiv 2507.18071): all tokens of a row share one ratio, exp(mean of their log-ratios), and
+            each has its own gradient.
     """
     mask = token_weights > 0
     old_logps = logps.detach() if old_logps is None else old_logps
-    log_ratio = (logps - old_logps).clamp(-20.0, 20.0)
+    log_ratio = (logps - old_logps).clamp(-20.0, 20.0)  # as in google-tunix, like the clamp below
     if sequence_level:
         row_mean = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
         log_ratio = (logps - logps.detach() + row_mean.detach()).clamp(max=10.0)
     ratio = log_ratio.exp()
     advantages = advantages[:, None]
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - epsilon, 1 + epsilon_high)
-    per_token_loss = torch.maximum(unclipped, clipped)
+    plain_loss = -advantages * ratio
+    clipped_loss = -advantages * ratio.clamp(1 - epsilon, 1 + epsilon_high)
+    per_token_loss = torch.maximum(plain_loss, clipped_loss)
     if epsilon_c is not None:
-        capped = torch.minimum(per_token_loss, -advantages * epsilon_c)
-        per_token_loss = torch.where(advantages < 0, capped, per_token_loss)
+        capped_loss = torch.minimum(per_token_loss, -advantages * epsilon_c)
+        per_token_loss = torch.where(advantages < 0, capped_loss, per_token_loss)
     policy_loss = (per_token_loss * token_weights).sum()
     kl = torch.zeros_like(logps)  # (B, C)
     if ref_logps is not None:
@@ -177,7 +182,7 @@ def grpo_loss(
         loss=policy_loss + beta * kl_loss,
         policy_loss=policy_loss.detach(),
         kl_loss=kl_loss.detach(),
-        clipped_weight=((clipped > unclipped) * token_weights).sum(),
+        clipped_weight=((clipped_loss > plain_loss) * token_weights).sum(),
         ratio_gap=((ratio - 1).abs() * mask).amax(dim=1).detach(),
         largest_kl=(kl.abs() * mask).amax(dim=1).detach(),
     )

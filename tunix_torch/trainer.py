@@ -1,8 +1,7 @@
 """`TunixTrainer`: GRPO (or supervised fine-tuning) of a Hugging Face model with a LoRA, on `transformers.Trainer`.
 
 One step is `collect(prompts) -> TrainBatch` and `update(batch) -> loss`. `transformers.Trainer` keeps its own job: the
-loop, schedule, logging, callbacks, checkpoints, resume, hub. What is saved, and how a run goes on, stands in
-`checkpoints/adapter_trainer.py`.
+loop, schedule, logging, callbacks, checkpoints, resume, hub. `checkpoints/adapter_trainer.py` saves and resumes.
 """
 
 import time
@@ -53,9 +52,9 @@ class TunixTrainer(AdapterTrainer):
             that the function does not apply to the row. Functions may be `async`. SFT needs none.
         args: all settings.
         train_dataset, eval_dataset: rows with a prompt or question, and with an answer where a reward function or the
-            judge takes one: a list of dicts, a `datasets.Dataset`, or whatever `training_rows` takes. To train on, it
-            may be a `datasets.IterableDataset` when `args.max_steps` is set. Of a `datasets.DatasetDict` the splits
-            train, and test or validation, are taken.
+            judge takes one: a list of dicts, a `datasets.Dataset`, or whatever else `data/sources.py` takes. With
+            `args.max_steps`, `train_dataset` may be a `datasets.IterableDataset`. Of a `datasets.DatasetDict` the
+            splits train, and test or validation, are taken.
         processing_class: the tokenizer. When `model` is a name, it defaults to that model's.
         peft_config: the LoRA for a model that has none; by default of rank 16 on all projections.
         judge: the reward function that decides at evaluation: an answer is right where its value is at least 1. The
@@ -100,14 +99,14 @@ class TunixTrainer(AdapterTrainer):
         self.questions.prepare(num_embeddings, self.scorer.functions, self.judge)
         args.eval_on_start = args.eval_on_start and eval_dataset is not None
         super().__init__(policy, args, callbacks, processing_class=processing_class, **self.questions.for_trainer())
-        self.first_answers: Answers | None = None  # the greedy answers of the first evaluation
-        self.last_answers: Answers | None = None  # and of the newest one
-        self._rewards = torch.empty(0, len(self.scorer.functions))  # (B, R) of the newest rollout
+        self.first_answers: Answers | None = None  # the greedy answers at the first evaluation
+        self.last_answers: Answers | None = None  # and at the newest one
+        self._rewards = torch.empty(0, len(self.scorer.functions))  # (B, R) of the batch that is learned from
         self._rows_drawn = (-1, 0)  # (optimizer step, rows drawn in it so far)
         self._rehearsed = False
-        # The accumulated batches of an optimizer step that are sampled and not yet learned from, with rewards (B, R),
-        # and for each batch that is learned from, the numbers of the first and of the last pass.
+        # Accumulated batches that are sampled and not yet learned from, with their rewards (B, R).
         self._waiting: list[tuple[TrainBatch, Tensor]] = []
+        # For each batch of the optimizer step, the numbers of its first pass and of its last one.
         self._learned: list[tuple[dict[str, float], dict[str, float]]] = []
         self.validate_grpo_setup()
 
@@ -148,28 +147,28 @@ class TunixTrainer(AdapterTrainer):
         return self.grpo_training_step(PromptBatch(**inputs).to(self.args.device))
 
     def _collect_together(self, inputs: list[dict[str, Any]]) -> list[tuple[TrainBatch, Tensor]]:
-        """Collect all batches that one optimizer step accumulates, each with its rewards (B, R). Their tokens are
-        weighed together, as if they were one batch."""
+        """Collect all batches that one optimizer step accumulates, each with its rewards (B, R). The weights of their
+        tokens are computed over all of them, as if they were one batch."""
         batches = [(self.collect(PromptBatch(**columns).to(self.args.device)), self._rewards) for columns in inputs]
         weights = self._token_weights([batch.completion_mask.cpu() for batch, _ in batches])
         return [(replace(b, token_weights=w), rewards) for (b, rewards), w in zip(batches, weights, strict=True)]
 
     def grpo_training_step(self, prompts: PromptBatch) -> Tensor:
-        """Sample, score and learn. Returns the loss, detached. Accumulated batches have been sampled before."""
+        """Sample, score and learn. Returns the loss, detached. Accumulated batches were sampled already."""
         if self._waiting:
             batch, self._rewards = self._waiting.pop(0)
         else:
             batch = self.collect(prompts)
         if not self._rehearsed:  # so that every shape of a learning pass is compiled before the first one
             self._rehearsed = True
-            rehearse(batch, self.args, self._compute_all, self.model.zero_grad)
+            rehearse(batch, self.args, self._forward_backward, self.model.zero_grad)
         with span("learning"):
             return self.update(batch)
 
-    def _compute_all(self, part: TrainBatch) -> None:
+    def _forward_backward(self, batch: TrainBatch) -> None:
         """Compute everything that learning from a batch computes, without an optimizer step."""
-        self._add_logps(part)
-        self.learning_pass(part)
+        self._add_logps(batch)
+        self.learning_pass(batch)
 
     def collect(self, prompts: PromptBatch) -> TrainBatch:
         """Sample a group of completions for each of N prompts, score them, and compute what else the loss needs."""
@@ -185,9 +184,9 @@ class TunixTrainer(AdapterTrainer):
             rewards = together.decided_by_first(lambda: self.compute_rewards_for_completions(prompts, texts).tolist())
             self._rewards = torch.tensor(rewards, dtype=torch.float64)  # (B, R)
         totals = self.scorer.totals(self._rewards, texts)  # (B,)
-        names, group = self.scorer.names, self.args.num_completions_per_prompt
-        ids, mask, rewards, everyones = map(together.gather_rows, (ids, mask, self._rewards, totals))
-        metrics = rollout_metrics(ids, mask, rewards, everyones, names, group, self.sampler.eos_token_ids)
+        names, group_size = self.scorer.names, self.args.num_completions_per_prompt
+        ids, mask, rewards, all_totals = map(together.gather_rows, (ids, mask, self._rewards, totals))
+        metrics = rollout_metrics(ids, mask, rewards, all_totals, names, group_size, self.sampler.eos_token_ids)
         self.add_metrics(metrics | {"rollout_tokens_per_second": int(mask.sum()) / seconds})
         if together.is_first():
             warn_of_equal_rewards(metrics, self.state.global_step + 1, texts[0])
@@ -201,7 +200,7 @@ class TunixTrainer(AdapterTrainer):
         """Everything that the loss needs, except that the advantages are 0 until there are rewards."""
         self.begin_run_if_needed()
         mask = rollout.completion_mask.cpu()
-        # Columns in which all rows are padding are left out where a new shape costs nothing.
+        # Columns in which all rows are padding are left out where a new shape compiles nothing.
         width = mask.shape[1] if device.static_shapes() else max(1, int(mask.any(dim=0).sum()))
         batch = TrainBatch(
             prompt_ids=prompts.prompt_ids,
@@ -247,16 +246,16 @@ class TunixTrainer(AdapterTrainer):
             accumulated, it is this batch's share of their loss.
         """
         self.begin_run_if_needed()
-        args, started = self.args, time.perf_counter()
+        args, step, started = self.args, self.state.global_step + 1, time.perf_counter()
         for iteration in range(args.num_iterations):
             if iteration > 0:
                 self.optimizer_step()
             parts = self.learning_pass(batch)
             if iteration == 0:
-                first_pass, step = parts, self.state.global_step + 1
+                first_pass = parts
                 if step <= args.save_batches:
                     keep_step(self.model, batch, parts, step, self.optimizer.param_groups[0]["lr"], args)
-        first, last = (together.sum_numbers(sum_up(p)) for p in (first_pass, parts))  # and here for the second time
+        first, last = (together.sum_numbers(sum_up(p)) for p in (first_pass, parts))  # here Python waits again
         check_first_pass(
             first_pass,
             first,
@@ -288,18 +287,18 @@ class TunixTrainer(AdapterTrainer):
     def sample_completions_for_prompts(self, prompts: PromptBatch) -> Rollout:
         """Sample `num_completions_per_prompt` completions for each prompt: a `Rollout` of B = N * G rows.
 
-        The random numbers of a row depend on the seed, the step and the row's place in it, and on nothing else.
+        The random numbers of a row depend on the seed, the step and the row's number within the step only.
         """
-        group = self.args.num_completions_per_prompt
-        num_rows = prompts.prompt_ids.shape[0] * group
-        own, everyones = together.own_share(num_rows)
+        group_size = self.args.num_completions_per_prompt
+        num_rows = prompts.prompt_ids.shape[0] * group_size
+        first_own, total = together.own_share(num_rows)
         step, drawn = self._rows_drawn
         first = drawn if step == self.state.global_step else 0
-        self._rows_drawn = (self.state.global_step, first + everyones)
+        self._rows_drawn = (self.state.global_step, first + total)
         seed = (self.args.seed, 1 + self.state.global_step)  # 0 belongs to evaluation
-        numbers = range(first + own, first + own + num_rows)
-        uniforms = draw_uniforms(seed, numbers, self.sampling.max_new_tokens)
-        rollout = self.sampler.sample(prompts.prompt_ids, prompts.prompt_mask, group, self.sampling, uniforms)
+        row_numbers = range(first + first_own, first + first_own + num_rows)
+        uniforms = draw_uniforms(seed, row_numbers, self.sampling.max_new_tokens)
+        rollout = self.sampler.sample(prompts.prompt_ids, prompts.prompt_mask, group_size, self.sampling, uniforms)
         assert rollout.completion_ids.shape == (num_rows, self.sampling.max_new_tokens), "wrong number of completions"
         return rollout
 
@@ -309,36 +308,37 @@ class TunixTrainer(AdapterTrainer):
 
     def compute_group_advantages(self, rewards: Tensor) -> Tensor:
         """(B,) total rewards -> (B,) float32 advantages, which are checked to be centred in each group."""
-        args, group = self.args, self.args.num_completions_per_prompt
+        args, group_size = self.args, self.args.num_completions_per_prompt
         advantages = compute_group_advantages(
-            rewards, group, args.algorithm, args.normalize_advantages, args.advantage_epsilon
+            rewards, group_size, args.algorithm, args.normalize_advantages, args.advantage_epsilon
         )
         assert advantages.shape == rewards.shape, f"advantages {advantages.shape} for rewards {rewards.shape}"
-        grouped = advantages.view(-1, group)
+        grouped = advantages.view(-1, group_size)
         off = grouped.mean(dim=1).abs() > 1e-5 * (1 + grouped.abs().amax(dim=1))
-        row = int(off.int().argmax()) * group
-        assert not off.any(), f"advantages are not centred: {self.scorer.describe(self._rewards, row, group)}"
+        row = int(off.int().argmax()) * group_size
+        assert not off.any(), f"advantages are not centred: {self.scorer.describe(self._rewards, row, group_size)}"
         return advantages
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Answer the evaluation questions greedily, and with `num_eval_completions` = k by k sampled answers each.
+        """Answer the evaluation questions greedily, and with `num_eval_completions` = k also by k samples each.
 
         Returns and logs `eval_accuracy` (greedy pass@1), `eval_mean@k`, `eval_mean_length`, `eval_runtime` (seconds),
         and with SFT `eval_loss`.
         """
-        device.sync()  # as in `collect`
+        device.sync()  # so that work which the Trainer left pending does not become part of it
         self.put_optimizer("eval")
         started = time.perf_counter()
-        changed = None if self.eval_dataset is self.questions.evaluation else self.eval_dataset
-        rows = self.questions.to_evaluate(changed if eval_dataset is None else eval_dataset)
+        replaced = None if self.eval_dataset is self.questions.evaluation else self.eval_dataset
+        rows = self.questions.to_evaluate(replaced if eval_dataset is None else eval_dataset)
         metrics, self.last_answers = evaluate_policy(
             self.model, self.sampler, self.processing_class, rows, self.data_collator, self.judge, self.args
         )
         self.first_answers = self.first_answers or self.last_answers
         metrics["runtime"] = time.perf_counter() - started
-        metrics = together.decided_by_first(lambda: metrics)  # early stopping follows them
+        # early stopping depends on them, so all must have the same
+        metrics = together.decided_by_first(lambda: metrics)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -24,7 +24,7 @@ def check_first_pass(
     """See that the first ratio is 1, that sampler and learner agree, and that the first KL is 0.
 
     Args:
-        parts: for each micro-batch what `learn_pass` returned.
+        parts: for each micro-batch what `learn_micro_batch` returned.
         first: their `sum_up`.
         policy: the one that learns; where it computes in float32 the limits are narrow.
         step: the number of the optimizer step, from 1, for messages.

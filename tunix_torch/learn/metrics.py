@@ -73,7 +73,7 @@ def learning_metrics(first: dict[str, float], last: dict[str, float], has_refere
     """What is logged of the first and of the last time that a batch was learned from.
 
     Args:
-        first, last: the sums over micro-batches of what `learn_pass` returned.
+        first, last: the sums over micro-batches of what `learn_micro_batch` returned.
     """
     weight, tokens = max(last["weight"], 1e-12), max(last["tokens"], 1.0)
     kl = {"kl": last["kl_loss"] / weight} if has_reference else {}

@@ -17,19 +17,19 @@ from .passes import Pass, in_passes
 @with_fast_layers
 @torch.no_grad()
 def logps_without_gradient(model: nn.Module, batch: TrainBatch, args: GRPOConfig) -> Tensor:
-    """Log-probabilities of the policy that is active, such as the reference: (B, C) float32, 0 where masked.
+    """Log-probabilities by the model as it is now, such as the reference policy: (B, C) float32, 0 where masked.
 
-    The layout is the one that is learned with, though prompts could always be shared here: in bfloat16 the same policy
-    would otherwise differ from itself by rounding.
+    Rows are laid out as for learning, even where sharing prompts would be cheaper: another layout rounds differently,
+    so that in bfloat16 a policy would differ from itself.
     """
     model.eval()
 
-    def score(part: Pass) -> Tensor:
+    def compute_logps(part: Pass) -> Tensor:
         logps = token_logps(model, part, args.generation_temperature)[0]
         device.sync()
         return logps
 
-    return torch.cat(in_passes(batch, args, score))
+    return torch.cat(in_passes(batch, args, compute_logps))
 
 
 @with_fast_layers
@@ -39,21 +39,24 @@ def learn(
     """Forward and backward of every micro-batch of a batch. The gradients add up in the parameters.
 
     Args:
-        backward: takes the loss of a micro-batch, and adds its gradient to those of the parameters.
+        backward: computes the gradient of a micro-batch's loss and adds it to the parameters'
+            (`AdapterTrainer.backward`).
 
     Returns:
-        for each micro-batch, in order, what `learn_pass` returns.
+        for each micro-batch, in order, what `learn_micro_batch` returns.
     """
     model.train()
-    return in_passes(batch, args, lambda part: learn_pass(model, part, args, backward))
+    return in_passes(batch, args, lambda part: learn_micro_batch(model, part, args, backward))
 
 
-def learn_pass(model: nn.Module, part: Pass, args: GRPOConfig, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+def learn_micro_batch(
+    model: nn.Module, part: Pass, args: GRPOConfig, backward: Callable[[Tensor], None]
+) -> dict[str, Tensor]:
     """Forward and backward of one micro-batch. `backward` is that of `learn`.
 
     Returns:
-        the micro-batch's share of the batch's numbers, on the device, without gradient. Those named `row_...` have one
-        value a row, `logps` is (B, C); the others are scalars.
+        numbers of the micro-batch, on the device, without gradient. Those named `row_...` have one value a row, `logps`
+        is (B, C), and the others are scalars that add up over micro-batches.
     """
     logps, entropy = token_logps(model, part, args.generation_temperature)
     batch = part.batch

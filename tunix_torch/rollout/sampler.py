@@ -1,8 +1,8 @@
-"""Sample completions: prefill once a prompt, then decode one token at a time for all rows.
+"""Samples completions: computes each prompt once for its group, then decodes one token at a time for all rows.
 
 Randomness belongs to the row: one uniform number is drawn per row and token, and a token is found by inverting the
-cumulative distribution of the top-k / top-p candidates. So a rollout is the same on every device up to float ties, does
-not depend on how rows are batched, and a resumed run draws what the uninterrupted run would have drawn.
+cumulative distribution of the top-k / top-p candidates. So a rollout is the same on every device, but where two numbers
+differ by rounding only. It does not depend on how rows are batched, and a resumed run draws as if never interrupted.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ def choose_tokens(scores: Tensor, uniforms: Tensor, params: SamplingParams) -> t
 
     Returns:
         tokens (B,) int64, and their log-probabilities (B,) float32 under softmax(scores / temperature) over the whole
-        vocabulary, which is what `token_logps` computes. With temperature 0: argmax, scored at temperature 1.
+        vocabulary, as `learn/logprobs.py` computes them too. With temperature 0: argmax, scored at temperature 1.
     """
     logps = torch.log_softmax(scores / (params.temperature or 1.0), dim=-1)
     if params.temperature == 0:
@@ -68,9 +68,9 @@ def choose_tokens(scores: Tensor, uniforms: Tensor, params: SamplingParams) -> t
         probs = probs.gather(-1, order)
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
-    target = torch.minimum(uniforms[:, None] * total, total * (1 - 2**-22))  # below the total, whatever the rounding
-    reached = (cdf > target) & (probs > 0)  # a parallel scan may give a cdf that is not quite monotone
-    chosen = reached.int().argmax(dim=-1, keepdim=True)  # the first
+    target = torch.minimum(uniforms[:, None] * total, total * (1 - 2**-22))  # by 4 units of rounding below the total
+    reached = (cdf > target) & (probs > 0)  # a cumsum in parallel may not be quite monotone
+    chosen = reached.int().argmax(dim=-1, keepdim=True)  # the first one that is reached
     tokens = chosen if ids is None else ids.gather(-1, chosen)
     return tokens[:, 0], logps.gather(-1, tokens)[:, 0]
 
@@ -79,15 +79,14 @@ class Sampler:
     """Samples from a model with whatever LoRA is active.
 
     Args:
-        model: a causal language model. Its attention takes the form that the KV cache needs.
+        model: a causal language model. From now on it computes attention by this library's functions.
         eos_token_ids: any of these ends a completion.
-        pad_token_id: fills up after the end.
-        stop_check_interval: where looking which rows have ended takes time, it is done after so many tokens each.
-        compile_ahead: where decode steps are compiled, all that a batch may come to need, whatever the lengths of its
-            completions, are compiled before the first batch of its shape.
+        pad_token_id: fills the columns after the end.
+        stop_check_interval: where Python must wait to see which rows have ended, it looks once in so many tokens.
+        compile_ahead: where decode steps are compiled, compile all that a batch of a new shape may need before it.
 
     Raises:
-        ValueError: the model has an attention of its own.
+        ValueError: the model can't compute attention by these functions.
     """
 
     def __init__(
@@ -128,13 +127,13 @@ class Sampler:
         finally:
             self.model.train(was_training)
         is_eos = self._is_eos(ids).long()
-        mask = is_eos.cumsum(-1) - is_eos == 0  # by position, up to the first EOS: right even if padding is an EOS
+        mask = is_eos.cumsum(-1) - is_eos == 0  # by positions of EOS, since padding may be an EOS too
         return Rollout(ids.masked_fill(~mask, self.pad_token_id), mask, logps.masked_fill(~mask, 0.0))
 
     def _decode(
         self, prompt_ids: Tensor, prompt_mask: Tensor, num_completions: int, params: SamplingParams, uniforms: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Tokens and their log-probabilities, (B, C); after a row's first EOS, anything."""
+        """Tokens and their log-probabilities, (B, C). After a row's first EOS they may be anything."""
         prompt_ids, prompt_mask, uniforms = lay_out(prompt_ids, prompt_mask, uniforms.to(prompt_ids.device))
         last_hidden, prefix = prefill(self.model, prompt_ids, prompt_mask)
         windows = layer_windows(text_config(self.model))
@@ -143,11 +142,11 @@ class Sampler:
         tokens, logps = choose_tokens(scores, uniforms[:, 0], params)
         first = tokens, logps, self._is_eos(tokens)  # each (B,)
 
-        batch = (params, adapters_in_use(self.model), num_completions, prompt_ids.shape)
+        kind = (params, adapters_in_use(self.model), num_completions, prompt_ids.shape)
         layer_ids = tuple(prefix.layers)
-        step, memory, is_new = self._steps.of(batch, lambda: self._decode_step(params, layer_ids))
-        settings = self.pad_token_id, self.stop_check_interval
-        rows = Rows(*first, prompt_mask, uniforms, prefix, windows, *settings, memory)
+        step, memory, is_new = self._steps.of(kind, lambda: self._decode_step(params, layer_ids))
+        pad_id, interval = self.pad_token_id, self.stop_check_interval
+        rows = Rows(*first, prompt_mask, uniforms, prefix, windows, pad_id, interval, memory)
         if is_new and self.compile_ahead:
             rows.rehearse(step)
         while rows.left():
@@ -155,17 +154,17 @@ class Sampler:
         return rows.results()
 
     def _decode_step(self, params: SamplingParams, layer_ids: tuple[int, ...]) -> Callable[..., tuple[Tensor, ...]]:
-        """The function that feeds token t of every row and appends token t + 1."""
+        """The function that feeds token t of every row that is still decoded, (R,), and appends token t + 1."""
         model, config = self.model, text_config(self.model)
         windows = layer_windows(config)
 
         def decode_step(
-            ids, logps, ended, step, prompt_mask, lengths, uniforms, keys, values, own_keys, own_values, groups=None
+            ids, logps, ended, t, prompt_mask, lengths, uniforms, keys, values, own_keys, own_values, ragged=None
         ):
-            cache = SharedPrefixCache(layer_ids, windows, keys, values, own_keys, own_values, step, groups)
+            cache = SharedPrefixCache(layer_ids, windows, keys, values, own_keys, own_values, t, ragged)
             masks = cache.masks(config, prompt_mask)
-            hidden = hidden_states(model, ids.index_select(1, step), masks, lengths + step, cache)  # (R, 1, D)
-            after = step + 1
+            hidden = hidden_states(model, ids.index_select(1, t), masks, lengths + t, cache)  # (R, 1, D)
+            after = t + 1
             column = uniforms.index_select(1, after)[:, 0]
             tokens, token_logps = choose_tokens(logits(model, hidden[:, 0]), column, params)
             tokens = tokens.masked_fill(ended, self.pad_token_id)

@@ -6,7 +6,10 @@ There are two ways in which several processes train together:
   of its own, and all prompts together are the batch that one process would have.
 - Hosts of a mesh, with one process on each. torch-xla splits the work between them as long as all hosts run the same
   graphs in the same order. So every host has the whole batch, and uploads the part that its own chips need. All hosts
-  must decide alike: what a clock, a reward function or a signal decides, the first host decides and tells the others.
+  must decide alike. What a clock or a reward function decides, the first host decides and tells the others. A signal
+  counts when any host got it.
+
+Functions that count, gather or sum are about DDP processes, since all hosts of a mesh have the same rows.
 """
 
 import contextlib
@@ -161,6 +164,8 @@ def _of_each_host(tensor: Tensor) -> list[Tensor]:
 
 def decided_by_first(decide: Callable[[], Any]) -> Any:
     """What `decide()` returns on the first host, which is the only one that calls it. JSON must be able to hold it.
+
+    DDP processes have rows of their own, so each of them decides for itself.
 
     An exception of `decide` is raised on the first host as it is, and on the others as a ValueError.
     """
