@@ -24,7 +24,8 @@ On a slice of several hosts, one command starts the script on all of them, here 
       --command="cd tunix-torch && TOPOLOGY=v5e:4x4 ./run_tpu_training.sh --config FILE --mesh_shape 4,4"
 The mesh has all chips of the slice; code, settings and model must be the same on all hosts. Worker 0 alone writes, to its
 output_dir. To resume, all must read the same checkpoint: put output_dir on a disk that they share (NFS, gcsfuse), or copy
-worker 0's checkpoint folder to the others. They talk through port 12355 of worker 0 (MASTER_PORT is another one).
+worker 0's checkpoint folder to the others. They meet at port 12355 of worker 0 (MASTER_PORT is another one), and
+then talk on ports of their own; GLOO_SOCKET_IFNAME names the network interface where the host name does not lead to it.
 This has never run on real hosts: see docs/tpu.md.
 EOF
     exit 0

@@ -93,7 +93,9 @@ def test_no_room_takes_another_rooms_private_names():
 
 
 ALGORITHM = ("batch.py", "grpo.py", "trainer.py", "rollout/sampler.py", "learn/step.py")
-MACHINES = re.compile(r"\b(xla|cuda|gpus?|tpus?|mesh(es)?|fsdp|hosts?|process(es)?|KIND)\b", re.IGNORECASE)
+MACHINES = re.compile(
+    r"(?<![a-z])(xla|cuda|gpus?|tpus?|mesh(es)?|fsdp|hosts?)(?![a-z])|\bprocess(es)?\b|\b(?-i:KIND)\b", re.IGNORECASE
+)
 
 
 def test_the_algorithm_is_five_short_files_that_name_no_machine():

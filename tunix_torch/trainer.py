@@ -80,6 +80,7 @@ class TunixTrainer(AdapterTrainer):
         if not isinstance(args, GRPOConfig):
             raise ValueError(f"args: expected a GRPOConfig, which takes the same fields, got a {type(args).__name__}")
         check_reporting(args.report_to)
+        self.questions = Questions(train_dataset, eval_dataset, args)
         if processing_class is None:
             if not isinstance(model, str | Path):
                 raise ValueError("processing_class=None: give the tokenizer of a model that is already loaded")
@@ -87,7 +88,6 @@ class TunixTrainer(AdapterTrainer):
         self.scorer = Scorer(reward_funcs, args.reward_weights, args.reward_timeout)
         check_rewards(judge, "judge")
         self.judge = judge or next(iter(self.scorer.functions), None)
-        self.questions = Questions(train_dataset, eval_dataset, processing_class, args)
         facts = {"training, evaluation rows": self.questions.sizes}
         policy = make_policy(model, processing_class, peft_config, args, facts)
         self.sampling = SamplingParams(
@@ -96,7 +96,7 @@ class TunixTrainer(AdapterTrainer):
         eos_ids, pad_id = eos_token_ids(policy.model, processing_class), processing_class.pad_token_id
         self.sampler = Sampler(policy.model, eos_ids, pad_id, args.stop_check_interval, compile_ahead=True)
         num_embeddings = base_model(policy.model).get_input_embeddings().weight.shape[0]
-        self.questions.prepare(num_embeddings, self.scorer.functions, self.judge)
+        self.questions.prepare(processing_class, num_embeddings, self.scorer.functions, self.judge)
         args.eval_on_start = args.eval_on_start and eval_dataset is not None
         super().__init__(policy, args, callbacks, processing_class=processing_class, **self.questions.for_trainer())
         self.first_answers: Answers | None = None  # the greedy answers at the first evaluation
@@ -120,6 +120,11 @@ class TunixTrainer(AdapterTrainer):
         self.scorer.check(needed=self.args.use_grpo)
         check_scale(self.args, self.questions.sizes[0])
         check_trainable(self.model)
+
+    @property
+    def reward_funcs(self) -> list[RewardFunc]:
+        """The reward functions, under the name that TRL's trainer has for them."""
+        return self.scorer.functions
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """See `transformers.Trainer.train`. The workers that call reward functions live as long as it runs."""
@@ -198,7 +203,6 @@ class TunixTrainer(AdapterTrainer):
 
     def _begin_train_batch(self, prompts: PromptBatch, rollout: Rollout) -> TrainBatch:
         """Everything that the loss needs, except that the advantages are 0 until there are rewards."""
-        self.begin_run_if_needed()
         mask = rollout.completion_mask.cpu()
         # Columns in which all rows are padding are left out where a new shape compiles nothing.
         width = mask.shape[1] if device.static_shapes() else max(1, int(mask.any(dim=0).sum()))
@@ -224,6 +228,7 @@ class TunixTrainer(AdapterTrainer):
 
     def _add_logps(self, batch: TrainBatch) -> None:
         """Add the log-probabilities of the reference, and of the policy before it learns, where the loss needs them."""
+        self.begin_run_if_needed()
         if self.args.beta > 0:
             with span("reference"), reference_policy(self.model, self.reference):
                 batch.ref_per_token_logps = logps_without_gradient(self.model, batch, self.args)
@@ -330,8 +335,7 @@ class TunixTrainer(AdapterTrainer):
         device.sync()  # so that work which the Trainer left pending does not become part of it
         self.put_optimizer("eval")
         started = time.perf_counter()
-        replaced = None if self.eval_dataset is self.questions.evaluation else self.eval_dataset
-        rows = self.questions.to_evaluate(replaced if eval_dataset is None else eval_dataset)
+        rows = self.questions.to_evaluate(self.eval_dataset if eval_dataset is None else eval_dataset)
         metrics, self.last_answers = evaluate_policy(
             self.model, self.sampler, self.processing_class, rows, self.data_collator, self.judge, self.args
         )

@@ -86,7 +86,7 @@ class TrainingConfig:
     gradient_accumulation_steps: int | None = setting(None, "batches of prompts to one optimizer step")
     gradient_checkpointing: bool | None = setting(None, "compute activations twice, to save memory")
     rows_per_pass: int | None = setting(
-        None, "completions in one learning pass; none: one group, on the CPU more; 0: all"
+        None, "completions in one learning pass; none: as many as make a good pass on this device; 0: all"
     )
     save_interval_steps: int | None = setting(None, "write a checkpoint every so many steps")
     max_to_keep: int | None = setting(None, "checkpoints; none: all")

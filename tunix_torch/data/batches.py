@@ -117,7 +117,7 @@ class Collator:
         return batch
 
     def _pad(self, sequences: list[list[int]], width: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        if not device.static_shapes():
+        if device.step_kind() == "eager":  # a compiled or recorded step is kept for one width only
             width = max(map(len, sequences))
         ids = torch.full((len(sequences), width), self.pad_token_id, dtype=torch.int64)
         mask = torch.zeros((len(sequences), width), dtype=torch.bool)

@@ -50,8 +50,8 @@ def recompute_layers(model: nn.Module, settings: dict[str, Any] | None = None) -
                 "take a smaller micro_batch_size"
             )
     base.gradient_checkpointing_enable()
-    checkpoint = functools.partial(device.recomputed, **settings or {})
-    base._set_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
+    recompute = functools.partial(device.recomputed, **settings or {})
+    base._set_gradient_checkpointing(gradient_checkpointing_func=recompute)
 
 
 def text_config(model: nn.Module) -> PretrainedConfig:

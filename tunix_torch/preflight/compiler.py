@@ -31,7 +31,7 @@ class Program(Compiled):
     """What the compiler reports about a graph, and what the text of the compiled program adds to it."""
 
     collectives: list[Collective] = field(default_factory=list)
-    hbm_traffic: float = 0.0  # bytes read from and unfinished to HBM, on one chip in one run
+    hbm_traffic: float = 0.0  # bytes read from and written to HBM, on one chip in one run
 
 
 def check_installed() -> None:

@@ -25,7 +25,7 @@ def check_rewards(functions: Any, setting: str = "reward_funcs") -> None:
     for function in functions if isinstance(functions, Sequence) and not isinstance(functions, str) else [functions]:
         if isinstance(function, str):
             hint = "a name is not looked up here, and reward models are not taken; give the function itself"
-            raise ValueError(f"{setting}={function!r}: {hint}, such as rewards.find_reward('correctness')")
+            raise ValueError(f"{setting}={function!r}: {hint}, such as tunix_torch.rewards.find_reward('correctness')")
         if isinstance(function, nn.Module):
             hint = "give a function (prompts, completions, **columns) -> list[float] that calls it"
             raise ValueError(f"{setting}: a {type(function).__name__}, but reward models are not taken; {hint}")

@@ -10,6 +10,7 @@ ranges of their own, and `math_equal`. `PRESETS` has the weighted sets of reward
 
 import difflib
 import importlib
+import importlib.util
 from collections.abc import Iterable
 
 from .agent_tunix import check_answer, check_numbers, match_format_approximately, match_format_exactly
@@ -151,6 +152,8 @@ def find_reward(name: str) -> RewardFn:
     Traceback (most recent call last):
     ValueError: reward 'tunix_torch.rewards.no_such_reward': module 'tunix_torch.rewards' has no 'no_such_reward'
     """
+    if name.startswith("rewards.") and importlib.util.find_spec("rewards") is None:
+        name = f"tunix_torch.{name}"  # where the settings of older runs name a function of this package
     module_name, _, attribute = name.rpartition(".")
     if "." not in name:
         return get_reward(name)

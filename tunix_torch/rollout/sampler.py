@@ -142,9 +142,9 @@ class Sampler:
         tokens, logps = choose_tokens(scores, uniforms[:, 0], params)
         first = tokens, logps, self._is_eos(tokens)  # each (B,)
 
-        kind = (params, adapters_in_use(self.model), num_completions, prompt_ids.shape)
+        step_key = (params, adapters_in_use(self.model), num_completions, prompt_ids.shape)
         layer_ids = tuple(prefix.layers)
-        step, memory, is_new = self._steps.of(kind, lambda: self._decode_step(params, layer_ids))
+        step, memory, is_new = self._steps.of(step_key, lambda: self._decode_step(params, layer_ids))
         pad_id, interval = self.pad_token_id, self.stop_check_interval
         rows = Rows(*first, prompt_mask, uniforms, prefix, windows, pad_id, interval, memory)
         if is_new and self.compile_ahead:

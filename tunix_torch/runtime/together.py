@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -127,9 +128,13 @@ def join_hosts(host: int, num_hosts: int, address: str) -> None:
     """
     global _host, _num_hosts, _hosts
     if num_hosts > 1 and _hosts is None:
-        port, patience = int(os.environ.get("MASTER_PORT", PORT)), timedelta(seconds=PATIENCE)
-        store = torch.distributed.TCPStore(address, port, num_hosts, is_master=host == 0, timeout=patience)
-        _hosts = torch.distributed.ProcessGroupGloo(store, host, num_hosts, patience)
+        port = int(os.environ.get("MASTER_PORT", PORT))
+        try:
+            store = torch.distributed.TCPStore(address, port, num_hosts, is_master=host == 0)
+            _hosts = torch.distributed.ProcessGroupGloo(store, host, num_hosts, timedelta(seconds=PATIENCE))
+        except RuntimeError as error:
+            met = f"mesh_shape: the {num_hosts} hosts can't meet at {address}:{port}"
+            raise ValueError(f"{met}: {error}") from error
         _host, _num_hosts = host, num_hosts
 
 
@@ -142,7 +147,7 @@ def _everyone(value: Any) -> list[Any]:
     """The value of every process or host, in the order of their numbers. JSON must be able to hold it.
 
     Raises:
-        ValueError: another host has ended, or says nothing for too long.
+        ValueError: another host has ended, or has said nothing for `PATIENCE` seconds.
     """
     if _hosts is None:
         return gather(value)
@@ -151,14 +156,18 @@ def _everyone(value: Any) -> list[Any]:
         lengths = [int(length) for length in _of_each_host(torch.tensor([len(said)]))]
         texts = _of_each_host(nn.functional.pad(said, (0, max(lengths) - len(said))))
     except RuntimeError as error:
-        raise ValueError(f"another host has ended, and with it this one; see what it said ({error})") from error
+        said_by_gloo = f"see what it said ({error})"
+        raise ValueError(f"another host has ended or says nothing, and so this one ends; {said_by_gloo}") from error
     return [json.loads(bytes(text[:length].tolist())) for text, length in zip(texts, lengths, strict=True)]
 
 
 def _of_each_host(tensor: Tensor) -> list[Tensor]:
     """The tensor of every host, in the order of their numbers. All must have one shape."""
     tensors = [torch.empty_like(tensor) for _ in range(_num_hosts)]
-    _hosts.allgather([tensors], [tensor]).wait()
+    work = _hosts.allgather([tensors], [tensor])
+    while not work.is_completed():  # `work.wait` alone would keep Python from noticing Ctrl-C
+        time.sleep(0.001)
+    work.wait()
     return tensors
 
 
