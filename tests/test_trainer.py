@@ -20,7 +20,7 @@ from tunix_torch.learn.passes import lay_out
 from tunix_torch.learn.record import StepRecord
 from tunix_torch.model import tiny
 from tunix_torch.model.forward import base_model
-from tunix_torch.model.loading import lora_config
+from tunix_torch.model.loading import load_model, load_tokenizer, lora_config
 from tunix_torch.run.callbacks import MetricsFile
 from tunix_torch.runtime.profiling import PARTS
 
@@ -485,3 +485,26 @@ def test_a_loaded_model_with_its_own_lora_is_taken_as_it_is(model_folder, tmp_pa
     args = GRPOConfig(output_dir=str(tmp_path), report_to="none")
     trainer = TunixTrainer(model, digits_reward, args, processing_class=tokenizer)
     assert trainer.model is model
+
+
+def test_a_tokenizer_without_a_padding_token_can_train(model_folder, tmp_path):
+    """The padding token was set after the collator had read it."""
+    tokenizer = load_tokenizer(model_folder)
+    tokenizer.pad_token = None
+    model = load_model(model_folder)
+    trainer = make_trainer(model, tmp_path, processing_class=tokenizer, max_steps=1)
+    trainer.train()
+    assert trainer.data_collator.pad_token_id == tokenizer.eos_token_id
+
+
+def test_evaluation_rows_may_be_empty_or_exchanged(model_folder, tmp_path):
+    trainer = TunixTrainer(model_folder, digits_reward, GRPOConfig(str(tmp_path), report_to="none"), eval_dataset=[])
+    with pytest.raises(ValueError, match="eval_dataset: there are no rows to evaluate on"):
+        trainer.evaluate()
+    trainer.eval_dataset = tiny.arithmetic_rows("test", 3)
+    trainer.evaluate()
+    assert len(trainer.last_answers.right) == 3
+    trainer.eval_dataset = None
+    with pytest.raises(ValueError, match="eval_dataset: there are no rows to evaluate on"):
+        trainer.evaluate()
+    assert trainer.reward_funcs == [digits_reward]

@@ -171,6 +171,27 @@ def test_the_next_rollout_replays_the_graphs_of_the_last(family, replays, many_s
         assert len(replays) == recorded, "shapes that both rollouts had are recorded again"
 
 
+def test_prompts_of_other_lengths_replay_the_same_graphs(replays, model_folder, tmp_path):
+    """The collator cut every batch to its longest prompt, so that most steps recorded anew."""
+    from trainers import make_trainer
+
+    trainer = make_trainer(model_folder, tmp_path)
+    collate, rows = trainer.data_collator, list(trainer.train_dataset)
+    by_length = sorted(rows, key=lambda row: len(row["tunix/prompt_ids"]))
+    widths, recorded = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "KIND", "cuda")
+        patch.setattr(mesh, "KIND", "cuda")
+        for some in (by_length[:4], by_length[-4:]):
+            batch = collate(some)
+            widths.append(batch["prompt_ids"].shape[1])
+            uniforms = draw_uniforms((0, 0), range(4 * GROUP), PARAMS.max_new_tokens)
+            trainer.sampler.sample(batch["prompt_ids"], batch["prompt_mask"], GROUP, PARAMS, uniforms)
+            recorded.append(len(replays))
+    assert len(by_length[0]["tunix/prompt_ids"]) < len(by_length[-1]["tunix/prompt_ids"])
+    assert widths == [trainer.args.max_prompt_length] * 2 and recorded[0] == recorded[1] > 0
+
+
 def test_weights_that_have_moved_are_noticed(replays):
     sampler = Sampler(make_policy(), NEVER, PAD)
     before = sample_recorded(sampler)
