@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import threading
 import time
 
 import pytest
@@ -47,9 +48,19 @@ def test_async_functions_say_what_plain_ones_do_in_their_own_columns():
 
 
 def test_async_functions_run_beside_each_other_and_beside_plain_ones():
-    started = time.monotonic()
-    call_rewards([right_later, Later(), sleepy, right_later], ROWS, COMPLETIONS)
-    assert time.monotonic() - started < 0.9  # one after the other it would be 1.2
+    meeting = threading.Barrier(3)  # whoever waits here alone waits until an error
+
+    def meet(completions, **columns):
+        meeting.wait(timeout=60)
+        return [0.0] * len(completions)
+
+    async def meet_later(completions, **columns):
+        return meet(completions)
+
+    async def meet_later_too(completions, **columns):
+        return meet(completions)
+
+    call_rewards([meet_later, meet, meet_later_too], ROWS, COMPLETIONS)
 
 
 def test_async_functions_work_where_an_event_loop_runs_already():
