@@ -59,7 +59,7 @@ def check_installed() -> None:
 
 
 def choose(names: Sequence[str] | None, known: Sequence[str], option: str) -> list[str]:
-    """The named ones, in our order; all when none is named."""
+    """The chosen names in the order of `known`. All of them when none is chosen."""
     for name in names or []:
         if name not in known:
             raise ValueError(f"{option}={name!r}: choose among {', '.join(known)}")
@@ -91,7 +91,7 @@ def rows_of_cases(families: Sequence[str] | None, cases: Sequence[str] | None) -
         try:
             for future in tqdm(running, desc="Cross-check", unit="job"):
                 yield from future.result()
-        except BaseException:  # Ctrl-C too: what has not begun shall not begin
+        except BaseException:  # on Ctrl-C too, jobs that have not begun are cancelled
             pool.shutdown(cancel_futures=True)
             raise
 

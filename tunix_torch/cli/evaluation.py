@@ -87,7 +87,7 @@ def render_questions(
     return [row for row, _ in numbered], [number for _, number in numbered]
 
 
-def fingerprint_weights(model_path: str) -> str | None:
+def digest_of_weights(model_path: str) -> str | None:
     """A digest of all the weights in a model or adapter folder; None for a hub id."""
     if not Path(model_path).is_dir():
         return None
@@ -111,7 +111,7 @@ def describe_settings(
         "votes_by": votes_by,
         "num_questions": len(rows),
         "questions_sha256": hashlib.sha256(questions.encode()).hexdigest()[:16],
-        "weights_sha256": fingerprint_weights(model_path),
+        "weights_sha256": digest_of_weights(model_path),
     }
 
 
@@ -127,8 +127,7 @@ def is_near(given: str | None, expected: str | None) -> bool:
 
 
 def vote_of(extracted: str | None) -> str | None:
-    """What an answer votes for where the judge takes none, and so can't say which are equal: its number, else its
-    words; None where there is no answer."""
+    """The vote of an answer when the judge can't compare answers: its number, or else its words. None: no answer."""
     number = rewards.parse_number(extracted or "")
     return " ".join((extracted or "").casefold().split()) or None if number is None else str(number)
 

@@ -115,7 +115,7 @@ def printed_to(path: Path) -> Iterator[None]:
 
 
 def table(jobs: list[Job]) -> str:
-    """One line a job: what only it was told, and what came out. A failed one shows its error."""
+    """One line for each job, with its own overrides and its results. A failed job shows its error."""
     common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
     overrides = [" ".join(word for word in job.overrides if word not in common) for job in jobs]
     columns = list(dict.fromkeys(name for job in jobs for name in job.results if name != "reward")) + ["reward"]

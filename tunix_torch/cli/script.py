@@ -53,7 +53,7 @@ def choose_device(argv: Sequence[str] | None = None) -> None:
 
 
 def values_of(names: Sequence[str], argv: Sequence[str]) -> dict[str, str]:
-    """The values of some flags, before a parser can be had."""
+    """The values of some flags, read before the parser can be imported."""
     given = {}
     for i, word in enumerate(argv):
         name, equals, value = word.partition("=")

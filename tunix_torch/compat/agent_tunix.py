@@ -1,8 +1,8 @@
 """A whole job in groups, as agent-tunix and `run_training.py` have it: `GRPOTrainingConfig`.
 
-What a group does not give (None) is agent-tunix's value, or for the tiny model its recipe's, see `config/recipes.py`.
+A setting that is None takes agent-tunix's value, or for the tiny model that of its recipe (`config/recipes.py`).
 `model` and `data` have this library's own defaults, but a model that is named by its size is asked GSM8K's questions.
-Names are agent-tunix's; `flat()` gives the same job as a `ModelConfig`, a `DataConfig` and a `GRPOConfig`.
+The names are agent-tunix's. `flat()` gives the same job as a `ModelConfig`, a `DataConfig` and a `GRPOConfig`.
 """
 
 import dataclasses
@@ -222,7 +222,7 @@ class GRPOTrainingConfig:
             yield "num_train_epochs", "training.num_epochs", epochs
 
     def _of_job(self) -> Iterator[tuple[str, str, Any]]:
-        """What stands in no group."""
+        """Yield the settings that belong to no group."""
         yield "seed", "seed", self.seed
         yield "device", "device", self.device
         if self.output_dir is not None:

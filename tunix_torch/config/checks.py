@@ -1,4 +1,4 @@
-"""Which values of `GRPOConfig`'s fields can be: bounds of numbers, choices among words, and what excludes what."""
+"""Checks the values of `GRPOConfig`: bounds of numbers, choices of words, and settings that exclude each other."""
 
 import os
 from collections.abc import Callable
@@ -79,7 +79,7 @@ CHOICES = {
     "save_strategy": [choice.value for choice in SaveStrategy],
 }
 
-# Fields of `TrainingArguments` that nobody would read, or `transformers.Trainer` alone, beside its own forward pass.
+# Fields of `TrainingArguments` that have no effect here, since the forward pass of `transformers.Trainer` is not used.
 NOT_FOR_US = (
     "torch_compile",
     "torch_compile_backend",

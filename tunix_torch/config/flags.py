@@ -17,7 +17,7 @@ from .recipes import JOB, TINY
 from .settings import canonical_names, nearest
 
 CONFIGS = (ModelConfig, DataConfig, GRPOConfig)
-# Ways to say the same: where the first is given, the others' values of lower precedence (recipe, file) are dropped.
+# If a setting is given, the values that a recipe or a file has for these others are dropped.
 OUTWEIGHS = {
     "max_length": ("max_prompt_length",),
     "num_train_epochs": ("max_steps",),

@@ -123,7 +123,7 @@ class GRPOConfig(TrainingArguments):
         self._resolve()
         together.join_hosts(*mesh.hosts())
         super().__post_init__()
-        if self.follows_metric:  # they take every metric for a loss otherwise
+        if self.follows_metric:  # otherwise these schedules would take every metric for a loss
             mode = {"mode": "max" if self.greater_is_better else "min"}
             self.lr_scheduler_kwargs = mode | (self.lr_scheduler_kwargs or {})
         if self.accelerator_config.dispatch_batches is None:

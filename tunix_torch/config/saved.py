@@ -34,8 +34,8 @@ COMMON_FIELDS = (
 )
 
 
-# What a run may be resumed with, although it began otherwise: how long, how often, where, in what portions, what else
-# happens, and other words for the same.
+# Settings that a resumed run may change, since they do not change what is learned: how long, how often, where, in what
+# portions, what else happens, and other words for the same setting.
 MAY_CHANGE = (
     "output_dir",
     "device",
@@ -113,10 +113,10 @@ MAY_CHANGE = (
     "warmup_ratio",  # sets warmup_steps
     "num_tpu_cores",
 )
-# Likewise, but from or to None only: the best value of one metric means nothing for another.
+# Settings that may be added or removed, but not replaced: the best value of one metric means nothing for another.
 MAY_BE_ADDED = ("metric_for_best_model", "greater_is_better")
 
-# Not a setting of the job: where this process runs, or what to do once.
+# Settings that are not part of a job: they say where this process runs, or what it does once.
 NOT_SAVED = (
     "local_rank",
     "resume_from_checkpoint",
@@ -160,11 +160,12 @@ def save_config(settings: dict[str, Any], path: str | Path) -> None:
 
 
 def check_same_run(settings: dict[str, Any], checkpoint: str | Path) -> None:
-    """Settings that are resumed with must be those of the run, but for `MAY_CHANGE`. One that either side lacks is its
-    field's default.
+    """See that a resumed run has the settings with which it began, except those in `MAY_CHANGE`.
+
+    A setting that is missing on either side has its default.
 
     Raises:
-        ValueError: one differs.
+        ValueError: a setting differs.
     """
     path = Path(checkpoint).parent / CONFIG_FILE
     if not path.is_file():  # not written by `train`

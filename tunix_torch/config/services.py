@@ -1,4 +1,4 @@
-"""Whether the packages are installed that `report_to` names; and whose setting it is when other code fails."""
+"""Checks that the packages of `report_to` are installed, and names the setting when other people's code fails."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -7,16 +7,16 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 
 from .settings import require
 
-# Services whose package has another name, or which need more than a package; their callbacks say so as they are made.
+# Services whose package has another name, or that need more than a package. Their callbacks say what is missing.
 SAY_IT_THEMSELVES = ("azure_ml", "flyte", "kubeflow")
 
 
 @contextlib.contextmanager
 def blamed_on(name: str, value: object, hint: str = "") -> Iterator[None]:
-    """Within this context other people's code follows a setting; whatever it raises becomes one line about it.
+    """Turn any exception of code that a setting has chosen into one line about the setting.
 
     Raises:
-        ValueError: anything was raised within.
+        ValueError: the code within this context raised something.
     """
     try:
         yield

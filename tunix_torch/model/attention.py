@@ -106,7 +106,7 @@ def mask_per_layer_kind(
 
 
 def layer_windows(config: PretrainedConfig) -> list[int | None]:
-    """Of each layer, the most tokens that a token may look at, itself included; None: all before it."""
+    """For each layer, how many tokens a token may attend to, itself included. None means all before it."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in kinds]
@@ -166,7 +166,7 @@ def attention_by_sdpa(
     softcap: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Transformers' sdpa, but where that can't do it: with a soft-cap, and with a `SharedPrefixKV`."""
+    """Transformers' sdpa, except with a soft-cap or a `SharedPrefixKV`, which sdpa can't compute."""
     assert kwargs.get("s_aux") is None, "attention sinks are not computed here"
     if softcap is not None or isinstance(key, SharedPrefixKV):
         return grouped_attention(module, query, key, value, attention_mask, scaling, dropout, softcap)
@@ -216,7 +216,7 @@ class SharedPrefixKV:
     group_size: int
 
     def to(self, place: torch.device) -> "SharedPrefixKV":
-        """Itself, as all is on one device: Gemma 4 asks for it, where layers share keys and values."""
+        """Return itself. Gemma 4 calls this where layers share keys and values, which are on one device already."""
         assert self.own_keys.device == place, place
         return self
 
@@ -255,7 +255,7 @@ class SharedPrefixKV:
         return x.view(num_prompts, self.group_size, heads, m, e).transpose(1, 2).reshape(num_prompts, heads, -1, e)
 
     def by_row(self, x: Tensor) -> Tensor:
-        """Back again: (N, KV heads, G * M, E) -> (R, KV heads, M, E)."""
+        """Undo `by_prompt`: (N, KV heads, G * M, E) -> (R, KV heads, M, E)."""
         num_prompts, heads, _, e = x.shape
         x = x.view(num_prompts, heads, self.group_size, -1, e).transpose(1, 2)
         x = x.reshape(num_prompts * self.group_size, heads, -1, e)

@@ -115,7 +115,7 @@ class SharedPrefixCache:
         return kv, kv
 
     def _slot_in_window(self, width: int) -> Tensor:
-        """That of the oldest token, once the window is full; the same for all layers of a width."""
+        """The slot of the oldest token once the window is full. Layers of one width share it."""
         if width not in self._slots:
             self._slots[width] = self.step % width
         return self._slots[width]

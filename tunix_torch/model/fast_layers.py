@@ -1,8 +1,9 @@
 """Layers of Gemma 2 and 3 in fewer operations, for float32 on the CPU: RMSNorm, and the decoder layer while decoding.
 
-Where two cores compute a small model, the many small operations of Transformers' layers take as long as the products
-do, and autograd keeps what each of a norm's seven made. Both give what Transformers' give up to rounding, and take its
-way in every other case. Forward hooks on what is inside a decoder layer are not called while decoding.
+Where two cores compute a small model, the many small operations of Transformers' layers take as long as the products,
+and autograd keeps the result of each of a norm's seven operations. The results here equal those of Transformers up to
+rounding, and where these layers do not apply, its own code runs. While decoding, no forward hook inside a decoder layer
+is called.
 """
 
 import functools

@@ -54,13 +54,13 @@ class MergedLinear(peft.tuners.lora.Linear):
     """PEFT's LoRA layer with another `forward`. `decoding.fast_layers` makes it of PEFT's own layer."""
 
     _sum: Tensor | None = None  # W + s B A, (out, in)
-    # W, s, and copies of A and B, since fused optimizers leave no other sign of a change
+    # W, s, and copies of A and B: fused optimizers change these without raising their version
     _made_from: tuple[Any, ...] = ()
     _decode_weight: Tensor | None = None  # where steps are compiled: the transposed sum, always in the same tensor
     _decoding = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # `prepare_to_decode` has seen that nothing else is in the way
+        # `prepare_to_decode` has seen that the merged weight is all that the layer computes with
         if self._decoding and not (self._disable_adapters or torch.is_grad_enabled()):
             return x @ self._decode_weight
         name = None if args or kwargs else self._plain_adapter(x.device)
@@ -131,7 +131,7 @@ def faster_lora(layer: nn.Module) -> type | None:
 
 
 def plain_weight(layer: nn.Module) -> Tensor | None:
-    """The one float32 matrix, (out, in), by which a layer multiplies now; None: there is more to it."""
+    """The float32 matrix, (out, in), by which a layer multiplies now. None: the layer does more than that."""
     name = None
     if isinstance(layer, peft.tuners.lora.Linear):
         if isinstance(layer, MergedLinear):

@@ -50,7 +50,7 @@ Problem = tuple[int, str, int]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, so digits one by one; the four tags are single tokens; Gemma's turn markers."""
+    """Every character is a token, so numbers are read digit by digit. Tags and Gemma's turn markers are tokens too."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *TAGS, *ROLES, *CHARACTERS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), behavior="isolated")
@@ -115,7 +115,7 @@ def _problems() -> tuple[list[Problem], list[Problem]]:
 
 
 def work_out(problem: Problem) -> tuple[list[str], int]:
-    """The steps on paper, each of them small, and the answer.
+    """The written steps of a calculation, each of them small, and its answer.
 
     (47, "x", 8) -> ["40x8=320", "7x8=56", "320+50=370", "370+6=376"], 376.
     """

@@ -51,7 +51,7 @@ class EveryShape:
         return num_tokens
 
     def rows_that_stay(self, ended: Tensor) -> Tensor | None:
-        """Of rows, (R,) bool, of which some go on, those with which to continue, (fewer,) int64; None: with all."""
+        """The rows to continue with, (fewer,) int64, where `ended` (R,) bool leaves some. None: continue with all."""
         num_left = len(ended) - int(ended.sum())
         return None if num_left > LEAVE_AT * len(ended) else (~ended).nonzero()[:, 0]
 
@@ -61,7 +61,8 @@ class FewShapes:
 
     The cache grows in portions. When no group has more than half of its rows left, every group goes on with a half,
     in which those that are left come first. Prompts keep their places, and so their keys and values stay where they
-    are. Fewer rows may as well have a wider cache, so that halves need only every second of the widths, quarters one.
+    are. Half groups use only every second width and quarters only one, since a wider cache
+    costs few rows little.
 
     Args:
         num_prompts, group_size: N and G.
@@ -89,7 +90,7 @@ class FewShapes:
         return next((size for size in self.sizes if size < group_size), None)
 
     def rows_that_stay(self, ended: Tensor) -> Tensor | None:
-        """Of rows, (R,) bool, of which some go on, those with which to continue, (fewer,) int64; None: with all."""
+        """The rows to continue with, (fewer,) int64, where `ended` (R,) bool leaves some. None: continue with all."""
         ended = ended.view(self.num_prompts, -1)
         size = self.smaller(ended.shape[1])
         if size is None or int((~ended).sum(dim=1).max()) > size:

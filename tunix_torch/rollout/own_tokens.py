@@ -29,7 +29,7 @@ class WholeTensors:
 
     def begin(self, num_rows: int, width: int) -> None:
         """Empty caches, with room for `width` tokens a row."""
-        self.tensors = []  # what was there before makes room
+        self.tensors = []  # the tensors before are freed first
         widths = _kept(self.windows, width)
         self.tensors = [
             [x.new_zeros(num_rows, x.shape[1], k, x.shape[3]) for x, k in zip(xs, widths, strict=True)]
@@ -40,9 +40,9 @@ class WholeTensors:
                 shard_rows(tensor, heads_dim=1)
 
     def resize(self, width: int, num_used: int, rows: Tensor | None = None) -> None:
-        """Have room for `width` tokens, and go on with some rows only, (fewer,) int64; None: with all.
+        """Make room for `width` tokens, and continue with some rows only, (fewer,) int64; None: with all.
 
-        One tensor after the other, with no name for what is between: one at a time is there twice.
+        Tensors are replaced one by one, so that only one at a time exists twice.
         """
         for tensors in self.tensors:
             for i, (tensor, kept) in enumerate(zip(tensors, _kept(self.windows, width), strict=True)):
@@ -60,8 +60,8 @@ class Views:
     Args:
         prompts, windows: see `WholeTensors`.
         num_rows, room: most rows, and most tokens of a row.
-        are_cleared: whether to begin with zeros, as where a step reads what is not written yet: hidden by a mask, it
-            must at least be finite.
+        are_cleared: whether to begin with zeros. A step with a mask reads memory that is not written yet, which must at
+            least be finite.
         memory: where the tensors are kept for later rows of the same shapes; None: nowhere.
     """
 
@@ -94,7 +94,7 @@ class Views:
         self.resize(width, 0)
 
     def resize(self, width: int, num_used: int, rows: Tensor | None = None) -> None:
-        """As `WholeTensors.resize`; of a row's tokens `num_used` are there."""
+        """Do what `WholeTensors.resize` does, where `num_used` tokens of each row have been written."""
         if rows is not None:
             used = _kept(self.windows, num_used)
             for tensors in self.rows:

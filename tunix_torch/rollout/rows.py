@@ -162,7 +162,7 @@ class Rows:
         self.own.resize(self.width, self.used, index)
 
     def _select(self, rows: Tensor) -> Tensor:
-        """Keep these rows, but in the caches. Returns them as they are on the device."""
+        """Select these rows in every tensor except the caches. Returns their numbers on the device."""
         index = rows.to(self.first[0].device)
         self.tensors = self._hold("rows", [tensor.index_select(0, index) for tensor in self.tensors])
         return index

@@ -92,7 +92,7 @@ def merges_lora() -> bool:
 def tokens_per_pass() -> int | None:
     """How many tokens a learning pass should have where the user has not said how many rows it has.
 
-    None means as few rows as keep every device busy, since on a TPU or a mesh it is memory that is short.
+    None means as few rows as keep every device busy, since memory is the limit on a TPU or a mesh.
     """
     if KIND == "cuda":
         return 32_768  # not measured: enough to keep a GPU busy, by the sizes of its matrix products
@@ -134,7 +134,7 @@ def sharding_of(tensor: torch.Tensor) -> Any:
 
 
 def lay(tensor: torch.Tensor, sharding: Any) -> None:
-    """Lay a tensor on the mesh as another one lies, of which `sharding_of` told it. None: whole on every device."""
+    """Give a tensor the sharding that `sharding_of` returned for another. None: it lies whole on every device."""
     if sharding is not None:
         torch_xla._XLAC._xla_mark_sharding(tensor, sharding)
     elif _mesh is not None:

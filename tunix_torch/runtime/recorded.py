@@ -65,18 +65,18 @@ def _addresses(model: nn.Module) -> list[int]:
 
 
 def new_pool() -> Any:
-    """Memory for what graphs compute on the way."""
+    """A memory pool for the intermediate results of graphs."""
     return torch.cuda.graph_pool_handle()
 
 
 @functools.cache
 def _side_stream() -> torch.cuda.Stream:
-    """The one on which steps are recorded: cuBLAS keeps memory for each that it sees."""
+    """The only stream on which steps are recorded, since cuBLAS keeps a workspace for each stream."""
     return torch.cuda.Stream()
 
 
 def record(step: Callable[[], Sequence[Tensor]], args: Sequence[Any], pool: Any) -> tuple[int, Callable[[], None]]:
-    """How many results `step` has, and a function that does it again and writes them over the first of `args`."""
+    """Record a step. Returns how many results it has, and a function that replays it and writes them over `args`."""
     main, side = torch.cuda.current_stream(), _side_stream()
     side.wait_stream(main)
     with torch.cuda.stream(side):  # libraries set themselves up, which can't be recorded
