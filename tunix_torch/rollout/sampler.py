@@ -141,7 +141,7 @@ class Sampler:
         scores = logits(self.model, last_hidden).repeat_interleave(num_completions, dim=0)  # (B, V)
         tokens, logps = choose_tokens(scores, uniforms[:, 0], params)
         first = tokens, logps, self._is_eos(tokens)  # each (B,)
-
+        del last_hidden, scores  # (B, V) numbers are not held while rows are decoded
         step_key = (params, adapters_in_use(self.model), num_completions, prompt_ids.shape)
         layer_ids = tuple(prefix.layers)
         step, memory, is_new = self._steps.of(step_key, lambda: self._decode_step(params, layer_ids))
