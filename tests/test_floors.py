@@ -1,6 +1,7 @@
 """The library has rooms; imports run one way between them, and each room keeps its private names to itself."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "tunix_torch"
 # From above: a file imports from its own room and from rooms above it. `rewards` is pure and imports nothing here.
 ROOMS = [
+    "public",
     "rewards",
     "runtime",
     "batch",
@@ -148,6 +150,12 @@ def test_library_stays_off_xla_even_when_transformers_was_imported_first():
     environment = {"PATH": "/usr/bin:/bin", "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd="/tmp")
     assert result.stdout.strip() == "cpu", result.stderr
+
+
+def test_every_public_name_of_a_room_is_there():
+    for path in sorted(LIBRARY.glob("*/__init__.py")):
+        room = importlib.import_module(".".join(name_of(path)))
+        assert room.__doc__ and all(hasattr(room, name) for name in getattr(room, "__all__", [])), path.parent.name
 
 
 def test_importing_the_library_loads_nothing_heavy():

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 from typing import Any
 
+from .public import public_names
 from .runtime.choice import choose
 
 _HOMES = {
@@ -24,12 +25,11 @@ _HOMES = {
     "SamplingParams": "rollout.sampler",
     "TrainingConfig": "compat.agent_tunix",
     "TunixTrainer": "trainer",
-    "device": "runtime",
     "load_model": "model.loading",
     "load_tokenizer": "model.loading",
     "train": "run.job",
 }
-__all__ = list(_HOMES)
+__all__, _load = public_names(__name__, _HOMES)
 
 # Where TUNIX_DEVICE asks for what can't be had, a command's `--device` may still say otherwise: the error is raised by
 # `runtime/device.py`, which chooses again before anything is computed.
@@ -38,11 +38,5 @@ with contextlib.suppress(ValueError):
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
-    return home if name == "device" else getattr(home, name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+    """Load a public name. `device` is the room `runtime`, with the names that a script needs."""
+    return importlib.import_module(f"{__name__}.runtime") if name == "device" else _load(name)

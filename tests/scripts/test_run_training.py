@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
 from tunix_torch import GRPOTrainingConfig, train
-from tunix_torch.cli import grouped, hydra_app
+from tunix_torch.cli import hydra_app, sections
 from tunix_torch.compat.agent_tunix import (
     AlgorithmConfig,
     EvaluationConfig,
@@ -164,7 +164,7 @@ def test_mesh_of_one_device_trains(here):
 
 def test_mesh_shape_2_2_fsdp_tp(here, without_hydras_log):
     with pytest.raises(ValueError, match="mesh_shape='2,2'") as refused:  # a process without four devices
-        grouped.main(CONF, ['model.mesh_shape=[[2,2],["fsdp","tp"]]'])
+        sections.main(CONF, ['model.mesh_shape=[[2,2],["fsdp","tp"]]'])
     (log,) = here.glob("outputs/tunix-grpo/*/*/train.log")
     assert log.read_text() == f"error: {refused.value}\n"
     assert settings_of("model.mesh_shape=[[2,2],[fsdp,tp]]")[0].mesh_shape == "2,2"  # as a shell leaves it unquoted
@@ -196,7 +196,7 @@ def test_checkpoint_dir_resumes_from_the_newest(here, capsys, caplog):
     assert (folder / "checkpoint-3").is_dir()
 
 
-def test_a_size_without_its_group_would_be_trained_by_the_tiny_models_settings():
+def test_a_size_without_its_section_would_be_trained_by_the_tiny_models_settings():
     with pytest.raises(ValueError, match=r"model.model_size='270m': .*choose model=gemma3_270m"):
         job_of("model.model_size=270m")
 
@@ -308,7 +308,7 @@ def test_conf_has_agent_tunix_values():
 def test_conf_names_every_setting():
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config = compose("config")
-    groups = {
+    known = {
         "model": ModelConfig,
         "data": DataConfig,
         "optimizer": OptimizerConfig,
@@ -318,9 +318,9 @@ def test_conf_names_every_setting():
         "evaluation": EvaluationConfig,
     }
     assert set(config) == {field.name for field in dataclasses.fields(GRPOTrainingConfig)}
-    for name, group in groups.items():
+    for name, section in known.items():
         twice = {"learning_rate", "warmup_ratio", "max_grad_norm"} if name == "training" else set()
-        assert set(config[name]) == {field.name for field in dataclasses.fields(group)} - twice, name
+        assert set(config[name]) == {field.name for field in dataclasses.fields(section)} - twice, name
 
 
 def test_command_line_wins_over_experiment_over_model():
@@ -356,7 +356,7 @@ def test_example_of_the_guide_trains(here, model_folder):
 
 
 @pytest.mark.parametrize(
-    "groups, steps, epochs",
+    "given, steps, epochs",
     [
         ({"training": TrainingConfig(num_batches=10, num_epochs=2)}, 20, 3),
         ({"training": TrainingConfig(num_batches=10, max_steps=3)}, 3, 3),
@@ -365,8 +365,8 @@ def test_example_of_the_guide_trains(here, model_folder):
         ({"model": ModelConfig(model_size="1b")}, -1, 1),
     ],
 )
-def test_number_of_steps(groups, steps, epochs):
-    args = GRPOTrainingConfig(**groups).flat()[2]
+def test_number_of_steps(given, steps, epochs):
+    args = GRPOTrainingConfig(**given).flat()[2]
     assert args.max_steps == steps and (steps > 0 or args.num_train_epochs == epochs)
 
 
@@ -376,7 +376,7 @@ def test_dapo_needs_no_word_about_the_kl_penalty():
 
 
 @pytest.mark.parametrize(
-    "groups, message",
+    "given, message",
     [
         ({"grpo": AlgorithmConfig(num_generations=1)}, "grpo.num_generations=1: GRPO compares"),
         ({"training": TrainingConfig(num_batches="ten")}, "training.num_batches='ten': expected int"),
@@ -393,9 +393,9 @@ def test_dapo_needs_no_word_about_the_kl_penalty():
         ),
     ],
 )
-def test_wrong_settings_are_named_with_their_group(groups, message):
+def test_wrong_settings_are_named_with_their_section(given, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        GRPOTrainingConfig(**groups).flat()
+        GRPOTrainingConfig(**given).flat()
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_wrong_settings_are_named_with_their_group(groups, message):
 )
 def test_wrong_words_become_one_line(word, message, here, without_hydras_log):
     with pytest.raises(ValueError, match=re.escape(message)):
-        grouped.main(CONF, [word])
+        sections.main(CONF, [word])
 
 
 def test_args_take_any_setting_of_train_py(here, monkeypatch, without_hydras_log):
@@ -430,7 +430,7 @@ def test_args_take_any_setting_of_train_py(here, monkeypatch, without_hydras_log
     monkeypatch.setattr(hydra_app, "train", lambda job: seen.append(job.flat()[2]))
     words = ["+args.overlong_prompts=raise", "args.stop_check_interval=2", "args.epsilon_c=3", "grpo.algorithm=gspo"]
     with pytest.raises(SystemExit, match="0"):
-        grouped.main(CONF, words)
+        sections.main(CONF, words)
     (args,) = seen
     assert (args.overlong_prompts, args.stop_check_interval, args.epsilon_c, args.algorithm) == ("raise", 2, 3, "gspo")
 
@@ -441,4 +441,4 @@ def test_the_device_is_chosen_from_the_arguments():
         (["+device=cpu", "model=tiny"], ["--device=cpu"]),
         (["model=tiny"], []),
     ):
-        assert grouped.device_among(words) == flags
+        assert sections.device_among(words) == flags

@@ -1,4 +1,4 @@
-"""The Hydra app behind run_training.py: one job, or a sweep of several, from groups of settings."""
+"""The Hydra app behind run_training.py: one job, or a sweep of several, from sections."""
 
 import contextlib
 import gc
@@ -138,8 +138,8 @@ def _cell(name: str, value: float | None) -> str:
 def explain(error: Exception) -> ValueError:
     """Hydra's error about the command line, in the words of the other scripts where it is about a name."""
     if isinstance(error, MissingConfigException) and error.options:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        return ValueError(f"{group}={name!r}: choose one of {', '.join(error.options)}")
+        section, _, name = error.missing_cfg_file.rpartition("/")
+        return ValueError(f"{section}={name!r}: choose one of {', '.join(error.options)}")
     name = re.match(r"Could not override '([\w.]+)'", str(error))
     if name and name[1] != "experiment":  # of which Hydra says that it is +experiment
         return unknown_setting(name[1])

@@ -1,4 +1,4 @@
-"""A whole job in groups, as agent-tunix and `run_training.py` have it: `GRPOTrainingConfig`.
+"""A whole job in sections, as agent-tunix and `run_training.py` have it: `GRPOTrainingConfig`.
 
 A setting that is None takes agent-tunix's value, or for the tiny model that of its recipe (`config/recipes.py`).
 `model` and `data` have this library's own defaults, but a model that is named by its size is asked GSM8K's questions.
@@ -18,7 +18,7 @@ from ..config.model import TINY_NAME, ModelConfig
 from ..config.recipes import AGENT_TUNIX, JOB, TINY
 from ..config.settings import canonical_names, check_types, nearest, require, setting
 
-# A group's setting -> that of GRPOConfig, where neither its own name nor an alias says it. One name means two things:
+# A section's setting -> that of GRPOConfig, where neither its own name nor an alias says it. One name means two things:
 # agent-tunix's `training.micro_batch_size` counts the prompts of a step; `GRPOConfig.micro_batch_size` counts the
 # completions of one learning pass, and is `training.rows_per_pass` here.
 RENAMED = {
@@ -48,7 +48,7 @@ class OptimizerConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """The group `grpo`: how a group of completions becomes a loss."""
+    """The section `grpo`: how a group of completions becomes a loss."""
 
     num_generations: int | None = setting(None, "completions a prompt")
     num_iterations: int | None = setting(None, "passes over a batch")
@@ -139,14 +139,14 @@ class GRPOTrainingConfig:
         Raises:
             ValueError: an unknown name (with the nearest one), or a value that can't be.
         """
-        values, names, groups = {}, setting_names(), groups_of_settings()
+        values, names, sections = {}, setting_names(), sections_of_settings()
         for name, value in settings.items():
-            if name in groups:
+            if name in sections:
                 require(isinstance(value, Mapping), name, value, "expected names and values")
                 for unknown in [f"{name}.{key}" for key in value if f"{name}.{key}" not in names]:
                     raise unknown_setting(unknown)
                 try:
-                    value = groups[name](**value)
+                    value = sections[name](**value)
                 except ValueError as error:
                     raise ValueError(f"{name}.{error}") from error
             elif name not in names:
@@ -184,21 +184,21 @@ class GRPOTrainingConfig:
         require(isinstance(self.args, dict), "args", self.args, "expected names and values")
         valid = [f.name for f in dataclasses.fields(GRPOConfig) if f.init]
         given = {name: (f"args.{name}", value) for name, value in canonical_names(self.args, valid).items()}
-        for ours, name, value in [*self._of_groups(), *self._of_length("max_steps" in given), *self._of_job()]:
+        for ours, name, value in [*self._of_sections(), *self._of_length("max_steps" in given), *self._of_job()]:
             other, there = given.setdefault(ours, (name, value))
             require(there == value, name, value, f"is also given as {other}={there!r}; give one of the two")
         return given
 
-    def _of_groups(self) -> Iterator[tuple[str, str, Any]]:
-        """(name in `GRPOConfig`, name here, value) of what the groups give, but for the length of the run."""
-        for group in ("optimizer", "grpo", "generation", "training", "evaluation"):
-            config = getattr(self, group)
+    def _of_sections(self) -> Iterator[tuple[str, str, Any]]:
+        """(name in `GRPOConfig`, name here, value) of what the sections give, but for the length of the run."""
+        for section in ("optimizer", "grpo", "generation", "training", "evaluation"):
+            config = getattr(self, section)
             try:
                 check_types(config)
             except ValueError as error:
-                raise ValueError(f"{group}.{error}") from error
+                raise ValueError(f"{section}.{error}") from error
             for key, value in dataclasses.asdict(config).items():
-                name = f"{group}.{key}"
+                name = f"{section}.{key}"
                 if value is None or name in ("training.num_batches", "training.num_epochs", "training.max_steps"):
                     continue
                 if key == "warmup_ratio":
@@ -222,7 +222,7 @@ class GRPOTrainingConfig:
             yield "num_train_epochs", "training.num_epochs", epochs
 
     def _of_job(self) -> Iterator[tuple[str, str, Any]]:
-        """Yield the settings that belong to no group."""
+        """Yield the settings that belong to no section."""
         yield "seed", "seed", self.seed
         yield "device", "device", self.device
         if self.output_dir is not None:
@@ -236,30 +236,30 @@ class GRPOTrainingConfig:
             yield "report_to", "wandb_disabled", ["tensorboard", "wandb"]
 
 
-def groups_of_settings() -> dict[str, type]:
+def sections_of_settings() -> dict[str, type]:
     """The fields of `GRPOTrainingConfig` that are dataclasses themselves."""
     return {f.name: f.type for f in dataclasses.fields(GRPOTrainingConfig) if dataclasses.is_dataclass(f.type)}
 
 
 def name_in_grpo_config(name: str) -> str:
-    """The field of `GRPOConfig` that a group's setting sets: "training.num_epochs" -> "num_train_epochs"."""
+    """The field of `GRPOConfig` that a section's setting sets: "training.num_epochs" -> "num_train_epochs"."""
     key = name.rpartition(".")[2]
     return RENAMED.get(name) or ALIASES.get(key, key)
 
 
 def setting_names() -> list[str]:
     """Every name that a job may set: "seed", "training.num_batches" and so on."""
-    groups = groups_of_settings()
-    names = [f.name for f in dataclasses.fields(GRPOTrainingConfig) if f.name not in groups]
-    return names + [f"{group}.{f.name}" for group, config in groups.items() for f in dataclasses.fields(config)]
+    sections = sections_of_settings()
+    names = [f.name for f in dataclasses.fields(GRPOTrainingConfig) if f.name not in sections]
+    return names + [f"{section}.{f.name}" for section, config in sections.items() for f in dataclasses.fields(config)]
 
 
 def unknown_setting(name: str) -> ValueError:
     """The error for a name that is none, with the one that is most likely meant."""
     names = setting_names()
     elsewhere = [other for other in names if other.rpartition(".")[2] == name.rpartition(".")[2]]
-    group, _, key = name.rpartition(".")
-    if f"{group}.{ALIASES.get(key)}" in names:
-        elsewhere = [f"{group}.{ALIASES[key]}"]
-    hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else nearest(name, [*names, *groups_of_settings()])
+    section, _, key = name.rpartition(".")
+    if f"{section}.{ALIASES.get(key)}" in names:
+        elsewhere = [f"{section}.{ALIASES[key]}"]
+    hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else nearest(name, [*names, *sections_of_settings()])
     return ValueError(f"unknown setting {name!r}{hint}")

@@ -20,10 +20,10 @@ from ..config.grpo import GRPOConfig
 from ..config.model import GEMMA3_SIZES, TINY_NAME
 from ..config.recipes import AGENT_TUNIX, AGENT_TUNIX_AGREES, AGENT_TUNIX_MODEL, JOB, TINY
 from ..config.saved import settings_of
-from .agent_tunix import GRPOTrainingConfig, groups_of_settings, name_in_grpo_config
+from .agent_tunix import GRPOTrainingConfig, name_in_grpo_config, sections_of_settings
 
 CONFIG_HEAD = """\
-# What run_training.py starts from. A group's file gives its values; a model's file may change any of them, an
+# What run_training.py starts from. A section's file gives its values; a model's file may change any of them, an
 # experiment's file again, and the command line has the last word.
 defaults:
   - _self_
@@ -52,27 +52,27 @@ hydra:
 MAX_WIDTH = 110  # of a line
 OF_A_MODEL = "# @package _global_\n"
 TINY_HEAD = "# The embedded model and the job it is made for, offline: what `python train.py --use_grpo` runs.\n"
-# A group's settings that stand in another group's file, where agent-tunix has them too.
+# A section's settings that stand in another section's file, where agent-tunix has them too.
 ELSEWHERE = ("training.learning_rate", "training.warmup_ratio", "training.max_grad_norm")
 
 
 def files() -> dict[str, str]:
     """Path -> text of every file that is generated."""
-    groups = {name: group for name, group in groups_of_settings().items() if name not in ("model", "data")}
-    written = {"conf/config.yaml": _config_yaml(list(groups)), "conf/model/tiny.yaml": _tiny_yaml()}
+    sections = {name: section for name, section in sections_of_settings().items() if name not in ("model", "data")}
+    written = {"conf/config.yaml": _config_yaml(list(sections)), "conf/model/tiny.yaml": _tiny_yaml()}
     for size in GEMMA3_SIZES:
         written[f"conf/model/gemma3_{size}.yaml"] = _gemma_yaml(size)
     values = _values_of_agent_tunix()
-    for name, group in groups.items():
-        lines = [_line(field, values[f"{name}.{field.name}"]) for field in _shown(name, group)]
+    for name, section in sections.items():
+        lines = [_line(field, values[f"{name}.{field.name}"]) for field in _shown(name, section)]
         written[f"conf/{name}/default.yaml"] = "".join(lines)
     settings = settings_of(*parse_job(["--use_grpo"]))
     written["config_example.json"] = json.dumps(settings, indent=2) + "\n"
     return written
 
 
-def _shown(name: str, group: type) -> list[dataclasses.Field]:
-    return [field for field in dataclasses.fields(group) if f"{name}.{field.name}" not in ELSEWHERE]
+def _shown(name: str, section: type) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(section) if f"{name}.{field.name}" not in ELSEWHERE]
 
 
 def _defaults_of(config: type) -> dict[str, Any]:
@@ -82,18 +82,18 @@ def _defaults_of(config: type) -> dict[str, Any]:
 
 
 def _values_of_agent_tunix() -> dict[str, Any]:
-    """Every setting of the groups, such as "training.num_epochs" -> agent-tunix's value; None: it has none."""
+    """Every setting of the sections, such as "training.num_epochs" -> agent-tunix's value; None: it has none."""
     defaults = _defaults_of(GRPOConfig)
     values = {name: defaults[name] for name in AGENT_TUNIX_AGREES} | JOB | AGENT_TUNIX
-    groups = {name: group for name, group in groups_of_settings().items() if name not in ("model", "data")}
-    names = [f"{name}.{field.name}" for name, group in groups.items() for field in _shown(name, group)]
+    sections = {name: section for name, section in sections_of_settings().items() if name not in ("model", "data")}
+    names = [f"{name}.{field.name}" for name, section in sections.items() for field in _shown(name, section)]
     return {name: values.get(name_in_grpo_config(name)) for name in names}
 
 
-def _config_yaml(groups: list[str]) -> str:
-    """The file that names the groups, and holds what is in none of them."""
-    defaults = "".join(f"  - {group}: default\n" for group in groups) + f"  - model: {TINY_NAME}\n"
-    inner = groups_of_settings()
+def _config_yaml(sections: list[str]) -> str:
+    """The file that names the sections, and holds what is in none of them."""
+    defaults = "".join(f"  - {section}: default\n" for section in sections) + f"  - model: {TINY_NAME}\n"
+    inner = sections_of_settings()
     outer = [field for field in dataclasses.fields(GRPOTrainingConfig) if field.name not in inner]
     text = CONFIG_HEAD + defaults + "\n"
     for field in outer:
@@ -111,7 +111,7 @@ def _gemma_yaml(size: str) -> str:
 
 
 def _tiny_yaml() -> str:
-    """The tiny model with its recipe in the names of the groups, and defaults where agent-tunix has other values."""
+    """The tiny model with its recipe in the names of the sections, and defaults where agent-tunix has other values."""
     usual, values = _values_of_agent_tunix(), _defaults_of(GRPOConfig) | JOB | TINY
     ours = {name: name_in_grpo_config(name) for name in usual}
     decided = [name for name in usual if usual[name] is not None or ours[name] in TINY]
@@ -121,8 +121,8 @@ def _tiny_yaml() -> str:
     del wanted["training.num_epochs"]
     tree: dict[str, dict[str, Any]] = {"model": {"model_name": TINY_NAME}}
     for name, value in wanted.items():
-        group, _, key = name.partition(".")
-        tree.setdefault(group, {})[key] = value
+        section, _, key = name.partition(".")
+        tree.setdefault(section, {})[key] = value
     tree["args"] = {name: value for name, value in TINY.items() if name not in ours.values()}
     return OF_A_MODEL + TINY_HEAD + OmegaConf.to_yaml(tree)
 

@@ -76,7 +76,7 @@ def is_finite(value: object) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def check_finite(config: Any) -> None:
+def check_fields_finite(config: Any) -> None:
     """See that no field of a dataclass of settings is infinite or NaN: such a number would pass many a comparison.
 
     Raises:
@@ -94,7 +94,7 @@ def check_types(config: Any) -> None:
     Raises:
         ValueError: a value of another type, or an infinite one or NaN, naming the field.
     """
-    check_finite(config)
+    check_fields_finite(config)
     hints = get_type_hints(type(config))
     for name in config.__dataclass_fields__:
         hint, value = hints[name], getattr(config, name, None)

@@ -213,7 +213,7 @@ class Rows:
         return held
 
 
-def lay_out(*tensors: Tensor) -> tuple[Tensor, ...]:
+def lay_on_devices(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors of a row each, laid on this machine's devices, at the beginning of a rollout."""
     for tensor in tensors:
         shard_rows(tensor)

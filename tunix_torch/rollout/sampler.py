@@ -17,7 +17,7 @@ from ..model.attention import layer_windows, use_own_attention
 from ..model.caches import SharedPrefixCache
 from ..model.decoding import decode_weights
 from ..model.forward import adapters_in_use, base_model, hidden_states, logits, prefill, text_config
-from .rows import Rows, lay_out
+from .rows import Rows, lay_on_devices
 from .steps import Steps
 
 
@@ -134,7 +134,7 @@ class Sampler:
         self, prompt_ids: Tensor, prompt_mask: Tensor, num_completions: int, params: SamplingParams, uniforms: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Tokens and their log-probabilities, (B, C). After a row's first EOS they may be anything."""
-        prompt_ids, prompt_mask, uniforms = lay_out(prompt_ids, prompt_mask, uniforms.to(prompt_ids.device))
+        prompt_ids, prompt_mask, uniforms = lay_on_devices(prompt_ids, prompt_mask, uniforms.to(prompt_ids.device))
         last_hidden, prefix = prefill(self.model, prompt_ids, prompt_mask)
         windows = layer_windows(text_config(self.model))
         prefix.forget(windows)

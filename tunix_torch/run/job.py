@@ -33,7 +33,7 @@ def train(
     A finished run that is resumed stays as it is; only final files that are missing are written.
 
     Args:
-        config: either the whole job in groups, or the model's settings, followed by those of data and training.
+        config: either the whole job in sections, or the model's settings, followed by those of data and training.
 
     Raises:
         ValueError: a setting, file, model or data set that can't work; nothing has been written or moved then.

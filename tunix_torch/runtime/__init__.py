@@ -3,8 +3,7 @@
 `tunix_torch.device` is this room, with the few names that a script needs.
 """
 
-import importlib
-from typing import Any
+from ..public import public_names
 
 _HOMES = {
     "KIND": "device",
@@ -14,10 +13,4 @@ _HOMES = {
     "torch_device": "device",
     "use_mesh": "mesh",
 }
-__all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__all__, __getattr__ = public_names(__name__, _HOMES)

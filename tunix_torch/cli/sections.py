@@ -1,4 +1,4 @@
-"""Train from groups of settings, as agent-tunix does: run_training.py, a Hydra app over the same job as train.py."""
+"""Train from sections, as agent-tunix does: run_training.py, a Hydra app over the same job as train.py."""
 
 import sys
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def main(conf: Path, words: Sequence[str] | None = None) -> None:
     """Run the job, or the sweep of jobs, that the words of the command line describe.
 
     Args:
-        conf: the folder with `config.yaml` and the groups.
+        conf: the folder with `config.yaml` and the sections.
         words: overrides and flags of Hydra; None: those of this process.
 
     Raises:
