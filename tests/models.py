@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, batches for them, and what Hugging Face itself computes on those."""
+"""Make tiny random models of every family and batches for them, and compute what Hugging Face itself gives."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ COMMON = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 128,
-    "initializer_range": 0.3,  # far from the usual 0.02, so that attention, caps and windows matter
+    "initializer_range": 0.3,  # this is far above the usual 0.02, so that attention, caps and windows matter
     "pad_token_id": PAD,
     "eos_token_id": 1,
     "bos_token_id": 2,
@@ -70,7 +70,7 @@ FAMILIES = {
             "global_head_dim": 16,
             "final_logit_softcapping": 3.0,
             "initializer_range": 0.2,
-            "rms_norm_eps": 1e-2,  # its many norms would blow up the rounding errors of gradients
+            "rms_norm_eps": 1e-2,  # with a smaller one, its many norms would inflate rounding errors of gradients
         },
     ),
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
@@ -79,7 +79,7 @@ FAMILIES = {
 
 
 def make_model(family, seed=0, **overrides):
-    """A float32 model with random weights; `overrides` are settings of its config."""
+    """Make a float32 model with random weights; `overrides` are settings of its config."""
     model_class, config_class, settings = FAMILIES[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -87,7 +87,7 @@ def make_model(family, seed=0, **overrides):
 
 
 def add_nontrivial_lora(model, seed=1, **settings):
-    """A LoRA whose B matrices are random, so that it changes what the model computes."""
+    """Add a LoRA whose B matrices are random, so that it changes what the model computes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LoraConfig(r=4, lora_alpha=8, target_modules=LORA_TARGETS, task_type="CAUSAL_LM", **settings)
@@ -99,7 +99,7 @@ def add_nontrivial_lora(model, seed=1, **settings):
 
 
 def make_policy(family, **overrides):
-    """A model with a LoRA that changes what it computes."""
+    """Make a model with a LoRA that changes what it computes."""
     return add_nontrivial_lora(make_model(family, **overrides))
 
 
@@ -111,7 +111,7 @@ def make_batch(
     aggregation="sequence-mean-token-mean",
     place="cpu",
 ):
-    """Random prompts, padded on the left to the longest, with an equal number of ragged completions each."""
+    """Make random prompts, padded on the left to the longest, with an equal number of ragged completions each."""
     random = torch.Generator().manual_seed(seed)
 
     def ragged(lengths, left):
@@ -135,17 +135,17 @@ def make_batch(
 
 
 def token_logps(model, batch, temperature=1.0, layout=shared_prompts):
-    """The library's log-probabilities and entropies of a batch that `layout` makes a pass of."""
+    """Compute the library's log-probabilities and entropies of a batch, in the pass that `layout` makes of it."""
     return logprobs.token_logps(model, layout(batch), temperature)
 
 
 def with_completions(batch, ids, mask):
-    """The batch with other completions: ids and mask (B, C)."""
+    """Return the batch with other completions; ids and mask are (B, C)."""
     return replace(batch, completion_ids=ids, completion_mask=mask, lengths=lengths_of(mask))
 
 
 def single_row(batch, row):
-    """One completion with its prompt, neither padded."""
+    """Return the batch of one completion and its prompt, without padding."""
     prompt = row // (len(batch.completion_ids) // len(batch.prompt_ids))
     kept, filled = batch.prompt_mask[prompt], batch.completion_mask[row]
     return replace(
@@ -161,7 +161,7 @@ def single_row(batch, row):
 
 
 def hugging_face_logits(model, ids):
-    """Scores of one unpadded row by the model's own forward, masks included, without a cache: (L,) -> (L, V)."""
+    """Return scores of one unpadded row by the model's own forward and masks, without a cache: (L,) -> (L, V)."""
     model, ids = base_model(model), ids[None]
     positions = torch.arange(ids.shape[1])[None]
     mask = torch.ones_like(ids)
@@ -169,7 +169,7 @@ def hugging_face_logits(model, ids):
 
 
 def hugging_face_logps(model, batch, temperature=1.0):
-    """What `token_logps` must return, (B, C) log-probabilities and entropies, from `hugging_face_logits` row by row."""
+    """Compute from `hugging_face_logits`, row by row, what `token_logps` must return: (B, C) logps and entropies."""
     columns = []
     for i in range(len(batch.completion_ids)):
         row = single_row(batch, i)
@@ -182,18 +182,18 @@ def hugging_face_logps(model, batch, temperature=1.0):
 
 
 def lora_gradients(model, loss):
-    """All LoRA gradients of a scalar loss as one vector."""
+    """Return all LoRA gradients of a scalar loss as one vector."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
 
 
 def weighted(logps, batch):
-    """A scalar in which every token counts differently."""
+    """Return a scalar in which every token counts differently."""
     return (logps * torch.linspace(-1, 2, logps.numel()).view(logps.shape) * batch.completion_mask).sum()
 
 
 def assert_close(actual, expected, tolerance):
-    """Largest difference, relative to the largest entry of what is expected."""
+    """Check the largest difference relative to the largest entry of what is expected."""
     scale = expected.detach().abs().max()
     assert scale > 1e-3, "nothing to compare with"
     torch.testing.assert_close(actual, expected, rtol=0, atol=float(tolerance * scale))

@@ -1,15 +1,15 @@
-"""What tests of sampling share: end-of-sequence tokens, settings, and when two rollouts are the same."""
+"""Tests of sampling share these end-of-sequence tokens and settings, and this comparison of two rollouts."""
 
 import torch
 from models import VOCABULARY
 
 from tunix_torch.rollout.sampler import SamplingParams
 
-NEVER = (VOCABULARY,)  # no token
-SOME = tuple(range(1, 9))  # end a completion of a random model after about twelve tokens
-MORE = tuple(range(1, 17))  # after about half as many
+NEVER = (VOCABULARY,)  # no token has this id, so no completion ends
+SOME = tuple(range(1, 9))  # these end a completion of a random model after about twelve tokens
+MORE = tuple(range(1, 17))  # these end one after about half as many
 GROUP = 3
-PARAMS = SamplingParams(max_new_tokens=20)  # longer than two windows
+PARAMS = SamplingParams(max_new_tokens=20)  # completions are longer than two windows of attention
 
 
 def assert_same(left, right):

@@ -1,4 +1,4 @@
-"""A small training job in this process, and what it leaves on the disk."""
+"""Run a small training job in this process, and read what it leaves on the disk."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ SMALL = {
 
 
 def run(model, output_dir, judge=None, **settings):
-    """A whole job in this process."""
+    """Run a whole job in this process, and return its trainer."""
     args = GRPOConfig(output_dir=str(output_dir), **(SMALL | settings))
     return train(ModelConfig(model), DataConfig(num_train_rows=16, num_eval_rows=4, judge=judge), args)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "tunix_torch"
-# From above: a file imports from its own room and from rooms above it. `rewards` is pure and imports nothing here.
+# The rooms from top to bottom. A file imports only from its own room and from rooms above it; `rewards` has none above.
 ROOMS = [
     "public",
     "rewards",
@@ -39,13 +39,13 @@ def modules(folder=LIBRARY):
 
 
 def name_of(path):
-    """("tunix_torch", "model", "loading") of a file; a room's `__init__` is ("tunix_torch", "model")."""
+    """Return a file's module as names, ("tunix_torch", "model", "loading"); an `__init__` gives the room itself."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return parts[:-1] if parts[-1] == "__init__" else parts
 
 
 def imports_of(path):
-    """(module as a tuple of names, name taken from it or None) of every import of a file, anywhere in it."""
+    """Return (module as a tuple of names, name taken from it or None) for every import, anywhere in a file."""
     package = name_of(path) if path.stem == "__init__" else name_of(path)[:-1]
     found = []
     for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""The mathematics against NumPy recomputations of their definitions, and the settings that choose among them."""
+"""Advantages, KL, aggregation and loss equal NumPy recomputations of their definitions, and settings are checked."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from tunix_torch.grpo import (
 from tunix_torch.runtime import mesh
 
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
-MAX_LENGTH = 7  # C is 6 below: the longest allowed is not the longest that occurs
+MAX_LENGTH = 7  # C is 6 below, so no completion is as long as is allowed
 
 
 # ---- advantages ----
@@ -69,7 +69,7 @@ def test_advantages_equal_their_definition(groups, algorithm, normalize, epsilon
 
 
 def test_equal_rewards_give_exactly_zero(subtests):
-    """The mean of seven times 0.1 is not 0.1, and what is left over must not be blown up by a tiny deviation."""
+    """Rounding makes the mean of seven times 0.1 differ from 0.1; a tiny deviation must not blow up this residue."""
     for reward in (0.0, 0.1, 0.3, -1.1):
         for size in (2, 3, 4, 7):
             for algorithm in ALGORITHMS:
@@ -87,7 +87,7 @@ def test_small_differences_of_large_rewards_are_not_rounded_away():
 
 
 def test_what_rounding_makes_of_equal_rewards_is_no_difference():
-    """With epsilon 0 it was divided by itself: 0.1 + 0.2 got an advantage of 1.5 over 0.3."""
+    """Regression: with epsilon 0 a rounding error was divided by itself: 0.1 + 0.2 got an advantage of 1.5 over 0.3."""
     rewards = torch.tensor([0.3, 0.1 + 0.2, 0.3, 0.3, 1e8, 1e8 + 1e-7, 1e8, 1e8], dtype=torch.float64)
     assert not compute_group_advantages(rewards, 4, epsilon=0.0).any()
     barely = 1e8 + 2.0**-26 * torch.tensor([0.0, 17.0, 3.0, 5.0], dtype=torch.float64)
@@ -116,7 +116,7 @@ LOGPS = st.lists(st.floats(-12, 0, width=32), min_size=4, max_size=4)
 @EXAMPLES
 @given(LOGPS, LOGPS, st.sampled_from(KL_ESTIMATORS), st.sampled_from([None, 0.5, 10.0]))
 def test_kl_estimators_equal_their_definitions(policy, reference, estimator, clamp):
-    ratio = np.array(reference) - np.array(policy)  # log of reference over policy, where the sample is the policy's
+    ratio = np.array(reference) - np.array(policy)  # this is log(reference / policy) at a token of the policy
     expected = {"k1": -ratio, "k2": ratio**2 / 2, "k3": np.exp(ratio) - 1 - ratio}[estimator]
     expected = expected if clamp is None else np.clip(expected, -clamp, clamp)
     actual = per_token_kl(torch.tensor([policy]), torch.tensor([reference]), estimator, clamp)
@@ -125,7 +125,7 @@ def test_kl_estimators_equal_their_definitions(policy, reference, estimator, cla
 
 
 def test_beyond_the_clamp_the_gradient_is_zero_however_large_the_gap(subtests):
-    """exp overflowed at a gap of 88, and the gradient was 0 * inf, not a number."""
+    """Regression: exp overflowed at a gap of 88, and the gradient became 0 * inf, which is not a number."""
     for estimator in KL_ESTIMATORS:
         with subtests.test(estimator=estimator):
             logps = -torch.tensor([[0.0, 10.0, 80.0, 90.0, 500.0]]).requires_grad_()
@@ -158,7 +158,7 @@ def test_an_unknown_kl_estimator_is_refused():
 
 
 def aggregate(values, mask, mode):
-    """The definitions, row by row; `values` and `mask` (B, C)."""
+    """Aggregate `values` where `mask` is set, both (B, C), row by row as each mode is defined."""
     rows = [row[kept] for row, kept in zip(values, mask, strict=True) if kept.any()]
     if not rows:
         return 0.0
@@ -210,7 +210,7 @@ def test_an_unknown_aggregation_is_refused():
 
 
 def make_tensors(seed=0, spread=0.4):
-    """logps, old and reference log-probabilities, (6, 6) each; mask with rows of length 1, 6 and 0; rewards (6,)."""
+    """Make logps, old and reference logps and a mask with rows of length 0 to 6, (6, 6) each, and rewards (6,)."""
     random = torch.Generator().manual_seed(seed)
     mask = torch.arange(6) < torch.tensor([1, 6, 3, 0, 5, 4])[:, None]
     logps = -3 * torch.rand(6, 6, generator=random)
@@ -220,7 +220,7 @@ def make_tensors(seed=0, spread=0.4):
 
 
 def expected_terms(logps, old, ref, advantages, mask, config):
-    """Policy loss and KL as the papers write them, token by token."""
+    """Compute policy loss, KL and clipped weight token by token, as the papers write them."""
     logps, old, ref, mask = (np.asarray(values.detach(), dtype=float) for values in (logps, old, ref, mask))
     mask = mask.astype(bool)
     policy, kl, clipped = np.zeros((3, *mask.shape))
@@ -246,7 +246,7 @@ def expected_terms(logps, old, ref, advantages, mask, config):
 
 
 def compute_loss(logps, old, ref, advantages, mask, config):
-    """As the trainer calls it."""
+    """Call `grpo_loss` with a config's settings, as the trainer does."""
     return grpo_loss(
         logps,
         old,
@@ -315,7 +315,7 @@ def test_without_a_reference_there_is_no_kl():
 
 
 def test_dual_clip_limits_only_rows_of_negative_advantage():
-    logps, old = torch.tensor([[0.0], [0.0]]), torch.tensor([[-3.0], [-3.0]])  # ratio e^3 = 20
+    logps, old = torch.tensor([[0.0], [0.0]]), torch.tensor([[-3.0], [-3.0]])  # the ratio is e^3 = 20
     advantages, weights = torch.tensor([1.0, -1.0]), torch.ones(2, 1)
     assert float(grpo_loss(logps, old, None, advantages, weights).loss) == pytest.approx(-1.2 + np.exp(3))
     assert float(grpo_loss(logps, old, None, advantages, weights, epsilon_c=3.0).loss) == pytest.approx(-1.2 + 3.0)
@@ -334,7 +334,7 @@ def test_extreme_ratios_stay_finite(sequence_level, largest):
 
 
 def test_the_first_ratio_is_one(subtests):
-    """Then the loss is minus the weighted advantages, and its gradient is that of REINFORCE."""
+    """At a ratio of 1 the loss is minus the weighted advantages, and its gradient is that of REINFORCE."""
     for algorithm in ALGORITHMS:
         for mode in LOSS_AGGREGATIONS:
             for old_is_given in (False, True):
@@ -356,7 +356,7 @@ def test_the_first_ratio_is_one(subtests):
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dapo"])
 def test_gradients_are_those_of_unclipped_tokens(algorithm):
-    """A token moves with -A r, unless its ratio has left the clip range in the direction that the advantage wants."""
+    """A token's gradient is -A r, unless its ratio has left the clip range in the direction the advantage wants."""
     config = GRPOConfig(algorithm=algorithm, loss_aggregation="token-mean", use_kl_penalty=False)
     logps, old, _, mask, rewards = make_tensors()
     advantages = make_advantages(rewards, config)
@@ -370,7 +370,10 @@ def test_gradients_are_those_of_unclipped_tokens(algorithm):
 
 
 def test_gspo_gradients_equal_those_of_the_sequence_level_objective(subtests):
-    """GSPO, arXiv 2507.18071, equations 5 to 7: mean over rows of min(s A, clip(s) A), s the geometric mean ratio."""
+    """The objective is the mean over rows of min(s A, clip(s) A), where s is a row's geometric mean ratio.
+
+    This is GSPO, arXiv 2507.18071, equations 5 to 7.
+    """
     for seed in range(5):
         with subtests.test(seed=seed):
             config = GRPOConfig(algorithm="gspo", use_kl_penalty=False)
@@ -480,7 +483,7 @@ def test_invalid_values_are_refused_by_name_and_value(subtests):
         ("num_completions_per_prompt", 0),
         ("generation_max_length", 0),
         ("max_prompt_length", 0),
-        ("max_length", 256),  # generation_max_length alone takes that much
+        ("max_length", 256),  # by default, completions alone take 256 tokens
         ("generation_temperature", 0.0),
         ("generation_temperature", -1.0),
         ("generation_top_p", 0.0),
@@ -544,7 +547,7 @@ def test_what_accelerate_sets_in_the_environment_is_refused_too(name, monkeypatc
 
 
 def test_by_default_a_cpu_learns_from_as_many_groups_as_keep_it_busy(tmp_path, subtests):
-    """In whole groups, within the budget of tokens or one group at a time, and in no more passes than that takes."""
+    """A pass holds one group, or several within the budget of tokens, and there are no more passes than that takes."""
     budget = mesh.tokens_per_pass()
     for prompts, group, prompt_length, completion_length in ((8, 4, 64, 64), (16, 4, 256, 256), (8, 16, 256, 256)):
         with subtests.test(prompts=prompts, group=group, prompt_length=prompt_length):

@@ -1,4 +1,4 @@
-"""Whole jobs, minutes long: the embedded default learns, for three seeds, and through XLA as on the CPU."""
+"""The embedded default job, run whole, learns with three seeds, and through XLA as on the CPU."""
 
 import json
 import os
@@ -13,10 +13,10 @@ pytestmark = pytest.mark.slow
 
 
 def run_default_job(output_dir, *flags, **environment):
-    """`python train.py --use_grpo --num_completions_per_prompt 4`: the rows of its metrics.jsonl."""
+    """Run `python train.py --use_grpo --num_completions_per_prompt 4`, and return the rows of its metrics.jsonl."""
     command = [sys.executable, "train.py", "--use_grpo", "--num_completions_per_prompt", "4", *flags]
     env = {**os.environ, "TUNIX_DEVICE": "cpu", **environment}
-    env.pop("OMP_NUM_THREADS", None)  # as a user runs it
+    env.pop("OMP_NUM_THREADS", None)  # users leave it unset
     subprocess.run([*command, "--output_dir", str(output_dir)], cwd=ROOT, env=env, check=True)
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
@@ -27,7 +27,7 @@ def evaluations(rows):
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory):
-    """The first seed, warm start included."""
+    """Run the job with the first seed, warm start included; return its rows, and the variable that names its cache."""
     root = tmp_path_factory.mktemp("jobs")
     cache = {"TUNIX_CACHE": str(root / "cache")}
     return run_default_job(root / "cpu", **cache), cache

@@ -1,4 +1,4 @@
-"""`TunixTrainer` on a random tiny Gemma: its invariants, its checkpoints, and what it refuses."""
+"""`TunixTrainer` keeps its invariants on a random tiny Gemma, resumes exactly, and refuses what cannot work."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ from tunix_torch.runtime.profiling import PARTS
 
 @pytest.fixture(scope="module")
 def trained(model_folder, tmp_path_factory):
-    """(trainer after its three steps, all its weights before them, the folder in which it is saved)."""
+    """Return a trainer after its three steps, all its weights before them, and the folder in which it is saved."""
     folder = tmp_path_factory.mktemp("trained")
     trainer = make_trainer(model_folder, folder)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -70,7 +70,10 @@ def test_micro_batches_give_the_loss_and_gradient_of_the_whole_batch(model_folde
 
 @pytest.mark.parametrize("use_grpo", [True, False])
 def test_accumulated_batches_give_the_gradient_of_one_batch(model_folder, tmp_path, use_grpo, monkeypatch):
-    """Each weighed its own tokens once, so that those of short batches counted for more: SFT was off by 205%."""
+    """Regression: each batch was averaged by itself, so that tokens of short batches counted for more.
+
+    The gradient of SFT was off by 205%.
+    """
     texts = ["3", "the answer is found by counting up from one", "12", "so it is 4"]
     rows = [{"question": "How many?", "answer": "3", "completion": text} for text in texts]
     settings = {"algorithm": "dapo", "generation_max_length": 48, "max_grad_norm": 0.0, "optim": "sgd", "max_steps": 1}
@@ -160,7 +163,8 @@ def test_saved_adapter_loads_with_peft_and_gives_equal_logits(trained, model_fol
     with torch.no_grad():
         trainer.model.eval()
         ours, theirs = trainer.model(input_ids=ids).logits, loaded(input_ids=ids).logits
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)  # ours adds the weights up, PEFT the products
+    # Rounding differs, because our layer adds up the weights and PEFT's layer adds up the products.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert {"adapter_model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
 
 
@@ -301,7 +305,7 @@ def test_recorded_steps_hold_what_went_in_and_what_came_out(model_folder, tmp_pa
     assert any(not torch.equal(second.lora[name], before[name]) for name in before)
     logged = [row for row in trainer.state.log_history if "loss" in row]
     for record, row in zip((first, second), logged, strict=False):
-        assert record.loss.item() == pytest.approx(row["loss"], abs=1e-4)  # Trainer rounds it
+        assert record.loss.item() == pytest.approx(row["loss"], abs=1e-4)  # Trainer rounds the logged loss
         assert record.learning_rate == row["learning_rate"]
         assert record.batch.rewards.mean().item() == pytest.approx(row["reward"])
         torch.testing.assert_close(record.logps, record.batch.sampler_logps, rtol=0, atol=1e-4)
@@ -413,7 +417,7 @@ def test_the_judge_need_not_be_a_reward_function(model_folder, tmp_path):
 
 
 def accuracies(*values):
-    """A judge under which the evaluations have these accuracies, one after the other, in eighths."""
+    """Make a judge under which successive evaluations have these accuracies, given in eighths."""
     remaining = iter(values)
 
     def judge(completions, **columns):
@@ -488,7 +492,7 @@ def test_a_loaded_model_with_its_own_lora_is_taken_as_it_is(model_folder, tmp_pa
 
 
 def test_a_tokenizer_without_a_padding_token_can_train(model_folder, tmp_path):
-    """The padding token was set after the collator had read it."""
+    """Regression: the trainer set the padding token only after the collator had read it."""
     tokenizer = load_tokenizer(model_folder)
     tokenizer.pad_token = None
     model = load_model(model_folder)

@@ -1,6 +1,7 @@
-"""XLA for real, through PJRT on the CPU: run as `TUNIX_DEVICE=xla pytest -m xla`, in a process of its own.
+"""Training through XLA gives what the CPU gives, compiles nothing after warm-up, and leaves nothing to the host.
 
-What the CPU computes comes from a second process, since a process is XLA or not for life.
+XLA runs on the CPU here, through PJRT: `TUNIX_DEVICE=xla pytest -m xla`. What the CPU itself computes comes from a
+second process, since a process is on XLA or not for its whole life.
 """
 
 import json
@@ -15,7 +16,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 STEPS = 6
 
-# One job, run on either device. Prompts have many lengths; the adapter is saved at the end.
+# This job runs on either device. Its prompts have many lengths, and it saves the adapter at its end.
 JOB = """
 import json, sys
 from tunix_torch import GRPOConfig, TunixTrainer
@@ -104,7 +105,7 @@ def test_this_process_and_the_job_really_are_on_xla(results):
 
 
 def test_no_operation_is_left_to_the_host(results):
-    """Where torch-xla has none of its own it computes on the host, and says nothing. A number is read now and then."""
+    """What torch-xla lacks runs on the host without a warning. Only `_local_scalar_dense` may, which reads a number."""
     assert results["xla"]["left_to_the_host"] == ["aten::_local_scalar_dense"]
 
 
@@ -118,13 +119,14 @@ def test_first_five_steps_give_the_same_numbers_as_on_the_cpu(results, name):
 
 
 def test_no_compilation_after_the_second_step_with_prompts_of_many_lengths(results):
-    counts = {row["step"]: row["compilations"] for row in results["xla"]["log"]}  # the last row of each step
+    # The last row of each step is the one that counts.
+    counts = {row["step"]: row["compilations"] for row in results["xla"]["log"]}
     assert counts[0] > 0, "nothing was counted"
-    assert counts[2] == counts[STEPS], counts  # an evaluation and a checkpoint lie between
+    assert counts[2] == counts[STEPS], counts  # an evaluation and a checkpoint lie between the two steps
 
 
 def test_some_passes_were_over_packed_completions_and_some_not(results):
-    """So that no compilation after the second step means that both shapes were compiled before. Step 0 rehearses."""
+    """Packed and plain passes must both occur, or the test of compilations covers only one. Step 0 only rehearses."""
     assert {packed for step, packed in results["xla"]["packed"] if step >= 1} == {True, False}
 
 
@@ -162,7 +164,8 @@ def test_resumed_on_xla_equals_uninterrupted(results, model_folder, tmp_path):
 def test_a_job_with_gradient_checkpointing_gives_what_the_cpu_gives_without(results, model_folder, tmp_path):
     settings = {"gradient_checkpointing": True, "max_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
     run = run_job("xla", model_folder, tmp_path / "run", **settings)
-    assert run["completions"] == results["cpu"]["completions"][:2]  # after them the learning rates differ
+    # Later completions are not compared, since the learning rate depends on max_steps.
+    assert run["completions"] == results["cpu"]["completions"][:2]
     for name in ("loss", "kl"):
         assert logged(run, name) == pytest.approx(logged(results["cpu"], name)[:2], abs=1e-4)
     assert run["left_to_the_host"] == ["aten::_local_scalar_dense"]
@@ -210,7 +213,7 @@ def test_layers_under_gradient_checkpointing_give_the_same_gradient():
 
     def gradients():
         token_logps(model, plain_rows(batch))[0].square().sum().backward()
-        device.sync()  # else each gradient would be a graph of its own
+        device.sync()  # without this, each gradient would be a graph of its own
         found = {name: p.grad.cpu() for name, p in model.named_parameters() if p.requires_grad}
         model.zero_grad()
         return found

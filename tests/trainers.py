@@ -1,4 +1,4 @@
-"""A small `TunixTrainer` for tests, rewards that vary when a random model writes, and what a trainer has learned."""
+"""Make a small `TunixTrainer`, reward what a random model writes, and read what a trainer has learned."""
 
 from tunix_torch import GRPOConfig, TunixTrainer
 from tunix_torch.batch import PromptBatch
@@ -6,12 +6,12 @@ from tunix_torch.model import tiny
 
 
 def digits_reward(prompts, completions, **columns):
-    """Varies even when a random model writes: the share of digits."""
+    """Reward the share of digits, which varies even when a random model writes."""
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 
 def ends_early(prompts, completions, **columns):
-    """Prefers short completions."""
+    """Reward short completions."""
     return [1 / (1 + len(text)) for text in completions]
 
 
@@ -26,7 +26,7 @@ def make_trainer(
     processing_class=None,
     **settings,
 ):
-    """A trainer of three small steps on arithmetic; `settings` are fields of GRPOConfig, `rows` the training rows."""
+    """Make a trainer of three steps on arithmetic; `settings` are fields of GRPOConfig, `rows` the training rows."""
     settings = {
         "max_steps": 3,
         "per_device_train_batch_size": 4,
@@ -45,19 +45,19 @@ def make_trainer(
 
 
 def first_batch(trainer):
-    """The `TrainBatch` of the first step, collected as `train()` would."""
+    """Collect the `TrainBatch` of the first step as `train()` would."""
     trainer.current_gradient_accumulation_steps = 1
     inputs = next(iter(trainer.get_train_dataloader()))
     return trainer.collect(PromptBatch(**inputs))
 
 
 def lora_weights(trainer):
-    """Copies of the weights that learn, by their names in the model."""
+    """Return copies of the weights that learn, by their names in the model."""
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def gradients(trainer, batch):
-    """The loss of one update and the gradient of every weight that learns, without a step of the optimizer."""
+    """Return the loss of one update and the gradient of every weight that learns; the optimizer does not step."""
     trainer.model.zero_grad()
     loss = trainer.update(batch)
     return loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""Resumed runs: their own intervals, a finished one that stays finished, and settings that must not change."""
+"""A resumed run has its own intervals, a finished one stays finished, and settings that matter must not change."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def adapter(folder):
 
 
 def has_weights_of(trainer, folder):
-    """Whether the trainer's adapter is, bit for bit, the one in a folder."""
+    """Return whether the trainer's adapter is, bit for bit, the one in a folder."""
     kept = {name.replace(".default", ""): p for name, p in trainer.model.named_parameters() if p.requires_grad}
     saved = load_file(folder / "adapter_model.safetensors")
     return set(kept) == set(saved) and all(torch.equal(kept[name], saved[name]) for name in saved)
@@ -42,7 +42,7 @@ def saved_steps(folder):
 
 
 def test_a_resumed_run_logs_evaluates_and_saves_as_often_as_it_is_told(model_folder, tmp_path):
-    """transformers.Trainer takes the intervals from the checkpoint."""
+    """By itself, transformers.Trainer would take the intervals from the checkpoint."""
     run(model_folder, tmp_path, max_steps=2)
     more = {"save_steps": 1, "eval_steps": 3, "logging_steps": 2}
     run(model_folder, tmp_path, max_steps=6, resume_from_checkpoint="latest", **more)
@@ -52,10 +52,10 @@ def test_a_resumed_run_logs_evaluates_and_saves_as_often_as_it_is_told(model_fol
 
 
 def test_a_resumed_run_has_the_patience_that_it_is_told(model_folder, tmp_path, judges):
-    """The state of the callback, which is restored, holds the earlier one."""
+    """The restored state of the callback holds the earlier patience, which must not be used."""
     settings = {"judge": f"{judges}.none", "eval_steps": 1, "save_steps": 1, "max_steps": 6}
     first = run(model_folder, tmp_path, early_stopping_patience=2, **settings)
-    assert first.state.global_step == 3  # the first evaluation is the best so far
+    assert first.state.global_step == 3  # the first evaluation stays the best
     again = run(model_folder, tmp_path, early_stopping_patience=4, resume_from_checkpoint="latest", **settings)
     assert again.state.global_step == 5
 
@@ -65,7 +65,7 @@ def test_a_resumed_run_has_the_patience_that_it_is_told(model_folder, tmp_path, 
 
 @pytest.fixture
 def judges(tmp_path_factory, monkeypatch):
-    """The name of a module of judges."""
+    """Write a module of judges, and return its name."""
     folder = tmp_path_factory.mktemp("judges")
     (folder / "judges_of_resume.py").write_text(
         "def none(completions, **columns):\n    return [0.0] * len(completions)\n"
@@ -76,7 +76,10 @@ def judges(tmp_path_factory, monkeypatch):
 
 @pytest.mark.parametrize("how", ["latest", "auto", "folder"])
 def test_a_finished_run_takes_no_step_more(model_folder, finished_run, tmp_path, how, caplog, capsys):
-    """It took one each time ("step 5/4"), with another adapter, and evaluated again; auto began anew."""
+    """Regression: a resumed one took a step more each time ("step 5/4"), changed its adapter and evaluated again.
+
+    With "auto" the run began anew.
+    """
     out = tmp_path / "out"
     shutil.copytree(finished_run, out)
     before = files(out)
@@ -98,7 +101,7 @@ def test_a_finished_run_takes_no_step_more(model_folder, finished_run, tmp_path,
 )
 @pytest.mark.thorough
 def test_a_run_that_finished_otherwise_takes_no_step_more(model_folder, tmp_path, how, settings, judges):
-    """By epochs, by a part of one, with its best model, or stopped early."""
+    """The run may have finished after an epoch or a part of one, with its best model loaded, or by early stopping."""
     out = tmp_path / "out"
     first = run(model_folder, out, judge=f"{judges}.none", **settings)
     before, num_steps = files(out), first.state.global_step
@@ -110,7 +113,7 @@ def test_a_run_that_finished_otherwise_takes_no_step_more(model_folder, tmp_path
 
 
 def test_final_files_that_are_missing_are_written(model_folder, finished_run, tmp_path):
-    """As after a kill between the last checkpoint and the end."""
+    """Final files are missing when a run was killed between its last checkpoint and its end."""
     whole = tmp_path / "whole"
     shutil.copytree(finished_run, whole)
     for names in (["training_curves.png"], ["adapter_model.safetensors", "trainer_state.json", "training_curves.png"]):
@@ -129,7 +132,8 @@ def test_a_finished_run_goes_on_with_more_steps(model_folder, finished_run, tmp_
     stale = {
         name: (tmp_path / "parts" / name).read_bytes() for name in ("adapter_model.safetensors", "trainer_state.json")
     }
-    for how in ("latest", "auto"):  # the second time the run is killed before it wrote its final files
+    # The second time, the folder looks as if the run was killed before it wrote its final files.
+    for how in ("latest", "auto"):
         run(model_folder, tmp_path / "parts", resume_from_checkpoint=how)
         assert adapter(tmp_path / "parts") == adapter(finished_run) != stale["adapter_model.safetensors"]
         for name, content in stale.items():
@@ -144,7 +148,8 @@ def test_a_run_that_left_no_checkpoint_after_its_last_step_is_known_to_be_finish
     before = files(tmp_path)
     again = run(model_folder, tmp_path, resume_from_checkpoint="latest")
     assert files(tmp_path) == before and has_weights_of(again, tmp_path)
-    run(model_folder, tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))  # who names it wants it
+    # A checkpoint that the user names is resumed, although the run is finished.
+    run(model_folder, tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert adapter(tmp_path) == before[tmp_path / "adapter_model.safetensors"][1]
     assert saved_steps(tmp_path) == [2, 4]
 
@@ -176,7 +181,7 @@ def test_who_uses_the_library_is_spared_too(model_folder, tmp_path):
 
 
 def test_a_checkpoint_of_a_lora_with_another_scale_is_refused(model_folder, tmp_path):
-    """Its weights would mean something else."""
+    """With another scale, the checkpoint's weights would mean something else."""
     make_trainer(model_folder, tmp_path, max_steps=2).train()
     with pytest.raises(ValueError, match=r"lora_alpha=8.0: the LoRA in .* has 32.0"):
         make_trainer(model_folder, tmp_path, alpha=8.0).train(resume_from_checkpoint=True)
@@ -220,7 +225,7 @@ MATTERS = {
 
 
 def test_a_setting_that_changes_the_run_may_be_neither_left_out_nor_added(tmp_path, subtests):
-    """Only what both sides had written was compared, and defaults are not written."""
+    """Regression: only settings that both runs had written were compared, and defaults are not written."""
     for name in MATTERS:
         with subtests.test(name=name):
             plain, other = (
@@ -236,7 +241,7 @@ def test_where_and_how_often_may_change(tmp_path):
     now = {"run_name": "x", "dataloader_num_workers": 2, "push_to_hub": True, "logging_first_step": True}
     now |= {"early_stopping_patience": 3, "eval_steps": 5, "max_length": 512, "hub_model_id": "me/x"}
     plain, other = (settings_of(ModelConfig(), DataConfig(), GRPOConfig(**given)) for given in ({}, now))
-    assert other["metric_for_best_model"] == "accuracy"  # comes with the patience
+    assert other["metric_for_best_model"] == "accuracy"  # the patience sets this metric
     check_same_run(other, checkpoint_of(tmp_path, plain))
     check_same_run(plain, checkpoint_of(tmp_path, other))
     with pytest.raises(ValueError, match="metric_for_best_model='runtime'"):
@@ -257,7 +262,7 @@ def test_a_config_file_from_before_a_setting_existed_has_its_default(tmp_path):
 
 
 def test_the_lora_of_an_adapter_that_is_trained_further_is_the_adapters(model_folder, tmp_path):
-    """Another one was ignored without a word, at the start and when the run was resumed."""
+    """Regression: other LoRA settings were ignored without a warning, at the start and when the run was resumed."""
     trainer = make_trainer(model_folder, tmp_path / "adapter", max_steps=1, alpha=8.0)
     trainer.train()
     trainer.save_model()

@@ -29,7 +29,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def pad(batch, left, right):
-    """More padding: `left` columns for prompts, `right` for completions, filled with ids that occur in text."""
+    """Add padding, `left` columns for prompts and `right` for completions, filled with ids that occur in text."""
     result = {}
     for field in fields(batch):
         value = getattr(batch, field.name)
@@ -64,7 +64,7 @@ def test_lora_gradients_equal_those_through_hugging_faces_own_forward(family):
 
 
 def test_gemma4_whose_full_layers_use_keys_as_values():
-    """The layout of Gemma 4's larger models: no V projection and other KV heads in layers of full attention."""
+    """Gemma 4's larger models have no V projection, and other KV heads, in layers of full attention."""
     overrides = {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "num_kv_shared_layers": 0}
     model, batch = make_policy("gemma4", **overrides), make_batch()
     torch.testing.assert_close(token_logps(model, batch)[0], hugging_face_logps(model, batch)[0], rtol=0, atol=2e-5)
@@ -112,7 +112,7 @@ def test_the_order_of_prompts_and_of_completions_changes_nothing(family):
 
 
 @every_family
-@pytest.mark.parametrize("size", [1, 3, 6])  # of groups of 3; the last part of 6 is a smaller one
+@pytest.mark.parametrize("size", [1, 3, 6])  # groups have 3 rows, so the last part of size 6 is smaller
 def test_micro_batches_add_up_to_the_whole(family, size):
     model, batch = make_policy(family), make_batch()
     random = torch.Generator().manual_seed(5)
@@ -137,7 +137,7 @@ def test_micro_batches_add_up_to_the_whole(family, size):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
-@pytest.mark.parametrize("tokens_at_once", [1, 10, 107])  # of 108
+@pytest.mark.parametrize("tokens_at_once", [1, 10, 107])  # there are 108 tokens
 def test_the_chunked_head_equals_the_whole_one(family, tokens_at_once, monkeypatch):
     model, batch = make_policy(family), make_batch()
     logps, entropy = token_logps(model, batch, 0.7)

@@ -44,7 +44,7 @@ of_every_length = st.lists(st.integers(0, 12), min_size=8, max_size=8).filter(an
 @pytest.mark.parametrize("own_attention", [False, True])
 @pytest.mark.parametrize("layout", ROWS)
 def test_every_layout_gives_the_logps_and_gradients_of_plain_rows(family, own_attention, layout):
-    """Groups have completions of 12 and 5 and 1, of 12 and 7 and 3, and of 9 and 4 and 2 tokens."""
+    """The groups have completions of 12, 5 and 1 tokens, of 12, 7 and 3, and of 9, 4 and 2."""
     model, batch = make_policy(family), make_batch()
     if own_attention:
         base_model(model).set_attn_implementation(GROUPED)
@@ -59,7 +59,7 @@ def test_every_layout_gives_the_logps_and_gradients_of_plain_rows(family, own_at
 def test_every_token_is_computed_once_and_its_result_found_again(lengths):
     batch = make_batch((3, 2), lengths)
     numbers = torch.arange(1, batch.completion_ids.numel() + 1).view(batch.completion_ids.shape)
-    batch.completion_ids = numbers  # so that no two tokens are alike
+    batch.completion_ids = numbers  # no two tokens are alike
     for layout, lay in ROWS.items():
         rows = lay(batch)
         if rows is None:
@@ -100,13 +100,13 @@ def config(tmp_path, **settings):
 
 
 def ragged_batch(num_prompts=8, longest=12):
-    """Groups of four completions, in each of which one is as long as it can be."""
+    """Make groups of four completions, in each of which one is as long as it can be."""
     return make_batch([20] * num_prompts, [1 + (5 * i) % longest if i % 4 else longest for i in range(4 * num_prompts)])
 
 
 def test_passes_hold_as_many_rows_as_their_real_lengths_allow(tmp_path, monkeypatch):
     args = config(tmp_path)
-    monkeypatch.setattr(mesh, "tokens_per_pass", lambda: 100)  # a group at its longest takes 68
+    monkeypatch.setattr(mesh, "tokens_per_pass", lambda: 100)  # a group at its longest takes 68 tokens
     longest, shortest = (make_batch([20] * 8, [length] * 32) for length in (12, 2))
     for batch, length in ((longest, 12), (shortest, 2)):
         for part in lay_out(batch, args):
@@ -121,7 +121,7 @@ def test_passes_hold_as_many_rows_as_their_real_lengths_allow(tmp_path, monkeypa
 
 
 def shapes_of(rows):
-    """The shapes on which what is compiled for a pass depends."""
+    """Return the shapes on which the compiled programs of a pass depend."""
     tensors = [*rows.batch.tensors(), *(t for block in rows.blocks for t in vars(block).values())]
     return tuple(tensor.shape if isinstance(tensor, torch.Tensor) else tensor for tensor in tensors)
 
@@ -152,11 +152,12 @@ WAITING = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2
 
 
 class OnDevice(TorchDispatchMode):
-    """Takes some tensors, and all that is computed from them, for tensors of a GPU: none of them may be waited for."""
+    """Treats some tensors, and all that is computed from them, as a GPU's, and refuses operations that wait for one."""
 
     def __init__(self, tensors):
         super().__init__()
-        self.tensors = {}  # by where their data begin; kept, so that no other tensor comes to lie there
+        # Keys are the addresses of tensors. Tensors are kept, so that no other one gets the same address.
+        self.tensors = {}
         self.add(tensors)
 
     def add(self, tensors):
@@ -179,7 +180,7 @@ class OnDevice(TorchDispatchMode):
 
 
 class NoCopies(TorchFunctionMode):
-    """Refuses what copies a tensor of a GPU into main memory; on the CPU it calls no operation that could be seen."""
+    """Refuses copies of a GPU's tensor to main memory, which on the CPU call no operation that `OnDevice` could see."""
 
     def __init__(self, on_device):
         super().__init__()
@@ -203,7 +204,7 @@ def test_what_waits_is_noticed(wait):
 
 
 def learn_as_cuda(model, batch, args, monkeypatch):
-    """Reference log-probabilities and what is learned from them, by the facts of CUDA, with nothing waited for."""
+    """Compute reference log-probabilities and learn from them as on CUDA, where nothing may be waited for."""
     monkeypatch.setattr(device, "KIND", "cuda")
     monkeypatch.setattr(mesh, "KIND", "cuda")
     tensors = [*batch.tensors(), *model.parameters(), *model.buffers()]
@@ -237,7 +238,7 @@ def test_on_cuda_nothing_is_waited_for_and_what_is_learned_is_that_of_the_cpu(fa
 
 
 def test_on_cuda_32_short_rows_take_one_pass(tmp_path, monkeypatch):
-    """It cut them into one pass for each group, and each of these into buckets: 24 in all."""
+    """Regression: CUDA took one pass for each group, and cut each of these into buckets, which made 24 passes."""
     args = config(tmp_path, generation_max_length=256, max_prompt_length=256)
     monkeypatch.setattr(device, "KIND", "cuda")
     monkeypatch.setattr(mesh, "KIND", "cuda")

@@ -1,4 +1,4 @@
-"""The LoRA that learns: the reference policy it starts from, which matrices learn, and what is saved of it."""
+"""A LoRA starts from its reference policy, only the right matrices learn, and saving leaves nothing out."""
 
 import contextlib
 
@@ -28,7 +28,7 @@ def kls(trainer):
 
 
 def logits_of(model, ids):
-    """(1, L) ids -> (1, L, V), the way that training and sampling compute them, whatever the form of attention."""
+    """Compute logits as training and sampling do, whatever the form of attention: (1, L) ids -> (1, L, V)."""
     mask = torch.ones_like(ids, dtype=torch.bool)
     masks = attention_masks(text_config(model), mask, torch.arange(ids.shape[1]), base_model(model).dtype)
     with torch.no_grad():
@@ -42,7 +42,7 @@ def base(model_folder):
 
 @pytest.fixture
 def trainer_of(model_folder, tmp_path):
-    """Makes a trainer of a loaded model."""
+    """Return a function that makes a trainer of a loaded model."""
 
     def make(model, name="run", tokenizer=None, **settings):
         trainer = make_trainer(
@@ -55,7 +55,7 @@ def trainer_of(model_folder, tmp_path):
 
 @pytest.fixture
 def trained(model_folder, tmp_path):
-    """The folder of an adapter that has learned something."""
+    """Return the folder of an adapter that has learned something."""
     trainer = make_trainer(model_folder, tmp_path / "before", max_steps=2)
     trainer.train()
     trainer.save_model()
@@ -66,7 +66,7 @@ def trained(model_folder, tmp_path):
 
 
 def test_an_adapter_that_is_trained_further_starts_from_itself(trained, tmp_path):
-    """The reference was the bare base model: the first KL was 0.46."""
+    """Regression: the reference was the base model without the given adapter, so the first KL was 0.46."""
     trainer = make_trainer(trained, tmp_path / "run", use_kl_penalty=True)
     trainer.train()
     first, *others = kls(trainer)
@@ -131,7 +131,7 @@ def test_a_checkpoint_of_the_adapter_alone_has_its_reference_too(trained, tmp_pa
 
 
 def test_each_call_of_train_begins_from_the_policy_as_it_is(model_folder, tmp_path):
-    """It was an AssertionError: the reference is not the base model."""
+    """Regression: a policy that had changed before `train()` raised "the reference is not the base model"."""
     trainer = make_trainer(model_folder, tmp_path)
     with torch.no_grad():
         for name, weight in lora_weights(trainer).items():
@@ -174,7 +174,8 @@ def test_a_matrix_that_the_user_froze_stays_frozen_and_is_saved(base, trainer_of
     before = matrix.detach().clone()
     trainer = trainer_of(model, max_steps=2, save_strategy="steps", save_steps=1)
     trainer.train()
-    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))  # loading lets all matrices learn
+    # Loading a checkpoint lets all matrices learn, so the frozen one must be frozen again.
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     trainer.save_model()
     assert torch.equal(matrix, before) and not matrix.requires_grad
     saved = adapter_weights(load_model(str(tmp_path / "run")), "default")
@@ -182,7 +183,7 @@ def test_a_matrix_that_the_user_froze_stays_frozen_and_is_saved(base, trainer_of
 
 
 def test_of_two_adapters_the_active_one_learns_and_is_saved(base, trainer_of, tmp_path):
-    """Everything was lost at the first save: base weights changed."""
+    """Regression: with a second adapter the first save raised "base weights changed", and the run was lost."""
     model = get_peft_model(base, lora())
     model.add_adapter("other", lora(init_lora_weights=False))
     other = {name: p.detach().clone() for name, p in adapter_weights(model, "other").items()}
@@ -196,11 +197,14 @@ def test_of_two_adapters_the_active_one_learns_and_is_saved(base, trainer_of, tm
 
 
 def test_a_named_adapter_is_saved_where_loading_looks(base, trainer_of, tmp_path):
-    """It lay in a folder of its name: checkpoints counted as torn, and the best model was not loaded."""
+    """Regression: it was saved in a folder of its name, so that checkpoints looked torn.
+
+    The best model was therefore not loaded.
+    """
     settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     trainer = trainer_of(get_peft_model(base, lora(), adapter_name="mine"), load_best_model_at_end=True, **settings)
     trainer.train()
-    assert trainer.state.best_global_step == 1  # no answer is right, so the first stays the best
+    assert trainer.state.best_global_step == 1  # no answer is right, so the first checkpoint stays the best
     best = tmp_path / "run" / "checkpoint-1"
     assert is_whole(best) and not (best / "mine").exists()
     saved = adapter_weights(load_model(str(best)), "default")
@@ -224,7 +228,10 @@ def test_adapters_that_cannot_learn_are_refused(base, trainer_of):
 
 
 def test_embeddings_that_were_resized_are_saved_with_the_adapter(base, trainer_of, model_folder, tmp_path):
-    """The folder lacked them: loading ended in an IndexError, and export wrote as many rows as the base has."""
+    """Regression: the saved folder lacked the embeddings, so that loading raised IndexError.
+
+    Export wrote only as many rows as the base model has.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     tokenizer.add_tokens(["<a>", "<b>"])
     base.resize_token_embeddings(len(tokenizer))
@@ -243,7 +250,7 @@ def test_embeddings_that_were_resized_are_saved_with_the_adapter(base, trainer_o
 
 
 def test_embeddings_that_were_set_without_a_resize_are_saved_too(base, trainer_of, tmp_path):
-    """Models have spare rows for tokens that are added."""
+    """Users can set embeddings without a resize, because models have spare rows for tokens that are added."""
     untouched = trainer_of(AutoModelForCausalLM.from_pretrained(base.name_or_path), "untouched", max_steps=1)
     untouched.save_model()
     assert not any("embed_tokens" in name for name in load_file(tmp_path / "untouched" / "adapter_model.safetensors"))
@@ -253,7 +260,8 @@ def test_embeddings_that_were_set_without_a_resize_are_saved_too(base, trainer_o
     trainer.train()
     trainer.save_model()
     ids = torch.tensor([[2, 10, 20, 21]])
-    for _ in range(2):  # and when that adapter is trained further
+    # The second time, the folder was saved by a trainer that had loaded the adapter.
+    for _ in range(2):
         loaded = load_model(str(tmp_path / "run"))
         torch.testing.assert_close(logits_of(loaded, ids), logits_of(trainer.model, ids), rtol=0, atol=1e-4)
         trainer = trainer_of(loaded)
@@ -262,7 +270,7 @@ def test_embeddings_that_were_set_without_a_resize_are_saved_too(base, trainer_o
 
 @pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
 def test_a_lora_on_tied_embeddings_learns_and_loads_again(base, trainer_of, tmp_path, layer):
-    """A head in the LoRA was a KeyError; embeddings in it were saved in a form that our own loading refused."""
+    """Regression: a LoRA on the head raised KeyError; one on embeddings was saved in a form that loading refused."""
     trainer = trainer_of(base, peft_config=lora(target_modules=["q_proj", layer]))
     trainer.train()
     trainer.save_model()

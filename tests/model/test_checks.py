@@ -1,4 +1,4 @@
-"""What is refused before training, and numbers that are not finite: nothing is learned from them or saved."""
+"""What cannot work is refused before training, and numbers that are not finite are neither learned from nor saved."""
 
 import functools
 import math
@@ -50,7 +50,7 @@ def test_the_heads_of_tested_families_are_ours(subtests):
     ],
 )
 def test_a_head_with_a_scale_of_its_own_is_refused(model_class, config_class, scale, tokenizer, tmp_path):
-    """Log-probabilities were off by 3 to 6, and training went on without a word."""
+    """Regression: the scale was left out. Log-probabilities were off by 3 to 6, and training gave no warning."""
     settings = COMMON | scale | {"vocab_size": len(tokenizer)}
     with pytest.raises(ValueError, match="model_type=.*the logits of its own forward differ"):
         make_trainer(model_class(config_class(**settings)), tmp_path, processing_class=tokenizer)
@@ -68,7 +68,7 @@ def test_the_check_of_the_head_leaves_the_model_as_it_was(base):
 
 def test_only_dropout_that_acts_counts(model_folder):
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    model.config.classifier_dropout = 0.1  # of a head that is not there, as GPT-NeoX's
+    model.config.classifier_dropout = 0.1  # this setting belongs to a head that is not there, as in GPT-NeoX
     assert not has_dropout(model)
     assert has_dropout(AutoModelForCausalLM.from_pretrained(model_folder, attention_dropout=0.1))
     assert has_dropout(get_peft_model(model, LoraConfig(lora_dropout=0.1, target_modules=["q_proj"])))
@@ -80,7 +80,7 @@ def test_dropout_of_the_models_own_is_no_disagreement(model_folder, tokenizer, t
 
 
 def test_checkpointing_that_was_switched_on_before_is_kept(base, tokenizer, tmp_path):
-    """It was a RuntimeError about sizes, as was a second trainer on the model of one with gradient_checkpointing."""
+    """Regression: such a model raised a RuntimeError about sizes, as did a second trainer on a checkpointing model."""
     base.gradient_checkpointing_enable()
     first = make_trainer(base, tmp_path / "a", processing_class=tokenizer)
     assert first.args.gradient_checkpointing
@@ -96,7 +96,7 @@ def test_checkpointing_that_was_switched_on_before_is_kept(base, tokenizer, tmp_
 
 
 class ScheduleFree(torch.optim.SGD):
-    """Remembers in which mode it was used, as schedulefree's optimizers must be told."""
+    """Remembers its mode, because schedulefree's optimizers must be told when they train and when they do not."""
 
     mode = "eval"
 
@@ -144,14 +144,14 @@ def test_schedule_free_optimizers_are_told_what_happens(model_folder, tmp_path, 
 @pytest.mark.parametrize("settings", [{}, {"use_grpo": False}, {"num_iterations": 2}, {"max_grad_norm": 0.0}])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_is_not_learned_from(model_folder, tmp_path, settings, value):
-    """One NaN in one gradient reached the weights and was saved, in SFT with exit 0."""
+    """Regression: one NaN in one gradient reached the weights and was saved; SFT even ended with exit code 0."""
     settings = {"max_steps": 4, "generation_max_length": 64, "save_strategy": "steps", "save_steps": 1} | settings
     trainer = make_trainer(model_folder, tmp_path, **settings)
     weights, passes = [p for p in trainer.model.parameters() if p.requires_grad], []
 
     def spoil(gradient):
         passes.append(None)
-        if len(passes) == 1 + 2 * settings.get("num_iterations", 1):  # in step 3, its first pass
+        if len(passes) == 1 + 2 * settings.get("num_iterations", 1):  # this is the first pass of step 3
             gradient = gradient.contiguous().clone()
             gradient.view(-1)[-1] = value
         return gradient
@@ -164,7 +164,7 @@ def test_a_gradient_that_is_not_finite_is_not_learned_from(model_folder, tmp_pat
 
 
 def test_a_learning_rate_that_explodes_is_named_with_its_step(model_folder, tmp_path):
-    """It was an AssertionError that blamed a group's rewards."""
+    """Regression: an exploding learning rate raised an AssertionError that blamed the rewards of a group."""
     with pytest.raises(FloatingPointError, match="step [123]: "):
         make_trainer(model_folder, tmp_path, learning_rate=1e30, lr_scheduler_type="constant").train()
 
@@ -172,7 +172,8 @@ def test_a_learning_rate_that_explodes_is_named_with_its_step(model_folder, tmp_
 def test_weights_that_are_not_finite_are_not_saved(model_folder, tmp_path):
     trainer = make_trainer(model_folder, tmp_path, adam_epsilon=0.0, max_steps=1, save_strategy="steps", save_steps=1)
     with pytest.raises(FloatingPointError, match="step 1: .*not finite; nothing is saved"):
-        trainer.train()  # 0 / 0 where a gradient is 0, in the last step: no later one would notice
+        # Adam computes 0 / 0 where a gradient is 0. This is the last step, so no later one would notice.
+        trainer.train()
     assert not list(tmp_path.glob("**/*.safetensors"))
 
 
@@ -189,12 +190,13 @@ def test_a_total_of_rewards_that_overflows_is_named(model_folder, tmp_path):
 
 
 def test_special_tokens_reach_the_reward_functions(tokenizer):
-    """Tags that are special tokens vanished: no completion had an answer."""
+    """Regression: tags that are special tokens vanished from the text, so no completion had an answer."""
     tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
     texts = ["<answer>72</answer>", "7<start_of_turn>", ""]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     bos, pad, end = tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id
-    ids = [[bos, *ids[0], end], [*ids[1][:1], pad, *ids[1][1:]], [end]]  # the second was cut off at its limit
+    # The second completion was cut off at its limit, so it has no end token.
+    ids = [[bos, *ids[0], end], [*ids[1][:1], pad, *ids[1][1:]], [end]]
     width = max(map(len, ids))
     mask = torch.tensor([[i < len(row) for i in range(width)] for row in ids])
     padded = torch.tensor([row + [pad] * (width - len(row)) for row in ids])
@@ -202,7 +204,7 @@ def test_special_tokens_reach_the_reward_functions(tokenizer):
 
 
 def test_each_reward_function_has_a_name_of_its_own(model_folder, tmp_path):
-    """Two of one name shared a metric, the last one's."""
+    """Regression: two functions of one name shared one metric, which held only the values of the last."""
 
     class Constant:
         def __init__(self, value):
@@ -237,7 +239,8 @@ def test_rewards_that_are_no_functions_are_refused(base, model_folder, tmp_path)
 
 
 def test_tokenizers_that_cannot_work_are_refused(base, tokenizer, tmp_path):
-    tokenizer.add_tokens(["What is "])  # one more than the model has embeddings, and it occurs
+    # The model has no embedding for this token, which occurs in the prompts.
+    tokenizer.add_tokens(["What is "])
     with pytest.raises(ValueError, match="row 1: its token 108, 'What is ', has no embedding.*resize_token_embeddings"):
         make_trainer(base, tmp_path, processing_class=tokenizer)
     tokenizer.eos_token = tokenizer.pad_token = None

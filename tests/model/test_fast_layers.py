@@ -50,16 +50,17 @@ def sample(model, eos=tuple(range(1, 9))):
 
 
 def assert_same_rollouts(model, **options):
-    """With Transformers' layers and with faster ones."""
+    """Check that faster layers give the rollouts of Transformers' own layers."""
     with transformers_layers():
-        expected = sample(copy.deepcopy(model), **options)  # PEFT undoes a merge where the adapter is off
+        # A copy is sampled, because PEFT undoes a merge where the adapter is off.
+        expected = sample(copy.deepcopy(model), **options)
     found = sample(model, **options)
     assert torch.equal(found.completion_ids, expected.completion_ids)
     torch.testing.assert_close(found.sampler_logps, expected.sampler_logps, rtol=0, atol=2e-5)
 
 
 def watch_packing(monkeypatch):
-    """Whether each decoder layer that was asked to be packed could be."""
+    """Return a list that receives, for each decoder layer asked to pack its weights, whether it could."""
     counts, pack = [], FastDecoderLayer.pack
 
     def watched(layer):
@@ -121,7 +122,7 @@ def test_completions_are_those_of_transformers_layers(family, lora, monkeypatch)
     packed = watch_packing(monkeypatch)
     assert_same_rollouts(model)
     assert packed == [True, True]
-    assert_same_rollouts(model, eos=(VOCABULARY,))  # no row ever leaves
+    assert_same_rollouts(model, eos=(VOCABULARY,))  # no row ever ends
 
 
 def test_several_kv_heads_and_none_shared():
@@ -173,7 +174,7 @@ def classes_of(model):
 
 
 def test_every_module_has_its_own_class_again():
-    """Whether contexts are nested, or end by an exception."""
+    """Modules also get their classes back when contexts are nested, and when an exception ends one."""
     model = add_nontrivial_lora(make_model("gemma3"))
     own = classes_of(model)
     with fast_layers(model):
@@ -206,7 +207,7 @@ def test_a_failure_while_weights_are_laid_out_leaves_no_layout(monkeypatch):
 
 
 def test_a_trainer_changes_no_class_and_its_numbers_do_not_depend_on_contexts(model_folder, tmp_path):
-    """Neither when it is made, nor by training, nor by a step that fails."""
+    """No class may change when the trainer is made, when it trains, or when a step fails."""
     args = GRPOConfig(
         output_dir=str(tmp_path),
         report_to="none",

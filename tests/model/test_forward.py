@@ -1,4 +1,4 @@
-"""Masks, positions, attention and the head of supported families, and the policies that one model holds."""
+"""Masks, positions, attention and logits of all families are right, and one model holds policy and reference."""
 
 from contextlib import nullcontext
 
@@ -32,7 +32,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "llama"])
 def test_masks_are_causal_leave_out_padding_and_let_every_token_see_itself(family):
-    """Also at padding: an attention without any key is NaN on some devices."""
+    """Padding sees itself too, since attention without any key is NaN on some devices."""
     key_mask, query_slots = torch.arange(20) >= torch.tensor([[0], [7]]), torch.tensor([0, 3, 7, 8, 19])
     masks = attention_masks(make_model(family).config, key_mask, query_slots, torch.float32)
     windows = {"full_attention": 20, "sliding_attention": WINDOW}

@@ -1,4 +1,4 @@
-"""How much memory of the host it takes to load a model of several files."""
+"""Loading a model of several files takes little memory of the host."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 ROOT = Path(__file__).parent.parent.parent
 MIB = 2**20
 
-# Memory of its own (RssAnon): pages of the files themselves are the kernel's cache, which gives them back when needed.
+# The job measures RssAnon, which leaves out pages of the files: the kernel caches these, and frees them when needed.
 LOAD = """
 import sys, threading, time, torch
 from tunix_torch.runtime import device, mesh
@@ -51,7 +51,7 @@ print(max(peak[0], own_memory()) - before)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A model of 200 MiB, in bfloat16 as Gemma's are, in files of at most 50 MB."""
+    """Save a model of 200 MiB, in bfloat16 as Gemma's are, and return its files of at most 50 MB."""
     folder = tmp_path_factory.mktemp("several-files")
     config = Gemma3TextConfig(
         vocab_size=16384,
@@ -95,7 +95,7 @@ def test_another_type_takes_its_own_size_and_no_more_than_a_file_besides(files):
 
 @pytest.mark.xla
 def test_a_mesh_takes_its_shards_and_the_host_no_copy_besides(files):
-    """The memory of these devices is the host's, so all shards are in it, once; what is freed must leave at once."""
+    """These devices use the host's memory, so it holds all shards once; what is freed must be given back at once."""
     sizes = [file.stat().st_size for file in files]
     given_back = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "0"}
     taken = growth(files, "bfloat16", "mesh", TUNIX_DEVICE="xla", CPU_NUM_DEVICES="4", **given_back)

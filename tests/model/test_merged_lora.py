@@ -15,12 +15,12 @@ from tunix_torch.model.forward import reference_policy
 from tunix_torch.model.loading import LORA_TARGETS, add_lora
 from tunix_torch.model.merged_lora import MergedLinear, _MergedProduct
 
-CONTEXTS = contextlib.ExitStack()  # of the models of the test that runs
+CONTEXTS = contextlib.ExitStack()  # this holds the contexts of the running test's models
 
 
 @pytest.fixture(autouse=True)
 def contexts(monkeypatch):
-    """Each test ends its contexts, and in them no other layers than those of LoRA have a faster form."""
+    """End contexts with their test, and let only LoRA layers have a faster form in them."""
     monkeypatch.setattr(decoding, "FAST", {})
     with CONTEXTS:
         yield
@@ -32,7 +32,7 @@ def merge_lora(model):
 
 
 def make_pair(family="gemma3", **lora):
-    """The same model twice: with PEFT's layers, and with merged ones."""
+    """Make the same model twice, with PEFT's layers and with merged ones."""
     theirs = add_nontrivial_lora(make_model(family), **lora)
     ours = copy.deepcopy(theirs)
     merge_lora(ours)
@@ -63,7 +63,7 @@ def test_log_probabilities_and_gradients_are_those_of_peft(family):
 
 
 def test_the_gradient_is_that_of_the_mathematics():
-    """In float64."""
+    """The comparison is in float64, so that rounding hides nothing."""
     x, a, b, w = (torch.randn(shape, dtype=torch.float64) for shape in [(2, 3, 5), (2, 5), (4, 2), (4, 5)])
 
     def merged(x, a, b):
@@ -88,7 +88,7 @@ def test_the_gradient_is_that_of_the_mathematics():
         lambda p: torch.optim.AdamW([p], lr=0.1).step(),
         lambda p: torch.optim.AdamW([p], lr=0.1, fused=True).step(),
         lambda p: torch.optim.SGD([p], lr=0.1, foreach=True).step(),
-        lambda p: p.data.mul_(1.5),  # as optimizers outside PyTorch do; it changes no version
+        lambda p: p.data.mul_(1.5),  # optimizers outside PyTorch do this; it changes no version
         lambda p: p.data.copy_(torch.rand_like(p)),
         lambda p: setattr(p, "data", p.data * 2),
     ],
@@ -152,7 +152,7 @@ def test_a_model_can_still_be_copied_saved_and_merged_for_good(tmp_path):
         for layer in merged_layers(twin):
             nn.init.zeros_(layer.lora_B["default"].weight)
         assert not torch.allclose(twin(ids).logits, expected)
-        torch.testing.assert_close(ours(ids).logits, expected)  # the twin is another model
+        torch.testing.assert_close(ours(ids).logits, expected)  # changing the twin leaves ours alone
         torch.testing.assert_close(ours.merge_and_unload()(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -160,7 +160,7 @@ def test_a_model_can_still_be_copied_saved_and_merged_for_good(tmp_path):
     "lora", [{}, {"lora_bias": True}, {"use_dora": True}, {"target_modules": ["q_proj"]}, {"lora_dropout": 0.3}]
 )
 def test_an_adapter_that_comes_later_gives_what_peft_gives(lora):
-    """Also one of another kind, or one that leaves out layers."""
+    """The later adapter may be of another kind, or leave out layers."""
     theirs, ours = make_pair()
     ids = make_batch().prompt_ids
     for model in (theirs, ours):
@@ -176,7 +176,7 @@ def test_an_adapter_that_comes_later_gives_what_peft_gives(lora):
 
 
 def test_learning_works_after_inference_mode():
-    """A sum that was made there could not be kept for the backward pass."""
+    """Regression: a merged weight made in inference mode was used again and could not be kept for the backward pass."""
     theirs, ours = make_pair()
     with torch.inference_mode():
         ours(make_batch().prompt_ids)
@@ -189,7 +189,7 @@ def test_learning_works_after_inference_mode():
 def test_another_base_weight_is_seen():
     _, ours = make_pair()
     layer, x = merged_layers(ours)[0], torch.randn(7, 32)
-    for _ in range(5):  # the allocator likes to give the same address again
+    for _ in range(5):  # the allocator often gives the same address again
         layer(x)
         layer.base_layer.weight = nn.Parameter(torch.randn(layer.base_layer.weight.shape), requires_grad=False)
         torch.testing.assert_close(layer(x), super(MergedLinear, layer).forward(x), rtol=1e-4, atol=1e-4)

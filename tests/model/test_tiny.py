@@ -1,4 +1,4 @@
-"""The embedded default: its tokenizer loses nothing, its arithmetic is right, and no test problem is trained on."""
+"""The embedded default's tokenizer loses nothing, its arithmetic is right, and no test problem is trained on."""
 
 import inspect
 import operator
@@ -33,7 +33,7 @@ QUESTIONS = {
 
 
 def parse(question):
-    """The problem that a question asks, as a person reads it: (a, operation, b)."""
+    """Return the problem that a question asks, as a person reads it: (a, operation, b)."""
     for pattern, operation in QUESTIONS.items():
         if match := re.fullmatch(pattern, question):
             return int(match["a"]), operation or match["op"], int(match["b"])
@@ -41,7 +41,7 @@ def parse(question):
 
 
 def problems(rows):
-    """What rows ask; a sum is the same with its terms swapped."""
+    """Return the problems that rows ask; a sum is the same with its terms swapped."""
     return {
         (min(a, b), op, max(a, b)) if op == "+" else (a, op, b) for a, op, b in (parse(r["question"]) for r in rows)
     }
@@ -139,7 +139,7 @@ def test_answers_and_every_step_are_right(split):
 
 
 def test_no_test_problem_is_ever_trained_on(subtests):
-    """Enough rows to show every problem of a split, sums with their terms swapped included."""
+    """The rows are enough to show every problem of a split, sums with their terms swapped included."""
     for seed in (0, 1, 2, 77):
         with subtests.test(seed=seed):
             train, test = (

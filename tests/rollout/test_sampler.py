@@ -50,7 +50,7 @@ def sample(
     static=False,
     **options,
 ):
-    """A rollout for prompts of length 19, 11 and 3, unless others are given; `static`: in few shapes, as on XLA."""
+    """Sample for prompts of length 19, 11 and 3, unless others are given; `static` means in few shapes, as on XLA."""
     ids, mask = prompts or (make_batch().prompt_ids, make_batch().prompt_mask)
     if uniforms is None:
         uniforms = draw_uniforms((0, 1), range(len(ids) * group), params.max_new_tokens)
@@ -77,7 +77,7 @@ def test_cached_decode_equals_a_full_forward(family, params):
 @every_family
 @pytest.mark.parametrize("params", [replace(PARAMS, temperature=0.0), SamplingParams(20, 0.9, top_k=30, top_p=0.95)])
 def test_every_token_is_chosen_from_a_full_forward_without_a_cache(family, params):
-    """Greedily: repeated argmax. Else number t of a row decides its token t."""
+    """Greedy sampling repeats argmax; otherwise uniform number t of a row decides its token t."""
     model, batch, group = make_policy(family), make_batch(), 2
     uniforms = draw_uniforms((0, 1), range(3 * group), params.max_new_tokens)
     rollout = sample(model, params=params, group=group, uniforms=uniforms)
@@ -108,7 +108,7 @@ def test_a_static_cache_grows_in_portions(family, monkeypatch):
 
 
 def decoded_shapes(monkeypatch):
-    """Rows, and the widest cache of a row's own tokens, of each decode step that is still to come."""
+    """Return a list that receives, from each coming decode step, its rows and the widest cache of their own tokens."""
     shapes, kind = [], tunix_torch.rollout.sampler.SharedPrefixCache
 
     def noting(layer_ids, windows, keys, values, own_keys, *others):
@@ -122,7 +122,7 @@ def decoded_shapes(monkeypatch):
 @every_family
 @pytest.mark.parametrize("compile_ahead", [False, True])
 def test_groups_with_fixed_shapes_are_halved_as_rows_end(family, compile_ahead, monkeypatch):
-    """Whatever has been rehearsed. Every group goes on with a half when the one with most rows left needs no more."""
+    """All groups are halved once the one with most rows left needs no more than a half, whatever was rehearsed."""
     monkeypatch.setattr(ladders, "SHORTEST_HALVED", 2)
     monkeypatch.setattr(ladders, "cache_widths", lambda room: [1, 4, 10, room])
     model, group, interval = make_policy(family), 7, 2
@@ -132,11 +132,12 @@ def test_groups_with_fixed_shapes_are_halved_as_rows_end(family, compile_ahead, 
     shapes = decoded_shapes(monkeypatch)
     assert_same(sample(model, **options, static=True, interval=interval, compile_ahead=compile_ahead), expected)
     lengths = expected.completion_mask.sum(-1).view(3, group)
-    num_steps = -(-(int(lengths.max()) - 1) // interval) * interval  # when all have ended it stops
+    # Decoding stops when the sampler sees that all rows have ended.
+    num_steps = -(-(int(lengths.max()) - 1) // interval) * interval
     num_steps = min(num_steps, PARAMS.max_new_tokens - 1)
     decoded, rehearsed = shapes[-num_steps:], shapes[:-num_steps]
     assert {rows for rows, _ in decoded} == {21, 12, 6}, "a size that does not occur"
-    for t, (rows, _) in enumerate(decoded, start=1):  # feeds token t of every row
+    for t, (rows, _) in enumerate(decoded, start=1):  # step t feeds token t of every row
         most_left = int((lengths > t).sum(1).max())
         assert rows >= 3 * most_left, "a row left before it had ended"
         looked = int((lengths > (t - 1) // interval * interval + 1).sum(1).max()) if t > interval else group
@@ -158,7 +159,7 @@ def test_sizes_of_groups_on_a_mesh(group, prompts, axis):
 @pytest.mark.parametrize("window", [1, 2, 7, 18, 19, 20, 21, 38, 39])
 @pytest.mark.parametrize("static", [False, True])
 def test_layers_with_a_sliding_window_keep_no_more_and_change_nothing(static, window, monkeypatch):
-    """Prompts of up to 19 tokens, completions of 20, of which the last is never looked at."""
+    """Prompts have up to 19 tokens, and completions have 20, of which no token attends to the last."""
     monkeypatch.setattr(ladders, "cache_widths", lambda room: [1, 4, 10, room])
     made, kind = [], tunix_torch.rollout.sampler.SharedPrefixCache
     monkeypatch.setattr(
@@ -169,7 +170,8 @@ def test_layers_with_a_sliding_window_keep_no_more_and_change_nothing(static, wi
     batch = with_completions(make_batch(), rollout.completion_ids, rollout.completion_mask)
     torch.testing.assert_close(rollout.sampler_logps, token_logps(model, batch)[0], rtol=0, atol=1e-4)
     kept = {i: (prompt.shape[2], own.shape[2]) for i, (prompt, _, own, _) in made[-1].layers.items()}
-    of_prompt = min(19, max(1, window - 1))  # where shapes are free, what the window has left behind is not read
+    # Where shapes are free, a step does not read tokens that the window has left behind.
+    of_prompt = min(19, max(1, window - 1))
     assert kept == {0: (of_prompt if static else min(of_prompt, max(0, window - 19)), min(19, window)), 1: (19, 19)}
 
 
@@ -194,7 +196,7 @@ def test_rows_that_have_ended_cost_nothing_more():
     lengths = sample(model, group=16).completion_mask.sum(-1)
     hook.remove()
     assert rows[0] == 3 and min(rows[1:]) < 24
-    for t, decoded in enumerate(rows[1:], start=1):  # feeds token t of every row
+    for t, decoded in enumerate(rows[1:], start=1):  # step t feeds token t of every row
         left = int((lengths > t).sum())
         assert left <= decoded <= left * 8 / 7 + 1
 
@@ -210,7 +212,7 @@ def test_a_bfloat16_model_samples():
     assert rollout.sampler_logps.dtype == torch.float32 and rollout.sampler_logps.isfinite().all()
     batch = with_completions(make_batch(), rollout.completion_ids, rollout.completion_mask)
     learned, exact = (token_logps(m, batch)[0] for m in (model, copy.deepcopy(model).float()))
-    # rounding in another order, and not more of it
+    # The sampler rounds in another order than the learner, but no more than the learner does.
     assert (rollout.sampler_logps - learned).abs().mean() < (learned - exact).abs().mean()
 
 
@@ -221,7 +223,7 @@ def test_a_model_with_an_attention_of_its_own_is_refused():
 
 # ---- choosing a token ----
 
-# Distinct multiples of 1/8: exact in float32, so that only `test_ties` has ties.
+# Logits are distinct multiples of 1/8, which are exact in float32, so that only `test_ties` has ties.
 LOGITS = st.lists(st.integers(-40, 40), min_size=2, max_size=12, unique=True).map(lambda values: np.array(values) / 8)
 SETTINGS = st.builds(
     SamplingParams,
@@ -233,13 +235,13 @@ SETTINGS = st.builds(
 
 
 def truncated_distribution(scores, params):
-    """Probabilities after temperature, then top-k, then top-p, in float64; None when float32 might cut elsewhere."""
+    """Apply temperature, top-k and top-p in this order, in float64; return None when float32 might cut elsewhere."""
     probs = np.exp(scores / params.temperature - (scores / params.temperature).max())
     order = np.argsort(-probs)
     if params.top_k:
         probs[order[params.top_k :]] = 0
     probs /= probs.sum()
-    better = np.cumsum(probs[order]) - probs[order]  # probability of all that rank higher
+    better = np.cumsum(probs[order]) - probs[order]  # this much probability ranks higher
     if params.top_p < 1:
         if np.abs(better - params.top_p).min() < 1e-5:
             return None
@@ -248,7 +250,7 @@ def truncated_distribution(scores, params):
 
 
 def choose(scores, uniforms, params):
-    """A token for each uniform number, all from the same scores."""
+    """Choose a token for each uniform number, all from the same scores."""
     uniforms = torch.as_tensor(uniforms, dtype=torch.float32)
     tokens, logps = choose_tokens(torch.tensor(scores, dtype=torch.float32).expand(len(uniforms), -1), uniforms, params)
     return tokens.numpy(), logps.numpy()
@@ -276,7 +278,8 @@ def test_candidates_are_those_of_transformers(scores, params):
     warped = TopPLogitsWarper(params.top_p)(None, warped) if params.top_p < 1 else warped
     assert torch.equal(warped[0].isfinite(), torch.tensor(expected > 0))
     candidates = np.flatnonzero(expected > 1e-5)
-    middles = np.cumsum(expected) - expected / 2  # of each token's share of [0, 1), in the order of the vocabulary
+    # In the order of the vocabulary each token has a share of [0, 1). These are the middles of the shares.
+    middles = np.cumsum(expected) - expected / 2
     assert choose(scores, middles[candidates], params)[0].tolist() == candidates.tolist()
 
 
@@ -288,12 +291,13 @@ def test_the_logp_of_a_token_is_that_of_the_whole_vocabulary(scores, params):
     np.testing.assert_allclose(logps, expected, atol=2e-5)
 
 
-EXTREMES = [0.0, 2**-24, 0.5, 1 - 2**-24, 1.0]  # from 0 to below 1 are drawn; rounding on a device may yield 1
+# Numbers from 0 to below 1 are drawn, but rounding on a device may yield 1.
+EXTREMES = [0.0, 2**-24, 0.5, 1 - 2**-24, 1.0]
 
 
 @pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (5, 1.0), (0, 0.9), (50, 0.9), (1, 1.0), (0, 1e-6)])
 def test_extreme_uniforms_never_leave_the_candidates(top_k, top_p):
-    """A CDF in float32 need not end at 1: with a large vocabulary the last token must not be a wrong one."""
+    """A CDF in float32 need not end at 1, so with a large vocabulary the last token could be chosen wrongly."""
     scores = 3 * torch.randn(50, 30_000, generator=torch.Generator().manual_seed(3))
     params = SamplingParams(1, top_k=top_k, top_p=top_p)
     warped = TopKLogitsWarper(top_k)(None, scores) if top_k else scores
@@ -318,7 +322,7 @@ def test_u_walks_through_the_candidates_in_the_order_of_the_vocabulary():
 
 @pytest.mark.parametrize("top_k, top_p, kept", [(3, 1.0, 3), (0, 0.5, 4), (0, 0.51, 5), (6, 0.5, 3), (0, 1.0, 8)])
 def test_ties(top_k, top_p, kept):
-    """Of equal scores exactly as many stay as the setting says, each equally likely."""
+    """Of equal scores exactly as many stay as the setting says, and each is equally likely."""
     tokens, _ = choose(np.zeros(8), (np.arange(600) + 0.5) / 600, SamplingParams(1, top_k=top_k, top_p=top_p))
     counts = np.bincount(tokens, minlength=8)
     assert sorted(counts) == pytest.approx([0] * (8 - kept) + [600 / kept] * kept, abs=1)
@@ -388,7 +392,7 @@ def test_uniforms_are_uniform_and_below_one():
 
 
 def count_decode_steps(model, **options):
-    """The rollout, and how often the decoder ran after the prompt."""
+    """Return the rollout, and how often the decoder ran after the prompt."""
     calls = []
     hook = base_model(model).get_decoder().register_forward_hook(lambda *_: calls.append(1))
     rollout = sample(model, **options)
@@ -399,7 +403,7 @@ def count_decode_steps(model, **options):
 @pytest.mark.parametrize("eos", [tuple(range(97)), tuple(range(60)), tuple(range(20)), SOME, NEVER])
 @pytest.mark.parametrize("interval", [1, 4, 7, 100])
 def test_sampling_stops_at_the_first_look_after_all_rows_have_ended(eos, interval):
-    """With fixed shapes it looks every so often; where they follow the data, before every step."""
+    """With fixed shapes the sampler looks once in `interval` steps; where they follow the data, before each step."""
     model, room = make_policy(), PARAMS.max_new_tokens - 1
     rollout, steps = count_decode_steps(model, eos=eos)
     last_token = int(rollout.completion_mask.sum(-1).max()) - 1
@@ -413,7 +417,7 @@ def test_sampling_stops_at_the_first_look_after_all_rows_have_ended(eos, interva
 
 @pytest.mark.parametrize("pad", [PAD, SOME[0], SOME[3]])
 def test_a_completion_reaches_up_to_and_including_its_first_eos(pad):
-    """With padding that is itself an end-of-sequence token too: the real one stays in the mask."""
+    """Padding may itself be an end-of-sequence token; the completion's own one still stays in the mask."""
     model = make_policy()
     endless, rollout = sample(model, eos=NEVER), sample(model, pad=pad)
     lengths = []
@@ -467,7 +471,7 @@ def test_sampling_leaves_no_graph():
 
 
 def test_a_sampler_used_again_gives_what_a_new_one_gives():
-    """Its decode step is made once: other prompts, group sizes, settings and LoRA weights must all be seen."""
+    """A sampler makes its decode step once, but must see other prompts, group sizes, settings and LoRA weights."""
     model, batch = make_policy(), make_batch()
     sampler = Sampler(model, SOME, PAD)
     uniforms = draw_uniforms((0, 1), range(9), 20)

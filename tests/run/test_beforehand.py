@@ -1,4 +1,4 @@
-"""What can fail early fails with one line, before anything of an earlier run is moved."""
+"""A job that cannot run fails early with one line, before anything of an earlier run is moved."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from tunix_torch.trainer import TunixTrainer as Trainer
 
 @pytest.fixture(scope="module")
 def earlier_run(finished_run, tmp_path_factory):
-    """A run's folder that none of these tests may change."""
+    """Return a run's folder that none of these tests may change."""
     folder = tmp_path_factory.mktemp("earlier") / "out"
     shutil.copytree(finished_run, folder)
     return folder
@@ -27,7 +27,7 @@ def earlier_run(finished_run, tmp_path_factory):
 
 @pytest.fixture
 def service(monkeypatch):
-    """A callback that `report_to="wandb"` names; `set_up` becomes what it does with an account and a network."""
+    """Make a callback that `report_to="wandb"` names; tests set `set_up`, which stands for its login and network."""
 
     class Service(TrainerCallback):
         set_up = None
@@ -78,7 +78,7 @@ def test_nothing_is_moved_for_a_job_that_cannot_run(case, model_folder, earlier_
 
 
 def test_a_service_that_cannot_be_reached_is_named_before_anything_is_moved(model_folder, earlier_run, service):
-    """wandb without a login said so after the earlier run had been moved."""
+    """Regression: wandb without a login failed only after the earlier run had been moved."""
     before = files(earlier_run)
 
     def refuse():
@@ -117,7 +117,7 @@ def test_plain_training_arguments_are_refused(model_folder, tmp_path):
 
 
 def test_the_metric_is_one_that_this_trainer_gives(model_folder, tmp_path):
-    """Supervised fine-tuning without a judge has no accuracy: a KeyError at the first evaluation."""
+    """Regression: supervised fine-tuning without a judge has no accuracy, so its first evaluation raised KeyError."""
     data = tiny.arithmetic_rows("train", 8), tiny.arithmetic_rows("test", 4)
     settings = SMALL | {"use_grpo": False, "generation_max_length": 64, "early_stopping_patience": 1}
     args = GRPOConfig(output_dir=str(tmp_path), **settings)
@@ -138,7 +138,7 @@ def test_evaluations_give_the_metrics_that_are_promised(model_folder, tmp_path):
 
 
 def test_a_learning_rate_that_follows_a_metric_takes_accuracy_and_its_direction(model_folder, tmp_path, monkeypatch):
-    """It took the metric for a loss: eval_loss, which GRPO lacks, or an accuracy that was to fall."""
+    """Regression: the metric was taken for a loss: eval_loss, which GRPO lacks, or an accuracy that should fall."""
     plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_steps": 1, "max_steps": 4}
     (tmp_path / "judges_of_plateau.py").write_text(
         "import itertools\nnumbers = itertools.count(1)\n\n"

@@ -1,4 +1,4 @@
-"""The merged model is a plain Hugging Face model with the adapter's logits, whole or not there at all."""
+"""A merged model is a plain Hugging Face model with the adapter's logits, and is written whole or not at all."""
 
 import base64
 import json
@@ -26,14 +26,14 @@ from tunix_torch.run.export import TOLERANCE, export_merged
 from tunix_torch.run.folder import find_system_message
 
 ROOT = Path(__file__).parent.parent.parent
-IDS = torch.arange(40) * 7 % 97  # longer than the window of attention
+IDS = torch.arange(40) * 7 % 97  # the row is longer than the window of attention
 
 
 def save_run(folder, family="gemma3", base_dtype=torch.float32, tokenizer_in=("base", "run"), lora=None, **overrides):
-    """`folder`/base and `folder`/run, written as TunixTrainer.save_model writes. Returns the adapter model."""
+    """Write `folder`/base and `folder`/run as TunixTrainer.save_model writes them, and return the adapter model."""
     tokenizer = tiny.make_tokenizer()
     base = make_model(family, **overrides).to(base_dtype)
-    base.generation_config.update(eos_token_id=[1, 5], do_sample=True, top_k=64)  # as Gemma's
+    base.generation_config.update(eos_token_id=[1, 5], do_sample=True, top_k=64)  # Gemma has such settings
     base.save_pretrained(folder / "base")
     attention = {"attn_implementation": "eager"} if family == "gemma2" else {}
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32, **attention)
@@ -47,7 +47,7 @@ def save_run(folder, family="gemma3", base_dtype=torch.float32, tokenizer_in=("b
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with a base and a run; tests write into folders of their own."""
+    """Return a folder with a base and a run; tests write into folders of their own."""
     folder = tmp_path_factory.mktemp("saved")
     save_run(folder)
     return folder
@@ -55,7 +55,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def command(capsys):
-    """Run the command in this process. Returns its exit code and what it wrote to stderr."""
+    """Return a function that runs the command in this process and returns its exit code and stderr."""
     verbosity = transformers_logging.get_verbosity()
 
     def run(*args):
@@ -85,7 +85,8 @@ def refused(result, *words):
 def test_merged_model_computes_the_adapters_logits(family, overrides, tmp_path):
     adapter = save_run(tmp_path, family, **overrides)
     assert export_merged(tmp_path / "run", tmp_path / "merged") <= TOLERANCE
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")  # as anyone loads it, without our settings
+    # Users load the model like this, without our settings.
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     expected = hugging_face_logits(adapter, IDS)
     torch.testing.assert_close(hugging_face_logits(merged, IDS), expected, atol=3e-4, rtol=0)
     with adapter.disable_adapter():
@@ -260,7 +261,7 @@ def test_broken_adapter_files_are_refused(tmp_path, command):
 
 
 def test_an_adapter_on_tied_embeddings_is_refused(tmp_path, command):
-    """Merged, it would change the head too, which the adapter leaves alone."""
+    """Merging would also change the head, which the adapter on embeddings leaves alone."""
     save_run(tmp_path, lora={"modules_to_save": ["embed_tokens"]})
     refused(command(tmp_path / "run", "--merged", tmp_path / "merged"), "embeddings", "projections only")
 
@@ -269,7 +270,7 @@ def test_an_adapter_on_tied_embeddings_is_refused(tmp_path, command):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hugging Face Hub as an upload needs. Keeps what it is sent in `server.files`."""
+    """Acts as the part of the Hugging Face Hub that an upload needs, and keeps what it is sent in `server.files`."""
 
     def do_HEAD(self):
         self._reply(404, {}, {"X-Error-Code": "EntryNotFound"})

@@ -1,4 +1,4 @@
-"""`compile_step` on XLA: a step that is traced once gives what the plain function does, whatever has changed."""
+"""A step that `compile_step` has traced once on XLA gives what the plain function gives, whatever has changed."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.xla
 
 
 class Steps:
-    """A layer whose output depends on its weights, on a buffer, on the state, and on a cache changed in place."""
+    """Runs a step that depends on a layer's weights and buffer, on the state, and on a cache changed in place."""
 
     def __init__(self, device):
         torch.manual_seed(0)
@@ -27,7 +27,7 @@ class Steps:
         return new + caches[0].sum(1) + caches[1].sum(1), step + 1
 
     def run(self, function, device, place=lambda tensor: tensor, rows=8):
-        """Five calls from the same start: the state and the caches at their end, on the host."""
+        """Call the function five times from the same start; return the last state and caches, on the host."""
         start = [torch.ones(rows, 4), torch.zeros(1, dtype=torch.int64), torch.arange(4.0).repeat(rows, 1)]
         state, step, offsets = [tensor.to(device) for tensor in start]
         caches = [tensor.to(device) for tensor in (torch.zeros(rows, 6, 4), torch.ones(rows, 6, 4))]
@@ -39,7 +39,7 @@ class Steps:
 
 
 def check_steps(place=lambda tensor: tensor):
-    """The compiled step, on XLA, beside the plain one on the CPU, while weights change in every way they can."""
+    """Compare the compiled step on XLA with the plain one on the CPU, while weights change in every way they can."""
     import torch_xla.debug.metrics as metrics
 
     from tunix_torch.runtime import device
@@ -164,13 +164,13 @@ def test_nothing_is_compiled_for_completions_of_any_lengths(model_folder, monkey
     monkeypatch.setattr(Rows, "left", noting)
 
     def lengths(num_prompts, wanted):
-        """The first token of the vocabulary ends a completion, the last one does not."""
+        """Sample completions of the wanted lengths: the first token of the vocabulary ends one, the last does not."""
         prompts = ids[:num_prompts]
         uniforms = torch.where(torch.arange(16) + 1 < torch.tensor(wanted)[:, None], 1 - 1e-6, 0.0)
         rollout = sampler.sample(prompts, prompts > 0, len(wanted) // num_prompts, params, uniforms)
         return rollout.completion_mask.sum(1).tolist()
 
-    for num_prompts in (2, 1):  # as many rows
+    for num_prompts in (2, 1):  # both numbers of prompts make eight rows
         assert lengths(num_prompts, [1] * 8) == [1] * 8
         count = device.num_compilations()
         for wanted in ([16] * 8, [2, 3, 1, 16, 9, 5, 1, 1], [5, 1, 1, 1, 12, 12, 1, 1], [10, 16, 16, 1, 9, 9, 16, 16]):

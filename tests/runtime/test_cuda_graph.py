@@ -1,7 +1,8 @@
-"""The decode step as CUDA graphs: recorded and replayed by its operations on the CPU, which has no such graphs.
+"""A decode step recorded as a CUDA graph gives what the step itself gives, and is recorded only when it must be.
 
-As there, a recording computes nothing, a replay runs no Python, tensors are known by their addresses, and nothing may
-wait for a result. A tensor on the wrong device is not seen so: the one test that needs a GPU would find it.
+The CPU has no such graphs, so the step's operations are recorded and replayed. As with CUDA, a recording computes
+nothing, a replay runs no Python, tensors are known by their addresses, and nothing may wait for a result. This does
+not notice a tensor on the wrong device; the one test that needs a GPU would.
 """
 
 import copy
@@ -61,11 +62,11 @@ class Recording(TorchDispatchMode):
 
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
-    """Of every graph that is recorded, the shape of the first argument, and how often it has been replayed."""
+    """Replace CUDA's recording; yield for every graph the rows of its first argument, and how often it was replayed."""
     counts: list[list[int]] = []
 
     def record(step: Callable[[], Any], args: Any, pool: Any) -> tuple[int, Callable[[], None]]:
-        step()  # as in the original
+        step()  # the real `record` also runs the step once before
         with Recording() as recording:
             num_results = cuda_graph.write_over(step(), args)
         recording.undo()
@@ -89,7 +90,7 @@ def make_policy(family: str = "gemma3", dtype: torch.dtype = torch.float32) -> t
 
 
 def sample_recorded(sampler: Sampler, params: SamplingParams = PARAMS, group: int = GROUP, seed: int = 2) -> Rollout:
-    """A rollout as on CUDA: its decode step is recorded."""
+    """Sample as on CUDA, where the decode step is recorded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "KIND", "cuda")
         patch.setattr(mesh, "KIND", "cuda")
@@ -99,7 +100,7 @@ def sample_recorded(sampler: Sampler, params: SamplingParams = PARAMS, group: in
 def sample_eagerly(
     sampler: Sampler, params: SamplingParams = PARAMS, group: int = GROUP, seed: int = 2, few_shapes: bool = True
 ) -> Rollout:
-    """The same by a new sampler whose step runs as it is, in the same shapes or in free ones."""
+    """Sample the same by a new sampler whose step is not recorded, in the same few shapes or in free ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "step_kind", lambda: "eager")
         if few_shapes:
@@ -151,7 +152,7 @@ def test_a_graph_is_recorded_for_every_width_of_the_cache_and_size_of_the_groups
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_next_rollout_replays_the_graphs_of_the_last(family, replays, many_shapes):
-    """Other prompts' keys, other random numbers and weights changed in place are seen; no result of the first moves."""
+    """A replay sees other keys, other random numbers and weights changed in place, and leaves earlier results alone."""
     sampler = Sampler(make_policy(family), MORE, PAD, 2)
     first = sample_recorded(sampler, group=7)
     kept, recorded = copy.deepcopy(first), len(replays)
@@ -172,7 +173,7 @@ def test_the_next_rollout_replays_the_graphs_of_the_last(family, replays, many_s
 
 
 def test_prompts_of_other_lengths_replay_the_same_graphs(replays, model_folder, tmp_path):
-    """The collator cut every batch to its longest prompt, so that most steps recorded anew."""
+    """Regression: the collator cut every batch to its longest prompt, so that most steps were recorded anew."""
     from trainers import make_trainer
 
     trainer = make_trainer(model_folder, tmp_path)

@@ -1,8 +1,8 @@
-"""Two processes that take themselves for the hosts of one mesh stay in lockstep: the same graphs, files from the first.
+"""Two processes that take themselves for hosts of one mesh run the same graphs, and only the first writes files.
 
-XLA on the CPU has one process, so each has a whole mesh of its own and only what they tell each other is real. That
-they run the same graphs in the same order is what torch-xla needs of real hosts, on which this has never been run.
-`TUNIX_DEVICE=xla pytest -m xla tests/runtime/test_hosts.py`.
+XLA on the CPU has one process, so each has a whole mesh of its own, and only what they tell each other is real. The
+same graphs in the same order are what torch-xla needs of real hosts, on which this has never been run. The tests run
+by `TUNIX_DEVICE=xla pytest -m xla tests/runtime/test_hosts.py`.
 """
 
 import os
@@ -17,7 +17,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS, KILLED = 3, 2  # steps of the run; the one in which host 1 gets a SIGTERM
+# The run takes STEPS steps. In step KILLED, host 1 gets a SIGTERM.
+STEPS, KILLED = 3, 2
 REWARD = """
 import random
 def luck_reward(prompts, completions, **columns):
@@ -89,7 +90,7 @@ torch.save(result, "result.pt")
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory):
-    """What each of the two recorded, with the `graphs` that it compiled and ran, in their order."""
+    """Run both hosts; return what each recorded, with the `graphs` that it compiled and ran, in their order."""
     from tunix_torch.model import tiny
 
     root, tokenizer = tmp_path_factory.mktemp("hosts"), tiny.make_tokenizer()
@@ -107,7 +108,7 @@ def hosts(tmp_path_factory):
             **os.environ,
             "TUNIX_DEVICE": "xla",
             "CPU_NUM_DEVICES": "4",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # this makes compiling faster
             "PT_XLA_DEBUG_LEVEL": "2",
             "PT_XLA_DEBUG_FILE": str(root / f"{host}.graphs"),
             "PYTHONHASHSEED": "0",
@@ -142,7 +143,8 @@ def test_both_end_with_the_same_adapter_and_metrics_though_rewards_and_clocks_di
     first, second = hosts
     assert all(torch.equal(second["adapter"][name], weight) for name, weight in first["adapter"].items())
     assert any(weight.any() for name, weight in first["adapter"].items() if "lora_B" in name), "nothing was learnt"
-    assert second["log"][:-1] == first["log"][:-1] and second["best"] == first["best"]  # but for train_runtime
+    # The last row of the log is left out, since it holds train_runtime.
+    assert second["log"][:-1] == first["log"][:-1] and second["best"] == first["best"]
 
 
 def test_a_sigterm_on_one_host_stops_both_after_the_same_step(hosts):

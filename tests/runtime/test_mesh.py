@@ -1,6 +1,6 @@
 """Meshes of eight virtual devices give what one device gives: rollouts, losses, gradients, checkpoints, resumed runs.
 
-Each run is a process of its own, since a process keeps its mesh.
+Each run is a process of its own, since a process keeps its mesh. The tests run by
 `TUNIX_DEVICE=xla pytest -m xla tests/runtime/test_mesh.py`.
 """
 
@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from tunix_torch.preflight.hlo import collectives_of
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS, SAVED = 5, 3  # steps of a run, and the one after which it has a checkpoint
+# A run takes STEPS steps and saves a checkpoint after step SAVED.
+STEPS, SAVED = 5, 3
 ONE, FAST, ALL = (1, 1), (2, 4), ((8, 1), (1, 8), (2, 4), (4, 2))
 
 JOB = """
@@ -95,7 +96,7 @@ torch.save({"initial": initial, "gradients": gradients, "completions": completio
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Vocabulary and heads divide by 8; the two KV heads only by 2, so that both ways to lay them out occur."""
+    """Save a model. Its vocabulary and heads divide by 8, its KV heads only by 2, so that both layouts occur."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     from tunix_torch.model import tiny
@@ -127,17 +128,17 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
-    """`run(mesh, resumed_from=None)`: what that job recorded, and its folder; each runs once."""
+    """Return `run(mesh, resumed_from=None)`, which runs that job once and returns what it recorded and its folder."""
     root, done = tmp_path_factory.mktemp("meshes"), {}
 
     def run(mesh, resumed_from=None):
         if (mesh, resumed_from) not in done:
             checkpoint = "" if resumed_from is None else str(run(resumed_from)["folder"] / f"checkpoint-{SAVED}")
-            folder = root / str(len(done))  # without spaces: XLA_FLAGS has them between flags
+            folder = root / str(len(done))  # the name has no spaces, because XLA_FLAGS has them between flags
             folder.mkdir()
             environment = {**os.environ, "TUNIX_DEVICE": "xla", "PYTHONPATH": str(ROOT)}
             environment["CPU_NUM_DEVICES"] = str(math.prod(mesh))
-            if mesh != ONE and resumed_from is None:  # the programs of these are read
+            if mesh != ONE and resumed_from is None:  # tests read the programs of these
                 dump = f"--xla_dump_to={folder / 'dump'} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=SyncTensors.*"
                 environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}"
             command = [sys.executable, "-c", JOB, model, str(folder), ",".join(map(str, mesh)), checkpoint]
@@ -176,7 +177,7 @@ def test_completions_are_those_of_one_device(run, mesh):
 
 
 def test_on_a_mesh_some_passes_were_over_packed_completions_and_some_not(run):
-    """So that both shapes are compared with those of one device, which packs none. Step 0 rehearses."""
+    """Packed and plain passes must both occur, to be compared with one device, which packs none. Step 0 rehearses."""
     assert {packed for step, packed in run(FAST)["packed"] if step >= 1} == {True, False}
     assert not any(packed for _, packed in run(ONE)["packed"])
 
@@ -212,12 +213,12 @@ def test_the_saved_adapter_is_that_in_memory_bit_for_bit_and_not_the_initial_one
 
 
 def test_weights_really_are_split_over_the_mesh(run):
-    """Over tp only: a weight that fsdp splits too would be gathered for each token that is decoded."""
+    """Weights are split over tp only: one that fsdp splits too would be gathered for each token that is decoded."""
     shapes = {
-        "model.embed_tokens.weight": [28, 64],  # of (112, 64)
-        "q_proj.base_layer.weight": [32, 64],  # of (128, 64)
-        "o_proj.base_layer.weight": [64, 32],  # of (64, 128)
-        "k_proj.base_layer.weight": [32, 64],  # whole: its two heads do not divide by tp=4
+        "model.embed_tokens.weight": [28, 64],  # the whole is (112, 64)
+        "q_proj.base_layer.weight": [32, 64],  # the whole is (128, 64)
+        "o_proj.base_layer.weight": [64, 32],  # the whole is (64, 128)
+        "k_proj.base_layer.weight": [32, 64],  # the matrix stays whole, since its two heads do not divide by tp=4
     }
     shards = run(FAST)["shards"]
     assert {name: shards[name] for name in shapes} == {name: [shape] * 8 for name, shape in shapes.items()}
@@ -226,7 +227,7 @@ def test_weights_really_are_split_over_the_mesh(run):
 
 @meshes
 def test_a_decode_step_gathers_neither_cache_nor_attention(run, mesh):
-    """Only what a token is chosen from: two dimensions, rows and candidates."""
+    """A step gathers only what a token is chosen from, which has two dimensions, rows and candidates."""
     texts = [file.read_text() for file in (run(mesh)["folder"] / "dump").glob("*cpu_after_optimizations.txt")]
     steps = [text for text in texts if " dynamic-update-slice(" in text]
     moved = [collective for text in steps for collective in collectives_of(text)]
@@ -239,7 +240,7 @@ def test_a_decode_step_gathers_neither_cache_nor_attention(run, mesh):
 def test_no_compilation_after_the_second_step(run, mesh):
     counts = {row["step"]: row["compilations"] for row in run(mesh)["log"] if "compilations" in row}
     assert counts[0] > 0, "nothing was counted"
-    assert counts[2] == counts[STEPS], counts  # an evaluation and a checkpoint lie between
+    assert counts[2] == counts[STEPS], counts  # an evaluation and a checkpoint lie between the two steps
 
 
 @changes

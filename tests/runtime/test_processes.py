@@ -1,6 +1,6 @@
 """Two processes with half of the prompts each give what one process gives: completions, losses, gradients, LoRA.
 
-They talk through gloo, on the CPU, as `accelerate launch` lets those of several GPUs talk through NCCL.
+They talk through gloo on the CPU, as processes of several GPUs under `accelerate launch` talk through NCCL.
 """
 
 import os
@@ -12,7 +12,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS, PROMPTS = 4, 4  # optimizer steps of a case; prompts a step, over all processes
+# A case takes STEPS optimizer steps, each with PROMPTS prompts over all processes.
+STEPS, PROMPTS = 4, 4
 
 JOB = """
 import sys, datasets, torch
@@ -81,7 +82,7 @@ CASES = ("grpo", "resumed", "token_mean", "accumulated", "streamed", "sft")
 
 @pytest.fixture(scope="module")
 def results(model_folder, tmp_path_factory):
-    """What one process recorded and what two did, by number and case; "folder": of the two."""
+    """Run all cases by one process and by two; return, for each number, what every case recorded, and the "folder"."""
     results = {}
     for number in (1, 2):
         root = tmp_path_factory.mktemp(f"processes-{number}")
