@@ -343,7 +343,8 @@ def test_choices_are_shown_once_where_the_answer_names_one(subtests):
         ({"prompt": "a) 3 b) 4", "choices": ["A", "B"], "answer": 1}, "a) 3 b) 4", "B"),
         ({"prompt": "3 or 4?", "choices": ["3", "4"], "answer": "4"}, "3 or 4?", "4"),
         ({"prompt": "2 + 2?", "choices": [3, 4], "answer": 4}, "2 + 2?", 4),
-        ({"prompt": "2 + 2?", "choices": [{"message": "4"}, {}], "answer": 4}, "2 + 2?", 4),  # not of the answer
+        # These choices are those of a chat API, and not answers to choose from.
+        ({"prompt": "2 + 2?", "choices": [{"message": "4"}, {}], "answer": 4}, "2 + 2?", 4),
         ({"question": "A + B?", "A": 3, "B": 4, "answer": 7}, "A + B?", 7),
         ({"question": "A - B?", "A": 4, "B": 3, "answer": 1}, "A - B?", 1),
     ]:
