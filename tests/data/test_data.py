@@ -244,7 +244,7 @@ def forbid_tokenizing(monkeypatch):
     call = PreTrainedTokenizerFast.__call__
 
     def forbid(tokenizer, text, **settings):
-        assert isinstance(text, str), "tokenised again"  # only the token that ends a turn is looked up so
+        assert isinstance(text, str), "tokenised again"  # the token that ends a turn is looked up in a single text
         return call(tokenizer, text, **settings)
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", forbid)

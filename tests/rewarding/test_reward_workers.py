@@ -78,7 +78,7 @@ def test_the_values_are_those_of_one_process(workers, timeout):
     expected = call_rewards(functions, ROWS, COMPLETIONS)
     assert expected[0] == [1.0, 0.0, 1.0, 1.0, 1.0, None]
     assert call_rewards(functions, ROWS, COMPLETIONS, timeout, workers) == expected
-    assert call_rewards(functions, ROWS[:1], COMPLETIONS[:1], timeout, workers) == [[1.0]] * 3  # one gets no row
+    assert call_rewards(functions, ROWS[:1], COMPLETIONS[:1], timeout, workers) == [[1.0]] * 3  # a worker gets no row
 
 
 def test_groups_are_shared_out_and_functions_do_not_wait_for_each_other(workers, tmp_path):

@@ -178,7 +178,7 @@ def test_no_pattern_backtracks_over_a_hostile_completion(subtests):
             for reward_fn in PRESET_REWARDS.values():
                 for expected in (hostile + "1", short + "1"):
                     reward_fn(["?"] * 3, completions, answer=[expected] * 3)
-            assert time.process_time() - start < 4.0  # it takes less than 1; a regex that backtracks takes minutes
+            assert time.process_time() - start < 4.0  # CPU seconds: it takes under 1, backtracking takes minutes
 
 
 def test_a_reward_of_the_answer_is_none_where_none_is_known(subtests):

@@ -230,7 +230,7 @@ def test_a_majority_is_of_answers_that_the_judge_calls_equal():
     ],
 )
 def test_a_majority_of_right_answers_is_right_whatever_wrong_one_the_judge_calls_equal(judge, gold, answers, expected):
-    """Regression: as a judge's equality is not symmetric, right answers joined the class of a wrong one before them."""
+    """Regression: right and wrong answers were one class with the first one's verdict, as equality is not symmetric."""
     assert votes(judge, gold, *answers) == (expected, 1.0)
 
 

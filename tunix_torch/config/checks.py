@@ -65,7 +65,7 @@ BOUNDS = (
     Bound(("adam_beta1", "adam_beta2"), lambda v: 0 <= v < 1, "must be in [0, 1)"),
 )
 
-# The words that each of these fields may hold; None stands for the default.
+# The words that each of these fields may hold. Where None is among them, it stands for the default.
 CHOICES = {
     "algorithm": ALGORITHMS,
     "reference": ("start", "base"),

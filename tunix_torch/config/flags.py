@@ -89,7 +89,7 @@ def _rivals_of(names: set[str]) -> set[str]:
 
 
 def _replace_aliases(argv: Sequence[str]) -> list[str]:
-    """Replace aliases such as `--beta` by names such as `--kl_penalty_coef`. To give both is a mistake."""
+    """Replace aliases such as `--beta` by our names for the settings. One setting under two names is a mistake."""
     result, seen = [], {}
     for word in argv:
         name, equals, value = word.partition("=")
