@@ -29,7 +29,7 @@ def check_gradient_norm(norm: float, model: nn.Module, step: int) -> None:
 
 
 def _zero_if_finite(tensor: Tensor) -> Tensor:
-    """Return 0 if all of a tensor's numbers are finite, else NaN: (). Being a sum, every host of a mesh can read it."""
+    """Return 0 where all numbers of a tensor are finite, else NaN: (). Every host of a mesh can read it, as a sum."""
     return (tensor.detach() * 0).sum()
 
 

@@ -64,7 +64,7 @@ def _broken_invariant(
         checks.append((ratio_gap, 1e-3 if exact else 0.1, "the first ratio is off 1 by {:.3g}"))
         if exact:
             checks.append((sampler_gap, 1e-2, "sampler and learner disagree by {:.3g} on a log-probability"))
-        elif first["sampler_gap"] > 0.2 * max(first["tokens"], 1.0):  # bfloat16 limits only the mean
+        elif first["sampler_gap"] > 0.2 * max(first["tokens"], 1.0):  # in bfloat16 only the mean is limited
             most = sampler_gap.max() * (1 - 1e-6)
             checks.append((sampler_gap, most, "sampler and learner disagree by up to {:.3g} on a log-probability"))
         if exact and at_reference:

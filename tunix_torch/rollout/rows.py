@@ -117,7 +117,7 @@ class Rows:
         self.whole, self.chosen = self.first[:2], None  # results of all rows; rows that are decoded, None: all
         self.tensors = self.first
         self.ragged: tuple[RaggedGroups, ...] = ()
-        self.prompt_of = torch.arange(self.num_prompts).repeat_interleave(self.group_size)  # one number a row
+        self.prompt_of = torch.arange(self.num_prompts).repeat_interleave(self.group_size)  # the prompt of each row
         if self.group_size < self.most:
             self.chosen = self.ladder.first_rows(self.most, self.group_size)
             self._select(self.chosen)
