@@ -1,4 +1,4 @@
-"""The bench: the same work for every peer, honest aggregation, and one small run of all three."""
+"""The bench gives every peer the same work, aggregates honestly, and runs a small job of all three peers."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def run_bench(*args):
 
 
 def result_of(spec, *steps):
-    """What a worker writes, with the given seconds of learning."""
+    """Return what a worker writes whose steps took these seconds of learning."""
     return {
         "steps": [{"learning": seconds} for seconds in steps],
         "warmup_steps": [{"learning": 9.0}],
@@ -86,12 +86,12 @@ def test_prompts_have_the_prompt_length_with_bos_and_no_special_word():
 
 
 def test_rows_of_a_pass_divide_the_batch():
-    spec = Spec()  # 32 rows of 128 tokens
+    spec = Spec()  # a batch of 32 rows of 128 tokens
     assert rows_per_pass(spec, 1024) == 8
     assert rows_per_pass(spec, 10**9) == 32
     assert rows_per_pass(spec, 1) == 1
     assert rows_per_pass(spec, 1, multiple=4) == 4
-    assert rows_per_pass(replace(spec, num_prompts=9), 1024) == 6  # of 36
+    assert rows_per_pass(replace(spec, num_prompts=9), 1024) == 6  # it divides the 36 rows
     assert rows_per_pass(replace(spec, tokens_per_pass=2048), 1024) == 16
 
 
@@ -138,7 +138,7 @@ def test_every_peer_gets_the_same_threads_and_only_ours_sees_xla():
 
 
 def test_stopwatch_charges_the_innermost_part_and_all_of_the_step(monkeypatch):
-    clock = iter(range(100))  # a second at each look
+    clock = iter(range(100))  # each look takes a second
     monkeypatch.setattr("benchmarks.stopwatch.time.perf_counter", lambda: float(next(clock)))
 
     class Trainer:
@@ -190,10 +190,10 @@ def test_figures_are_over_all_steps_of_all_rounds_without_the_warm_up():
 
 def test_ratios_compare_rounds_with_their_own_neighbours():
     spec = replace(Spec(), warmup=1, steps=2)
-    ours = [result_of(spec, 1.0, 1.0), result_of(spec, 10.0, 10.0), result_of(spec, 1.0, 1.0)]  # a slow spell
+    ours = [result_of(spec, 1.0, 1.0), result_of(spec, 10.0, 10.0), result_of(spec, 1.0, 1.0)]  # round 2 was slow
     peer = [result_of(spec, 4.0, 4.0), result_of(spec, 30.0, 30.0), result_of(spec, 5.0, 5.0)]
     assert ratios(peer, ours) == {"min": 3.0, "median": 4.0, "max": 5.0}
-    assert ratios(peer[:1], ours) == spread_of([4.0])  # it failed after one round
+    assert ratios(peer[:1], ours) == spread_of([4.0])  # this peer failed after one round
 
 
 def test_first_peer_is_the_measure():
@@ -272,7 +272,7 @@ def test_all_three_do_the_same_work(preset, tmp_path):
         assert figures["tokens_per_step"] == expected and figures["completions_per_step"] == 6
         assert figures["peak_memory_bytes"] > 2**26
         assert len(figures["losses"][0]) == 3 and all(map(math.isfinite, figures["losses"][0]))
-        assert any(figures["losses"][0][1:])  # the KL penalty: the LoRA has moved
+        assert any(figures["losses"][0][1:])  # once the LoRA has moved, the KL penalty is not 0
     assert "trl takes" in done.stdout
 
 

@@ -1,4 +1,4 @@
-"""Time to accuracy: both trainers get the default job, clock and curves are honest, and one small run of both."""
+"""Time to accuracy: both trainers get the default job, clock and curves are honest, and both run a small job."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def run_bench(*args, **environment):
 
 
 def curve_of(*accuracies, every=2, seconds_per_step=1.0, seed=42):
-    """Accuracy at the start, and after every so many steps of that length."""
+    """Return a curve of these accuracies at the start and after every `every` steps of `seconds_per_step` each."""
     steps = [(i + 1) * every for i in range(len(accuracies) - 1)]
     seconds = [(i + 1) * seconds_per_step for i in range(steps[-1])]
     measured = {str(step): value for step, value in zip(steps, accuracies[1:], strict=True)}
@@ -47,7 +47,8 @@ def test_the_job_is_the_embedded_default(tmp_path):
     assert different - beside_training == {"train_sampling_strategy"}  # so that TRL takes rows in the same order
     assert (Job().lora_rank, Job().lora_alpha) == (model.lora_rank, model.lora_alpha) and model.lora_dropout == 0
     assert Job().num_questions == data.num_eval_rows
-    assert data.reward_funcs is data.reward_preset is default.reward_weights is None  # correctness and format, 1 each
+    # None stands for the rewards correctness and format, with weight 1 each.
+    assert data.reward_funcs is data.reward_preset is default.reward_weights is None
 
 
 def test_trl_gets_the_same_settings_and_one_optimizer_step_a_rollout(tmp_path):
@@ -91,7 +92,7 @@ def test_inputs_are_those_of_train_py_and_trl_tokenises_prompts_as_ours_does(cac
     assert [(row["question"], row["answer"]) for row in rows] == [(row["question"], row["answer"]) for row in expected]
     assert len(rows) % GRPOConfig(output_dir=str(tmp_path), batch_size=32).per_device_train_batch_size == 0
     ours = prepare_rows(rows[:50], tokenizer, job.prompt_length, overlong="raise")
-    theirs = tokenizer(text=[row[PROMPT] for row in rows[:50]])["input_ids"]  # as in GRPOTrainer
+    theirs = tokenizer(text=[row[PROMPT] for row in rows[:50]])["input_ids"]  # TRL's GRPOTrainer calls it so
     assert [row[PROMPT_IDS] for row in ours] == theirs
     assert [row[PROMPT_IDS] for row in prepare_rows(expected[:50], tokenizer, job.prompt_length)] == theirs
     assert (tmp_path / "model" / "model.safetensors").is_file() and (folder / ROWS_FILE).is_file()
@@ -154,7 +155,7 @@ def test_the_clock_stands_still_while_the_adapter_is_saved(monkeypatch, tmp_path
         now[0] += seconds
         clock.on_step_end(None, None, control, model=model)
         stops.append(control.should_training_stop)
-    assert clock.seconds == [2.0, 3.0, 4.5]  # the first step with all that comes before it
+    assert clock.seconds == [2.0, 3.0, 4.5]  # the first has all that comes before it
     assert saved == [("step-2", ["weight"]), ("step-3", ["weight"])]
     assert stops == [False, False, True]
 
@@ -179,7 +180,7 @@ def test_ratios_compare_seeds_and_who_never_gets_there_takes_infinitely_long():
     fast, slow, never = curve_of(0.6, 0.9), curve_of(0.6, 0.9, seconds_per_step=3.0), curve_of(0.6, 0.7)
     assert ratios([slow, slow], [fast, slow], 0.9) == [3.0, 1.0]
     assert ratios([never, fast, never], [fast, never, never], 0.9) == [math.inf, 0.0]
-    assert ratios([slow], [fast], 0.6) == []  # both begin there
+    assert ratios([slow], [fast], 0.6) == []  # both begin at the goal
 
 
 def test_summary_counts_who_got_there_and_says_never_as_null():
@@ -265,7 +266,8 @@ def test_both_train_and_are_evaluated(cache, tmp_path):
             assert [point[0] for point in points] == [0, 1, 2]
             assert 0 == points[0][1] < points[1][1] < points[2][1]
             assert all(0 <= point[2] <= 1 for point in points)
-        assert figures["runs_at_goal"] == 0 and figures["seconds_to_goal"]["max"] is None  # without its warm start
+        # The cached model lacks its warm start, so it can't reach the goal.
+        assert figures["runs_at_goal"] == 0 and figures["seconds_to_goal"]["max"] is None
         assert figures["startup_seconds"]["min"] > 0
     turns = [line.partition(": 2 steps")[0] for line in done.stdout.splitlines() if ": 2 steps" in line]
     assert turns == ["seed 3, ours", "seed 3, trl", "seed 4, ours", "seed 4, trl"]

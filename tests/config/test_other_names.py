@@ -1,4 +1,4 @@
-"""Settings under the names, with the defaults and in the forms that the documents of other systems promise."""
+"""Settings take the names, and have the defaults and forms, that the documents of other systems promise."""
 
 import pytest
 

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module", autouse=True)
 def peers():
-    """What imports JAX and Tunix, which takes seconds, is imported when the first of these tests runs."""
+    """Import the modules that need JAX and Tunix only when the first of these tests runs, since that takes seconds."""
     for name in ("compare", "differences", "replay", "run", "tunix_lora", "tunix_side"):
         importlib.import_module(f"tunix_torch.crosscheck.{name}")
 
@@ -46,7 +46,7 @@ FAMILY = "gemma3-2"
 
 @pytest.fixture(scope="module")
 def policy():
-    """(folder, Tunix's policy) of one family: its graphs are compiled once for all tests."""
+    """The model folder and Tunix's policy of one family, shared so that its graphs are compiled once for all tests."""
     with saved_model(FAMILY) as folder:
         trainer = make_trainer(folder, CASE["defaults"])
         shapes = {name: tuple(weights.shape) for name, weights in lora_of(trainer).items()}
@@ -316,7 +316,7 @@ def record_run(model_folder, output_dir, **settings):
 
 @pytest.fixture(scope="module")
 def recorded(model_folder, tmp_path_factory):
-    """A run's folder. Its replays share one of Tunix's models, whose graphs are compiled once."""
+    """The folder of a recorded run, whose replays share one of Tunix's models, so that its graphs are compiled once."""
     folder, made = tmp_path_factory.mktemp("run"), []
 
     def make_once(*args):

@@ -1,4 +1,4 @@
-"""Rows -> prompts: widths, tokens that are made once, streams, and one clear error for each kind of bad input."""
+"""Rows become prompts of known widths, texts are tokenised once, and each kind of bad input gets one clear error."""
 
 import datetime
 import itertools
@@ -129,7 +129,7 @@ def test_rows_with_columns_named_like_ours_are_not_taken_for_prepared_ones(token
 
 @pytest.mark.parametrize("kind", [as_list, on_disk])
 def test_rows_prepared_for_rollouts_are_prepared_anew_for_supervised_training(tokenizer, kind):
-    """A data set on disk had lost the reasoning that a completion is made of."""
+    """Regression: prepared rows of a data set on disk no longer held the reasoning that a completion is made of."""
     rows = [{"question": f"{i}?", "answer": f"so\n#### {i}"} for i in range(9)]
     anew = prepare_rows(prepare_rows(kind(rows), tokenizer, 40), tokenizer, 40, 64)
     assert list(anew) == list(prepare_rows(kind(rows), tokenizer, 40, 64))
@@ -157,7 +157,7 @@ def test_answers_of_a_data_set_are_classes_names_and_numbers_as_they_were_meant(
 
 @pytest.mark.parametrize("kind", [as_list, on_disk, as_stream])
 def test_rewards_get_dates_as_iso_texts(tokenizer, kind):
-    """They were taken when the rows were read, and refused by rewards after the first rollout."""
+    """Regression: dates were accepted when rows were read, but rewards refused them after the first rollout."""
     rows = [{"question": f"Day {i}?", "answer": datetime.date(2024, 5, i)} for i in (1, 2)]
     ready = list(itertools.islice(prepare_rows(kind(rows), tokenizer, 40), 2))
     texts = ["<answer>2024-05-01</answer>", "<answer>2024-05-01</answer>"]
@@ -388,7 +388,7 @@ def test_trainer_raises_overlong_prompts_when_asked(model_folder, tmp_path):
 
 
 def test_the_quick_start_of_trl_runs(model_folder, tmp_path):
-    """Rows of prompts only, and a reward that takes completions and **kwargs."""
+    """TRL's quick start has rows with a prompt only, and a reward function that takes completions and **kwargs."""
 
     def reward(completions, **kwargs):
         assert kwargs.keys() == {"prompts", "prompt", "question"}

@@ -1,4 +1,4 @@
-"""One row: its columns stay as they are, and question, answer and completion are found in every shape that is known."""
+"""A row keeps its columns, and its question, answer and completion are found in every shape that is known."""
 
 import datetime
 from decimal import Decimal
@@ -41,7 +41,7 @@ def normal(row, **settings):
 
 
 def no_answer(row):
-    """Why the row has no expected answer; nobody can have asked for it."""
+    """Return why the row has no expected answer, after checking that it offers none to reward functions."""
     row = normal(row)
     assert not has_column(row, "answer") and answer_text(row) == ""
     return row[NO_ANSWER]
@@ -168,7 +168,7 @@ DAY, MOMENT = datetime.date(2024, 5, 6), datetime.datetime(2024, 5, 6, 12, 30)
 
 
 def test_a_date_or_time_is_its_iso_text(subtests):
-    """Rewards refused what the row was taken with, after the first rollout."""
+    """Regression: rows with dates were accepted, but reward functions refused the dates after the first rollout."""
     for column in ("answer", "answers"):
         for answer, text in [
             (DAY, "2024-05-06"),
@@ -300,12 +300,12 @@ def test_choices_stand_below_the_question_and_the_answer_is_a_label(subtests):
         (ARC, "A. iron\nB. salt", "A"),
         (ARC_IN_ROWS, "1. iron\n2. salt", "2"),
         (MMLU, "A. 3\nB. 4\nC. 5\nD. 6", "B"),
-        ({**MMLU, "answer": "D"}, "A. 3\nB. 4\nC. 5\nD. 6", "D"),  # a ClassLabel
+        ({**MMLU, "answer": "D"}, "A. 3\nB. 4\nC. 5\nD. 6", "D"),  # the name of a ClassLabel
         ({**MMLU, "answer": "6"}, "A. 3\nB. 4\nC. 5\nD. 6", "D"),
         ({"question": "?", "options": np.array(["x", "y"]), "answer": "B"}, "A. x\nB. y", "B"),  # MMLU-Pro
         ({"question": "?", "options": {"A": "x", "B": "y", "C": None}, "answer": "y"}, "A. x\nB. y", "B"),  # MedQA
         ({"question": "?", "choices": ("x", "y"), "answer": 1}, "A. x\nB. y", "B"),
-        ({"question": "?", "choices": '["x", "y"]', "answer": "B"}, "A. x\nB. y", "B"),  # in a CSV
+        ({"question": "?", "choices": '["x", "y"]', "answer": "B"}, "A. x\nB. y", "B"),  # as a CSV file holds a list
         ({"question": "?", "A": "x", "B": "y", "C": "z", "answer": "C"}, "A. x\nB. y\nC. z", "C"),
         ({"question": "?", "A": "x", "B": "y", "D": "z", "answer": 1}, "A. x\nB. y", "B"),
         ({"question": "?", "A": 3, "B": 4.5, "answer": " B "}, "A. 3\nB. 4.5", "B"),
@@ -332,7 +332,7 @@ def test_choices_that_can_not_be_shown_are_refused_or_left_alone():
 
 
 def test_choices_are_shown_once_where_the_answer_names_one(subtests):
-    """Beside a prompt they were lost, and the model was asked for the letter or number of a thing it can't see."""
+    """Regression: choices beside a prompt were left out, so the model was asked for the letter of one it can't see."""
     for row, question, answer in [
         ({"prompt": "2 + 2?", "choices": ["3", "4"], "answer": 1}, "2 + 2?\nA. 3\nB. 4", "B"),
         ({"prompt": "2 + 2?", "choices": ["3", "4"], "answer": "B"}, "2 + 2?\nA. 3\nB. 4", "B"),
@@ -343,7 +343,8 @@ def test_choices_are_shown_once_where_the_answer_names_one(subtests):
         ({"prompt": "a) 3 b) 4", "choices": ["A", "B"], "answer": 1}, "a) 3 b) 4", "B"),
         ({"prompt": "3 or 4?", "choices": ["3", "4"], "answer": "4"}, "3 or 4?", "4"),
         ({"prompt": "2 + 2?", "choices": [3, 4], "answer": 4}, "2 + 2?", 4),
-        ({"prompt": "2 + 2?", "choices": [{"message": "4"}, {}], "answer": 4}, "2 + 2?", 4),  # of something else
+        # These choices are those of a chat API, and not answers to choose from.
+        ({"prompt": "2 + 2?", "choices": [{"message": "4"}, {}], "answer": 4}, "2 + 2?", 4),
         ({"question": "A + B?", "A": 3, "B": 4, "answer": 7}, "A + B?", 7),
         ({"question": "A - B?", "A": 4, "B": 3, "answer": 1}, "A - B?", 1),
     ]:

@@ -1,4 +1,4 @@
-"""Where rows come from: every source on copies made here, splits, streams, and one clear line for mistakes."""
+"""Rows are read from files, data sets and hubs (copies made here), split and streamed, and mistakes are one line."""
 
 import importlib.util
 import itertools
@@ -171,7 +171,7 @@ def test_damaged_parquet_is_one_line_also_where_it_shows_late(tmp_path, where, c
 
 
 def classes_and_short_numbers():
-    """Rows whose answer is a class, and numbers of 32 bits; and what they mean."""
+    """Return rows with classes and with numbers of 16 and 32 bits, and the same rows as they were meant."""
     features = datasets.Features(
         {
             "question": datasets.Value("string"),
@@ -205,7 +205,7 @@ def test_classes_become_names_and_float32_what_was_meant(tmp_path, kind):
 
 
 class OfTorch(torch.utils.data.Dataset):
-    """Without an IndexError at its end."""
+    """This data set raises no IndexError at its end, so only its length says where it ends."""
 
     def __len__(self):
         return len(ROWS)
@@ -322,7 +322,7 @@ def test_hub_out_of_reach_says_what_was_asked_and_where_to_put_a_copy(monkeypatc
 
 @pytest.fixture(scope="module")
 def tfds_folder(tmp_path_factory):
-    """An array_record data set written by TFDS: ARC's columns with classes, and numbers, as TFDS has them."""
+    """The folder of an array_record data set that TFDS has written, with ARC's columns, classes and numbers."""
     tfds = pytest.importorskip("tensorflow_datasets")
     pytest.importorskip("array_record")
 
@@ -615,7 +615,7 @@ def test_stream_reads_no_more_than_is_drawn_and_its_window(tmp_path, monkeypatch
 def test_a_stream_without_what_training_takes_is_told_before_anything_is_moved(
     model_folder, tmp_path, use_grpo, message
 ):
-    """It was told at the first step."""
+    """Regression: a missing answer or completion was reported only at the first step, when files had been moved."""
     path, out = write_rows(tmp_path / "a.jsonl", [{"question": "1 + 1?"}] * 9), tmp_path / "out"
     out.mkdir()
     (out / "metrics.jsonl").write_text("of an earlier run")

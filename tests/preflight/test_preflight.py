@@ -1,4 +1,4 @@
-"""The pre-flight: what it reads out of compiled programs, how it extrapolates, and that it plans the trainer's graphs."""
+"""The pre-flight reads compiled programs right, extrapolates from cut models, and plans the graphs that a run compiles."""
 
 import json
 import os
@@ -108,7 +108,7 @@ def test_a_loop_counts_with_each_turn_and_its_last_turn_sends_nothing():
 
     array = 4 * 64 * 2
     assert [collective.bytes for collective in hlo.collectives_of(WINDOWED)] == [array] * 3
-    adding, sending = 3 * array, 2 * array  # reads its operand twice
+    adding, sending = 3 * array, 2 * array  # an addition reads its operand twice
     assert hbm_traffic_bytes(WINDOWED) == 4 * adding + 3 * sending
 
 
@@ -125,7 +125,7 @@ def test_what_runs_nobody_knows_how_often_is_not_counted(known, unknown, words):
 
 
 def test_two_chips_send_each_other_half(subtests):
-    """Of 100 bytes that both hold together; an all-reduce does it twice, a reduce-scatter's result is 50 of them."""
+    """Each chip sends 50 of 100 bytes: twice in an all-reduce, and a reduce-scatter's result has only 50 bytes."""
     for kind in hlo.KINDS:
         with subtests.test(kind=kind):
             result = {"reduce-scatter": 50, "collective-permute": 50}.get(kind, 100)
@@ -225,7 +225,7 @@ def test_a_cut_model_has_every_kind_of_layer():
 
 
 def example_plan(**changes):
-    """A plan from two made-up cuts, of 2 and 4 layers, of the tiny model with 10 layers."""
+    """Return a plan of the tiny model, with 10 layers, from two made-up cuts of 2 and 4 layers."""
     from tunix_torch import GRPOConfig, ModelConfig
     from tunix_torch.preflight.compiler import Program
     from tunix_torch.preflight.hlo import Collective
@@ -251,7 +251,7 @@ def example_plan(**changes):
 
 @pytest.mark.parametrize("completion_length, cuts", [(512, [(1, 1), (2, 2)]), (2048, [(1, 1), (3, 1), (1, 3)])])
 def test_cuts_stand_for_every_layer_of_each_kind(completion_length, cuts):
-    """Also where layers with a window keep fewer keys than the others, of which Gemma 3 has fewer."""
+    """Gemma 3 has more layers with a window than without, which with long completions keep fewer keys than the others."""
     from tunix_torch import GRPOConfig, ModelConfig
     from tunix_torch.preflight.plan import Job, cuts_of
 
@@ -288,7 +288,7 @@ def test_the_last_line_decides():
     large = example_plan(temporary_bytes=20 * 2**30)
     assert not large.fits and large.spare_fraction < 0
     assert verdict(large).endswith("First: per_device_train_batch_size=4")
-    large.graphs = large.graphs[1:]  # learn
+    large.graphs = large.graphs[1:]  # only the learning step is left
     assert verdict(large).endswith("First: micro_batch_size=2 in place of 4")
     broken = example_plan(error="Ran out of memory in memory space hbm. Used 17.5G of 15.75G hbm.")
     assert not broken.fits and as_dict(broken)["spare_fraction"] is None
@@ -317,7 +317,7 @@ def test_a_quick_plan_is_sure_of_nothing(needed, fits, words):
 
 
 def test_a_smaller_batch_is_advised_only_where_fsdp_divides_it(subtests):
-    """Rows that do not divide lie whole on every chip, which takes more of it, not less."""
+    """If fsdp does not divide the rows, every chip holds all of them, which takes more memory, not less."""
     for mesh, group, prompts, micro, learn, decode in [
         ("1,4", 12, 4, 12, "micro_batch_size=6 in place of 12", "per_device_train_batch_size=2"),
         ("4,1", 12, 4, 12, "micro_batch_size=4 in place of 12", "a mesh_shape with a larger tp, or a larger slice"),
@@ -369,7 +369,7 @@ def test_the_vision_tower_is_held_and_neither_computed_nor_read(monkeypatch):
     without = quick.quick_plan(job).graphs
     monkeypatch.setattr(quick, "vision_parameters", lambda name: 10**6)
     for graph, plain in zip(quick.quick_plan(job).graphs, without, strict=True):
-        more = 10**6 * 4  # float32 on the CPU
+        more = 10**6 * 4  # parameters are float32 on the CPU
         assert graph.held_bytes == plain.held_bytes + more and graph.total_bytes == plain.total_bytes + more
         assert (graph.flops, graph.hbm_traffic, graph.argument_bytes) == (
             plain.flops,
@@ -416,7 +416,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message):
 
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
-    """A folder with nothing but the config of a model of two layers."""
+    """A folder that has only the config of a model of two layers."""
     from tunix_torch.preflight.models import model_config, with_depth
 
     folder = tmp_path_factory.mktemp("small")
@@ -429,7 +429,7 @@ SMALL_JOB = ["--use_grpo", "--per_device_train_batch_size", 2, "--max_prompt_len
 
 @pytest.mark.thorough
 def test_a_search_by_arithmetic_names_what_it_leaves_out(small_model, tmp_path):
-    """Four chips, two prompts; the mesh of the flags is one of eight."""
+    """The job has two prompts and the slice four chips, while the flags name a mesh of eight."""
     pytest.importorskip("torch_xla")
     flags = ["--model_name", small_model, *SMALL_JOB, "--mesh_shape", "2,4", "--topology", "v5e:2x2"]
     result = plan_tpu(*flags, "--search", "--quick", "--json", tmp_path / "found.json")
@@ -492,7 +492,7 @@ def test_a_tiny_model_is_planned(small_model, tmp_path):
     assert json.loads((tmp_path / "quick.json").read_text())["fits"]
 
 
-# A real run writes the graphs that it compiles; those that are planned are the same, operation by operation.
+# TRAINED is a job that writes the graphs that it compiles. PLANNED plans it; both must have the same operations.
 TRAINED = """
 import sys
 from tunix_torch import GRPOConfig, TunixTrainer, device
@@ -520,10 +520,10 @@ for graph in trace_step(trainer):
 
 
 def operations(text):
-    """How often each operation occurs, with its shape and its place on the mesh, whatever it is called.
+    """Count each operation with its shape and its place on the mesh, whatever its result is called.
 
-    Not counted: scalars and the tuple of results. The Trainer's loop keeps the gradient's norm and adds up the loss for
-    its log, and its scheduler has set the learning rate.
+    Scalars and the tuple of results are not counted: only in a run does the Trainer's loop keep the gradient's norm,
+    add up the loss for its log, and set the learning rate by its scheduler.
     """
     found = Counter()
     for line in text.splitlines():
@@ -539,7 +539,7 @@ def operations(text):
 @pytest.mark.xla
 @pytest.mark.thorough
 def test_the_planned_graphs_are_those_that_a_run_compiles(tmp_path, small_model):
-    """Two layers, one of each kind, and two steps: the second runs the graphs of all that follow."""
+    """The model has one layer of each kind, and the job two steps, since all later steps run the second one's graphs."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from tunix_torch.model import tiny
@@ -547,7 +547,7 @@ def test_the_planned_graphs_are_those_that_a_run_compiles(tmp_path, small_model)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small_model)).save_pretrained(tmp_path / "model")
     tiny.make_tokenizer().save_pretrained(tmp_path / "model")
     environment = {**os.environ, "CPU_NUM_DEVICES": "4", "TUNIX_DEVICE": "xla", "PYTHONPATH": str(ROOT)}
-    # the graphs are written before XLA optimizes them, which it need not do well
+    # The graphs are written before XLA optimizes them, so the optimization may be hasty.
     hasty = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     dump = f"--xla_dump_to={tmp_path / 'dump'} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=SyncTensorsGraph"
     for name, code, flags in (("trained", TRAINED, f"{hasty} {dump}"), ("planned", PLANNED, hasty)):
@@ -565,12 +565,12 @@ def test_the_planned_graphs_are_those_that_a_run_compiles(tmp_path, small_model)
 
 # ---- whole plans, minutes each, kept in the user's cache ----
 
-SLICES = {"quick_test": "v5e:1x1"}  # the others: v5e:2x4
-SPARE = {"gemma2_2b_v5e8": 0.25, "gemma2_2b_reasoning": 0.25}  # at least
+SLICES = {"quick_test": "v5e:1x1"}  # all others are planned for v5e:2x4
+SPARE = {"gemma2_2b_v5e8": 0.25, "gemma2_2b_reasoning": 0.25}  # the share of HBM that must be left, where it is not 0
 
 
 def plan_of(config, path, *flags):
-    """A plan of a recipe, or of a file of settings."""
+    """Plan a recipe, or a file of settings, and return what the plan writes as JSON."""
     topology = SLICES.get(config, "v5e:2x4")
     file = config if isinstance(config, Path) else f"configs/{config}.json"
     result = plan_tpu("--config", file, "--topology", topology, "--json", path, *flags, timeout=3600)
@@ -586,23 +586,23 @@ def test_every_recipe_fits_its_slice(config, tmp_path):
     assert plan["fits"] and plan["spare_fraction"] >= SPARE.get(config, 0), plan["verdict"]
     quick = plan_of(config, tmp_path / "quick.json", "--quick")
     assert quick["fits"]
-    if config != "quick_test":  # which leaves 99% either way
+    if config != "quick_test":  # both plans of which leave 99%
         assert quick["spare_fraction"] == pytest.approx(plan["spare_fraction"], abs=0.15)
 
 
 @pytest.mark.slow
 def test_decoding_and_learning_on_a_mesh_communicate_no_more_than_tensor_parallelism_needs(tmp_path):
     graphs = {graph["name"]: graph for graph in plan_of("gemma2_2b_v5e8", tmp_path / "plan.json")["graphs"]}
-    layers, rows, hidden = 26, 16, 2304  # rows of a chip
+    layers, rows, hidden = 26, 16, 2304  # the rows of one chip
     decode = graphs["decode"]["collectives"]
-    # a layer: one after attention, one after the MLP, and one of rank 64 for the LoRA of each; then the embedding's,
-    # two for the softmax over the split vocabulary, one for the chosen token's log-probability
+    # Each layer needs one after attention, one after the MLP, and one of rank 64 for the LoRA of each. The embedding
+    # needs one, the softmax over the split vocabulary two, and the chosen token's log-probability one.
     assert decode["all-reduce"]["count"] <= 4 * layers + 4
     assert decode["all-gather"]["count"] <= 2, "the candidates of top-k, their values and their ids"
     assert set(decode) == {"all-reduce", "all-gather"}
     needed = (2 * layers + 1) * 2 * rows * hidden * 2 * 3 / 4
     assert sum(traffic["bytes"] for traffic in decode.values()) < 1.1 * needed
-    # no weight of the base model is moved at all: the largest thing gathered is smaller than the smallest of them
+    # No weight of the base model is moved: all that is gathered is smaller than the smallest of them.
     learn = graphs["learn"]["collectives"]
     assert learn["all-gather"]["bytes"] < 2**20
     moved = sum(traffic["bytes"] for kind, traffic in learn.items() if kind != "all-reduce")
@@ -611,7 +611,7 @@ def test_decoding_and_learning_on_a_mesh_communicate_no_more_than_tensor_paralle
 
 @pytest.mark.slow
 def test_extrapolated_figures_are_those_of_a_deeper_model(tmp_path):
-    """Gemma 3 270m with 6 of its 18 layers compiled at once: for a learning pass of 10, 24 GB were not enough."""
+    """Compares with 6 layers of Gemma 3 270m, since 24 GB were not enough to compile a learning pass of 10 at once."""
     from tunix_torch.preflight.models import model_config, with_depth
 
     with_depth(model_config("google/gemma-3-270m-it"), 6).save_pretrained(tmp_path / "model")

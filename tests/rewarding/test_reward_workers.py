@@ -1,4 +1,4 @@
-"""Reward functions called in several processes: what they say in one, sooner, and every mistake with its words."""
+"""Reward functions in several processes give the values of one process, side by side, and mistakes are named."""
 
 import functools
 import os
@@ -36,7 +36,7 @@ def wrapped(**arguments):
 
 
 def meet(completions, folder, **columns):
-    """Waits until it has been called in two processes, and says in which it was."""
+    """A reward function that waits until it runs in two processes, and returns the id of its own process."""
     Path(folder[0], str(os.getpid())).touch()
     deadline = time.monotonic() + 60
     while len(list(Path(folder[0]).iterdir())) < 2:
@@ -78,7 +78,7 @@ def test_the_values_are_those_of_one_process(workers, timeout):
     expected = call_rewards(functions, ROWS, COMPLETIONS)
     assert expected[0] == [1.0, 0.0, 1.0, 1.0, 1.0, None]
     assert call_rewards(functions, ROWS, COMPLETIONS, timeout, workers) == expected
-    assert call_rewards(functions, ROWS[:1], COMPLETIONS[:1], timeout, workers) == [[1.0]] * 3  # a process has nothing
+    assert call_rewards(functions, ROWS[:1], COMPLETIONS[:1], timeout, workers) == [[1.0]] * 3  # a worker gets no row
 
 
 def test_groups_are_shared_out_and_functions_do_not_wait_for_each_other(workers, tmp_path):
@@ -111,7 +111,7 @@ def test_a_function_that_no_other_process_can_import_is_refused():
 
 
 def test_a_trainer_stops_in_time_and_leaves_no_process(model_folder, tmp_path):
-    """Once with a function that takes too long, and once with a process that dies; else what it trains is the same."""
+    """A function that takes too long and a process that dies both end the job; workers change no reward."""
     import multiprocessing
 
     def trained(function, **settings):
@@ -134,10 +134,10 @@ def test_a_trainer_stops_in_time_and_leaves_no_process(model_folder, tmp_path):
         return [0.0] * len(completions)
 
     before = multiprocessing.active_children()
-    trained(unsendable, reward_processes=2)  # an async function waits, and stays here
+    trained(unsendable, reward_processes=2)  # async functions run in this process
     assert trained(rewards.format_reward, reward_processes=2) == trained(rewards.format_reward)
     with pytest.raises(ValueError, match="reward_timeout=0.2: 'stuck' takes longer"):
-        trained(stuck, reward_processes=1, reward_timeout=0.2)  # an hour, did anyone wait for it
+        trained(stuck, reward_processes=1, reward_timeout=0.2)  # `stuck` would take an hour
     with pytest.raises(Exception, match="terminated abruptly"):
         trained(deadly, reward_processes=1)
     assert multiprocessing.active_children() == before

@@ -1,4 +1,4 @@
-"""Calling reward functions: plain, async, slow, by name and by dotted path."""
+"""Plain and async reward functions get the columns that they take, run side by side, and are named when they fail."""
 
 import asyncio
 import functools
@@ -48,7 +48,7 @@ def test_async_functions_say_what_plain_ones_do_in_their_own_columns():
 
 
 def test_async_functions_run_beside_each_other_and_beside_plain_ones():
-    meeting = threading.Barrier(3)  # whoever waits here alone waits until an error
+    meeting = threading.Barrier(3)  # one that runs alone waits until it fails
 
     def meet(completions, **columns):
         meeting.wait(timeout=60)
@@ -149,7 +149,7 @@ class Named:
 def test_a_function_gets_the_columns_that_it_names(workers):
     functions = [only_named, functools.partial(scaled, 2.0), Named(), Named().later]
     if workers is None:
-        functions += [passing_on, adding]  # no other process could import these by their names
+        functions += [passing_on, adding]  # workers can't import wrapped functions by name
     else:
         workers = RewardWorkers(workers, functions)
     try:

@@ -1,4 +1,4 @@
-"""math_equal pays for the value however it is written, for nothing else, and no text hangs, raises or is run."""
+"""math_equal pays for the right value in any notation and for nothing else, and no text hangs, raises or is run."""
 
 import subprocess
 import sys
@@ -167,7 +167,7 @@ HOSTILE = [
     "e^\\pi+" * 40 + "1",
     "\\{" + ",".join(f"e^{i}" for i in range(60)) + "\\}",
     "\\pm" * 90 + "1",
-    "\\{(\\pm1," * 9 + "1" + ")\\}" * 9,  # each level doubles what is inside
+    "\\{(\\pm1," * 9 + "1" + ")\\}" * 9,  # each level doubles the number of values
     "__import__('os').system('false')",
     "{" * 150 + "}" * 150,
     "9" * 290,
@@ -187,7 +187,7 @@ HOSTILE = [
 
 
 def test_a_float_equals_its_decimals(subtests):
-    """Python writes 0.00001 as "1e-05", in which "e" was read as Euler's number."""
+    """Regression: Python writes 0.00001 as "1e-05", whose "e" was read as Euler's number."""
     for value, text, equal in [
         (0.00001, "0.00001", True),
         (0.00001, "1e-05", True),
@@ -213,15 +213,15 @@ def test_a_value_that_is_too_small_is_unreadable_and_only_rounding_gives_0():
 def test_no_mathematics_hangs_raises_or_is_run(subtests):
     for bomb in HOSTILE:
         with subtests.test(bomb=bomb):
-            math_equal("\\sqrt{2}", "\\sqrt{3}")  # imports mpmath
+            math_equal("\\sqrt{2}", "\\sqrt{3}")  # imports mpmath before the clock starts
             for expected in (bomb + "+1", bomb[: MAX_CHARS - 2] + "+2", "\\sqrt{2}"):
-                start = time.process_time()  # of this process: others on the machine change nothing
+                start = time.process_time()  # other processes do not count
                 assert not math_equal(bomb, expected)
                 assert time.process_time() - start < 0.1  # measured: below 0.02 s
 
 
 def test_threads_judge_as_one_does():
-    """Reward functions with a timeout run in threads, where nothing may rest on signals or on one precision for all."""
+    """Reward functions with a timeout run in threads, so they must not need signals or a precision that all share."""
     texts = [triple for triple in TRIPLES if "sqrt" in triple.expected or "pi" in triple.expected]
     verdicts = [[] for _ in range(4)]
 
@@ -239,7 +239,7 @@ def test_threads_judge_as_one_does():
 @settings(deadline=None)
 @given(MATHEMATICS, st.sampled_from(["({})", "{}+0", "1*{}", "\\frac{{{}}}{{1}}", "{}-1+1"]))
 def test_a_neutral_element_changes_no_value(expression, written_otherwise):
-    """Of values: where a number is expected, an answer must not be a calculation."""
+    """Only values are compared, since an answer that is a calculation is not right where a number is expected."""
     texts = [simplify_latex(text) for text in (written_otherwise.format(expression), expression)]
     try:
         readings = [[read_items(text, point) for text in texts] for point in range(POINTS)]
@@ -263,7 +263,7 @@ def test_a_fraction_in_latex_equals_itself_only(fraction, other):
 
 
 def test_every_variable_has_a_value_of_its_own():
-    letters = "abcdfghjklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"  # no "e", no "i"
+    letters = "abcdfghjklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"  # "e" and "i" are constants
     for point in range(POINTS):
         values = [variable(letter, point) for letter in letters]
         assert len({abs(value) for value in values}) == len(letters)

@@ -1,4 +1,4 @@
-"""The rewards of the other systems: their numbers hold, and no text raises, hangs or leaves the range."""
+"""Rewards of other systems give the numbers that those give, and no text raises, hangs or leaves the range."""
 
 import math
 import time
@@ -48,7 +48,7 @@ RANGES = {
     "check_numbers": (0, 1.5),
     "gemma2_self_correction": (0, 0.1),
     "gemma2_length": (0, 0.05),
-}  # the others: (0, 1)
+}  # all others give numbers in (0, 1)
 NEED_AN_ANSWER = {
     "check_answer",
     "check_numbers",
@@ -129,7 +129,7 @@ def answered(reward_fn, given_answer, expected):
     return one(reward_fn, f"<answer>{given_answer}</answer>", expected)
 
 
-# Every reward
+# ---- every reward ----
 
 
 @settings(deadline=None)
@@ -178,7 +178,7 @@ def test_no_pattern_backtracks_over_a_hostile_completion(subtests):
             for reward_fn in PRESET_REWARDS.values():
                 for expected in (hostile + "1", short + "1"):
                     reward_fn(["?"] * 3, completions, answer=[expected] * 3)
-            assert time.process_time() - start < 4.0  # CPU seconds, below 1; a regex that backtracks takes minutes
+            assert time.process_time() - start < 4.0  # CPU seconds: it takes under 1, backtracking takes minutes
 
 
 def test_a_reward_of_the_answer_is_none_where_none_is_known(subtests):
@@ -207,7 +207,7 @@ def test_full_marks_are_within_reach():
 
 
 def test_a_stuffed_wrong_answer_earns_what_the_docs_say(subtests):
-    """docs/rewards.md names these loopholes, which the formulas of the systems have."""
+    """docs/rewards.md names these loopholes, which come from the formulas of the other systems."""
     for preset, answer, total in [
         ("agent_tunix", "10", 4.0),
         ("agent_tunix", "many", 4.5),
@@ -234,7 +234,7 @@ def test_a_stuffed_wrong_answer_earns_what_the_docs_say(subtests):
             assert stuffed == pytest.approx(total, abs=0.01)
 
 
-# Finding numbers
+# ---- finding numbers ----
 
 
 def test_numbers_are_found_in_text(subtests):
@@ -254,7 +254,7 @@ def test_numbers_are_found_in_text(subtests):
             assert find_numbers(text) == numbers
 
 
-# agent-tunix
+# ---- agent-tunix ----
 
 
 def test_agent_tunix_judges_the_format(subtests):
@@ -327,7 +327,7 @@ def test_agent_tunix_gives_nothing_without_an_answer():
 
 
 def test_a_number_that_is_negated_or_bounded_is_not_stated(subtests):
-    """Presets paid for the number in it: agent_tunix 6.0 of 9.5, notebook 0.65 of 1.0, gemma2_grpo 0.70 of 1.15."""
+    """Regression: "not 72" was paid as 72: agent_tunix 6.0 of 9.5, notebook 0.65 of 1.0, gemma2_grpo 0.70 of 1.15."""
     for text in [
         "not 72",
         "it is not 72",
@@ -348,7 +348,7 @@ def test_a_number_that_is_negated_or_bounded_is_not_stated(subtests):
                 assert answered(check_numbers, sentence, "72") == 1.5
 
 
-# The notebook
+# ---- the notebook ----
 
 
 def test_notebook_format_counts_the_parts():
@@ -403,7 +403,7 @@ def test_notebook_quality_is_the_documented_sum(subtests):
             assert one(notebook_reasoning_quality_reward, f"<reasoning>{reasoning}</reasoning>") == reward
 
 
-# gemma2-grpo-reasoning
+# ---- gemma2-grpo-reasoning ----
 
 
 def test_gemma2_format(subtests):
@@ -478,7 +478,7 @@ def test_gemma2_bonuses_are_capped():
     assert by_length == [0, 0, 0.02, 0.02, 0.05, 0.05, 0.02, 0.02, 0]
 
 
-# The hackathon trainer
+# ---- the hackathon trainer ----
 
 
 def test_jaccard_correctness(subtests):
@@ -519,7 +519,7 @@ def test_conciseness_prefers_clear_complete_and_tidy_text():
     assert one(conciseness_reward, good) == 0.0
 
 
-# Presets and names
+# ---- presets and names ----
 
 
 def test_the_presets_have_their_documented_weights():
@@ -549,7 +549,7 @@ def test_every_name_is_exported():
     assert {reward_fn.__name__ for reward_fn in PRESET_REWARDS.values()} <= set(rewards.__all__)
 
 
-# The composite's normalisation and the scores of steps
+# ---- the composite's normalisation and the scores of steps ----
 
 
 def constant(*values):
@@ -581,7 +581,7 @@ def test_steps_are_scored_as_completions_of_their_own():
     steps = ["First, 48 / 2 = 24.", "Then 48 + 24 = 62."]
     together = score_steps(STEPS, "?", steps)
     assert together == [score_with_breakdown(STEPS, ["?"], [f"<reasoning>{step}</reasoning>"])[0] for step in steps]
-    assert together[0].parts["coherence"] > together[1].parts["coherence"]  # 48 + 24 is not 62
+    assert together[0].parts["coherence"] > together[1].parts["coherence"]  # since 48 + 24 is not 62
     assert score_steps(STEPS, "?", []) == []
 
 
@@ -617,7 +617,7 @@ def test_a_discount_outside_0_and_1_is_refused():
 def test_the_trajectory_reward_stays_in_range_and_scores_alone(texts):
     reward_fn = trajectory_reward(STEPS, 0.9)
     completions = [f"<reasoning>{text}</reasoning>" for text in texts]
-    # a data set's column may be called as a parameter of ours is
+    # The column `steps` has the name of one of our parameters, as a data set's column may.
     together = reward_fn(prompts=completions, completions=completions, answer=["72"] * len(texts), steps=texts)
     assert together == [reward_fn([text], [text], answer=["72"])[0] for text in completions]
     assert all(0.0 <= value <= 1.5 for value in together)

@@ -1,4 +1,4 @@
-"""The rewards never raise on any text, keep to their stated ranges, and judge answers as a teacher would."""
+"""Reward functions never raise on any text, stay in their stated ranges, and judge answers as a teacher would."""
 
 import ast
 import doctest
@@ -49,7 +49,7 @@ LAYOUT = "<reasoning>{}</reasoning> <answer>{}</answer>"
 def test_docstring_examples_hold(subtests):
     for name in MODULES:
         with subtests.test(name=name):
-            # import_module, since the attribute rewards.correctness_reward is the function of that name.
+            # The attribute rewards.correctness_reward is the function, so only import_module finds the module.
             results = doctest.testmod(importlib.import_module(name))
             assert results.attempted > 0
             assert results.failed == 0
@@ -231,7 +231,7 @@ def test_answers_match_as_a_teacher_would_judge(subtests):
 
 
 def test_a_marker_counts_at_the_end_of_a_solution_only(subtests):
-    """An expected answer in prose that contains "####" was cut there."""
+    """Regression: an expected answer in prose was cut wherever it contained "####"."""
     for solution, answer in [
         ("48 + 24 = 72\n#### 72", "72"),
         ("48 + 24 = 72\n#### 72\n\n", "72"),
@@ -285,7 +285,7 @@ def test_a_printed_number_is_parsed_back(fraction, decimal):
 
 @given(TEXT, st.lists(st.sampled_from([" ", "\n", "\t", "\u00a0"]), min_size=1).map("".join))
 def test_white_space_does_not_change_a_verdict(text, space):
-    assume("####" not in text)  # a marker counts at the start of a line
+    assume("####" not in text)  # white space decides whether it is a marker
     spaced = space + space.join(text.split(" ")) + space
     assert parse_number(spaced) == parse_number(text)
     assert answers_match(spaced, text)
@@ -334,7 +334,7 @@ def test_no_pattern_backtracks_over_a_hostile_completion(subtests):
             start = time.process_time()
             for reward_fn in REWARDS.values():
                 reward_fn(["?"] * 3, completions, answer=[hostile] * 3)
-            assert time.process_time() - start < 2.0  # CPU seconds, about 0.1; a regex that backtracks takes minutes
+            assert time.process_time() - start < 2.0  # CPU seconds: it takes about 0.1, backtracking takes minutes
 
 
 def test_correctness_is_none_where_no_answer_is_known():
@@ -497,7 +497,7 @@ def test_get_reward_names_the_nearest():
 def test_importing_rewards_imports_only_the_standard_library():
     names = "{name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names"
     code = f"import sys; from tunix_torch import rewards; print({names})"
-    # -S: no site-packages, whose .pth files may import what they like.
+    # -S leaves out site-packages, whose .pth files may import anything.
     command = [sys.executable, "-S", "-c", code]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert set(ast.literal_eval(result.stdout)) - {"__main__"} == {"tunix_torch"}

@@ -1,6 +1,6 @@
-"""Every script end to end: what it writes, what it prints, and what it says to wrong input.
+"""Every script, end to end, writes and prints what it promises, and refuses wrong input in one line.
 
-What depends on how a process starts or ends runs in one of its own; the rest in this one, as starting takes seconds.
+Tests of how a process starts or ends run one of their own. The others run in this one, since starting takes seconds.
 """
 
 import json
@@ -41,10 +41,10 @@ def run(script, *args, cwd=ROOT, cache=None, timeout=120, **environment):
 
 @pytest.fixture
 def call(monkeypatch, capfd, cache):
-    """`call(script, *arguments)`: what `run` does, in this process."""
+    """`call(script, *arguments)` does what `run` does, but in this process."""
 
     def call(module, *args, **environment):
-        # a flag --device sets TUNIX_DEVICE for the life of a process, which ends here with the test
+        # The flag --device sets TUNIX_DEVICE for the rest of the process, so monkeypatch restores it after the test.
         for name, value in {"TUNIX_CACHE": cache, "TUNIX_DEVICE": os.environ["TUNIX_DEVICE"], **environment}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
@@ -59,7 +59,7 @@ def call(monkeypatch, capfd, cache):
 
 
 def refused(result, *words):
-    """One line on stderr that says all these words, exit code 2, no traceback."""
+    """Check that a script ended with code 2 and one error line that has all these words, without a traceback."""
     assert result.returncode == 2, result.stdout + result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
@@ -254,7 +254,7 @@ def test_supervised_fine_tuning_needs_no_answers(call, model_folder, tmp_path):
 def test_settings_of_gemma2_grpo_and_rewards_of_agent_tunix_on_a_part_of_a_file(
     call, model_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.chdir(tmp_path)  # where the user's module lies
+    monkeypatch.chdir(tmp_path)  # the user's module lies in the working directory
     (tmp_path / "module_of_a_user.py").write_text(
         "def my_judge(completions, **columns):\n    return [1.0] * len(completions)\n"
     )
@@ -388,7 +388,7 @@ def test_ctrl_c_says_how_to_go_on(model_folder, tmp_path):
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
     )
     try:
         for _ in range(600):

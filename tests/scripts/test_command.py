@@ -1,4 +1,4 @@
-"""The command `tunix-torch`, the wheel that brings it, and what happens without the packages of its extras."""
+"""The command `tunix-torch` works, its wheel is whole, and one line says what to install where an extra is missing."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from tunix_torch.run.curves import plot_training_curves
 
 ROOT = Path(__file__).parent.parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-# Top-level names of what only the extras bring.
+# Top-level names of the packages that only the extras bring.
 OF_EXTRAS = (
     "hydra",
     "matplotlib",
@@ -57,7 +57,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, words, capsys):
 
 
 def test_help_of_all_but_train_comes_without_loading_pytorch():
-    """The flags of `train` are the fields of a dataclass of Transformers."""
+    """The help of `train` must load PyTorch, since its flags are the fields of a dataclass of Transformers."""
     code = (
         "import sys\n"
         "from tunix_torch.cli.command import COMMANDS, main\n"
@@ -113,7 +113,7 @@ def installed(tmp_path_factory):
 
 
 def run(installed, *argv, cwd, **environment):
-    """`python -m tunix_torch.cli ARGV` where there is nothing but what `installed` has; -S leaves the rest out."""
+    """Run `python -m tunix_torch.cli ARGV` with only the packages in `installed`; -S leaves out all others."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("USE_TORCH_XLA", "TORCH_DEVICE_BACKEND_AUTOLOAD")}
     environment = {**inherited, "PYTHONPATH": str(installed), **environment}
     command = [sys.executable, "-S", "-m", "tunix_torch.cli", *map(str, argv)]

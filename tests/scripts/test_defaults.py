@@ -1,4 +1,4 @@
-"""Every default stands once: the recipes differ from the dataclasses, and files of defaults are written from both."""
+"""Every default stands once: recipes hold differences from the dataclasses, and files of defaults come from both."""
 
 from pathlib import Path
 

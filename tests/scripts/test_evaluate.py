@@ -1,4 +1,4 @@
-"""evaluate.py: its estimators against brute force, its files across interruptions, and every kind of model folder."""
+"""evaluate.py: estimators equal brute force, files survive interruptions, and every kind of model folder is taken."""
 
 import doctest
 import io
@@ -72,7 +72,8 @@ def test_mean_at_k_is_pass_at_1(right):
 def test_maj_at_k_is_the_answer_that_no_other_beats(pairs):
     votes, right = zip(*pairs, strict=True)
     best, winner = 0, None
-    for i, pair in enumerate(pairs):  # by hand: a later answer wins only with more votes; right is never wrong
+    # A later answer wins only with more votes, and a right answer is never counted together with a wrong one.
+    for i, pair in enumerate(pairs):
         if pair[0] is not None and pairs.count(pair) > best:
             best, winner = pairs.count(pair), i
     assert maj_at_k(votes, right) == (0.0 if winner is None else float(right[winner]))
@@ -112,7 +113,7 @@ def test_the_interval_of_many_questions_is_the_standard_error_over_questions():
 def test_equal_completions_of_a_question_count_once():
     once = [float(i % 3 == 0) for i in range(30)]
     assert share_interval(once, 8) == pytest.approx(share_interval(once, 1))
-    assert share_interval([1.0] * 30, 8) == share_interval([1.0] * 30, 1)  # nor is certainty made of thirty questions
+    assert share_interval([1.0] * 30, 8) == share_interval([1.0] * 30, 1)  # also where all are right
     assert share_interval([0.5], 8) == wilson_interval(0.5, 1)
 
 
@@ -202,7 +203,7 @@ def test_partially_right_is_within_ten_percent(given, expected, near):
 
 
 def votes(judge, gold, *answers):
-    """(votes, maj@K) of a question to which these answers were given; None: an answer without tags."""
+    """Return (votes, maj@K) of a question that got these answers; None is a completion without answer tags."""
     row = {"question": "?", "prompt": "?", "answer": gold}
     texts = ["It is." if answer is None else f"<answer>{answer}</answer>" for answer in answers]
     batch = evaluation.judge_batch([row], [1], [texts], [[1] * len(texts)], judge, [])
@@ -210,7 +211,7 @@ def votes(judge, gold, *answers):
 
 
 def test_a_majority_is_of_answers_that_the_judge_calls_equal():
-    """It was of equal texts, or of equal numbers whatever their units."""
+    """Regression: a majority was one of equal texts, or of equal numbers whatever their units."""
     half = r"\frac{1}{2}"
     assert votes("math_equal", "1/2", half, r"\dfrac12", "$0.5$", "1/3", "1/3") == ([half] * 3 + ["1/3"] * 2, 1.0)
     assert votes("math_equal", "1/2", "1/3", half, "1/3", "0.5", "2") == (["1/3", half, "1/3", half, "2"], 0.0)
@@ -229,7 +230,7 @@ def test_a_majority_is_of_answers_that_the_judge_calls_equal():
     ],
 )
 def test_a_majority_of_right_answers_is_right_whatever_wrong_one_the_judge_calls_equal(judge, gold, answers, expected):
-    """All were one class, with the verdict of the first: the judge's equality is not symmetric."""
+    """Regression: right and wrong answers were one class with the first one's verdict, as equality is not symmetric."""
     assert votes(judge, gold, *answers) == (expected, 1.0)
 
 
@@ -238,7 +239,7 @@ answers_5 = st.lists(st.integers(0, 9), min_size=5, max_size=5)
 
 @given(st.lists(answers_5, min_size=1, max_size=3), st.integers(1, 4), st.integers(0, 9))
 def test_classes_are_formed_in_the_order_of_appearance_and_of_one_verdict(numbers, near, gold):
-    """By hand, pair after pair, with a judge under which equality is neither symmetric nor transitive."""
+    """The classes equal those found pair after pair, with a judge whose equality is not symmetric or transitive."""
     calls = []
 
     def right_is(n):
@@ -268,7 +269,7 @@ def test_classes_are_formed_in_the_order_of_appearance_and_of_one_verdict(number
 
 
 def test_the_time_of_a_batch_is_for_all_that_judges_and_rewards_are_asked(monkeypatch):
-    """Each call for maj@K had the whole time again."""
+    """Regression: each call of the judge for maj@K had the whole `reward_timeout` again."""
     seen = []
 
     def slow(completions, answer, **columns):
@@ -302,7 +303,7 @@ def test_a_judge_that_chokes_on_an_answer_of_the_model_is_named():
 
 
 def test_it_judges_by_what_train_py_judges_by(command, model_folder, monkeypatch, capsys):
-    """Answers of MATH were judged by correctness here, and by math_equal there."""
+    """Regression: evaluate.py judged answers of MATH by correctness, while train.py judged them by math_equal."""
     rows = [{"question": "Half?", "answer": r"\frac{1}{2}"}, {"question": "Two?", "answer": 2}]
     monkeypatch.setattr(evaluation, "load_eval_rows", lambda config, name: [dict(row) for row in rows])
     for flags, judge in ((["--dataset", "math"], "math_equal"), ([], "correctness")):
@@ -363,7 +364,7 @@ def rows_file(tmp_path):
 
 @pytest.fixture
 def command(model_folder, rows_file, tmp_path, monkeypatch):
-    """Runs evaluate.py in this process on seven questions."""
+    """`command(*flags)` runs evaluate.py in this process on seven questions."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "test_evaluate_rewards.py").write_text(REWARDS)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -488,7 +489,7 @@ def test_a_progress_bar_stands_on_a_terminal(command, monkeypatch):
 
 @pytest.fixture
 def finished(command, tmp_path):
-    """(completions, summary) as bytes, of an evaluation that nothing interrupted."""
+    """The files of completions and summary, as bytes, of an evaluation that nothing interrupted."""
     command(*SAMPLED, "--output_file", "whole.jsonl")
     return (tmp_path / "whole.jsonl").read_bytes(), (tmp_path / "whole.summary.json").read_bytes()
 
@@ -561,10 +562,10 @@ def test_ctrl_c_then_the_same_command_equals_an_uninterrupted_run(model_folder, 
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
     )
     try:
-        for _ in range(6000):  # until the second batch is written, so that the first counts as done
+        for _ in range(6000):  # wait for the second batch, so that the first counts as done
             if (Path("r.jsonl").exists() and Path("r.jsonl").read_text().count("\n") > 4) or process.poll() is not None:
                 break
             time.sleep(0.01)

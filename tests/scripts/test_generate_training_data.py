@@ -1,4 +1,4 @@
-"""Generated questions: the files that the script promises, its refusals, and every answer worked out a second time."""
+"""generate_training_data.py writes what it promises, refuses mistakes, and its answers are worked out a second time."""
 
 import os
 import random
@@ -210,7 +210,7 @@ def test_answers_are_short_texts_that_rewards_can_compare(rows):
 
 
 def answered(rows, kind, pattern, at_least=40):
-    """(groups, answer) of the questions of a type that the pattern fits; there have to be some."""
+    """Return (groups, answer) of each question that the pattern fits; there must be some, all of this type."""
     found = [(match, row["answer"]) for row in rows if (match := re.fullmatch(pattern, row["question"], re.DOTALL))]
     assert len(found) >= at_least and all(row["type"] == kind for row in rows if re.fullmatch(pattern, row["question"]))
     return [([int(g) if g.isdigit() else g for g in match.groups()], answer) for match, answer in found]

@@ -1,4 +1,4 @@
-"""run_training.py: every command of agent-tunix's guide, the nested settings beneath it, run folders and sweeps."""
+"""run_training.py runs every command of agent-tunix's guide, with its nested settings, run folders and sweeps."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ from tunix_torch.model import tiny
 
 ROOT = Path(__file__).parent.parent.parent
 CONF = ROOT / "conf"
-# What makes a documented command short enough for a test.
+# These overrides make a documented command short enough for a test.
 SHORT = (
     "training.max_steps=2 training.micro_batch_size=2 evaluation.num_eval_completions=2 data.num_eval_rows=4 "
     "data.num_train_rows=16"
@@ -40,7 +40,7 @@ NARROW = ["generation.max_generation_steps=12"]
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, cache):
-    """An empty working directory, and the tiny model."""
+    """An empty working directory, with the tiny model in the cache."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TUNIX_CACHE", cache)
     return tmp_path
@@ -48,14 +48,14 @@ def here(tmp_path, monkeypatch, cache):
 
 @pytest.fixture
 def without_hydras_log(monkeypatch):
-    """Hydra in this process: it leaves pytest's handlers alone, and its changes to the process end with the test."""
+    """Let Hydra run in this process: it leaves pytest's log handlers alone, and its changes end with the test."""
     monkeypatch.setattr(sys, "argv", ["run_training.py"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr("hydra.core.utils.configure_log", lambda *args: None)
 
 
 def job_of(*overrides, folder="run"):
-    """The job that `run_training.py OVERRIDES` runs."""
+    """Return the job that `run_training.py OVERRIDES` would run."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         return hydra_app.config_from(compose("config", list(overrides)), folder)
 
@@ -65,7 +65,7 @@ def settings_of(*overrides):
 
 
 def run(*overrides, folder="run"):
-    """Run it in this process; returns its settings as they were saved, and its metrics."""
+    """Run the job of these overrides in this process, and return its saved settings and its metrics."""
     job = job_of(*overrides, folder=folder)
     train(job)
     return saved(job.checkpoint_dir or job.output_dir)
@@ -77,14 +77,14 @@ def saved(folder):
 
 
 def command(*overrides, cwd, **environment):
-    """Run it as people do."""
+    """Run `run_training.py OVERRIDES` in a process of its own, as people do."""
     env = {**os.environ, "TUNIX_DEVICE": "cpu", **environment}
     words = [sys.executable, str(ROOT / "run_training.py"), *overrides]
     return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
 
 
 def numbers(rows):
-    """Metrics without those of speed."""
+    """Return the metrics without those of speed, which differ from run to run."""
     return [{k: v for k, v in row.items() if not re.search("time|second", k)} for row in rows]
 
 
@@ -92,7 +92,7 @@ def numbers(rows):
 
 
 def make_hugging_face_cache(root, model_folder):
-    """google/gemma-3-270m-it (random and tiny) and openai/gsm8k (eight rows a split) as a download leaves them."""
+    """Make a cache as downloads leave it, of a tiny random google/gemma-3-270m-it and eight rows a split of gsm8k."""
     import datasets
 
     repository = root / "hub" / "models--google--gemma-3-270m-it"
@@ -163,11 +163,11 @@ def test_mesh_of_one_device_trains(here):
 
 
 def test_mesh_shape_2_2_fsdp_tp(here, without_hydras_log):
-    with pytest.raises(ValueError, match="mesh_shape='2,2'") as refused:  # a process without four devices
+    with pytest.raises(ValueError, match="mesh_shape='2,2'") as refused:  # this process has one device
         sections.main(CONF, ['model.mesh_shape=[[2,2],["fsdp","tp"]]'])
     (log,) = here.glob("outputs/tunix-grpo/*/*/train.log")
     assert log.read_text() == f"error: {refused.value}\n"
-    assert settings_of("model.mesh_shape=[[2,2],[fsdp,tp]]")[0].mesh_shape == "2,2"  # as a shell leaves it unquoted
+    assert settings_of("model.mesh_shape=[[2,2],[fsdp,tp]]")[0].mesh_shape == "2,2"  # a shell drops quotes
 
 
 def test_checkpoint_dir_resumes_from_the_newest(here, capsys, caplog):
@@ -182,7 +182,7 @@ def test_checkpoint_dir_resumes_from_the_newest(here, capsys, caplog):
     assert "The run is finished: checkpoints/ckpts/checkpoint-2 holds its last step, 2." in caplog.text
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
-    (folder / "checkpoint-2" / "trainer_state.json").write_text('{"epoch"')  # as a crash would leave it
+    (folder / "checkpoint-2" / "trainer_state.json").write_text('{"epoch"')  # a crash would leave it so
     (folder / "trainer_state.json").unlink()
     _, resumed = run(*words)
     assert "Continuing from checkpoints/ckpts/checkpoint-1" in capsys.readouterr().out
@@ -191,7 +191,7 @@ def test_checkpoint_dir_resumes_from_the_newest(here, capsys, caplog):
     assert [row for row in numbers(resumed) if "reward" in row] == steps
     assert not (folder / "previous").exists()
 
-    run(*words, "training.max_steps=3")  # more of it
+    run(*words, "training.max_steps=3")  # one step more than before
     assert "Continuing from checkpoints/ckpts/checkpoint-2" in capsys.readouterr().out
     assert (folder / "checkpoint-3").is_dir()
 
@@ -208,7 +208,7 @@ def test_experiment_quick_test(here, cache):
     assert re.fullmatch(r"outputs/tunix-grpo/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d", str(folder.relative_to(here)))
     assert {"config.json", "adapter_model.safetensors", "metrics.jsonl", "checkpoint-10"} <= set(os.listdir(folder))
     log = (folder / "train.log").read_text().splitlines()
-    shown = [line for line in log if not line or line not in result.stderr]  # warnings are there
+    shown = [line for line in log if not line or line not in result.stderr]  # warnings are on stderr
     assert shown == re.sub(r"^[ \r]+(?=step)", "", result.stdout, flags=re.MULTILINE).splitlines()
     assert "step   10/10" in result.stdout and "greedy pass@1" in result.stdout
 
@@ -237,7 +237,7 @@ def test_multirun_over_learning_rates(here, cache):
     assert all((sweep / number / "train.log").read_text().count("step    2/2") == 2 for number in "012")
     assert json.loads((sweep / "2" / "config.json").read_text())["learning_rate"] == 1e-5
 
-    # the third job is what it would have been alone
+    # The third job has the numbers that it would have had alone.
     _, alone = run("optimizer.learning_rate=1e-5", *SHORT, *NARROW)
     for after_others, first in zip(numbers(saved(sweep / "2")[1]), numbers(alone), strict=True):
         assert after_others == pytest.approx(first, rel=1e-4, abs=1e-7)
@@ -245,7 +245,7 @@ def test_multirun_over_learning_rates(here, cache):
 
 def test_a_failed_job_does_not_stop_a_sweep(here, cache):
     words = ["--multirun", "grpo.num_generations=1,2", "output_dir=mine", *SHORT, *NARROW]
-    words += ["generation.max_prompt_length=24"]  # less than some prompts have, which is worth a warning
+    words += ["generation.max_prompt_length=24"]  # some prompts are longer, which is worth a warning
     result = command(*words, cwd=here, TUNIX_CACHE=cache)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     (path,) = here.glob("multirun/*/*/sweep.json")
@@ -264,7 +264,7 @@ def test_larger_models_have_their_names(size):
 
 
 def test_multimodal_gemma_3_trains_on_text(tmp_path):
-    """The sizes from 4b are Gemma3ForConditionalGeneration: a vision tower beside the decoder that is trained."""
+    """Models from 4b up are Gemma3ForConditionalGeneration, with a vision tower beside the decoder that is trained."""
     tokenizer = tiny.make_tokenizer()
     text = Gemma3TextConfig(
         vocab_size=len(tokenizer) + 1, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
@@ -331,7 +331,7 @@ def test_command_line_wins_over_experiment_over_model():
 
 
 def example(**changes):
-    """The issue's example, word for word."""
+    """Return the example of agent-tunix's guide, word for word but for `changes`."""
     return dataclasses.replace(
         GRPOTrainingConfig(
             model=ModelConfig(model_size="270m", lora_rank=16, mesh_shape=((1, 1), ("fsdp", "tp"))),

@@ -1,4 +1,4 @@
-"""`run_tpu_training.sh`: what it checks before a job, what it starts, and that a job cut short goes on."""
+"""`run_tpu_training.sh` checks the host, plans the job, starts it, and lets a job that was cut short go on."""
 
 import json
 import os
@@ -22,7 +22,7 @@ SCRIPT = ROOT / "run_tpu_training.sh"
 
 
 def plug_in(monkeypatch, folder, product, count):
-    """Make this host have TPU chips, as far as its PCI bus says."""
+    """Let the PCI bus of this host say that it has `count` TPU chips."""
     for i in range(count):
         card = folder / f"0000:00:0{i}.0"
         card.mkdir(parents=True)
@@ -104,7 +104,7 @@ def test_a_model_is_in_the_cache_when_its_weights_are(monkeypatch, tmp_path, cap
 
 @pytest.fixture
 def start(tmp_path):
-    """Runs a copy of the script with a Python that notes how it is called; returns the result and these calls."""
+    """`start(*flags)` runs a copy of the script whose Python only notes its calls, and returns the result and these."""
 
     def start(*flags, plan=True, **environment):
         folder = tmp_path / "copy"
@@ -214,7 +214,7 @@ def test_sigterm_saves_and_the_next_start_ends_where_an_uninterrupted_run_does(m
 
     from tunix_torch.run.folder import resolve_checkpoint
 
-    # without a checkpoint after the last step, the next start knows from the final files that the run is finished
+    # Without a checkpoint after the last step, the next start knows from the final files that the run is finished.
     assert resolve_checkpoint("auto", tmp_path / "a") == str(checkpoint)
     train.main(command(tmp_path / "a")[2:])
     assert "The run is finished" in caplog.text

@@ -1,4 +1,4 @@
-"""Config files, run folders, curves and the device report."""
+"""Config files hold every setting, only files of runs are set aside, and curves and the device report are made."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """Names under which other libraries know a setting of ours; every command and constructor takes them too."""
 
-# The name that others use -> ours.
+# Each name that others use, with our name for the same setting.
 ALIASES = {
     "num_generations": "num_completions_per_prompt",
     "beta": "kl_penalty_coef",

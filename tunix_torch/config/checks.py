@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Bound(NamedTuple):
-    """Numbers that these fields may hold; a field that is None is left out."""
+    """A condition for the numbers in these fields. A field that is None is not checked."""
 
     names: tuple[str, ...]
     holds: Callable[[float], bool]
@@ -65,7 +65,7 @@ BOUNDS = (
     Bound(("adam_beta1", "adam_beta2"), lambda v: 0 <= v < 1, "must be in [0, 1)"),
 )
 
-# A word field -> the words that it may hold; None may stand for the default.
+# The words that each of these fields may hold. Where None is among them, it stands for the default.
 CHOICES = {
     "algorithm": ALGORITHMS,
     "reference": ("start", "base"),
@@ -94,10 +94,10 @@ NOT_FOR_US = (
 
 
 def check_values(args: "GRPOConfig") -> None:
-    """See that each setting can be what it is, and that those that exclude each other are not both given.
+    """Check that each setting has a possible value, and that settings that exclude each other are not both given.
 
     Raises:
-        ValueError: the first that can't, naming the field, its value, and what would be right.
+        ValueError: a setting is wrong. The message names the first such field, its value, and what would be right.
     """
     for bound in BOUNDS:
         for name in bound.names:
@@ -113,7 +113,7 @@ def check_values(args: "GRPOConfig") -> None:
 
 
 def _check_intervals(args: "GRPOConfig") -> None:
-    """How often a run logs, evaluates and saves: every so many steps, or a share of all of them."""
+    """Check that a run logs, evaluates and saves every so many steps, or after a share of all of them."""
     for name in ("logging_steps", "eval_steps", "save_steps"):
         value, strategy = getattr(args, name), name.replace("steps", "strategy")
         good = value is None or 0 < value < 1 or (value >= 1 and value == int(value))
@@ -122,7 +122,7 @@ def _check_intervals(args: "GRPOConfig") -> None:
 
 
 def _check_group(args: "GRPOConfig") -> None:
-    """GRPO compares the completions of a group, and a learning pass has whole groups or equal parts of one."""
+    """Check that a group has completions to compare, and that a learning pass has whole groups or equal parts."""
     if not args.use_grpo:
         return
     group, micro = args.num_completions_per_prompt, args.micro_batch_size
@@ -133,7 +133,7 @@ def _check_group(args: "GRPOConfig") -> None:
 
 
 def _check_combinations(args: "GRPOConfig") -> None:
-    """Settings that can't both be given."""
+    """Refuse settings that can't both be given."""
     penalty, accumulated = args.kl_penalty_coef, args.gradient_accumulation_steps
     if args.algorithm == "dapo" and penalty not in (0.0, type(args).kl_penalty_coef):
         raise ValueError(f"kl_penalty_coef={penalty}: algorithm 'dapo' has no KL penalty; leave it out, or 0")
@@ -147,12 +147,12 @@ def _check_combinations(args: "GRPOConfig") -> None:
 
 
 def _check_left_out(args: "GRPOConfig") -> None:
-    """What `transformers.TrainingArguments` and `accelerate launch` offer, and this library does not take."""
+    """Refuse what `transformers.TrainingArguments` and `accelerate launch` offer and this library can't do."""
     half = args.bf16 or args.fp16
     require(not half, "bf16/fp16", True, "choose the precision with model_dtype (ModelConfig) instead")
     for name in NOT_FOR_US:
         require(not getattr(args, name), name, getattr(args, name), "does not work here: leave it out")
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):  # what `accelerate launch` sets
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):  # `accelerate launch` sets these
         value = os.environ.get(name, "false")
         require(value.lower() == "false", name, value, "does not work here: accelerate launch --multi_gpu")
     unused = args.remove_unused_columns

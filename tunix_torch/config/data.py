@@ -1,4 +1,4 @@
-"""`DataConfig`: which questions, and how answers to them are scored."""
+"""`DataConfig`: which questions are asked, and how answers to them are scored."""
 
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ KNOWN_DATASETS = ("gsm8k", "math", "arc")
 @accept_aliases
 @dataclass
 class DataConfig:
-    """Which questions, and how answers to them are scored."""
+    """Settings that say which questions are asked, and how answers to them are scored."""
 
     data_path: str | None = setting(
         None,
@@ -64,7 +64,7 @@ class DataConfig:
 
     @property
     def right_answers(self) -> str:
-        """The reward function that tells right answers from wrong ones: those of MATH are LaTeX."""
+        """The reward function that tells right answers from wrong ones. MATH needs its own, for answers in LaTeX."""
         return "math_equal" if self.dataset == "math" else "correctness"
 
     @property

@@ -9,7 +9,8 @@ def load_config(path: str | Path) -> dict[str, Any]:
     """The settings of a JSON or YAML file.
 
     Raises:
-        ValueError: no such file, it can't be read (with the line), or it is no mapping of names to values.
+        ValueError: there is no such file, it can't be read (the message names the line), or it is no mapping of names
+            to values.
     """
     path = Path(path)
     if not path.is_file():
@@ -17,7 +18,7 @@ def load_config(path: str | Path) -> dict[str, Any]:
     settings = _read_yaml(path) if path.suffix in (".yaml", ".yml") else _read_json(path)
     if not isinstance(settings, dict):
         raise ValueError(f'{path}: expected names and values, such as {{"learning_rate": 1e-5}}')
-    # YAML reads a bare `no` as False, which is a word of Transformers' strategies.
+    # YAML reads a bare `no` as False, but for Transformers' strategies "no" is a word.
     return {name: "no" if name.endswith("_strategy") and v is False else v for name, v in settings.items()}
 
 
@@ -29,14 +30,14 @@ def _read_json(path: Path) -> object:
 
 
 def _read_yaml(path: Path) -> object:
-    """By OmegaConf, which takes 1e-5 for a number, where YAML 1.1 has it as a text."""
+    """Read a file by OmegaConf, which takes 1e-5 for a number, while plain YAML 1.1 takes it for a text."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
         return OmegaConf.to_container(OmegaConf.load(path))
-    except OSError:  # a number or a date alone: neither names nor values
+    except OSError:  # OmegaConf raises it for a file that is a number or a date alone
         return None
     except (YAMLError, OmegaConfBaseException) as error:
         mark = getattr(error, "problem_mark", None)

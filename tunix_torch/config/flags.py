@@ -29,7 +29,7 @@ OUTWEIGHS = {
 
 
 class Parser(HfArgumentParser):
-    """Errors are one line without the usage text, which lists some two hundred flags."""
+    """A parser whose errors are one line without the usage text, which lists some two hundred flags."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -38,13 +38,13 @@ class Parser(HfArgumentParser):
 def parse_job(
     argv: Sequence[str], prog: str | None = None, description: str | None = None
 ) -> tuple[ModelConfig, DataConfig, GRPOConfig]:
-    """Settings, in rising order of precedence: defaults, the tiny model's recipe, the config file, flags.
+    """Read settings from, in rising order of precedence, defaults, the tiny model's recipe, the config file, flags.
 
     Args:
         prog, description: what `--help` calls the command, and says of it.
 
     Raises:
-        ValueError: an unknown name (with the nearest one) or a value that can't be.
+        ValueError: a name is unknown (the message has the nearest one), or a value is not possible.
     """
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(CONFIGS, prog=prog, description=description, formatter_class=form, allow_abbrev=False)
@@ -55,7 +55,7 @@ def parse_job(
     settings = canonical_names(load_config(file), names) if file else {}
     _set_defaults(parser, argv, settings)
     model = parser.parse_known_args(argv)[0]
-    # before the device is in use, which GRPOConfig does
+    # The mesh must be chosen before GRPOConfig is made, since that begins to use the device.
     mesh.use_mesh(ModelConfig(mesh_shape=model.mesh_shape, mesh_axes=model.mesh_axes).mesh)
     model_config, data_config, args, _, unknown = parser.parse_args_into_dataclasses(
         list(argv), return_remaining_strings=True, look_for_args_file=False
@@ -89,7 +89,7 @@ def _rivals_of(names: set[str]) -> set[str]:
 
 
 def _replace_aliases(argv: Sequence[str]) -> list[str]:
-    """`--beta 0.1` -> `--kl_penalty_coef 0.1`; the same setting under two names is a mistake."""
+    """Replace aliases such as `--beta` by our names for the settings. One setting under two names is a mistake."""
     result, seen = [], {}
     for word in argv:
         name, equals, value = word.partition("=")
@@ -103,6 +103,6 @@ def _replace_aliases(argv: Sequence[str]) -> list[str]:
 
 
 def _as_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """Values of a file as parser defaults: as text, which the parser converts and checks like a flag's."""
+    """Turn the values of a file into parser defaults: into text, which the parser converts and checks like a flag's."""
     plain = (list, dict, type(None), bool)
     return {name: value if isinstance(value, plain) else str(value) for name, value in settings.items()}

@@ -15,7 +15,7 @@ from ..runtime.choice import KINDS
 from .checks import check_values
 from .settings import accept_aliases, check_types, require, setting
 
-SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # which follow `metric_for_best_model`
+SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # these follow `metric_for_best_model`
 
 SYSTEM_MESSAGE = (
     "Reason step by step between <reasoning> and </reasoning>, "
@@ -32,10 +32,11 @@ class GRPOConfig(TrainingArguments):
     `gradient_accumulation_steps`), `max_steps` counts rollout batches.
 
     Raises:
-        ValueError: a value out of range, a combination that can't work, or an unknown name; says what would be right.
+        ValueError: a value is out of range, a combination can't work, or a name is unknown. The message says what would
+            be right.
     """
 
-    # what TrainingArguments has, with other defaults
+    # settings of TrainingArguments, with other defaults
     output_dir: str | None = setting("./outputs", "where everything is written")
     per_device_train_batch_size: int = setting(8, "prompts a step (with SFT: rows a step)")
     learning_rate: float = setting(1e-5, "peak learning rate")
@@ -123,27 +124,27 @@ class GRPOConfig(TrainingArguments):
         self._resolve()
         together.join_hosts(*mesh.hosts())
         super().__post_init__()
-        if self.follows_metric:  # otherwise these schedules would take every metric for a loss
+        if self.follows_metric:  # by default these schedules take every metric for a loss
             mode = {"mode": "max" if self.greater_is_better else "min"}
             self.lr_scheduler_kwargs = mode | (self.lr_scheduler_kwargs or {})
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False  # rows hold texts, which a process can't send to others
         self._n_gpu = min(1, self.n_gpu)  # one process, one GPU: Trainer would split batches over all that it sees
-        # TrainingArguments has a property of this name, which Trainer reads; a field of ours replaces it
-        # Accelerate numbers the CPU of several processes, and torch.load doesn't know a "cpu:0"
+        # Trainer reads `device`, a property of TrainingArguments that our field replaces. With several processes
+        # Accelerate calls the CPU "cpu:0", which torch.load doesn't know, so it is "cpu" here.
         self.device = torch.device("cpu") if self._setup_devices.type == "cpu" else self._setup_devices
 
     def to_dict(self) -> dict[str, Any]:
-        """As `TrainingArguments.to_dict`, with the device as the word that was asked for."""
+        """Return what `TrainingArguments.to_dict` does, but with the device as the word that was asked for."""
         return super().to_dict() | {"device": self._requested_device}
 
     @property
     def process_index(self) -> int:
-        """Which process this is, for Transformers, where 0 writes; of several hosts torch-xla calls each one 0."""
+        """The number of this process: Transformers lets 0 write files, and torch-xla would call every host 0."""
         return super().process_index if together.num_hosts() == 1 else int(not together.is_first())
 
     def evaluation_metrics(self, judged: bool = True) -> list[str]:
-        """What `TunixTrainer.evaluate` gives, without `eval_`; not judged: there is no judge, as in plain SFT."""
+        """The metrics that `TunixTrainer.evaluate` gives, without `eval_`; `judged` is False in SFT without a judge."""
         metrics = ["accuracy", "mean_length"] if judged else []
         if judged and self.num_eval_completions:
             metrics.append(f"mean@{self.num_eval_completions}")
@@ -155,7 +156,7 @@ class GRPOConfig(TrainingArguments):
         return self.lr_scheduler_type in SCHEDULES_BY_METRIC
 
     def check_best_metric(self, judged: bool = True) -> None:
-        """Raises ValueError when `metric_for_best_model` is a metric that no evaluation gives."""
+        """Raise ValueError when `metric_for_best_model` is a metric that no evaluation gives."""
         metric, metrics = self.metric_for_best_model, self.evaluation_metrics(judged)
         good = metric is None or metric.removeprefix("eval_") in metrics
         require(good, "metric_for_best_model", metric, f"an evaluation gives {', '.join(metrics)}")
@@ -180,16 +181,16 @@ class GRPOConfig(TrainingArguments):
 
     @property
     def rows_per_pass(self) -> int | None:
-        """Rows in one learning pass where all completions may be as long as they can; None: the whole batch."""
+        """Rows in one learning pass where every completion may have its greatest length; None: the whole batch."""
         return self.rows_in_pass_of(self.num_completions_per_prompt * self.generation_max_length)
 
     def rows_in_pass_of(self, completion_tokens: float) -> int | None:
-        """Rows in one learning pass where a group has so many completion tokens; None: the whole batch."""
+        """Rows in one learning pass where a group has `completion_tokens` tokens in all; None: the whole batch."""
         if self.micro_batch_size is not None or not self.use_grpo:
             return self.micro_batch_size or None
         budget = mesh.tokens_per_pass()
         if budget is None:
-            groups = mesh.axis_size("fsdp")  # each device a group of its own
+            groups = mesh.axis_size("fsdp")  # one group for each device
         else:  # as many groups as the budget holds, and at least one, in passes of about the same size
             tokens = self.max_prompt_length + completion_tokens
             passes = math.ceil(self.per_device_train_batch_size / max(1, budget // tokens))
@@ -198,7 +199,7 @@ class GRPOConfig(TrainingArguments):
 
     def _check_device(self) -> None:
         chosen = process_device.KIND
-        if isinstance(self.device, torch.device):  # of a config that is made from another one
+        if isinstance(self.device, torch.device):  # this config is made from another one
             self.device = chosen
         self._requested_device = self.device
         require(self.device in KINDS, "device", self.device, f"choose one of {', '.join(KINDS)}")
@@ -213,7 +214,7 @@ class GRPOConfig(TrainingArguments):
         require(cores in (None, 1), "num_tpu_cores", cores, "one core is used; leave it out or set it to 1")
 
     def _read_mappings(self) -> None:
-        """Take settings that are mappings from the texts of flags."""
+        """Parse settings that are mappings, where a flag gave them as JSON text."""
         for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
             if isinstance(value, str) and value.startswith("{"):
@@ -226,7 +227,7 @@ class GRPOConfig(TrainingArguments):
         require(value is None or isinstance(value, dict), "lr_scheduler_kwargs", value, hint)
 
     def _resolve(self) -> None:
-        """Fill in what other fields decide."""
+        """Fill in the fields that follow from other fields."""
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"
         for name, value in (

@@ -1,4 +1,4 @@
-"""`ModelConfig`: which model, the LoRA on it, and the mesh of devices that share it."""
+"""`ModelConfig`: which model is trained, the LoRA on it, and the mesh of devices that share it."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ GEMMA3_SIZES = ("270m", "1b", "4b", "12b", "27b")
 @accept_aliases
 @dataclass
 class ModelConfig:
-    """Which model, the LoRA on it, and the mesh of devices that share it.
+    """Settings of the model, of the LoRA on it, and of the mesh of devices that share it.
 
     `model_size` is a short name of an instruction-tuned Gemma 3, which sets `model_name`. `mesh_shape` is given as
     "2,4" with `mesh_axes` "fsdp,tp", or both at once as ((2, 4), ("fsdp", "tp")).
@@ -49,7 +49,7 @@ class ModelConfig:
         """Take the LoRA's settings from the adapter that is trained further.
 
         Raises:
-            ValueError: another value was given.
+            ValueError: a setting was given another value than the adapter has.
         """
         for name, there in (("lora_rank", rank), ("lora_alpha", float(alpha)), ("lora_dropout", dropout)):
             given, default = getattr(self, name), getattr(type(self), name)
@@ -65,7 +65,7 @@ class ModelConfig:
         return tuple(int(size) for size in self.mesh_shape.split(",")), tuple(self.mesh_axes.split(","))
 
     def _resolve_mesh(self) -> None:
-        """Bring both ways to give a mesh into one: `mesh_shape` "2,4", `mesh_axes` "fsdp,tp"."""
+        """Turn either way to give a mesh into `mesh_shape` "2,4" and `mesh_axes` "fsdp,tp"."""
         shape, hint = self.mesh_shape, 'expected "2,4" or ((2, 4), ("fsdp", "tp"))'
         if shape is not None and not isinstance(shape, str):
             try:

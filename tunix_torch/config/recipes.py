@@ -6,7 +6,7 @@ are written from both by `python -m tunix_torch.compat.generate`.
 
 from typing import Any
 
-# What every job does that a command starts, whichever its model: `transformers.TrainingArguments` says False.
+# Settings of every job that a command starts, whatever its model. `transformers.TrainingArguments` has False here.
 JOB: dict[str, Any] = {"eval_on_start": True}
 
 # The job that the tiny model is made for.
@@ -28,7 +28,7 @@ TINY: dict[str, Any] = {
     "save_steps": 40,
 }
 
-# What agent-tunix trains any other model with; taken by `GRPOTrainingConfig` and so by run_training.py.
+# agent-tunix's settings for any other model, which `GRPOTrainingConfig` and so run_training.py take.
 AGENT_TUNIX: dict[str, Any] = {
     "learning_rate": 3e-6,
     "warmup_steps": 0.1,
@@ -42,7 +42,7 @@ AGENT_TUNIX: dict[str, Any] = {
     "num_train_epochs": 1,
 }
 
-# Of these agent-tunix has a value too, and it is the default of `GRPOConfig`.
+# For these settings agent-tunix's value is the default of `GRPOConfig`, so they need no difference.
 AGENT_TUNIX_AGREES = (
     "num_completions_per_prompt",
     "num_iterations",

@@ -135,16 +135,19 @@ NOT_SAVED = (
 
 def _default_of(field: dataclasses.Field) -> Any:
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    if field.name == "accelerator_config":  # what becomes of None
+    if field.name == "accelerator_config":  # None becomes this
         resolved = AcceleratorConfig(dispatch_batches=False).to_dict()
         resolved.pop("use_configured_state")
         return resolved
-    return getattr(default, "value", default)  # of an enumeration
+    return getattr(default, "value", default)  # the word of an enumeration's member
 
 
 def settings_of(*configs: Any) -> dict[str, Any]:
-    """What a config file holds of a `ModelConfig`, a `DataConfig` and a `GRPOConfig`: every field of our own, those of
-    `transformers.TrainingArguments` that people commonly set, and the others where they are not the default."""
+    """Return what a config file holds of a `ModelConfig`, a `DataConfig` and a `GRPOConfig`.
+
+    These are all fields of our own, those of `transformers.TrainingArguments` that people commonly set, and its other
+    fields where they are not the default.
+    """
     settings: dict[str, Any] = {}
     for config in configs:
         own = list(type(config).__dict__.get("__annotations__", {}))
@@ -160,7 +163,7 @@ def save_config(settings: dict[str, Any], path: str | Path) -> None:
 
 
 def check_same_run(settings: dict[str, Any], checkpoint: str | Path) -> None:
-    """See that a resumed run has the settings with which it began, except those in `MAY_CHANGE`.
+    """Check that a resumed run has the settings with which it began, except those in `MAY_CHANGE`.
 
     A setting that is missing on either side has its default.
 
@@ -168,7 +171,7 @@ def check_same_run(settings: dict[str, Any], checkpoint: str | Path) -> None:
         ValueError: a setting differs.
     """
     path = Path(checkpoint).parent / CONFIG_FILE
-    if not path.is_file():  # not written by `train`
+    if not path.is_file():  # `train` did not start this run
         return
     fields = [field for config in (ModelConfig, DataConfig, GRPOConfig) for field in dataclasses.fields(config)]
     defaults = {field.name: _default_of(field) for field in fields if field.init}

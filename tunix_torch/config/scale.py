@@ -6,13 +6,13 @@ from .settings import require
 
 
 def check_scale(args: GRPOConfig, num_rows: int | None) -> None:
-    """Check what depends on how many take part in a run.
+    """Check the settings that depend on how many processes, hosts and devices take part in a run.
 
     Args:
-        num_rows: of the training data; None: a stream, or no data.
+        num_rows: the number of training rows; None: they are a stream, or there are none.
 
     Raises:
-        ValueError: fewer rows than one step needs, prompts that can't be spread over a mesh, or a setting that works
+        ValueError: there are fewer rows than one step needs, prompts can't be spread over a mesh, or a setting works
             in one process or on one host only.
     """
     prompts, processes = args.per_device_train_batch_size, together.count()

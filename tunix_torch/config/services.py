@@ -26,10 +26,10 @@ def blamed_on(name: str, value: object, hint: str = "") -> Iterator[None]:
 
 
 def check_reporting(names: Sequence[str]) -> None:
-    """See that the packages that `report_to` names are installed.
+    """Check that the packages that `report_to` names are installed.
 
     Raises:
-        ValueError: one is not, or is not known.
+        ValueError: a package is not installed, or a name is not known.
     """
     for name in names:
         known = f"choose among {', '.join(INTEGRATION_TO_CALLBACK)}, all and none"

@@ -27,7 +27,8 @@ def canonical_names(settings: dict[str, Any], valid: list[str]) -> dict[str, Any
     """Replace aliases by our names.
 
     Raises:
-        ValueError: a name that is neither a field nor an alias (with the nearest one), or the same setting twice.
+        ValueError: a name is neither a field nor an alias (the message has the nearest one), or a setting is given
+            twice with different values.
     """
     result: dict[str, Any] = {}
     for name, value in settings.items():
@@ -77,10 +78,10 @@ def is_finite(value: object) -> bool:
 
 
 def check_fields_finite(config: Any) -> None:
-    """See that no field of a dataclass of settings is infinite or NaN: such a number would pass many a comparison.
+    """Check that no field of a dataclass of settings is infinite or NaN, since these would pass many a comparison.
 
     Raises:
-        ValueError: one is, naming the field.
+        ValueError: a field is; the message names it.
     """
     for name in config.__dataclass_fields__:
         value = getattr(config, name, None)
@@ -88,11 +89,12 @@ def check_fields_finite(config: Any) -> None:
 
 
 def check_types(config: Any) -> None:
-    """Check the fields of a dataclass of settings against their annotations, inherited ones where they are numbers, and
-    see that all are finite.
+    """Check that the fields of a dataclass of settings have the types of their annotations, and that all are finite.
+
+    Of inherited fields only the types of numbers are checked.
 
     Raises:
-        ValueError: a value of another type, or an infinite one or NaN, naming the field.
+        ValueError: a value has another type, or is infinite or NaN; the message names the field.
     """
     check_fields_finite(config)
     hints = get_type_hints(type(config))
@@ -105,14 +107,14 @@ def check_types(config: Any) -> None:
 
 
 def require(condition: bool, name: str, value: object, hint: str) -> None:
-    """See that a setting can be what it is.
+    """Refuse a setting that has a value that is not possible.
 
     Args:
-        condition: whether it can.
+        condition: whether the value is possible.
         hint: what would be right, for the message.
 
     Raises:
-        ValueError: it can't: "NAME=VALUE: HINT".
+        ValueError: the value is not possible; the message is "NAME=VALUE: HINT".
     """
     if not condition:
         raise ValueError(f"{name}={value!r}: {hint}")

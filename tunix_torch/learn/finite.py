@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def check_gradient_norm(norm: float, model: nn.Module, step: int) -> None:
-    """See that a gradient is finite, before the optimizer steps.
+    """Check that a gradient is finite, before the optimizer steps.
 
     Args:
         norm: the norm of the gradient of all weights together.
@@ -20,7 +20,7 @@ def check_gradient_norm(norm: float, model: nn.Module, step: int) -> None:
         return
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     bad = [name for name, gradient in gradients.items() if math.isnan(_zero_if_finite(gradient))]
-    # clipping by a norm that is not a number makes all gradients that, so often all of them are found
+    # Clipping by a norm that is NaN makes all gradients NaN, so often all of them are found here.
     where = f"{len(bad)} gradients, such as that of {bad[0]}, are not finite" if bad else "it is too large for float32"
     raise FloatingPointError(
         f"step {step}: the gradient's norm is {norm}: {where}; the optimizer has not stepped, and nothing is saved. "
@@ -29,22 +29,22 @@ def check_gradient_norm(norm: float, model: nn.Module, step: int) -> None:
 
 
 def _zero_if_finite(tensor: Tensor) -> Tensor:
-    """0 where all of a tensor's numbers are finite, else NaN: (). It is a sum, which every host of a mesh can read."""
+    """Return 0 where all numbers of a tensor are finite, else NaN: (). Every host of a mesh can read it, as a sum."""
     return (tensor.detach() * 0).sum()
 
 
 def check_finite(weights: Mapping[str, Tensor], when: str) -> None:
-    """See that weights, or an optimizer's moments, are finite, before they are kept. All are on one device.
+    """Check that weights, or an optimizer's moments, are finite, before they are kept. All are on one device.
 
     Args:
-        weights: by the names that the message uses.
+        weights: the weights by the names that the message uses.
         when: what the message begins with, such as "step 3".
 
     Raises:
         FloatingPointError: one is not finite; the message names the matrix.
     """
     if not weights or float(torch.stack([_zero_if_finite(weight) for weight in weights.values()]).sum()) == 0:
-        return  # so that in the usual case the device is waited for only once
+        return  # one sum of all, so that usually the host waits only once
     for name, weight in weights.items():
         if math.isnan(_zero_if_finite(weight)):
             raise FloatingPointError(

@@ -1,4 +1,4 @@
-"""What must hold before the first optimizer step on a batch, whatever the model and the data."""
+"""Checks what must hold before the first optimizer step on a batch, whatever the model and the data."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,14 +21,14 @@ def check_first_pass(
     at_reference: bool,
     dropout: bool,
 ) -> None:
-    """See that the first ratio is 1, that sampler and learner agree, and that the first KL is 0.
+    """Check that the first ratio is 1, that sampler and learner agree, and that the first KL is 0.
 
     Args:
-        parts: for each micro-batch what `learn_micro_batch` returned.
-        first: their `sum_up`.
-        policy: the one that learns; where it computes in float32 the limits are narrow.
+        parts: what `learn_micro_batch` returned for each micro-batch.
+        first: the sums over `parts` that `sum_up` returned.
+        policy: the policy that learns. Where it computes in float32 the limits are narrow.
         step: the number of the optimizer step, from 1, for messages.
-        describe_row: what to say of a row of the batch.
+        describe_row: returns what a message says about a row of the batch.
         at_reference: the policy has not left the reference yet, so its KL must be 0.
         dropout: the policy has dropout, so its log-probabilities differ from the sampler's and need only be finite.
 
@@ -49,7 +49,7 @@ def check_first_pass(
 def _broken_invariant(
     parts: Sequence[dict[str, Tensor]], first: dict[str, float], exact: bool, at_reference: bool, dropout: bool
 ) -> tuple[str, int] | None:
-    """What does not hold, and the first row of the batch where it does not; None: everything holds.
+    """Return what does not hold and the first row of the batch where it does not, or None where everything holds.
 
     Args:
         exact: the model computes in float32, so the limits are narrow.
@@ -64,14 +64,14 @@ def _broken_invariant(
         checks.append((ratio_gap, 1e-3 if exact else 0.1, "the first ratio is off 1 by {:.3g}"))
         if exact:
             checks.append((sampler_gap, 1e-2, "sampler and learner disagree by {:.3g} on a log-probability"))
-        elif first["sampler_gap"] > 0.2 * max(first["tokens"], 1.0):  # of bfloat16 only the mean is limited
+        elif first["sampler_gap"] > 0.2 * max(first["tokens"], 1.0):  # in bfloat16 only the mean is limited
             most = sampler_gap.max() * (1 - 1e-6)
             checks.append((sampler_gap, most, "sampler and learner disagree by up to {:.3g} on a log-probability"))
         if exact and at_reference:
             message = "the policy has not learned yet, but its KL from the reference policy is {:.3g}"
             checks.append((column("row_largest_kl"), 1e-4, message))
     for values, limit, message in checks:
-        broken = ~(values <= limit)  # written so that NaN is broken, too
+        broken = ~(values <= limit)  # unlike `values > limit`, this is true for NaN
         if broken.any():
             row = int(broken.int().argmax())
             return message.format(float(values[row])), row

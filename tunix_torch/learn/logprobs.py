@@ -9,7 +9,7 @@ from ..model.forward import base_model, hidden_states, logits, prefill, text_con
 from ..runtime import device, mesh
 from .passes import Block, Pass
 
-LOGITS_AT_ONCE = 2**25  # numbers of one chunk of logits: 128 MiB in float32
+LOGITS_AT_ONCE = 2**25  # numbers in one chunk of logits, which take 128 MiB in float32
 
 
 def token_logps(model: nn.Module, rows: Pass, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def token_logps(model: nn.Module, rows: Pass, temperature: float = 1.0) -> tuple
     """
     hidden, ids = _states(model, rows)
     vocabulary = base_model(model).get_output_embeddings().weight.shape[0]
-    # Whole columns, so that on a mesh each device keeps its rows; a chunk is spread over all devices.
+    # A chunk has whole columns, so that on a mesh each device keeps its rows. It is spread over all devices.
     columns = max(1, LOGITS_AT_ONCE * mesh.axis_size("fsdp") * mesh.axis_size("tp") // (len(ids) * vocabulary))
 
     def score(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def token_logps(model: nn.Module, rows: Pass, temperature: float = 1.0) -> tuple
         device.recomputed(score, h.contiguous(), i) if torch.is_grad_enabled() else score(h.contiguous(), i)
         for h, i in zip(hidden.split(columns, 1), ids.split(columns, 1), strict=True)
     ]
-    results = [torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)]  # logps and entropy, as ids
+    results = [torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)]  # logps and entropy, shaped as ids
     logps, entropy = (rows.in_place(r).masked_fill(~rows.batch.completion_mask, 0.0) for r in results)
     return logps, entropy.detach()
 

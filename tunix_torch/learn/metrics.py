@@ -18,7 +18,7 @@ def rollout_metrics(
     group_size: int,
     eos_ids: list[int],
 ) -> dict[str, float]:
-    """Numbers about one rollout. All tensors lie in main memory.
+    """Return the numbers that are logged about one rollout. All tensors lie in main memory.
 
     Args:
         ids, mask: (B, C) int64 and bool.
@@ -58,7 +58,7 @@ def warn_of_equal_rewards(metrics: dict[str, float], step: int, example: str) ->
 
 
 def sum_up(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """The scalars of what `learn` returned, summed over micro-batches. The device is waited for, once."""
+    """The scalars of what `learn` returned, summed over micro-batches. The host waits for the device once."""
     names = [name for name in parts[0] if parts[0][name].ndim == 0]
     columns = torch.stack([torch.stack([part[name].float() for name in names]) for part in parts])  # (parts, names)
     return dict(zip(names, columns.sum(dim=0).tolist(), strict=True))
@@ -70,7 +70,7 @@ def add_up(numbers: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def learning_metrics(first: dict[str, float], last: dict[str, float], has_reference: bool) -> dict[str, float]:
-    """What is logged of the first and of the last time that a batch was learned from.
+    """Return what is logged about the first and the last time that a batch was learned from.
 
     Args:
         first, last: the sums over micro-batches of what `learn_micro_batch` returned.

@@ -1,4 +1,4 @@
-"""Which completions of a prompt share a row of fixed width, so that short ones leave little of it to padding."""
+"""Chooses which completions of a prompt share a row of fixed width, so that short ones leave little padding."""
 
 from collections.abc import Sequence
 

@@ -28,7 +28,7 @@ from ..runtime import device, mesh
 from ..runtime.sharding import shard_rows
 from .packing import first_fit
 
-SHORTEST_PACKED = 128  # tokens: where no completion can be longer, a second shape is not worth its compilation
+SHORTEST_PACKED = 128  # tokens: where no completion can be this long, a second shape is not worth its compilation
 _SHORT = 16  # tokens: completions under this many share one bucket
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ class Block:
     offsets: Tensor | None = None  # (R, W) int64: the place of each token in its completion; given with segments
 
     def by_row(self, of_prompts: Tensor) -> Tensor:
-        """What belongs to each row's prompt: (N, ...) -> (R, ...)."""
+        """Give each row the entry of its prompt: (N, ...) -> (R, ...)."""
         if isinstance(self.prompts, int):  # on a mesh each device keeps its rows
             return of_prompts.repeat_interleave(self.prompts, dim=0)
         return of_prompts[self.prompts]
@@ -72,7 +72,7 @@ class Pass:
         return ids if block.tokens is None else _look_up(ids, block.tokens, self.parts)
 
     def in_place(self, results: Tensor) -> Tensor:
-        """What was computed for the kept tokens of all blocks, where it belongs: (B, C). At padding it is anything."""
+        """Put the results of the kept tokens of all blocks in their tokens' places: (B, C). Padding has any values."""
         return results if self.source is None else _look_up(results, self.source, self.parts)
 
 
@@ -85,7 +85,7 @@ def _look_up(table: Tensor, numbers: Tensor, parts: int) -> Tensor:
 
 
 def in_passes(batch: TrainBatch, args: GRPOConfig, compute: Callable[[Pass], T]) -> list[T]:
-    """What `compute` returns for each pass of a batch. All forward and backward passes of learning run in here.
+    """Return what `compute` returns for each pass of a batch. All forward and backward passes of learning run in here.
 
     `compute` ends with `device.sync()`, so that on XLA each pass is a graph of its own.
     """
@@ -96,7 +96,7 @@ def lay_out(batch: TrainBatch, args: GRPOConfig) -> list[Pass]:
     """The passes of a batch: on XLA all of one shape, or of two where completions are packed."""
     if device.static_shapes() or args.gradient_checkpointing:
         rows = args.rows_per_pass
-    else:  # as many as their real lengths allow
+    else:  # as many rows as their real lengths allow
         rows = args.rows_in_pass_of(int(batch.lengths.sum()) / len(batch.prompt_ids))
     parts = batch.split(rows)
     passes = [plain_rows(part) if args.gradient_checkpointing else shared_prompts(part, _packs(args)) for part in parts]
@@ -133,7 +133,7 @@ def padded_rows(batch: TrainBatch) -> Pass:
 def bucketed_rows(batch: TrainBatch) -> Pass:
     """A micro-batch in which completions of similar length are computed together. Only their tokens are kept."""
     num_rows, width = batch.completion_ids.shape
-    lengths = batch.lengths.clamp(min=1)  # of a completion without tokens one is kept, and masked in the end
+    lengths = batch.lengths.clamp(min=1)  # an empty completion keeps one token, which is masked in the end
     upload, columns = _uploader(batch), torch.arange(width)
     blocks, starts, num_kept = [], torch.zeros(num_rows, dtype=torch.int64), 0
     for bucket, longest in length_buckets(lengths.tolist()):
@@ -149,7 +149,7 @@ def bucketed_rows(batch: TrainBatch) -> Pass:
 
 
 def length_buckets(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
-    """Rows of similar length together: (rows, the longest of them) for each bucket, the longest first.
+    """Sort rows into buckets of similar length: (rows, their greatest length) for each bucket, the longest first.
 
     A bucket's shortest row has more than 3/4 of its longest's tokens, or all of its rows are short.
     """
@@ -205,7 +205,7 @@ def _packs(args: GRPOConfig) -> bool:
 
 
 def _num_bins(part: TrainBatch) -> int | None:
-    """Half as many rows for each prompt as it has completions; None: no device would have fewer rows by that."""
+    """Half as many rows for each prompt as it has completions; None: devices could not share fewer rows equally."""
     num_bins = -(-_group_size(part) // 2)
     if num_bins == _group_size(part) or len(part.prompt_ids) * num_bins % mesh.axis_size("fsdp"):
         return None

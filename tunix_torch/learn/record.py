@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..batch import TrainBatch, completion_lengths
 from ..config.grpo import GRPOConfig
 
-FOLDER = "batches"  # in a run's output_dir
+FOLDER = "batches"  # the folder of the records, in a run's output_dir
 
 
 @dataclass
@@ -97,7 +97,7 @@ def record_step(
     Args:
         parts: what `learn` returned.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.grad is not None}  # a vision tower has none
+    trained = {name: p for name, p in model.named_parameters() if p.grad is not None}  # a vision tower has no gradients
     columns = {f.name: getattr(batch, f.name) for f in fields(batch)}
     return StepRecord(
         batch=TrainBatch(**{name: value if value is None else value.cpu() for name, value in columns.items()}),

@@ -19,7 +19,7 @@ from .passes import Pass, in_passes, shared_prompts
 
 
 def sft_batch(inputs: dict[str, Any], num_tokens: int) -> TrainBatch:
-    """What `Collator` made of rows with completions, on the device: one completion a prompt (G = 1, B = N).
+    """Make a batch on the device of what `Collator` made of rows: each prompt has one completion (G = 1, B = N).
 
     The loss is -sum(logps * token_weights): every token of a completion weighs the same, and those of prompts weigh
     nothing. It is this batch's share of the mean over `num_tokens`, which counts all tokens that the optimizer step
@@ -36,7 +36,7 @@ def sft_batch(inputs: dict[str, Any], num_tokens: int) -> TrainBatch:
 def learn_completions(
     model: nn.Module, batch: TrainBatch, args: GRPOConfig, backward: Callable[[Tensor], None]
 ) -> Tensor:
-    """Forward and backward of an `sft_batch` in micro-batches, with `backward` as in `learn`. Returns the loss, ()."""
+    """Run an `sft_batch` forward and backward in micro-batches, with `backward` as in `learn`; return the loss, ()."""
     total = torch.zeros((), device=args.device)
 
     def learn_pass(part: Pass) -> None:
@@ -78,7 +78,7 @@ def learn_rows(
     backward: Callable[[Tensor], None],
     sum_gradients: Callable[[], None],
 ) -> tuple[Tensor, dict[str, float]]:
-    """Forward and backward of one batch of rows with completions.
+    """Run one batch of rows with completions forward and backward.
 
     Args:
         inputs: what `Collator` made of the rows.

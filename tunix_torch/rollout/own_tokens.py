@@ -12,15 +12,15 @@ from ..model.attention import kept_tokens
 from ..runtime import device
 from ..runtime.sharding import shard_rows
 
-Memory = dict[tuple[str, int], Tensor]  # tensors by a name and a number
+Memory = dict[tuple[str, int], Tensor]  # each tensor has a name and a number
 
 
 class WholeTensors:
-    """Tensors of just the present shape, as a compiled step takes them: each new shape is a copy.
+    """Tensors of exactly the present shape, as a compiled step takes them: each change of the shape copies them.
 
     Args:
         prompts: keys and values of the prompts, for each layer that has a cache.
-        windows: of these layers, see `attention.layer_windows`.
+        windows: the window of each of these layers, see `attention.layer_windows`.
     """
 
     def __init__(self, prompts: Sequence[Sequence[Tensor]], windows: Sequence[int | None]) -> None:
@@ -28,8 +28,8 @@ class WholeTensors:
         self.tensors: list[list[Tensor]] = []
 
     def begin(self, num_rows: int, width: int) -> None:
-        """Empty caches, with room for `width` tokens a row."""
-        self.tensors = []  # the tensors before are freed first
+        """Begin with empty caches that have room for `width` tokens of each row."""
+        self.tensors = []  # the earlier tensors are freed before new ones are made
         widths = _kept(self.windows, width)
         self.tensors = [
             [x.new_zeros(num_rows, x.shape[1], k, x.shape[3]) for x, k in zip(xs, widths, strict=True)]
@@ -40,7 +40,7 @@ class WholeTensors:
                 shard_rows(tensor, heads_dim=1)
 
     def resize(self, width: int, num_used: int, rows: Tensor | None = None) -> None:
-        """Make room for `width` tokens, and continue with some rows only, (fewer,) int64; None: with all.
+        """Make room for `width` tokens of each row, and keep only the rows `rows`, (fewer,) int64; None: keep all.
 
         Tensors are replaced one by one, so that only one at a time exists twice.
         """
@@ -59,10 +59,10 @@ class Views:
 
     Args:
         prompts, windows: see `WholeTensors`.
-        num_rows, room: most rows, and most tokens of a row.
+        num_rows, room: the most rows, and the most tokens of a row, that there can be.
         are_cleared: whether to begin with zeros. A step with a mask reads memory that is not written yet, which must at
             least be finite.
-        memory: where the tensors are kept for later rows of the same shapes; None: nowhere.
+        memory: where the tensors are kept for later rows of the same shapes; None: they are not kept.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class Views:
                 if (name, i) not in memory:
                     memory[name, i] = x.new_empty(num_rows, x.shape[1], width, x.shape[3])
         self.whole = [[memory[name, i] for i in range(len(windows))] for name in ("own keys", "own values")]
-        self.rows: list[list[Tensor]] = []  # all the room of the rows that go on
-        self.tensors: list[list[Tensor]] = []  # and the part of it that a step reads
+        self.rows: list[list[Tensor]] = []  # all memory of the rows that go on
+        self.tensors: list[list[Tensor]] = []  # the part of it that a step reads
 
     def begin(self, num_rows: int, width: int) -> None:
-        """Empty caches, with room for `width` tokens a row."""
+        """Begin with empty caches that have room for `width` tokens of each row."""
         if self.are_cleared:
             for tensors in self.whole:
                 for tensor in tensors:
@@ -106,5 +106,5 @@ class Views:
 
 
 def _kept(windows: Sequence[int | None], width: int) -> list[int]:
-    """How many tokens of a row each layer keeps, where those without a window keep `width`."""
+    """The number of tokens of a row that each layer keeps, where a layer without a window keeps `width`."""
     return [kept_tokens(window, 0, width)[1] for window in windows]

@@ -15,21 +15,22 @@ from .own_tokens import Memory, Views, WholeTensors
 class Rows:
     """N groups of G rows, side by side, that are decoded token by token: `while rows.left(): rows.decode(step)`.
 
-    As rows end and caches fill, all tensors go from one shape to the next of a ladder. Where shapes may follow the
-    data, every shape is a rung: rows leave soon after they have ended, prompts without rows leave too, and a step reads
-    only the tokens that are there. Elsewhere there are few rungs, and a step reads whole tensors with a mask.
+    As rows end and caches fill, all tensors go from one shape to the next of a ladder, see `ladders.py`. Where shapes
+    may follow the data, every shape is a rung: rows leave soon after they have ended, prompts without rows leave too,
+    and a step reads only the tokens that are there. Elsewhere there are few rungs, and a step reads whole tensors with
+    a mask.
 
     Args:
-        tokens, logps: (B,) int64 and float32, the first of each row.
-        ended: (B,) bool, whether that has ended it.
+        tokens, logps: the first token of each row and its log-probability, (B,) int64 and float32.
+        ended: (B,) bool, whether the first token has ended its row.
         prompt_mask: (N, P) bool.
         uniforms: (B, C) float32.
-        prefix: the KV cache of the prompts; emptied.
-        windows: of all layers, see `attention.layer_windows`.
-        pad_token_id: stands where nothing has been decoded.
-        interval: where looking which rows have ended makes the host wait, it looks after so many tokens each.
+        prefix: the KV cache of the prompts. It is emptied, since the rows keep its content from now on.
+        windows: the windows of all layers, see `attention.layer_windows`.
+        pad_token_id: fills the places where nothing has been decoded.
+        interval: where the host must wait to see which rows have ended, it looks once in so many tokens.
         memory: tensors of earlier rows of the same shapes, used again so that a recorded step finds its arguments at
-            the same addresses; empty for the first such rows. None: steps do not care for addresses.
+            the same addresses; empty for the first such rows. None: a step takes its arguments from any address.
     """
 
     def __init__(
@@ -47,13 +48,13 @@ class Rows:
     ) -> None:
         num_rows, num_tokens = uniforms.shape
         self.num_prompts, self.room, self.memory = prefix.num_rows, num_tokens - 1, memory
-        self.most = num_rows // self.num_prompts  # rows a group
+        self.most = num_rows // self.num_prompts  # rows of each group
         self.windows = [windows[i] for i in prefix.layers]
         self.ladder = make_ladder(self.num_prompts, self.most, num_tokens, interval)
         self.has_few_shapes, compiled = isinstance(self.ladder, FewShapes), device.step_kind() == "compiled"
-        prompts = [list(tensors) for tensors in zip(*prefix.layers.values(), strict=True)]  # all keys; all values
+        prompts = [list(tensors) for tensors in zip(*prefix.layers.values(), strict=True)]  # all keys, then all values
         prefix.layers.clear()
-        if compiled:  # the pre-flight can't hold them as what they are, views of the projections' results
+        if compiled:  # these are views of the projections' results, which the pre-flight can't hold
             prompts = [[x.clone() for x in tensors] for tensors in prompts]
         ids = nn.functional.pad(tokens[:, None], (0, self.room), value=pad_token_id)  # (B, C)
         logps = nn.functional.pad(logps[:, None], (0, self.room))
@@ -70,7 +71,7 @@ class Rows:
     # ---- the loop ----
 
     def left(self) -> bool:
-        """Whether any row goes on. Where it looks, rows that have ended leave, if they are enough."""
+        """Whether any row goes on. When the host looks which rows have ended, these leave if a smaller rung fits."""
         if self.used == self.room:
             return False
         if not self.ladder.looks(self.used):
@@ -84,11 +85,11 @@ class Rows:
         return True
 
     def decode(self, step: Callable[..., tuple[Tensor, ...]]) -> None:
-        """One more token of every row.
+        """Decode one more token of every row.
 
         The step takes ids, logps, ended, the number of tokens that a row has in the caches, (1,) int64, prompt_mask,
-        lengths of prompts (R, 1), uniforms, four lists of a tensor a layer (keys and values of prompts, and the rows'
-        own), and, where groups are not equal, a `RaggedGroups`. It returns the first four, changed or new.
+        lengths of prompts (R, 1), uniforms, four lists with a tensor for each layer (keys and values of prompts, and
+        the rows' own), and, where groups are not equal, a `RaggedGroups`. It returns the first four, changed or new.
         """
         if self.used == self.width:
             self._widen(self.used + 1)
@@ -100,7 +101,7 @@ class Rows:
         self.used += 1
 
     def results(self) -> tuple[Tensor, Tensor]:
-        """ids and logps of all rows, (B, C)."""
+        """The ids and logps of all rows, both (B, C)."""
         if self.chosen is None:
             return self.tensors[:2]
         self._put_back()
@@ -110,13 +111,13 @@ class Rows:
     # ---- from rung to rung ----
 
     def begin(self, group_size: int | None = None, width: int | None = None) -> None:
-        """Start again with empty caches; for a rehearsal with the first rows of each group and caches of this width."""
+        """Start again with empty caches. A rehearsal gives the number of rows of each group, and the caches' width."""
         self.group_size, self.used = group_size or self.most, 0
         self.width = width or self.ladder.width(self.group_size, min(1, self.room))
-        self.whole, self.chosen = self.first[:2], None  # of all rows; the numbers of those decoded, None: all
+        self.whole, self.chosen = self.first[:2], None  # results of all rows; rows that are decoded, None: all
         self.tensors = self.first
         self.ragged: tuple[RaggedGroups, ...] = ()
-        self.prompt_of = torch.arange(self.num_prompts).repeat_interleave(self.group_size)  # of each row
+        self.prompt_of = torch.arange(self.num_prompts).repeat_interleave(self.group_size)  # the prompt of each row
         if self.group_size < self.most:
             self.chosen = self.ladder.first_rows(self.most, self.group_size)
             self._select(self.chosen)
@@ -125,7 +126,7 @@ class Rows:
         device.sync()
 
     def rehearse(self, step: Callable[..., tuple[Tensor, ...]]) -> None:
-        """Have every step compiled that rows may come to need, whatever their lengths; nothing if none is compiled."""
+        """Compile every step that rows of any lengths may come to need. Where steps are not compiled, do nothing."""
         if device.step_kind() != "compiled" or device.planner() is not None or self.room == 0:
             return
         for size, widths in self.ladder.widths.items():
@@ -142,14 +143,14 @@ class Rows:
         self.begin()
 
     def _widen(self, num_tokens: int) -> None:
-        """Have room for so many tokens."""
+        """Make room for `num_tokens` tokens of each row."""
         self.width = self.ladder.width(self.group_size, num_tokens)
         self.own.resize(self.width, self.used)
 
     def _keep(self, rows: Tensor) -> None:
-        """Go on with some of the rows, (fewer,) int64, in their order."""
+        """Go on with these rows only, (fewer,) int64, in their order."""
         if self.chosen is None:
-            # A recorded step writes over its arguments, and the other rows' results are in these.
+            # These tensors hold the results of the rows that leave, and a recorded step would write over them.
             self.whole = self.tensors[:2] if self.memory is None else [x.clone() for x in self.tensors[:2]]
             self.chosen = rows
         else:
@@ -168,7 +169,7 @@ class Rows:
         return index
 
     def _regroup(self, rows: Tensor) -> None:
-        """Say which row belongs to which prompt, after only these have stayed. Prompts without rows leave too."""
+        """Find which row belongs to which prompt, now that only `rows` stay. Prompts without rows leave too."""
         if self.has_few_shapes:  # groups stay equal, and all prompts stay
             self.group_size = len(rows) // self.num_prompts
             return
@@ -179,12 +180,12 @@ class Rows:
             self.num_prompts = len(prompts)
             self.prompts = [[x[prompts] for x in tensors] for tensors in self.prompts]
         self.group_size = int(counts.max())
-        first = counts.cumsum(0) - counts  # row of each prompt
+        first = counts.cumsum(0) - counts  # the first row of each prompt
         place_in_group = torch.arange(len(rows)) - first[self.prompt_of]
         self.ragged = (RaggedGroups(self.prompt_of * self.group_size + place_in_group, self.group_size),)
 
     def _prompts_in_sight(self) -> list[list[Tensor]]:
-        """Keys and values of the prompts. Where shapes may follow the data, without what windows have left behind."""
+        """Keys and values of the prompts. Where shapes may follow the data, tokens before a window are left out."""
         if self.has_few_shapes:
             return self.prompts
 
@@ -194,7 +195,7 @@ class Rows:
         return [[in_sight(x, w) for x, w in zip(xs, self.windows, strict=True)] for xs in self.prompts]
 
     def _put_back(self) -> None:
-        """Put what was decoded where it belongs among all rows."""
+        """Write the results of the decoded rows to their places among those of all rows."""
         index = self.chosen.to(self.first[0].device)
         self.whole = tuple(
             shard_rows(whole.index_copy(0, index, tensor))
@@ -202,19 +203,19 @@ class Rows:
         )
 
     def _hold(self, name: str, tensors: Sequence[Tensor], heads_dim: int | None = None) -> list[Tensor]:
-        """Tensors as steps take them: laid on the devices or, with a memory, at the addresses kept for them."""
+        """Return tensors as steps take them: laid on the devices or, with a memory, at the addresses kept for them."""
         if self.memory is None:
             return [shard_rows(tensor, heads_dim) for tensor in tensors]
         held = []
         for i, tensor in enumerate(tensors):
             if (name, i) not in self.memory:
-                self.memory[name, i] = tensor.clone()  # the first is the largest
+                self.memory[name, i] = tensor.clone()  # no later one is larger
             held.append(self.memory[name, i][: len(tensor)].copy_(tensor))
         return held
 
 
 def lay_on_devices(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors of a row each, laid on this machine's devices, at the beginning of a rollout."""
+    """Lay tensors, whose first dimension counts rows, on this machine's devices at the beginning of a rollout."""
     for tensor in tensors:
         shard_rows(tensor)
     device.sync()

@@ -8,7 +8,7 @@ from ..runtime import compiled, device
 from ..runtime.recorded import RecordedStep
 from .own_tokens import Memory
 
-KEPT_RECORDINGS = 2  # kinds of batches, such as of training and of evaluation: each keeps its KV caches and graphs
+KEPT_RECORDINGS = 2  # kinds of batches, such as training's and evaluation's, whose KV caches and graphs are kept
 
 
 class Steps:
@@ -23,10 +23,10 @@ class Steps:
         self._kept: dict[Hashable, tuple[Callable, Memory | None]] = {}  # the newest last
 
     def of(self, batch: Hashable, make_step: Callable[[], Callable]) -> tuple[Callable, Memory | None, bool]:
-        """The step for a kind of batch; the memory that its rows must use; whether it is new.
+        """Return the step for a kind of batch, the memory that its rows must use, and whether the step is new.
 
         Args:
-            batch: all that the shapes of the rows depend on, and what the step does.
+            batch: all that decides the shapes of the rows and what the step does.
             make_step: makes the step as a plain function of tensors, see `Rows.decode`.
         """
         known = batch in self._kept
