@@ -59,15 +59,15 @@ def assert_same_rollouts(model, **options):
     torch.testing.assert_close(found.sampler_logps, expected.sampler_logps, rtol=0, atol=2e-5)
 
 
-def watch_packing(monkeypatch):
-    """Return a list that receives, for each decoder layer asked to pack its weights, whether it could."""
-    counts, pack = [], FastDecoderLayer.pack
+def watch_layouts(monkeypatch):
+    """Return a list that receives, for each decoder layer asked to lay out its weights, whether it could."""
+    counts, lay_out = [], FastDecoderLayer.prepare_to_decode
 
     def watched(layer):
-        pack(layer)
+        lay_out(layer)
         counts.append(layer._layout is not None)
 
-    monkeypatch.setattr(FastDecoderLayer, "pack", watched)
+    monkeypatch.setattr(FastDecoderLayer, "prepare_to_decode", watched)
     return counts
 
 
@@ -119,7 +119,7 @@ def test_other_types_take_transformers_way(dtype):
 def test_completions_are_those_of_transformers_layers(family, lora, monkeypatch):
     model = make_model(family)
     model = add_nontrivial_lora(model) if lora else model
-    packed = watch_packing(monkeypatch)
+    packed = watch_layouts(monkeypatch)
     assert_same_rollouts(model)
     assert packed == [True, True]
     assert_same_rollouts(model, eos=(VOCABULARY,))  # no row ever ends
@@ -137,7 +137,7 @@ def test_the_reference_policy_can_be_sampled_too(merged, monkeypatch):
     if merged:
         model.merge_adapter()
         assert_same_rollouts(model)
-    packed = watch_packing(monkeypatch)
+    packed = watch_layouts(monkeypatch)
     with reference_policy(model):
         assert_same_rollouts(model)
     assert packed == [not merged] * 2
@@ -155,13 +155,13 @@ def test_each_rollout_sees_the_newest_weights():
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_bias": True}])
 def test_layers_with_another_kind_of_lora_keep_their_own_form(lora, monkeypatch):
-    packed = watch_packing(monkeypatch)
+    packed = watch_layouts(monkeypatch)
     assert_same_rollouts(add_nontrivial_lora(make_model("gemma3"), **lora))
     assert packed == [False, False]
 
 
 def test_another_activation_keeps_the_own_form(monkeypatch):
-    packed = watch_packing(monkeypatch)
+    packed = watch_layouts(monkeypatch)
     assert_same_rollouts(make_model("gemma3", hidden_activation="silu"))
     assert packed == [False, False]
 
@@ -200,7 +200,7 @@ def test_a_failure_while_weights_are_laid_out_leaves_no_layout(monkeypatch):
     model = make_model("gemma3")
     own = classes_of(model)
     layers = model.get_decoder().layers
-    monkeypatch.setattr(layers[0], "pack", lambda: 1 / 0, raising=False)
+    monkeypatch.setattr(layers[0], "prepare_to_decode", lambda: 1 / 0, raising=False)
     with pytest.raises(ZeroDivisionError), decode_weights(model):
         pass
     assert all(getattr(layer, "_layout", None) is None for layer in layers) and classes_of(model) == own

@@ -84,6 +84,6 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 
 def _faster_class(module: nn.Module) -> type | None:
     """The class of a module's faster form on this machine. None: it has no faster form, or has taken it already."""
-    if device.step_kind() == "eager" and type(module) in FAST and torch.backends.mkldnn.is_available():
+    if device.has_onednn() and type(module) in FAST:
         return FAST[type(module)]
     return faster_lora(module) if mesh.merges_lora() else None

@@ -88,6 +88,11 @@ def traces_graphs() -> bool:
     return KIND == "xla"
 
 
+def has_onednn() -> bool:
+    """Whether oneDNN computes here, whose operations the faster layers of Gemma are made of."""
+    return KIND == "cpu" and torch.backends.mkldnn.is_available()
+
+
 def step_kind() -> str:
     """How a decode step runs: "eager", "compiled" once for each shape, or "recorded" as a graph for each shape."""
     return {"cpu": "eager", "xla": "compiled", "cuda": "recorded"}[KIND]
