@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import setuptools
 
-from tunix_torch.cli import grouped
+from tunix_torch.cli import sections
 from tunix_torch.cli.command import COMMANDS, main
 from tunix_torch.run.curves import plot_training_curves
 
@@ -145,6 +145,6 @@ def test_a_command_whose_extra_is_missing_says_what_to_install(argv, words, inst
 def test_without_hydra_or_matplotlib_one_line_says_what_to_install(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"run_training.py needs hydra.*pip install 'tunix-torch\[hydra\]'"):
-        grouped.main(ROOT / "conf", [])
+        sections.main(ROOT / "conf", [])
     assert plot_training_curves(tmp_path) is None
     assert len(capsys.readouterr().err.splitlines()) == 1
