@@ -24,7 +24,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 import utils
 from tunix_torch.config.model import ModelConfig
 from tunix_torch.model.loading import add_lora, lora_config, place
-from tunix_torch.rollout.sampler import Sampler, SamplingParams, draw_uniforms
+from tunix_torch.rollout.sampler import Sampler
+from tunix_torch.rollout.tokens import SamplingParams, draw_uniforms
 from tunix_torch.runtime import compiled, device, mesh
 
 ROWS, TOKENS = 4, 64

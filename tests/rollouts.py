@@ -3,7 +3,7 @@
 import torch
 from models import VOCABULARY
 
-from tunix_torch.rollout.sampler import SamplingParams
+from tunix_torch.rollout.tokens import SamplingParams
 
 NEVER = (VOCABULARY,)  # no token has this id, so no completion ends
 SOME = tuple(range(1, 9))  # these end a completion of a random model after about twelve tokens

@@ -22,7 +22,7 @@ _HOMES = {
     "ModelConfig": "config.model",
     "OptimizerConfig": "compat.agent_tunix",
     "Sampler": "rollout.sampler",
-    "SamplingParams": "rollout.sampler",
+    "SamplingParams": "rollout.tokens",
     "TrainingConfig": "compat.agent_tunix",
     "TunixTrainer": "trainer",
     "load_model": "model.loading",

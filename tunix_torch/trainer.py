@@ -37,7 +37,8 @@ from .model.policy import check_trainable, make_policy
 from .rewarding.questions import Questions
 from .rewarding.scorer import Scorer, check_rewards
 from .rewarding.scoring import RewardFunc
-from .rollout.sampler import Sampler, SamplingParams, draw_uniforms
+from .rollout.sampler import Sampler
+from .rollout.tokens import SamplingParams, draw_uniforms
 from .runtime import device, together
 from .runtime.profiling import span
 

@@ -16,7 +16,8 @@ from tunix_torch.model.decoding import decode_weights, fast_layers
 from tunix_torch.model.fast_layers import FastDecoderLayer, _ScaledNorm
 from tunix_torch.model.forward import reference_policy
 from tunix_torch.model.loading import add_lora, lora_config
-from tunix_torch.rollout.sampler import Sampler, SamplingParams, draw_uniforms
+from tunix_torch.rollout.sampler import Sampler
+from tunix_torch.rollout.tokens import SamplingParams, draw_uniforms
 
 GEMMAS = pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 PARAMS, GROUP = SamplingParams(max_new_tokens=24), 5

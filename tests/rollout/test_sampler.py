@@ -28,7 +28,8 @@ from tunix_torch.model.forward import base_model
 from tunix_torch.model.loading import place
 from tunix_torch.rollout import ladders
 from tunix_torch.rollout.ladders import cache_widths, group_sizes
-from tunix_torch.rollout.sampler import Sampler, SamplingParams, choose_tokens, draw_uniforms
+from tunix_torch.rollout.sampler import Sampler
+from tunix_torch.rollout.tokens import SamplingParams, choose_tokens, draw_uniforms
 from tunix_torch.runtime import device
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -117,7 +117,8 @@ def test_a_compiled_step_refuses_what_it_would_take_for_a_constant():
 def test_a_step_is_made_anew_when_the_adapter_is_switched_off(model_folder):
     from tunix_torch import ModelConfig
     from tunix_torch.model.loading import add_lora, load_model, lora_config, place
-    from tunix_torch.rollout.sampler import Sampler, SamplingParams
+    from tunix_torch.rollout.sampler import Sampler
+    from tunix_torch.rollout.tokens import SamplingParams
     from tunix_torch.runtime import device
 
     model = add_lora(load_model(model_folder), lora_config(ModelConfig()))
@@ -143,7 +144,8 @@ def test_nothing_is_compiled_for_completions_of_any_lengths(model_folder, monkey
     from tunix_torch.model.loading import load_model, place
     from tunix_torch.rollout import ladders
     from tunix_torch.rollout.rows import Rows
-    from tunix_torch.rollout.sampler import Sampler, SamplingParams
+    from tunix_torch.rollout.sampler import Sampler
+    from tunix_torch.rollout.tokens import SamplingParams
     from tunix_torch.runtime import device
 
     monkeypatch.setattr(ladders, "cache_widths", lambda room: [4, 8, room])

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tunix_torch.batch import Rollout
 from tunix_torch.rollout import ladders, rows, steps
-from tunix_torch.rollout.sampler import Sampler, SamplingParams, draw_uniforms
+from tunix_torch.rollout.sampler import Sampler
+from tunix_torch.rollout.tokens import SamplingParams, draw_uniforms
 from tunix_torch.runtime import device, mesh
 from tunix_torch.runtime import recorded as cuda_graph
 from tunix_torch.runtime.recorded import RecordedStep

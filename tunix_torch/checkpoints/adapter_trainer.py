@@ -77,14 +77,13 @@ class AdapterTrainer(Trainer):
     def begin_run(self, checkpoint: str | None = None) -> None:
         """Keep what must not change during the run. A resumed run finds its reference policy in the checkpoint."""
         self._frozen = self._sums_of_frozen()
-        weights = adapter_weights(self.model, self.policy.adapter)
-        silent = changes_nothing(weights)
+        now = self._adapter_now()
         self.reference: dict[str, Tensor] | None = None  # None: the model without its adapter
         if checkpoint is not None:
-            self.reference = self._reference_of(checkpoint, weights)
-        elif self.args.reference == "start" and self.args.beta > 0 and not silent:
-            self.reference = {name: weight.detach().clone() for name, weight in weights.items()}
-        self.starts_at_reference = silent or self.reference is not None
+            self.reference = self._reference_of(checkpoint)
+        elif self.args.reference == "start" and self.args.beta > 0:
+            self.reference = now
+        self.starts_at_reference = now is None or self.reference is not None
         self.has_dropout = has_dropout(self.model)
 
     def begin_run_if_needed(self) -> None:
@@ -100,9 +99,10 @@ class AdapterTrainer(Trainer):
             numbers = torch.stack([weights[name].float().abs().sum() for name in names]).tolist()
         return dict(zip(names, numbers, strict=True))
 
-    def _reference_of(self, checkpoint: str, weights: dict[str, nn.Parameter]) -> dict[str, Tensor] | None:
+    def _reference_of(self, checkpoint: str) -> dict[str, Tensor] | None:
         """The reference policy of the run that left a checkpoint; None: the model without its adapter."""
         reference = load_reference(checkpoint, self.args.device)
+        weights = adapter_weights(self.model, self.policy.adapter)
         if reference is not None and reference.keys() != weights.keys():
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint!r}: its reference policy has other matrices than this LoRA, such "

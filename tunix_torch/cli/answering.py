@@ -15,7 +15,8 @@ from ..data.rows import PROMPT_IDS, QUESTION, TURNS, prompt_of
 from ..data.shapes import normalize_row
 from ..evals.answers import sample_texts
 from ..model.loading import eos_token_ids, load_model, load_tokenizer, place
-from ..rollout.sampler import Sampler, SamplingParams
+from ..rollout.sampler import Sampler
+from ..rollout.tokens import SamplingParams
 from ..run.folder import find_system_message
 from .ask import PROMPT_TEMPLATES
 

@@ -27,7 +27,8 @@ from ..evals.votes import takes_answer, votes_by_class
 from ..model.loading import eos_token_ids, load_model, load_tokenizer, place
 from ..rewarding.columns import check_columns
 from ..rewarding.scoring import call_rewards
-from ..rollout.sampler import Sampler, SamplingParams
+from ..rollout.sampler import Sampler
+from ..rollout.tokens import SamplingParams
 from ..run.folder import find_system_message, newest_run
 from ..runtime import device, mesh
 

@@ -15,7 +15,8 @@ from ..learn.logprobs import token_logps
 from ..learn.passes import shared_prompts
 from ..model.forward import base_model
 from ..model.loading import load_base_model
-from ..rollout.sampler import Sampler, SamplingParams, draw_uniforms
+from ..rollout.sampler import Sampler
+from ..rollout.tokens import SamplingParams, draw_uniforms
 from . import tunix_side
 from .cases import COMPLETION_WIDTH, GROUP, NUM_PROMPTS, VOCABULARY, WINDOW, Case, make_rollout
 from .compare import LOGPS, Row, largest_difference

@@ -10,7 +10,8 @@ from ..data.batches import Collator
 from ..data.prompts import decode_completions
 from ..data.rows import Row
 from ..rewarding.scoring import RewardFunc, call_rewards
-from ..rollout.sampler import Sampler, SamplingParams, draw_uniforms
+from ..rollout.sampler import Sampler
+from ..rollout.tokens import SamplingParams, draw_uniforms
 from ..runtime import device, together
 
 RIGHT = 1.0  # an answer is right where the judge, a reward function, gives at least this value

@@ -11,7 +11,8 @@ from ..data.batches import Collator
 from ..data.rows import Row
 from ..learn.sft import completion_loss
 from ..rewarding.scoring import RewardFunc
-from ..rollout.sampler import Sampler, SamplingParams
+from ..rollout.sampler import Sampler
+from ..rollout.tokens import SamplingParams
 from .answers import Answers, answer
 
 

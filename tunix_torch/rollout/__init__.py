@@ -4,6 +4,6 @@ from ..public import public_names
 
 _HOMES = {
     "Sampler": "sampler",
-    "SamplingParams": "sampler",
+    "SamplingParams": "tokens",
 }
 __all__, __getattr__ = public_names(__name__, _HOMES)
