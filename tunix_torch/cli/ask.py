@@ -11,7 +11,7 @@ from pathlib import Path
 from ..config.model import TINY_NAME
 from ..config.settings import require
 from ..rewards import extract_answer, extract_reasoning
-from .script import Parser, called_as, choose_device, quiet_transformers
+from .script import Parser, called_as, check_output_file, choose_device, quiet_transformers
 
 EXAMPLES = """
 COMMAND --question "What is 47 + 38?"
@@ -53,7 +53,7 @@ def parse_args(argv: Sequence[str], command: str) -> argparse.Namespace:
     parser.add_argument("--num_samples", type=int, default=1, help="answers to each question")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--show_prompt", action="store_true", help="print the text that the model sees")
-    parser.add_argument("--output_file", help="also write the answers here, one JSON object a line")
+    parser.add_argument("--output_file", type=Path, help="also write the answers here, one JSON object a line")
     parser.add_argument("--device", default="auto", help="auto, xla, cuda or cpu")
     args = parser.parse_args(argv)
     if (args.question is None) == (args.questions_file is None):
@@ -66,10 +66,9 @@ def parse_args(argv: Sequence[str], command: str) -> argparse.Namespace:
         ("num_samples", args.num_samples >= 1, "must be at least 1"),
     ):
         require(good, name, getattr(args, name), hint)
-    if args.output_file and Path(args.output_file).exists():
-        raise ValueError(f"output_file={args.output_file!r}: exists already; nothing is overwritten")
-    if args.output_file and not Path(args.output_file).absolute().parent.is_dir():
-        raise ValueError(f"output_file={args.output_file!r}: its folder does not exist")
+    check_output_file("output_file", args.output_file)
+    exists = args.output_file is not None and args.output_file.exists()
+    require(not exists, "output_file", str(args.output_file), "exists already; nothing is overwritten")
     return args
 
 

@@ -29,6 +29,26 @@ def parse_args(argv: Sequence[str], command: str) -> argparse.Namespace:
         ValueError: a value that can't be.
     """
     parser = Parser(command, f"{__doc__}\n{EXAMPLES}")
+    _add_flags(parser)
+    args = parser.parse_args(argv)
+    if args.top_k is None and PRESETS[args.preset][1] == 1 and (args.temperature or args.top_p):
+        args.top_k = 0  # who gives a temperature wants a choice
+    for name, value in zip(("temperature", "top_k", "top_p"), PRESETS[args.preset], strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("num_passes", "max_samples", "max_new_tokens", "max_prompt_length", "batch_size"):
+        value = getattr(args, name)
+        require(value is None or value >= 1, name, value, "must be at least 1")
+    require(math.isfinite(args.temperature), "temperature", args.temperature, "must be finite")
+    for name in ("temperature", "top_k", "seed"):
+        require(getattr(args, name) >= 0, name, getattr(args, name), "must not be negative")
+    require(0 < args.top_p <= 1, "top_p", args.top_p, "must be in (0, 1]")
+    timeout = args.reward_timeout
+    require(timeout is None or 0 < timeout < math.inf, "reward_timeout", timeout, "must be above 0, and finite")
+    return args
+
+
+def _add_flags(parser: Parser) -> None:
     parser.add_argument(
         "--model_path",
         help="model, adapter or checkpoint folder, or hub id (default: newest run in ./outputs, else the tiny model)",
@@ -67,22 +87,6 @@ def parse_args(argv: Sequence[str], command: str) -> argparse.Namespace:
     parser.add_argument("--system_message", help="put before the question (default: that of the training run)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", default="auto", help="auto, xla, cuda or cpu")
-    args = parser.parse_args(argv)
-    if args.top_k is None and PRESETS[args.preset][1] == 1 and (args.temperature or args.top_p):
-        args.top_k = 0  # who gives a temperature wants a choice
-    for name, value in zip(("temperature", "top_k", "top_p"), PRESETS[args.preset], strict=True):
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in ("num_passes", "max_samples", "max_new_tokens", "max_prompt_length", "batch_size"):
-        value = getattr(args, name)
-        require(value is None or value >= 1, name, value, "must be at least 1")
-    require(math.isfinite(args.temperature), "temperature", args.temperature, "must be finite")
-    for name in ("temperature", "top_k", "seed"):
-        require(getattr(args, name) >= 0, name, getattr(args, name), "must not be negative")
-    require(0 < args.top_p <= 1, "top_p", args.top_p, "must be in (0, 1]")
-    timeout = args.reward_timeout
-    require(timeout is None or 0 < timeout < math.inf, "reward_timeout", timeout, "must be above 0, and finite")
-    return args
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:

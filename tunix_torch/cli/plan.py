@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..preflight.chips import parse_topology
-from .script import Parser, called_as, check_output_file, choose_device
+from .script import Parser, called_as, check_output_file, choose_device, quiet_transformers
 
 EXAMPLES = """
 COMMAND --config configs/gemma2_2b_v5e8.json --topology v5e:2x4
@@ -56,15 +56,13 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     # as many devices on the CPU as the slice has chips; all of it before torch_xla is imported
     os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(topology.num_chips)}
     choose_device(["--device=xla"])
-    from transformers.utils import logging as transformers_logging
-
     from ..preflight import compiler, plan, quick, report, search
 
     plan.check_traceable()
     if not ours.quick:
         compiler.check_installed()
     logging.basicConfig(format="%(message)s")
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     job = plan.job_of(rest, topology, any_mesh=ours.search)
 
     def say(text: str) -> None:

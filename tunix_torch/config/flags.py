@@ -28,7 +28,7 @@ OUTWEIGHS = {
 }
 
 
-class Parser(HfArgumentParser):
+class JobParser(HfArgumentParser):
     """A parser whose errors are one line without the usage text, which lists some two hundred flags."""
 
     def error(self, message: str) -> NoReturn:
@@ -47,7 +47,7 @@ def parse_job(
         ValueError: a name is unknown (the message has the nearest one), or a value is not possible.
     """
     form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(CONFIGS, prog=prog, description=description, formatter_class=form, allow_abbrev=False)
+    parser = JobParser(CONFIGS, prog=prog, description=description, formatter_class=form, allow_abbrev=False)
     parser.add_argument("--config", help="a JSON or YAML file with settings; flags win over it")
     names = sorted({field.name for config in CONFIGS for field in dataclasses.fields(config) if field.init})
     argv = _replace_aliases(argv)
@@ -66,7 +66,7 @@ def parse_job(
     return model_config, data_config, args
 
 
-def _set_defaults(parser: Parser, argv: Sequence[str], settings: dict[str, Any]) -> None:
+def _set_defaults(parser: JobParser, argv: Sequence[str], settings: dict[str, Any]) -> None:
     """Make the parser's defaults those of the file, and below them the recipe's where the model is the tiny one."""
     given = {word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
     dropped = _rivals_of(given) - given

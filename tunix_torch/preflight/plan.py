@@ -304,5 +304,5 @@ def _check_mesh(argv: Sequence[str], topology: Topology) -> None:
 
 def check_traceable() -> None:
     """Raise ValueError when this process cannot trace a job's graphs, since torch_xla is missing."""
-    if device.KIND != "xla":
+    if not device.traces_graphs():
         raise ValueError("the pre-flight traces with torch_xla: pip install 'torch-xla[tpu]==2.9.0'")
