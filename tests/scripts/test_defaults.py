@@ -10,13 +10,14 @@ from tunix_torch.config import recipes
 from tunix_torch.config.files import load_config
 
 ROOT = Path(__file__).parent.parent.parent
+GENERATED = [ROOT / "config_example.json", ROOT / generate.FROM_TRL]
 
 
 def test_the_files_of_defaults_are_what_the_generator_writes(tmp_path):
     generate.main(tmp_path)
     written = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     files = [path for path in (ROOT / "conf").rglob("*.yaml") if path.parent.name != "experiment"]
-    committed = {str(path.relative_to(ROOT)): path.read_text() for path in [*files, ROOT / "config_example.json"]}
+    committed = {str(path.relative_to(ROOT)): path.read_text() for path in [*files, *GENERATED]}
     hint = "run python -m tunix_torch.compat.generate, or make config"
     assert written.keys() == committed.keys(), hint
     assert not [name for name in written if written[name] != committed[name]], hint

@@ -1,4 +1,6 @@
-"""Writes `conf/` and `config_example.json` from the dataclasses of settings and the recipes, which hold every default.
+"""Writes `conf/`, `config_example.json` and a table of `docs/from_trl.md` from the dataclasses and recipes of settings.
+
+These hold every default.
 
 python -m tunix_torch.compat.generate            # into the current folder
 python -m tunix_torch.compat.generate FOLDER
@@ -21,6 +23,7 @@ from ..config.model import GEMMA3_SIZES, TINY_NAME
 from ..config.recipes import AGENT_TUNIX, AGENT_TUNIX_AGREES, AGENT_TUNIX_MODEL, JOB, TINY
 from ..config.saved import settings_of
 from .agent_tunix import GRPOTrainingConfig, name_in_grpo_config, sections_of_settings
+from .trl import table_of_fields
 
 CONFIG_HEAD = """\
 # What run_training.py starts from. A section's file gives its values; a model's file may change any of them, an
@@ -50,6 +53,8 @@ hydra:
       level: WARNING
 """
 MAX_WIDTH = 110  # of a line
+FROM_TRL = "docs/from_trl.md"
+TABLE_BEGINS, TABLE_ENDS = "<!-- fields: written by python -m tunix_torch.compat.generate -->\n", "<!-- end -->"
 OF_A_MODEL = "# @package _global_\n"
 TINY_HEAD = "# The embedded model and the job it is made for, offline: what `python train.py --use_grpo` runs.\n"
 # A section's settings that stand in another section's file, where agent-tunix has them too.
@@ -68,6 +73,10 @@ def files() -> dict[str, str]:
         written[f"conf/{name}/default.yaml"] = "".join(lines)
     settings = settings_of(*parse_job(["--use_grpo"]))
     written["config_example.json"] = json.dumps(settings, indent=2) + "\n"
+    page = (Path(__file__).parents[2] / FROM_TRL).read_text()
+    before, begin, rest = page.partition(TABLE_BEGINS)
+    _, end, after = rest.partition(TABLE_ENDS)
+    written[FROM_TRL] = before + begin + table_of_fields() + end + after
     return written
 
 
