@@ -131,7 +131,7 @@ def test_what_is_not_a_number_fails():
 
 
 def plant_advantages(divisor):
-    def wrong(rewards, group_size, algorithm="grpo", normalize=True, epsilon=1e-8):
+    def wrong(rewards, group_size, algorithm="grpo", normalize=True, epsilon=1e-8, std=None):
         grouped = rewards.double().view(-1, group_size)
         centred = grouped - grouped.mean(dim=1, keepdim=True)
         return (centred / divisor(grouped, epsilon)).flatten().float()
@@ -141,12 +141,12 @@ def plant_advantages(divisor):
 
 def population_std(monkeypatch, trainer):
     wrong = plant_advantages(lambda r, epsilon: r.std(dim=1, keepdim=True, correction=0) + epsilon)
-    monkeypatch.setattr(tunix_torch.trainer, "compute_group_advantages", wrong)
+    monkeypatch.setattr(tunix_torch.rewarding.advantages, "compute_group_advantages", wrong)
 
 
 def epsilon_inside_the_root(monkeypatch, trainer):
     wrong = plant_advantages(lambda r, epsilon: (r.var(dim=1, keepdim=True) + epsilon).sqrt())
-    monkeypatch.setattr(tunix_torch.trainer, "compute_group_advantages", wrong)
+    monkeypatch.setattr(tunix_torch.rewarding.advantages, "compute_group_advantages", wrong)
 
 
 def k1_for_k3(monkeypatch, trainer):
@@ -155,12 +155,12 @@ def k1_for_k3(monkeypatch, trainer):
 
 
 def mask_off_by_one(monkeypatch, trainer):
-    right = tunix_torch.trainer.aggregation_weights
+    right = tunix_torch.learn.weights.aggregation_weights
 
     def shifted(mask, *settings, **counts):
         return right(torch.nn.functional.pad(mask[:, 1:], (0, 1)), *settings, **counts)
 
-    monkeypatch.setattr(tunix_torch.trainer, "aggregation_weights", shifted)
+    monkeypatch.setattr(tunix_torch.learn.weights, "aggregation_weights", shifted)
 
 
 def temperature_forgotten(monkeypatch, trainer):
@@ -188,12 +188,12 @@ def temperature_forgotten_in_old_ones(monkeypatch, trainer):
 
 
 def aggregation_swapped(monkeypatch, trainer):
-    right = tunix_torch.trainer.aggregation_weights
+    right = tunix_torch.learn.weights.aggregation_weights
 
     def swapped(mask, mode, width, **counts):
         return right(mask, "token-mean", width, **counts)
 
-    monkeypatch.setattr(tunix_torch.trainer, "aggregation_weights", swapped)
+    monkeypatch.setattr(tunix_torch.learn.weights, "aggregation_weights", swapped)
 
 
 def alpha_over_rank_forgotten(monkeypatch, trainer):
