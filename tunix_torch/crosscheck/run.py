@@ -64,9 +64,11 @@ def rows_of_family(family: str, cases: Sequence[Case], chain: int) -> Iterator[R
 
 def rows_of_trl(family: str, cases: Sequence[str] = TRL_CASES) -> Iterator[Row]:
     """Compare with TRL, in the cases that it shares. No completion is empty, since TRL would count it as a row."""
-    from .trl_side import compare_with_trl
+    from .trl_side import compare_advantages, compare_with_trl
 
     with saved_model(family) as folder:
+        if cases is TRL_CASES:
+            yield from compare_advantages(f"TRL, {family}", folder)
         for case in CASES:
             if case.name in cases:
                 trainer = make_trainer(folder, case)

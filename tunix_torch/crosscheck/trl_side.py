@@ -16,7 +16,9 @@ from ..batch import TrainBatch
 from ..learn.record import StepRecord
 from ..model import tiny
 from ..model.loading import add_lora, load_base_model, lora_config
-from .compare import LOGPS, Row, gradient_row, largest_difference, scalar_tolerance
+from ..rewarding.advantages import step_advantages
+from .cases import GROUP
+from .compare import ADVANTAGES, LOGPS, Row, gradient_row, largest_difference, scalar_tolerance
 from .ours import ALPHA, RANK, no_reward
 
 # TRL's `loss_type` for each aggregation of the loss here. TRL's means over rows count empty rows too; those of this
@@ -39,6 +41,15 @@ SAME_NAMES = (
     "off_policy_mask_threshold",
     "top_entropy_quantile",
     "entropy_coef",
+    "reward_weights",
+    "multi_objective_aggregation",
+)
+TRL_EPSILON = 1e-4  # beside the standard deviation, a constant in TRL
+ADVANTAGE_CASES = (
+    {"scale_rewards": "group"},
+    {"scale_rewards": "batch"},
+    {"scale_rewards": "none"},
+    {"multi_objective_aggregation": "normalize_then_sum"},
 )
 
 
@@ -70,12 +81,40 @@ def compare_with_trl(case: str, folder: Path, record: StepRecord, args: GRPOConf
     yield gradient_row(case, record.gradients, {name: parameters[name].grad for name in record.gradients}, True)
 
 
-def _make_trl_trainer(model: nn.Module, num_rows: int, args: GRPOConfig) -> GRPOTrainer:
+def compare_advantages(case: str, folder: Path) -> Iterator[Row]:
+    """Compare the advantages of each way to scale rewards, of two functions, with those that TRL's rollout computes.
+
+    Args:
+        folder: of any model; TRL's trainer needs one.
+    """
+    random = torch.Generator().manual_seed(3)
+    rewards = torch.rand(3 * GROUP, 2, generator=random, dtype=torch.float64)
+    rewards[:GROUP, 0] = 0.5  # a group that one function rewards equally
+    rewards[GROUP + 1, 1] = torch.nan  # a row to which one function does not apply
+    weights = [1.0, 0.5]
+    totals = (rewards * torch.tensor(weights)).nansum(dim=1)
+    model = load_base_model(str(folder))
+    for settings in ADVANTAGE_CASES:
+        args = GRPOConfig(
+            num_completions_per_prompt=GROUP, advantage_epsilon=TRL_EPSILON, reward_weights=weights, **settings
+        )
+        ours = step_advantages(rewards, totals, torch.tensor(weights, dtype=torch.float64), args)
+        trainer = _make_trl_trainer(model, len(rewards), args, 2)
+        row = [[2, 3]] * len(rewards)
+        # What TRL samples and how it is rewarded are given; what remains of its rollout is what it makes of rewards.
+        trainer._generate = lambda prompts, row=row: (row, row, None, ["?"] * len(row), None, {}, None, None)
+        trainer._calculate_rewards = lambda *given: rewards
+        theirs = trainer._generate_and_score_completions([{"prompt": "?"}] * len(rewards))["advantages"]
+        name = ", ".join(f"{value}" for value in settings.values())
+        yield Row(f"{case}, {name}", "advantages", largest_difference(ours, theirs), ADVANTAGES)
+
+
+def _make_trl_trainer(model: nn.Module, num_rows: int, args: GRPOConfig, num_functions: int = 1) -> GRPOTrainer:
     """Return TRL's trainer of the model with the same settings, for batches of `num_rows` completions."""
     with tempfile.TemporaryDirectory() as output_dir:
         trainer = GRPOTrainer(
             model,
-            no_reward,
+            [no_reward] * num_functions,
             TRLConfig(
                 output_dir=output_dir,
                 use_cpu=True,
@@ -93,6 +132,7 @@ def _make_trl_trainer(model: nn.Module, num_rows: int, args: GRPOConfig) -> GRPO
                 delta=args.delta or args.epsilon_c,
                 loss_type=args.loss_type or ("dapo" if args.algorithm == "dapo" else LOSS_TYPES[args.aggregation]),
                 importance_sampling_level="sequence" if args.sequence_level else "token",
+                scale_rewards=args.reward_scale,
                 **{name: getattr(args, name) for name in SAME_NAMES},
             ),
             Dataset.from_list([{"prompt": "?"}]),
