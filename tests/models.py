@@ -19,9 +19,9 @@ from transformers import (
 
 from tunix_torch.batch import TrainBatch
 from tunix_torch.batch import completion_lengths as lengths_of
-from tunix_torch.grpo import aggregation_weights
 from tunix_torch.learn import logprobs
 from tunix_torch.learn.passes import shared_prompts
+from tunix_torch.learn.weights import aggregation_weights
 from tunix_torch.model.forward import base_model
 from tunix_torch.model.loading import LORA_TARGETS, add_lora
 

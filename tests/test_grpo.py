@@ -11,11 +11,11 @@ from tunix_torch.grpo import (
     ALGORITHMS,
     KL_ESTIMATORS,
     LOSS_AGGREGATIONS,
-    aggregation_weights,
-    compute_group_advantages,
     grpo_loss,
     per_token_kl,
 )
+from tunix_torch.learn.weights import aggregation_weights
+from tunix_torch.rewarding.advantages import compute_group_advantages
 from tunix_torch.runtime import mesh
 
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)

@@ -24,16 +24,17 @@ from .config.services import check_reporting
 from .data.prompts import decode_completions
 from .evals.answers import Answers
 from .evals.evaluation import evaluate_policy
-from .grpo import aggregation_weights, compute_group_advantages
 from .learn.invariants import check_first_pass
 from .learn.metrics import add_up, learning_metrics, rollout_metrics, sum_up, warn_of_equal_rewards
 from .learn.passes import rehearse
 from .learn.record import keep_step
 from .learn.sft import learn_rows
 from .learn.step import learn, logps_without_gradient
+from .learn.weights import learned_tokens, step_weights
 from .model.forward import base_model, reference_policy
 from .model.loading import eos_token_ids, load_tokenizer
 from .model.policy import check_trainable, make_policy
+from .rewarding.advantages import overlong_penalties, step_advantages
 from .rewarding.questions import Questions
 from .rewarding.scorer import Scorer, check_rewards
 from .rewarding.scoring import RewardFunc
@@ -94,6 +95,7 @@ class TunixTrainer(AdapterTrainer):
         self.sampling = SamplingParams(
             args.generation_max_length, args.generation_temperature, args.generation_top_k, args.generation_top_p
         )
+        self.sampling = replace(self.sampling, truncated_logps=args.corrects_sampler)
         eos_ids, pad_id = eos_token_ids(policy.model, processing_class), processing_class.pad_token_id
         self.sampler = Sampler(policy.model, eos_ids, pad_id, args.stop_check_interval, compile_ahead=True)
         num_embeddings = base_model(policy.model).get_input_embeddings().weight.shape[0]
@@ -154,10 +156,15 @@ class TunixTrainer(AdapterTrainer):
 
     def _collect_together(self, inputs: list[dict[str, Any]]) -> list[tuple[TrainBatch, Tensor]]:
         """Collect all batches that one optimizer step accumulates, each with its rewards (B, R). The weights of their
-        tokens are computed over all of them, as if they were one batch."""
-        batches = [(self.collect(PromptBatch(**columns).to(self.args.device)), self._rewards) for columns in inputs]
-        weights = self._token_weights([batch.completion_mask.cpu() for batch, _ in batches])
-        return [(replace(b, token_weights=w), rewards) for (b, rewards), w in zip(batches, weights, strict=True)]
+        tokens, and their advantages, are computed over all of them, as if they were one batch."""
+        collected = [(self.collect(PromptBatch(**columns).to(self.args.device)), self._rewards) for columns in inputs]
+        batches, rewards = zip(*collected, strict=True)
+        masks = [b.completion_mask.cpu() for b in batches], [b.token_weights.cpu() > 0 for b in batches]
+        self._rewards = torch.cat(rewards)
+        advantages = self.compute_group_advantages(torch.cat([b.rewards for b in batches])).to(self.args.device)
+        advantages = advantages.split([len(b.advantages) for b in batches])
+        parts = zip(batches, advantages, step_weights(*masks, self.args), rewards, strict=True)
+        return [(replace(batch, advantages=a, **weights), r) for batch, a, weights, r in parts]
 
     def grpo_training_step(self, prompts: PromptBatch) -> Tensor:
         """Sample, score and learn. Returns the loss, detached. Accumulated batches were sampled already."""
@@ -189,7 +196,7 @@ class TunixTrainer(AdapterTrainer):
             texts = decode_completions(self.processing_class, ids, mask, self.sampler.eos_token_ids)
             rewards = together.decided_by_first(lambda: self.compute_rewards_for_completions(prompts, texts).tolist())
             self._rewards = torch.tensor(rewards, dtype=torch.float64)  # (B, R)
-        totals = self.scorer.totals(self._rewards, texts)  # (B,)
+        totals = self.scorer.totals(self._rewards, texts) - overlong_penalties(mask.sum(1), self.args)  # (B,)
         names, group_size = self.scorer.names, self.args.num_completions_per_prompt
         ids, mask, rewards, all_totals = map(together.gather_rows, (ids, mask, self._rewards, totals))
         metrics = rollout_metrics(ids, mask, rewards, all_totals, names, group_size, self.sampler.eos_token_ids)
@@ -205,6 +212,7 @@ class TunixTrainer(AdapterTrainer):
     def _begin_train_batch(self, prompts: PromptBatch, rollout: Rollout) -> TrainBatch:
         """Everything that the loss needs, except that the advantages are 0 until there are rewards."""
         mask = rollout.completion_mask.cpu()
+        learned = learned_tokens(rollout.completion_ids, mask, self.sampler.eos_token_ids, self.args)
         # Columns in which all rows are padding are left out where a new shape compiles nothing.
         width = mask.shape[1] if device.static_shapes() else max(1, int(mask.any(dim=0).sum()))
         batch = TrainBatch(
@@ -213,19 +221,12 @@ class TunixTrainer(AdapterTrainer):
             completion_ids=rollout.completion_ids[:, :width],
             completion_mask=rollout.completion_mask[:, :width],
             advantages=torch.zeros(len(mask), device=self.args.device),
-            token_weights=self._token_weights([mask])[0][:, :width],
+            **step_weights([mask[:, :width]], [learned[:, :width]], self.args)[0],
             lengths=completion_lengths(mask),
             sampler_logps=rollout.sampler_logps[:, :width],
         )
         self._add_logps(batch)
         return batch
-
-    def _token_weights(self, masks: Sequence[Tensor]) -> list[Tensor]:
-        """The weight of each token in the loss, relative to all tokens that an optimizer step learns from. For the mask
-        of each batch, (B, C) bool on the CPU, this returns weights (B, C) float32 on the device."""
-        counts = {"num_tokens": sum(int(m.sum()) for m in masks), "num_rows": sum(int(m.any(1).sum()) for m in masks)}
-        mode, longest, counts = self.args.aggregation, self.args.generation_max_length, together.sum_numbers(counts)
-        return [aggregation_weights(mask, mode, longest, **counts).to(self.args.device) for mask in masks]
 
     def _add_logps(self, batch: TrainBatch) -> None:
         """Add the log-probabilities of the reference, and of the policy before it learns, where the loss needs them."""
@@ -257,6 +258,7 @@ class TunixTrainer(AdapterTrainer):
             if iteration > 0:
                 self.optimizer_step()
             parts = self.learning_pass(batch)
+            self.entropy.learned(parts, step_ends=self.accelerator.sync_gradients)
             if iteration == 0:
                 first_pass = parts
                 if step <= args.save_batches:
@@ -284,7 +286,7 @@ class TunixTrainer(AdapterTrainer):
 
     def learning_pass(self, batch: TrainBatch) -> list[dict[str, Tensor]]:
         """Forward and backward of every micro-batch. The gradients add up in the parameters. See `learn`."""
-        parts = learn(self.model, batch, self.args, self.backward)
+        parts = learn(self.model, self.entropy.weighted(batch), self.args, self.backward)
         self.sum_gradients()
         return parts
 
@@ -315,9 +317,7 @@ class TunixTrainer(AdapterTrainer):
     def compute_group_advantages(self, rewards: Tensor) -> Tensor:
         """(B,) total rewards -> (B,) float32 advantages, which are checked to be centred in each group."""
         args, group_size = self.args, self.args.num_completions_per_prompt
-        advantages = compute_group_advantages(
-            rewards, group_size, args.algorithm, args.normalize_advantages, args.advantage_epsilon
-        )
+        advantages = step_advantages(self._rewards, rewards, self.scorer.weights, args)
         assert advantages.shape == rewards.shape, f"advantages {advantages.shape} for rewards {rewards.shape}"
         grouped = advantages.view(-1, group_size)
         off = grouped.mean(dim=1).abs() > 1e-5 * (1 + grouped.abs().amax(dim=1))

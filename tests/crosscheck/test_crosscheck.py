@@ -41,6 +41,7 @@ def peers():
 
 
 CASE = {case.name: case for case in CASES}
+IN_TUNIX = [case.name for case in CASES if case.in_tunix]
 FAMILY = "gemma3-2"
 
 
@@ -69,7 +70,7 @@ def compare(policy, case, damage=lambda trainer: None, folder=None):
 
 
 @pytest.mark.parametrize(
-    "name", ["defaults", *(pytest.param(name, marks=pytest.mark.thorough) for name in CASE if name != "defaults")]
+    "name", ["defaults", *(pytest.param(name, marks=pytest.mark.thorough) for name in IN_TUNIX if name != "defaults")]
 )
 def test_every_case_agrees_with_tunix(policy, name):
     assert failures(compare(policy, CASE[name])) == []
@@ -108,7 +109,25 @@ def test_lora_map_is_exact_both_ways(policy):
 
 @pytest.mark.thorough
 def test_trl_agrees_where_it_shares_a_mode():
-    assert failures(crosscheck.run.rows_of_trl(FAMILY, cases=["old", "gspo", "dapo"])) == []
+    rows = list(crosscheck.run.rows_of_trl(FAMILY))
+    assert failures(rows) == []
+    compared = {row.case.partition(f"{FAMILY}, ")[2] for row in rows}
+    assert compared >= {name for name in CASE if name not in IN_TUNIX} | {"old", "gspo", "dapo", "batch"}
+
+
+@pytest.mark.parametrize("name", ["bnpo", "cispo", "sapo", "luspo", "vespo", "entropy bonus", "token_mask"])
+@pytest.mark.thorough
+def test_another_loss_is_told_from_that_of_trl(name, monkeypatch):
+    """Each case gets TRL's result for the plain loss, and all of them differ from it."""
+    side = importlib.import_module("tunix_torch.crosscheck.trl_side")
+    right = side.compare_with_trl
+
+    def plain(case, folder, record, args):
+        args = replace(args, loss_type="grpo", entropy_coef=0.0, sampler_correction="none")
+        return right(case, folder, record, args)
+
+    monkeypatch.setattr(side, "compare_with_trl", plain)
+    assert {"loss", "LoRA gradients"} & set(failures(crosscheck.run.rows_of_trl(FAMILY, cases=[name])))
 
 
 @pytest.mark.thorough
@@ -131,7 +150,7 @@ def test_what_is_not_a_number_fails():
 
 
 def plant_advantages(divisor):
-    def wrong(rewards, group_size, algorithm="grpo", normalize=True, epsilon=1e-8):
+    def wrong(rewards, group_size, algorithm="grpo", normalize=True, epsilon=1e-8, std=None):
         grouped = rewards.double().view(-1, group_size)
         centred = grouped - grouped.mean(dim=1, keepdim=True)
         return (centred / divisor(grouped, epsilon)).flatten().float()
@@ -141,12 +160,12 @@ def plant_advantages(divisor):
 
 def population_std(monkeypatch, trainer):
     wrong = plant_advantages(lambda r, epsilon: r.std(dim=1, keepdim=True, correction=0) + epsilon)
-    monkeypatch.setattr(tunix_torch.trainer, "compute_group_advantages", wrong)
+    monkeypatch.setattr(tunix_torch.rewarding.advantages, "compute_group_advantages", wrong)
 
 
 def epsilon_inside_the_root(monkeypatch, trainer):
     wrong = plant_advantages(lambda r, epsilon: (r.var(dim=1, keepdim=True) + epsilon).sqrt())
-    monkeypatch.setattr(tunix_torch.trainer, "compute_group_advantages", wrong)
+    monkeypatch.setattr(tunix_torch.rewarding.advantages, "compute_group_advantages", wrong)
 
 
 def k1_for_k3(monkeypatch, trainer):
@@ -155,19 +174,19 @@ def k1_for_k3(monkeypatch, trainer):
 
 
 def mask_off_by_one(monkeypatch, trainer):
-    right = tunix_torch.trainer.aggregation_weights
+    right = tunix_torch.learn.weights.aggregation_weights
 
     def shifted(mask, *settings, **counts):
         return right(torch.nn.functional.pad(mask[:, 1:], (0, 1)), *settings, **counts)
 
-    monkeypatch.setattr(tunix_torch.trainer, "aggregation_weights", shifted)
+    monkeypatch.setattr(tunix_torch.learn.weights, "aggregation_weights", shifted)
 
 
 def temperature_forgotten(monkeypatch, trainer):
     right = tunix_torch.learn.step.token_logps
 
-    def forgetful(model, rows, temperature=1.0):
-        return right(model, rows, 1.0 if torch.is_grad_enabled() else temperature)
+    def forgetful(model, rows, temperature=1.0, *others):
+        return right(model, rows, 1.0 if torch.is_grad_enabled() else temperature, *others)
 
     monkeypatch.setattr(tunix_torch.learn.step, "token_logps", forgetful)
 
@@ -188,12 +207,12 @@ def temperature_forgotten_in_old_ones(monkeypatch, trainer):
 
 
 def aggregation_swapped(monkeypatch, trainer):
-    right = tunix_torch.trainer.aggregation_weights
+    right = tunix_torch.learn.weights.aggregation_weights
 
     def swapped(mask, mode, width, **counts):
         return right(mask, "token-mean", width, **counts)
 
-    monkeypatch.setattr(tunix_torch.trainer, "aggregation_weights", swapped)
+    monkeypatch.setattr(tunix_torch.learn.weights, "aggregation_weights", swapped)
 
 
 def alpha_over_rank_forgotten(monkeypatch, trainer):
@@ -274,6 +293,12 @@ def test_the_command_prints_a_table_and_writes_it(monkeypatch, capsys, tmp_path)
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert {"case", "quantity", "difference", "tolerance", "verdict"} <= set(rows[0])
     assert {row["verdict"] for row in rows} == {"pass"} and f"{FAMILY}, k1" in out
+
+
+@pytest.mark.thorough
+def test_the_command_compares_with_trl_what_tunix_does_not_have(monkeypatch, capsys):
+    code, out = run_command(monkeypatch, capsys, "--families", FAMILY, "--cases", "sapo")
+    assert code == 0 and f"TRL, {FAMILY}, sapo" in out and "parameters after" not in out, out
 
 
 def test_the_command_names_the_worst_offender_and_fails(monkeypatch, capsys):

@@ -75,6 +75,27 @@ def test_cached_decode_equals_a_full_forward(family, params):
     torch.testing.assert_close(rollout.sampler_logps, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "params", [SamplingParams(20, 0.8, top_k=5), SamplingParams(20, 1.2, top_p=0.7), SamplingParams(20, 0.9, 20, 0.8)]
+)
+def test_truncated_log_probabilities_are_those_among_the_candidates(params):
+    """The same tokens are chosen, and the log-probability of each is its share of the candidates' probability."""
+    model = make_policy()
+    plain, truncated = (sample(model, params=replace(params, truncated_logps=value)) for value in (False, True))
+    assert torch.equal(plain.completion_ids, truncated.completion_ids)
+    gap = truncated.sampler_logps - plain.sampler_logps
+    assert (gap > -1e-6).all() and gap.max() > 0.1 and truncated.sampler_logps.max() < 1e-6
+    scores = torch.randn(50, 31, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.linspace(0, 0.999, 50)
+    tokens, logps = choose_tokens(scores, uniforms, replace(params, truncated_logps=True))
+    for row, token, logp in zip(scores, tokens, logps, strict=True):
+        probs = torch.softmax(row / params.temperature, dim=0)
+        order = probs.argsort(descending=True)[: params.top_k or None]
+        share = probs[order] / probs[order].sum()
+        kept = order[share.cumsum(0) - share < params.top_p]
+        assert float(logp) == pytest.approx(float((probs[token] / probs[kept].sum()).log()), abs=1e-5)
+
+
 @every_family
 @pytest.mark.parametrize("params", [replace(PARAMS, temperature=0.0), SamplingParams(20, 0.9, top_k=30, top_p=0.95)])
 def test_every_token_is_chosen_from_a_full_forward_without_a_cache(family, params):

@@ -12,7 +12,9 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from ..config.grpo import GRPOConfig
+from ..config.loss import warn_of_loss
 from ..config.services import blamed_on
+from ..learn.entropy import EntropyControl
 from ..learn.finite import check_finite, check_gradient_norm
 from ..model.adapter import (
     REFERENCE_FILE,
@@ -23,7 +25,7 @@ from ..model.adapter import (
     save_adapter,
     save_reference,
 )
-from ..model.checks import check_reference, has_dropout
+from ..model.checks import check_reference, has_dropout, remove_dropout
 from ..model.forward import recompute_layers
 from ..model.policy import Policy
 from ..runtime import device, together
@@ -54,6 +56,8 @@ class AdapterTrainer(Trainer):
         self, policy: Policy, args: GRPOConfig, callbacks: list[TrainerCallback] | None = None, **others: Any
     ) -> None:
         self.policy = policy
+        if args.disable_dropout:
+            remove_dropout(policy.model)
         if args.beta > 0:
             check_reference(args.reference, policy.model.peft_config[policy.adapter])
         early_stopping = (
@@ -83,6 +87,9 @@ class AdapterTrainer(Trainer):
             self.reference = self._reference_of(checkpoint)
         elif self.args.reference == "start" and self.args.beta > 0:
             self.reference = now
+        self.entropy = EntropyControl(self.args)
+        if checkpoint is not None:
+            self.entropy.load(checkpoint)
         self.starts_at_reference = now is None or self.reference is not None
         self.has_dropout = has_dropout(self.model)
 
@@ -123,6 +130,8 @@ class AdapterTrainer(Trainer):
         if self.args.gradient_checkpointing:  # `transformers.Trainer` has just done it again, its own way
             recompute_layers(self.model, self.args.gradient_checkpointing_kwargs)
         self.begin_run(checkpoint)
+        if self.args.use_grpo and together.is_first():
+            warn_of_loss(self.args)
         return super()._inner_training_loop(*args, **kwargs)
 
     # ---- a run that is finished ----
@@ -225,7 +234,7 @@ class AdapterTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of each number that `add_metrics` was given since the last log."""
         if "loss" in logs:
-            logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()}
+            logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()} | self.entropy.metrics()
             self._metrics.clear()
         super().log(logs | device.counters(), start_time)
 
@@ -252,6 +261,8 @@ class AdapterTrainer(Trainer):
             reference = {name: weight.cpu() for name, weight in self.reference.items()}
             if self.args.should_save:
                 save_reference(reference, output_dir)
+        if _internal_call and frozen is not None and self.args.should_save:
+            self.entropy.save(output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

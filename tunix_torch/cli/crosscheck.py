@@ -28,6 +28,7 @@ COMMAND --from-run outputs                # replay a run made with train.py --sa
 """
 
 NEEDED = {"jax": "jax==0.10.2", "tunix": "google-tunix==0.1.7"}
+TRL = "trl==1.16.0"
 CHAIN = 20  # AdamW steps
 TRL_FAMILIES = ("gemma3-2", "gemma2", "gemma4")
 
@@ -75,12 +76,20 @@ def rows_of_cases(families: Sequence[str] | None, cases: Sequence[str] | None) -
     from ..crosscheck.run import rows_of
 
     cases = choose(cases, [case.name for case in CASES], "cases") if cases else None
-    jobs = [Job("tunix", family, cases, CHAIN) for family in choose(families, FAMILIES, "families")]
+    in_tunix = {case.name for case in CASES if case.in_tunix}
+    chosen = choose(families, FAMILIES, "families")
+    jobs = [Job("tunix", family, cases, CHAIN) for family in chosen if cases is None or in_tunix & set(cases)]
+    only_in_trl = [case for case in cases or [] if case not in in_tunix]
+    has_trl = importlib.util.find_spec("trl") is not None
+    if only_in_trl:
+        if not has_trl:
+            raise ValueError(f"cases={only_in_trl[0]!r}: only TRL has it: pip install {TRL}")
+        jobs += [Job("trl", family, only_in_trl) for family in chosen if family in TRL_FAMILIES]
     if families is None and cases is None:
-        if importlib.util.find_spec("trl") is None:
-            print("trl is not installed: its opinion is left out")
-        else:
+        if has_trl:
             jobs += [Job("trl", family) for family in TRL_FAMILIES]
+        else:
+            print("trl is not installed: its opinion is left out")
         jobs.append(Job("differences"))
     if len(jobs) == 1:
         yield from rows_of(jobs[0])

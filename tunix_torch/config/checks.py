@@ -8,7 +8,8 @@ from transformers import SchedulerType
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
-from ..grpo import ALGORITHMS, KL_ESTIMATORS, LOSS_AGGREGATIONS
+from ..grpo import ALGORITHMS, KL_ESTIMATORS, LOSS_AGGREGATIONS, LOSS_TYPES
+from .loss import CORRECTIONS, OBJECTIVES, REWARD_SCALES, check_loss
 from .settings import require
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ COUNTS = (
 NOT_NEGATIVE = (
     "generation_top_k",
     "advantage_epsilon",
+    "overlong_buffer_length",
+    "overlong_penalty",
+    "entropy_coef_delta",
+    "sampler_correction_min",
     "kl_penalty_coef",
     "num_eval_completions",
     "reward_processes",
@@ -51,7 +56,18 @@ NOT_NEGATIVE = (
     "eval_delay",
     "dataloader_num_workers",
 )
-POSITIVE = ("generation_temperature", "eval_temperature", "kl_clamp_value", "reward_timeout", "num_train_epochs")
+POSITIVE = (
+    "generation_temperature",
+    "eval_temperature",
+    "kl_clamp_value",
+    "delta",
+    "sapo_temperature_neg",
+    "sapo_temperature_pos",
+    "off_policy_mask_threshold",
+    "sampler_correction_max",
+    "reward_timeout",
+    "num_train_epochs",
+)
 BOUNDS = (
     Bound(("max_steps",), lambda v: v == -1 or v >= 1, "must be at least 1, or -1: num_train_epochs decides"),
     Bound(POSITIVE, lambda v: v > 0, "must be above 0"),
@@ -61,6 +77,7 @@ BOUNDS = (
     Bound(("save_total_limit",), lambda v: v >= 0, "must not be negative; 0: no limit"),
     Bound(("generation_top_p",), lambda v: 0 < v <= 1, "must be in (0, 1]"),
     Bound(("epsilon",), lambda v: 0 < v < 1, "must be in (0, 1)"),
+    Bound(("top_entropy_quantile",), lambda v: 0 <= v <= 1, "must be in [0, 1]"),
     Bound(("epsilon_c",), lambda v: v > 1, "must be above 1"),
     Bound(("adam_beta1", "adam_beta2"), lambda v: 0 <= v < 1, "must be in [0, 1)"),
 )
@@ -72,6 +89,11 @@ CHOICES = {
     "overlong_prompts": ("drop", "raise"),
     "kl_estimator": KL_ESTIMATORS,
     "loss_aggregation": (None, *LOSS_AGGREGATIONS),
+    "loss_type": (None, *LOSS_TYPES),
+    "importance_sampling_level": (None, "token", "sequence"),
+    "scale_rewards": (None, *REWARD_SCALES),
+    "multi_objective_aggregation": OBJECTIVES,
+    "sampler_correction": CORRECTIONS,
     "lr_scheduler_type": [choice.value for choice in SchedulerType],
     "optim": [choice.value for choice in OptimizerNames],
     "eval_strategy": [choice.value for choice in IntervalStrategy],
@@ -109,6 +131,7 @@ def check_values(args: "GRPOConfig") -> None:
         require(value in choices, name, value, f"choose one of {', '.join(choice for choice in choices if choice)}")
     _check_group(args)
     _check_combinations(args)
+    check_loss(args)
     _check_left_out(args)
 
 

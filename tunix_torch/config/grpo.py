@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from transformers import SchedulerType, TrainingArguments
 
-from ..grpo import LOSS_AGGREGATIONS
+from ..grpo import LOSS_AGGREGATIONS, LOSS_TYPES
 from ..runtime import device as process_device
 from ..runtime import mesh, together
 from ..runtime.choice import KINDS
 from .checks import check_values
+from .loss import loss_type_of
 from .settings import accept_aliases, check_types, require, setting
 
 SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # these follow `metric_for_best_model`
+
+SAMPLING_LEVELS = {"gspo": "sequence"}  # the importance_sampling_level of algorithms, where it isn't token
 
 SYSTEM_MESSAGE = (
     "Reason step by step between <reasoning> and </reasoning>, "
@@ -74,6 +77,15 @@ class GRPOConfig(TrainingArguments):
     algorithm: str = setting("grpo", "grpo, gspo, dr_grpo, dapo or rloo")
     normalize_advantages: bool = setting(True, "divide by the group's standard deviation (dr_grpo and rloo never do)")
     advantage_epsilon: float = setting(1e-8, "added to that standard deviation")
+    scale_rewards: str | None = setting(
+        None, "divide by the standard deviation of: group, batch or none; none given: see normalize_advantages"
+    )
+    multi_objective_aggregation: str = setting(
+        "sum_then_normalize", "or normalize_then_sum (GDPO): each reward function is normalized within the group first"
+    )
+    overlong_buffer_length: int = setting(0, "the last tokens, in which a completion's reward falls (DAPO); 0: none")
+    overlong_penalty: float = setting(1.0, "what it has fallen by at the greatest length")
+    mask_truncated_completions: bool = setting(False, "learn nothing from completions that have no end")
     use_kl_penalty: bool = setting(True, "penalise KL from the reference policy, see reference")
     reference: str = setting(
         "start",
@@ -83,13 +95,47 @@ class GRPOConfig(TrainingArguments):
     kl_penalty_coef: float = setting(0.01, "weight of the KL penalty; 0: no reference is computed (also beta, kl_coef)")
     kl_estimator: str = setting("k3", "k1 (Tunix 'kl'), k2 ('mse_kl') or k3 ('low_var_kl')")
     kl_clamp_value: float | None = setting(None, "limit the KL estimate of a token to this absolute value")
+    use_bias_correction_kl: bool = setting(False, "multiply the KL estimate by the ratio: its gradient is unbiased")
     num_iterations: int = setting(1, "passes over a rollout batch, an optimizer step each")
     epsilon: float = setting(0.2, "ratios are clipped at 1 - epsilon (also clip_range)")
     epsilon_high: float | None = setting(None, "and at 1 + epsilon_high; none: epsilon, or 0.28 with dapo")
     epsilon_c: float | None = setting(None, "dual clip: cap of the ratio for negative advantages, above 1; none: off")
+    delta: float | None = setting(None, "cap of the ratio that is not clipped, above 1 + epsilon_high; none: off")
+    loss_type: str | None = setting(None, ", ".join(LOSS_TYPES) + " (TRL's names); none: what the algorithm has")
+    importance_sampling_level: str | None = setting(
+        None, "ratios of token or sequence; none: token, or sequence with gspo"
+    )
+    sapo_temperature_neg: float = setting(1.05, "sapo: temperature for advantages that are not positive")
+    sapo_temperature_pos: float = setting(1.0, "sapo: temperature for positive advantages")
+    vespo_k_pos: float = setting(2.0, "vespo: exponent of the ratio, for advantages of at least 0")
+    vespo_lambda_pos: float = setting(3.0, "vespo: its decay, for advantages of at least 0")
+    vespo_k_neg: float = setting(3.0, "vespo: exponent of the ratio, for negative advantages")
+    vespo_lambda_neg: float = setting(2.0, "vespo: its decay, for negative advantages")
     loss_aggregation: str | None = setting(
         None, "of token losses: " + ", ".join(LOSS_AGGREGATIONS) + "; none: what the algorithm's paper uses"
     )
+    off_policy_mask_threshold: float | None = setting(
+        None, "leave out rows of negative advantage whose mean KL from the policy that sampled is larger; none: off"
+    )
+    sampler_correction: str = setting(
+        "none",
+        "weights for sampling from another policy than learns (top-k, top-p): none, token_truncate, token_mask, "
+        "sequence_truncate or sequence_mask",
+    )
+    sampler_correction_max: float | None = setting(3.0, "the largest such weight: it is cut, or its tokens are masked")
+    sampler_correction_min: float | None = setting(None, "the smallest such weight, likewise")
+    entropy_coef: float = setting(0.0, "weight of the entropy bonus, the mean entropy of a token; 0: none")
+    use_adaptive_entropy: bool = setting(
+        False, "after each step add entropy_coef_delta to it where entropy is below entropy_target, else take it off"
+    )
+    entropy_coef_min: float = setting(0.0, "the smallest adaptive weight")
+    entropy_coef_max: float = setting(1.0, "the largest adaptive weight")
+    entropy_coef_delta: float = setting(0.005, "by which it changes in a step")
+    entropy_target: float = setting(0.2, "nats a token; above it there is no bonus where the weight is adaptive")
+    top_entropy_quantile: float = setting(
+        1.0, "policy loss only on this share of a batch's tokens, those of highest entropy; 1: all"
+    )
+    disable_dropout: bool = setting(False, "switch off all dropout, that of the LoRA included")
     micro_batch_size: int | None = setting(
         None,
         "completions in one learning pass: divides the group size or is a multiple of it; "
@@ -119,6 +165,8 @@ class GRPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._check_device()
         self._read_mappings()
+        if isinstance(self.scale_rewards, bool):  # TRL's older form
+            self.scale_rewards = "group" if self.scale_rewards else "none"
         check_types(self)
         check_values(self)
         self._resolve()
@@ -176,8 +224,27 @@ class GRPOConfig(TrainingArguments):
     @property
     def aggregation(self) -> str:
         """The loss aggregation in force."""
-        by_algorithm = {"dapo": "token-mean", "dr_grpo": "sequence-mean-token-scale"}
-        return self.loss_aggregation or by_algorithm.get(self.algorithm, "sequence-mean-token-mean")
+        return self.loss_aggregation or LOSS_TYPES[loss_type_of(self)]
+
+    @property
+    def sequence_level(self) -> bool:
+        """Whether all tokens of a completion share one ratio."""
+        return (self.importance_sampling_level or SAMPLING_LEVELS.get(self.algorithm, "token")) == "sequence"
+
+    @property
+    def reward_scale(self) -> str:
+        """What advantages are divided by the standard deviation of: "group", "batch" or "none"."""
+        return self.scale_rewards or ("group" if self.normalize_advantages else "none")
+
+    @property
+    def corrects_sampler(self) -> bool:
+        """Whether the loss weighs by how far the policy that sampled is from the one that learns."""
+        return self.sampler_correction != "none"
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether the loss has an entropy bonus, if of weight 0 at times."""
+        return self.entropy_coef != 0 or self.use_adaptive_entropy
 
     @property
     def rows_per_pass(self) -> int | None:

@@ -152,11 +152,13 @@ def make_rollout(number: int, empty: bool = True) -> tuple[PromptBatch, Rollout,
 
 @dataclass(frozen=True)
 class Case:
-    """One case of the cross-check: settings of `GRPOConfig`, and whether the batch has old log-probabilities."""
+    """One case of the cross-check: settings of `GRPOConfig`, and what of a batch is made by the case."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
-    given_old: bool = False  # whether they are made by the case, so that ratios differ from 1
+    given_old: bool = False  # whether it makes old log-probabilities, so that ratios differ from 1
+    given_sampler: bool = False  # whether it makes the sampler's, which differ from both
+    in_tunix: bool = True  # whether Tunix has the settings; else only TRL does
 
 
 AGGREGATIONS = {
@@ -182,5 +184,37 @@ CASES = [
     Case("rloo", {"algorithm": "rloo"}, given_old=True),
     Case("micro-batches of 2", {"micro_batch_size": 2}, given_old=True),
     Case("clipping and decay", {"max_grad_norm": 0.05, "weight_decay": 0.1}, given_old=True),
+]
+
+LOSSES = {
+    "bnpo": {"loss_type": "bnpo"},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.1},
+    "cispo of sequences": {"loss_type": "cispo", "epsilon_high": 1.1, "importance_sampling_level": "sequence"},
+    "sapo": {"loss_type": "sapo", "sapo_temperature_neg": 1.3},
+    "sapo of sequences": {"loss_type": "sapo", "importance_sampling_level": "sequence"},
+    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    "vespo": {"loss_type": "vespo", "vespo_k_pos": 1.5},
+    "delta": {"delta": 1.3},
+    "bias-corrected KL": {"use_bias_correction_kl": True, "beta": 0.1},
+    "masked truncation": {"mask_truncated_completions": True},
+    "masked truncation, dapo": {"mask_truncated_completions": True, "loss_type": "dapo"},
+    "off-policy mask": {"off_policy_mask_threshold": 0.05},
+    "high entropy": {"top_entropy_quantile": 0.3},
+    "entropy bonus": {"entropy_coef": 0.05},
+    "entropy bonus of high entropy": {"entropy_coef": 0.05, "top_entropy_quantile": 0.3, "loss_type": "dapo"},
+}
+CORRECTED = {
+    "token_truncate": {"sampler_correction_max": 1.2, "sampler_correction_min": 0.9},
+    "token_mask": {"sampler_correction_max": 1.3},
+    "sequence_truncate": {"sampler_correction_max": 1.1},
+    "sequence_mask": {"sampler_correction_max": 1.5, "sampler_correction_min": 0.7},
+    "vespo, token_truncate": {"sampler_correction_max": 1.2, "loss_type": "vespo"},
+    "vespo, token_mask": {"sampler_correction_max": 1.2, "loss_type": "vespo"},
+    "off-policy mask, token_mask": {"sampler_correction_max": 1.3, "off_policy_mask_threshold": 0.05},
+}
+CASES += [Case(name, settings, given_old=True, in_tunix=False) for name, settings in LOSSES.items()]
+CASES += [
+    Case(name, {"sampler_correction": name.split(", ")[-1]} | settings, True, given_sampler=True, in_tunix=False)
+    for name, settings in CORRECTED.items()
 ]
 FAMILIES = ["gemma3-1", "gemma3-2", "gemma3-4", "gemma2", "gemma4"]

@@ -15,7 +15,7 @@ from ..learn.record import StepRecord, record_step
 from ..model import tiny
 from ..model.decoding import fast_layers
 from ..model.loading import lora_config
-from .cases import COMPLETION_WIDTH, GROUP, NUM_PROMPTS, PROMPT_WIDTH, Case, make_model, make_rollout
+from .cases import COMPLETION_WIDTH, EOS, GROUP, NUM_PROMPTS, PROMPT_WIDTH, Case, make_model, make_rollout
 
 RANK, ALPHA = 4, 6.0
 LEARNING_RATE = 1e-4
@@ -58,6 +58,7 @@ def make_trainer(folder: Path, case: Case) -> TunixTrainer:
         processing_class=tiny.make_tokenizer(),
         peft_config=lora_config(ModelConfig(lora_rank=RANK, lora_alpha=ALPHA)),
     )
+    trainer.sampler.eos_token_ids = (EOS,)  # the tokenizer's own end token stands among the random ids
     trainer.begin_run()  # before the LoRA changes anything, so that the reference is the model without it
     random = torch.Generator().manual_seed(7)
     for name, parameter in trainer.model.named_parameters():
@@ -83,11 +84,16 @@ def record_steps(trainer: TunixTrainer, case: Case, count: int, empty: bool = Tr
     for number in range(count):
         prompts, rollout, rewards = make_rollout(number, empty)
         batch = trainer.make_train_batch(prompts, rollout, rewards)
-        if case.given_old:
+        if case.given_old or case.given_sampler:
             with torch.no_grad(), fast_layers(trainer.model):
                 logps, _ = token_logps(trainer.model, shared_prompts(batch), trainer.args.generation_temperature)
-            noise = torch.randn(logps.shape, generator=torch.Generator().manual_seed(2000 + number))
-            batch.old_per_token_logps = (logps + 0.3 * noise).masked_fill(~batch.completion_mask, 0.0)
+            random = torch.Generator().manual_seed(2000 + number)
+            old, sampler = (
+                (logps + 0.3 * torch.randn(logps.shape, generator=random)).masked_fill(~batch.completion_mask, 0.0)
+                for _ in range(2)
+            )
+            batch.old_per_token_logps = old if case.given_old else None
+            batch.sampler_logps = sampler if case.given_sampler else batch.sampler_logps
         parts = trainer.learning_pass(batch)
         records.append(record_step(trainer.model, batch, parts, trainer.optimizer.param_groups[0]["lr"]))
         trainer.optimizer_step()

@@ -26,15 +26,17 @@ TRL_CASES = (
     "dapo",
     "dr_grpo",
     "rloo",
+    *(case.name for case in CASES if not case.in_tunix),
 )
 
 
 def rows_of(job: Job) -> Iterator[Row]:
     """Run a job, and return its lines of the table one by one."""
     if job.kind == "tunix":
-        yield from rows_of_family(job.family, [c for c in CASES if job.cases is None or c.name in job.cases], job.chain)
+        cases = [case for case in CASES if case.in_tunix and (job.cases is None or case.name in job.cases)]
+        yield from rows_of_family(job.family, cases, job.chain)
     elif job.kind == "trl":
-        yield from rows_of_trl(job.family)
+        yield from rows_of_trl(job.family, TRL_CASES if job.cases is None else job.cases)
     else:
         for difference in DIFFERENCES:
             yield from difference()
@@ -62,9 +64,11 @@ def rows_of_family(family: str, cases: Sequence[Case], chain: int) -> Iterator[R
 
 def rows_of_trl(family: str, cases: Sequence[str] = TRL_CASES) -> Iterator[Row]:
     """Compare with TRL, in the cases that it shares. No completion is empty, since TRL would count it as a row."""
-    from .trl_side import compare_with_trl
+    from .trl_side import compare_advantages, compare_with_trl
 
     with saved_model(family) as folder:
+        if cases is TRL_CASES:
+            yield from compare_advantages(f"TRL, {family}", folder)
         for case in CASES:
             if case.name in cases:
                 trainer = make_trainer(folder, case)

@@ -12,7 +12,9 @@ from .passes import Block, Pass
 LOGITS_AT_ONCE = 2**25  # numbers in one chunk of logits, which take 128 MiB in float32
 
 
-def token_logps(model: nn.Module, rows: Pass, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def token_logps(
+    model: nn.Module, rows: Pass, temperature: float = 1.0, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probability of every completion token under softmax(logits / temperature), differentiable.
 
     The head is applied to chunks of tokens and recomputed in the backward pass.
@@ -20,9 +22,10 @@ def token_logps(model: nn.Module, rows: Pass, temperature: float = 1.0) -> tuple
     Args:
         rows: a micro-batch and how it is laid out, which changes the results by rounding only.
         temperature: > 0; the sampling temperature (google-tunix scales old, reference and policy alike).
+        entropy_gradient: the entropy has a gradient too, which an entropy bonus needs.
 
     Returns:
-        logps (B, C) float32, 0 where masked; entropy (B, C) float32 in nats, without gradient, 0 where masked.
+        logps (B, C) float32, 0 where masked; entropy (B, C) float32 in nats, 0 where masked.
     """
     hidden, ids = _states(model, rows)
     vocabulary = base_model(model).get_output_embeddings().weight.shape[0]
@@ -31,7 +34,7 @@ def token_logps(model: nn.Module, rows: Pass, temperature: float = 1.0) -> tuple
 
     def score(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         logps = torch.log_softmax(logits(model, hidden) / temperature, dim=-1)  # (rows, columns, V)
-        with torch.no_grad():
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             entropy = -(logps.exp() * logps).sum(-1)
         return logps.gather(-1, ids[..., None])[..., 0], entropy
 
@@ -41,7 +44,7 @@ def token_logps(model: nn.Module, rows: Pass, temperature: float = 1.0) -> tuple
     ]
     results = [torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)]  # logps and entropy, shaped as ids
     logps, entropy = (rows.in_place(r).masked_fill(~rows.batch.completion_mask, 0.0) for r in results)
-    return logps, entropy.detach()
+    return logps, entropy if entropy_gradient else entropy.detach()
 
 
 def _states(model: nn.Module, rows: Pass) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..batch import TrainBatch
+from ..config.grpo import GRPOConfig
+from ..config.loss import loss_type_of
+from ..grpo import LossTerms
+
 logger = logging.getLogger(__name__)
 
 
@@ -57,6 +62,34 @@ def warn_of_equal_rewards(metrics: dict[str, float], step: int, example: str) ->
         )
 
 
+def loss_numbers(
+    batch: TrainBatch, terms: LossTerms, logps: Tensor, entropy: Tensor, ratios: Tensor | None, args: GRPOConfig
+) -> dict[str, Tensor]:
+    """The numbers of a micro-batch that only some losses have: scalars on the device that add up over micro-batches.
+
+    Args:
+        logps, entropy: (B, C) float32, without gradient.
+        ratios: what `sampler_ratios` returned.
+    """
+    mask, loss_type = batch.token_weights > 0, loss_type_of(args)
+    numbers = {}
+    if loss_type == "vespo":
+        rows = mask.any(dim=1)
+        numbers |= {"phi": (terms.phi[:, 0] * rows).sum(), "phi_rows": rows.sum()}
+    elif loss_type == "cispo":
+        numbers["cispo_clipped_weight"] = terms.clipped_weight
+    elif loss_type != "sapo":
+        numbers["high_clipped_weight"] = terms.high_clipped_weight
+    if ratios is not None:
+        difference = (logps - batch.sampler_logps).abs() * batch.completion_mask
+        numbers |= {"sampler_difference": difference.sum(), "sampler_ratio": (ratios * mask).sum()}
+        numbers["ratio_tokens"] = mask.sum()
+    if batch.entropy_weights is not None:
+        kept = mask if batch.policy_mask is None else mask & batch.policy_mask
+        numbers |= {"kept_entropy": (entropy * kept).sum(), "kept_tokens": kept.sum()}
+    return numbers
+
+
 def sum_up(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     """The scalars of what `learn` returned, summed over micro-batches. The host waits for the device once."""
     names = [name for name in parts[0] if parts[0][name].ndim == 0]
@@ -79,7 +112,23 @@ def learning_metrics(first: dict[str, float], last: dict[str, float], has_refere
     kl = {"kl": last["kl_loss"] / weight} if has_reference else {}
     return kl | {
         "pg_loss": last["policy_loss"],
-        "clip_ratio/region_mean": last["clipped_weight"] / weight,
+        **_ratio_metrics(last, weight),
         "entropy": last["entropy"] / tokens,
-        "sampling/sampling_logp_difference/mean": first["sampler_gap"] / tokens,
+        "sampling/sampling_logp_difference/mean": first.get("sampler_difference", first["sampler_gap"]) / tokens,
     }
+
+
+def _ratio_metrics(last: dict[str, float], weight: float) -> dict[str, float]:
+    """What is logged about clipped and corrected ratios: shares of the weight of all tokens, and means."""
+    metrics = {}
+    if "high_clipped_weight" in last:
+        low = last["clipped_weight"] - last["high_clipped_weight"]
+        metrics["clip_ratio/region_mean"] = last["clipped_weight"] / weight
+        metrics |= {"clip_ratio/low_mean": low / weight, "clip_ratio/high_mean": last["high_clipped_weight"] / weight}
+    if "cispo_clipped_weight" in last:
+        metrics["cispo_clip_ratio"] = last["cispo_clipped_weight"] / weight
+    if "phi" in last:
+        metrics["vespo/phi_seq_mean"] = last["phi"] / max(last["phi_rows"], 1.0)
+    if "sampler_ratio" in last:
+        metrics["sampling/importance_sampling_ratio/mean"] = last["sampler_ratio"] / max(last["ratio_tokens"], 1.0)
+    return metrics

@@ -7,29 +7,39 @@ from torch import Tensor, nn
 
 from ..batch import TrainBatch
 from ..config.grpo import GRPOConfig
+from ..config.loss import loss_settings
 from ..grpo import grpo_loss
 from ..model.decoding import with_fast_layers
 from ..runtime import device
+from .corrections import policy_weights, sampler_ratios
+from .entropy import keep_high_entropy
 from .logprobs import token_logps
+from .metrics import loss_numbers
 from .passes import Pass, in_passes
+
+
+def logps_without_gradient(model: nn.Module, batch: TrainBatch, args: GRPOConfig) -> Tensor:
+    """Log-probabilities by the model as it is now, such as the reference policy: (B, C) float32, 0 where masked."""
+    return scores_without_gradient(model, batch, args)[0]
 
 
 @with_fast_layers
 @torch.no_grad()
-def logps_without_gradient(model: nn.Module, batch: TrainBatch, args: GRPOConfig) -> Tensor:
-    """Log-probabilities by the model as it is now, such as the reference policy: (B, C) float32, 0 where masked.
+def scores_without_gradient(model: nn.Module, batch: TrainBatch, args: GRPOConfig) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies by the model as it is now: (B, C) float32 each, 0 where masked.
 
     Rows are laid out as for learning, even where sharing prompts would be cheaper: another layout rounds differently,
     so that in bfloat16 a policy would differ from itself.
     """
     model.eval()
 
-    def compute_logps(part: Pass) -> Tensor:
-        logps = token_logps(model, part, args.generation_temperature)[0]
+    def compute(part: Pass) -> tuple[Tensor, Tensor]:
+        scores = token_logps(model, part, args.generation_temperature)
         device.sync()
-        return logps
+        return scores
 
-    return torch.cat(in_passes(batch, args, compute_logps))
+    logps, entropy = zip(*in_passes(batch, args, compute), strict=True)
+    return torch.cat(logps), torch.cat(entropy)
 
 
 @with_fast_layers
@@ -45,6 +55,8 @@ def learn(
     Returns:
         for each micro-batch, in order, what `learn_micro_batch` returns.
     """
+    if args.top_entropy_quantile < 1:
+        batch = keep_high_entropy(batch, scores_without_gradient(model, batch, args)[1], args.top_entropy_quantile)
     model.train()
     return in_passes(batch, args, lambda part: learn_micro_batch(model, part, args, backward))
 
@@ -58,25 +70,25 @@ def learn_micro_batch(
         numbers of the micro-batch, on the device, without gradient. Those named `row_...` have one value a row, `logps`
         is (B, C), and the others are scalars that add up over micro-batches.
     """
-    logps, entropy = token_logps(model, part, args.generation_temperature)
     batch = part.batch
+    logps, entropy = token_logps(model, part, args.generation_temperature, batch.entropy_weights is not None)
+    ratios = sampler_ratios(batch, logps.detach(), args)
     terms = grpo_loss(
         logps,
         batch.old_per_token_logps,
         batch.ref_per_token_logps,
         batch.advantages,
         batch.token_weights,
-        epsilon=args.epsilon,
-        epsilon_high=args.clip_high,
-        epsilon_c=args.epsilon_c,
-        beta=args.beta,
-        kl_estimator=args.kl_estimator,
-        kl_clamp=args.kl_clamp_value,
-        sequence_level=args.algorithm == "gspo",
+        policy_weights=policy_weights(batch, logps.detach(), ratios, args),
+        sampler_ratios=ratios,
+        entropy=entropy,
+        entropy_weights=batch.entropy_weights,
+        **loss_settings(args),
     )
     backward(terms.loss)
     logps, mask = logps.detach(), batch.completion_mask
-    gap = (logps - batch.sampler_logps).abs() * mask
+    gap = (logps - batch.sampler_logps) * mask
+    gap = gap.clamp(min=0.0) if args.corrects_sampler else gap.abs()  # truncation only raises log-probabilities
     numbers = {
         "loss": terms.loss.detach(),
         "policy_loss": terms.policy_loss,
@@ -84,13 +96,13 @@ def learn_micro_batch(
         "clipped_weight": terms.clipped_weight,
         "weight": batch.token_weights.sum(),
         "tokens": mask.sum().float(),
-        "entropy": entropy.sum(),
+        "entropy": entropy.detach().sum(),
         "sampler_gap": gap.sum(),
         "row_bad": (~(torch.isfinite(logps) & (logps <= 0))).any(dim=1),
         "row_ratio_gap": terms.ratio_gap,
         "row_sampler_gap": gap.amax(dim=1),
         "row_largest_kl": terms.largest_kl,
         "logps": logps,
-    }
+    } | loss_numbers(batch, terms, logps, entropy.detach(), ratios, args)
     device.sync()
     return numbers

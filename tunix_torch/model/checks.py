@@ -111,6 +111,15 @@ def check_head(model: nn.Module) -> None:
         )
 
 
+def remove_dropout(model: nn.Module) -> None:
+    """Switch off all dropout of a model: that of its LoRA, of its layers and of its attention."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), int | float):
+            module.attention_dropout = 0.0
+
+
 def has_dropout(model: nn.Module) -> bool:
     """Whether any module of the model has a dropout that acts in training mode."""
 

@@ -234,4 +234,5 @@ def _batch_of_zeros(prompts: PromptBatch, rows: int, width: int, args: GRPOConfi
         ref_per_token_logps=zeros(rows, width) if args.beta > 0 else None,
         old_per_token_logps=zeros(rows, width) if args.num_iterations > 1 else None,
         sampler_logps=zeros(rows, width),
+        entropy_weights=zeros(rows, width) if args.has_entropy_bonus else None,
     )

@@ -21,6 +21,7 @@ class SamplingParams:
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
+    truncated_logps: bool = False  # log-probabilities among the candidates, not in the whole vocabulary
 
 
 def draw_uniforms(seed: Sequence[int], rows: Sequence[int], num_tokens: int) -> Tensor:
@@ -38,7 +39,8 @@ def choose_tokens(scores: Tensor, uniforms: Tensor, params: SamplingParams) -> t
 
     Returns:
         tokens (B,) int64, and their log-probabilities (B,) float32 under softmax(scores / temperature) over the whole
-        vocabulary, as `learn/logprobs.py` computes them too. With temperature 0: argmax, scored at temperature 1.
+        vocabulary, as `learn/logprobs.py` computes them too, or with `truncated_logps` among the candidates. With
+        temperature 0: argmax, scored at temperature 1.
     """
     logps = torch.log_softmax(scores / (params.temperature or 1.0), dim=-1)
     if params.temperature == 0:
@@ -64,4 +66,5 @@ def choose_tokens(scores: Tensor, uniforms: Tensor, params: SamplingParams) -> t
     reached = (cdf > target) & (probs > 0)  # a cumsum in parallel may not be quite monotone
     chosen = reached.int().argmax(dim=-1, keepdim=True)  # the first one that is reached
     tokens = chosen if ids is None else ids.gather(-1, chosen)
-    return tokens[:, 0], logps.gather(-1, tokens)[:, 0]
+    token_logps = logps.gather(-1, tokens)[:, 0]
+    return tokens[:, 0], token_logps - total[:, 0].log() if params.truncated_logps else token_logps
