@@ -91,9 +91,7 @@ class TunixTrainer(AdapterTrainer):
         self.judge = judge or next(iter(self.scorer.functions), None)
         facts = {"training, evaluation rows": self.questions.sizes}
         policy = make_policy(model, processing_class, peft_config, args, facts)
-        self.sampling = SamplingParams(
-            args.generation_max_length, args.generation_temperature, args.generation_top_k, args.generation_top_p
-        )
+        self.sampling = SamplingParams.of_rollouts(args)
         eos_ids, pad_id = eos_token_ids(policy.model, processing_class), processing_class.pad_token_id
         self.sampler = Sampler(policy.model, eos_ids, pad_id, args.stop_check_interval, compile_ahead=True)
         num_embeddings = base_model(policy.model).get_input_embeddings().weight.shape[0]

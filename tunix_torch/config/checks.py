@@ -51,7 +51,14 @@ NOT_NEGATIVE = (
     "eval_delay",
     "dataloader_num_workers",
 )
-POSITIVE = ("generation_temperature", "eval_temperature", "kl_clamp_value", "reward_timeout", "num_train_epochs")
+POSITIVE = (
+    "generation_temperature",
+    "eval_temperature",
+    "repetition_penalty",
+    "kl_clamp_value",
+    "reward_timeout",
+    "num_train_epochs",
+)
 BOUNDS = (
     Bound(("max_steps",), lambda v: v == -1 or v >= 1, "must be at least 1, or -1: num_train_epochs decides"),
     Bound(POSITIVE, lambda v: v > 0, "must be above 0"),
@@ -60,6 +67,7 @@ BOUNDS = (
     Bound(("seed",), lambda v: v < 2**32, "must be below 2**32"),
     Bound(("save_total_limit",), lambda v: v >= 0, "must not be negative; 0: no limit"),
     Bound(("generation_top_p",), lambda v: 0 < v <= 1, "must be in (0, 1]"),
+    Bound(("min_p",), lambda v: 0 <= v <= 1, "must be in [0, 1]"),
     Bound(("epsilon",), lambda v: 0 < v < 1, "must be in (0, 1)"),
     Bound(("epsilon_c",), lambda v: v > 1, "must be above 1"),
     Bound(("adam_beta1", "adam_beta2"), lambda v: 0 <= v < 1, "must be in [0, 1)"),

@@ -13,6 +13,7 @@ from ..runtime import device as process_device
 from ..runtime import mesh, together
 from ..runtime.choice import KINDS
 from .checks import check_values
+from .generation import read_generation_kwargs
 from .settings import accept_aliases, check_types, require, setting
 
 SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # these follow `metric_for_best_model`
@@ -66,6 +67,15 @@ class GRPOConfig(TrainingArguments):
     generation_temperature: float = setting(0.8, "sampling temperature (also temperature)")
     generation_top_p: float = setting(0.9, "nucleus sampling: 1 is off (also top_p)")
     generation_top_k: int = setting(50, "sample among the k likeliest tokens: 0 is off (also top_k)")
+    min_p: float | None = setting(
+        None, "sample among tokens at least so likely as this share of the likeliest one; 0 or none: off"
+    )
+    repetition_penalty: float = setting(
+        1.0, "above 1: tokens of the prompt and of the completion so far become less likely; 1 is off"
+    )
+    generation_kwargs: dict[str, Any] | str | None = setting(
+        None, 'more of these settings by the names of Transformers, such as {"top_k": 20}; they win over the others'
+    )
     stop_check_interval: int = setting(
         16, "look every so many tokens which completions have ended, on the CPU every time"
     )
@@ -119,6 +129,8 @@ class GRPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._check_device()
         self._read_mappings()
+        for name, value in read_generation_kwargs(self.generation_kwargs).items():
+            setattr(self, name, value)
         check_types(self)
         check_values(self)
         self._resolve()
