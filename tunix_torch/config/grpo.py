@@ -76,6 +76,12 @@ class GRPOConfig(TrainingArguments):
     generation_kwargs: dict[str, Any] | str | None = setting(
         None, 'more of these settings by the names of Transformers, such as {"top_k": 20}; they win over the others'
     )
+    dynamic_sampling: bool = setting(
+        False, "replace groups whose rewards are all equal by those of other training rows, as DAPO does"
+    )
+    max_sampling_rounds: int = setting(
+        4, "with dynamic_sampling: rollouts of a batch at most, the first one included; then equal groups stay"
+    )
     stop_check_interval: int = setting(
         16, "look every so many tokens which completions have ended, on the CPU every time"
     )
@@ -94,6 +100,9 @@ class GRPOConfig(TrainingArguments):
     kl_estimator: str = setting("k3", "k1 (Tunix 'kl'), k2 ('mse_kl') or k3 ('low_var_kl')")
     kl_clamp_value: float | None = setting(None, "limit the KL estimate of a token to this absolute value")
     num_iterations: int = setting(1, "passes over a rollout batch, an optimizer step each")
+    steps_per_generation: int = setting(
+        1, "steps that share a rollout: so many times the prompts of a step are sampled at once, and then learned from"
+    )
     epsilon: float = setting(0.2, "ratios are clipped at 1 - epsilon (also clip_range)")
     epsilon_high: float | None = setting(None, "and at 1 + epsilon_high; none: epsilon, or 0.28 with dapo")
     epsilon_c: float | None = setting(None, "dual clip: cap of the ratio for negative advantages, above 1; none: off")
@@ -190,6 +199,11 @@ class GRPOConfig(TrainingArguments):
         """The loss aggregation in force."""
         by_algorithm = {"dapo": "token-mean", "dr_grpo": "sequence-mean-token-scale"}
         return self.loss_aggregation or by_algorithm.get(self.algorithm, "sequence-mean-token-mean")
+
+    @property
+    def rows_per_step(self) -> int:
+        """Completions in the rollout batch of this process: B."""
+        return self.per_device_train_batch_size * self.num_completions_per_prompt
 
     @property
     def rows_per_pass(self) -> int | None:

@@ -29,7 +29,8 @@ def logps_without_gradient(model: nn.Module, batch: TrainBatch, args: GRPOConfig
         device.sync()
         return logps
 
-    return torch.cat(in_passes(batch, args, compute_logps))
+    parts = batch.split(args.rows_per_step)  # where steps share a rollout, each is laid out as it will be for learning
+    return torch.cat([logps for part in parts for logps in in_passes(part, args, compute_logps)])
 
 
 @with_fast_layers

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config.grpo import GRPOConfig
+from ..runtime import together
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,25 @@ class SamplingParams:
     def needs_seen_tokens(self) -> bool:
         """Whether the choice depends on which tokens a row has already."""
         return self.repetition_penalty != 1.0
+
+
+class RowNumbers:
+    """Counts the rows that are sampled in a step, over all processes: their random numbers depend on these numbers."""
+
+    def __init__(self) -> None:
+        self.step, self.drawn = -1, 0  # the step that rows were drawn in last, and how many it has drawn
+
+    def take(self, step: int, num_rows: int, rows_at_once: int) -> list[int]:
+        """The numbers of the next `num_rows` rows of this process, in batches of `rows_at_once` rows a process."""
+        if step != self.step:
+            self.step, self.drawn = step, 0
+        numbers: list[int] = []
+        while len(numbers) < num_rows:
+            count = min(rows_at_once, num_rows - len(numbers))
+            first, total = together.own_share(count)
+            numbers += range(self.drawn + first, self.drawn + first + count)
+            self.drawn += total
+        return numbers
 
 
 def draw_uniforms(seed: Sequence[int], rows: Sequence[int], num_tokens: int) -> Tensor:
