@@ -27,8 +27,11 @@ from tunix_torch.runtime import device
 
 passes.SHORTEST_PACKED = ladders.SHORTEST_HALVED = 2
 settings = json.loads(sys.argv[3])
+coarse = settings.pop("coarse", False)  # whether most rewards are equal
 
 def length_reward(prompts, completions, **columns):  # which keeps completions of many lengths coming
+    if coarse:
+        return [float(len(text) > 4) for text in completions]
     return [-abs(len(text) - 4.0) for text in completions]
 
 folder, output_dir = sys.argv[1], sys.argv[2]
@@ -181,6 +184,23 @@ def test_an_adapter_that_is_trained_further_by_accumulated_batches_is_that_of_th
     assert logged(runs[1], "kl")[0] == pytest.approx(0, abs=1e-6) and logged(runs[1], "kl")[1] > 1e-6
     counts = {row["step"]: row["compilations"] for row in runs[1]["log"]}
     assert counts[2] == counts[4], counts
+    assert runs[1]["left_to_the_host"] == ["aten::_local_scalar_dense"]
+
+
+@pytest.mark.thorough
+def test_shared_rollouts_that_are_sampled_in_rounds_are_those_of_the_cpu(model_folder, tmp_path):
+    """Half of the rewards are equal, so later steps need other numbers of rounds; none of them compiles anything."""
+    settings = {"steps_per_generation": 2, "dynamic_sampling": True, "repetition_penalty": 1.3, "min_p": 0.001}
+    runs = [
+        run_job(kind, model_folder, tmp_path / kind, coarse=True, max_steps=8, **settings) for kind in ("cpu", "xla")
+    ]
+    assert runs[0]["completions"][:2] == runs[1]["completions"][:2]
+    rounds = logged(runs[1], "dynamic_sampling/rounds")
+    assert rounds[:2] == logged(runs[0], "dynamic_sampling/rounds")[:2] and len(set(rounds)) > 1, rounds
+    for name in ("loss", "kl", "grad_norm"):
+        assert logged(runs[1], name)[:2] == pytest.approx(logged(runs[0], name)[:2], abs=1e-3), name
+    counts = {row["step"]: row["compilations"] for row in runs[1]["log"]}
+    assert counts[3] == counts[8], counts
     assert runs[1]["left_to_the_host"] == ["aten::_local_scalar_dense"]
 
 

@@ -7,6 +7,7 @@ loop, schedule, logging, callbacks, checkpoints, resume, hub. `checkpoints/adapt
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .data.prompts import decode_completions
 from .evals.answers import Answers
 from .evals.evaluation import evaluate_policy
 from .learn.invariants import check_first_pass
-from .learn.metrics import add_up, learning_metrics, rollout_metrics, sum_up, warn_of_equal_rewards
+from .learn.metrics import add_up, learning_metrics, sum_up, warn_of_equal_rewards
 from .learn.passes import rehearse
 from .learn.record import keep_step
 from .learn.sft import learn_rows
@@ -35,11 +36,14 @@ from .model.forward import base_model, reference_policy
 from .model.loading import eos_token_ids, load_tokenizer
 from .model.policy import check_trainable, make_policy
 from .rewarding.advantages import overlong_penalties, step_advantages
+from .rewarding.dynamic import replace_equal_groups
 from .rewarding.questions import Questions
+from .rewarding.scored import ScoredRollout
 from .rewarding.scorer import Scorer, check_rewards
 from .rewarding.scoring import RewardFunc
+from .rewarding.sharing import collect_together
 from .rollout.sampler import Sampler
-from .rollout.tokens import SamplingParams, draw_uniforms
+from .rollout.tokens import RowNumbers, SamplingParams, draw_uniforms
 from .runtime import device, together
 from .runtime.profiling import span
 
@@ -92,10 +96,7 @@ class TunixTrainer(AdapterTrainer):
         self.judge = judge or next(iter(self.scorer.functions), None)
         facts = {"training, evaluation rows": self.questions.sizes}
         policy = make_policy(model, processing_class, peft_config, args, facts)
-        self.sampling = SamplingParams(
-            args.generation_max_length, args.generation_temperature, args.generation_top_k, args.generation_top_p
-        )
-        self.sampling = replace(self.sampling, truncated_logps=args.corrects_sampler)
+        self.sampling = SamplingParams.of_rollouts(args)
         eos_ids, pad_id = eos_token_ids(policy.model, processing_class), processing_class.pad_token_id
         self.sampler = Sampler(policy.model, eos_ids, pad_id, args.stop_check_interval, compile_ahead=True)
         num_embeddings = base_model(policy.model).get_input_embeddings().weight.shape[0]
@@ -105,10 +106,8 @@ class TunixTrainer(AdapterTrainer):
         self.first_answers: Answers | None = None  # the greedy answers at the first evaluation
         self.last_answers: Answers | None = None  # and at the newest one
         self._rewards = torch.empty(0, len(self.scorer.functions))  # (B, R) of the batch that is learned from
-        self._rows_drawn = (-1, 0)  # (optimizer step, rows drawn in it so far)
+        self._row_numbers = RowNumbers()
         self._rehearsed = False
-        # Accumulated batches that are sampled and not yet learned from, with their rewards (B, R).
-        self._waiting: list[tuple[TrainBatch, Tensor]] = []
         # For each batch of the optimizer step, the numbers of its first pass and of its last one.
         self._learned: list[tuple[dict[str, float], dict[str, float]]] = []
         self.validate_grpo_setup()
@@ -145,38 +144,30 @@ class TunixTrainer(AdapterTrainer):
         self.put_optimizer("train")
         batches = self.batches_with(inputs)
         if inputs is batches[0]:  # an optimizer step begins, and forgets what an interrupted one has left
-            self._waiting, self._learned = [], []
+            self._learned = []
         if not self.args.use_grpo:
             loss, metrics = learn_rows(self.model, inputs, batches, self.args, self.backward, self.sum_gradients)
             self.add_metrics(metrics)
             return loss
-        if len(batches) > 1 and inputs is batches[0]:
-            self._waiting = self._collect_together(batches)
+        if inputs is batches[0] and not self._waiting and len(batches) * self.args.steps_per_generation > 1:
+            steps, how = self.rollout_with(batches), (self._advantages, self.args, self.sampler.pad_token_id)
+            self._waiting = collect_together(steps, lambda prompts: (self.collect(prompts), self._rewards), *how)
         return self.grpo_training_step(PromptBatch(**inputs).to(self.args.device))
 
-    def _collect_together(self, inputs: list[dict[str, Any]]) -> list[tuple[TrainBatch, Tensor]]:
-        """Collect all batches that one optimizer step accumulates, each with its rewards (B, R). The weights of their
-        tokens, and their advantages, are computed over all of them, as if they were one batch."""
-        collected = [(self.collect(PromptBatch(**columns).to(self.args.device)), self._rewards) for columns in inputs]
-        batches, rewards = zip(*collected, strict=True)
-        masks = [b.completion_mask.cpu() for b in batches], [b.token_weights.cpu() > 0 for b in batches]
-        self._rewards = torch.cat(rewards)
-        advantages = self.compute_group_advantages(torch.cat([b.rewards for b in batches])).to(self.args.device)
-        advantages = advantages.split([len(b.advantages) for b in batches])
-        parts = zip(batches, advantages, step_weights(*masks, self.args), rewards, strict=True)
-        return [(replace(batch, advantages=a, **weights), r) for batch, a, weights, r in parts]
+    def _advantages(self, rewards: Tensor, totals: Tensor) -> Tensor:
+        """The advantages of rows that have these rewards, (B, R), and totals, (B,): (B,) on the device."""
+        self._rewards = rewards
+        return self.compute_group_advantages(totals).to(self.args.device)
 
     def grpo_training_step(self, prompts: PromptBatch) -> Tensor:
         """Sample, score and learn. Returns the loss, detached. Accumulated batches were sampled already."""
-        if self._waiting:
-            batch, self._rewards = self._waiting.pop(0)
-        else:
-            batch = self.collect(prompts)
+        passes = [self._waiting.pop(0) for _ in range(self.args.num_iterations)] if self._waiting else []
+        batch, self._rewards = passes[0] if passes else (self.collect(prompts), self._rewards)
         if not self._rehearsed:  # so that every shape of a learning pass is compiled before the first one
             self._rehearsed = True
             rehearse(batch, self.args, self._forward_backward, self.model.zero_grad)
         with span("learning"):
-            return self.update(batch)
+            return self.update(batch, *(later for later, _ in passes[1:]))
 
     def _forward_backward(self, batch: TrainBatch) -> None:
         """Compute everything that learning from a batch computes, without an optimizer step."""
@@ -185,25 +176,34 @@ class TunixTrainer(AdapterTrainer):
 
     def collect(self, prompts: PromptBatch) -> TrainBatch:
         """Sample a group of completions for each of N prompts, score them, and compute what else the loss needs."""
+        scored, batch = self._sample_and_score(prompts)
+        if batch is None:  # with dynamic sampling
+            draw, pad_id = partial(self.questions.draw, row_numbers=self._row_numbers), self.sampler.pad_token_id
+            scored = replace_equal_groups(scored, draw, self._sample_and_score, self.args, pad_id)
+            batch = self._begin_train_batch(scored.prompts, scored.rollout)
+        self._rewards, metrics = scored.rewards, scored.metrics(self.scorer.names, self.sampler.eos_token_ids)
+        self.add_metrics(metrics)
+        if together.is_first():
+            warn_of_equal_rewards(metrics, self.state.global_step + 1, scored.texts[0])
+        return self._with_rewards(batch, scored.totals)
+
+    def _sample_and_score(self, prompts: PromptBatch) -> tuple[ScoredRollout, TrainBatch | None]:
+        """A rollout of N prompts with its rewards, and what can be computed for learning from it without them. That is
+        None with dynamic sampling, which decides by the rewards what is learned from."""
         device.sync()  # so that work which the Trainer left pending does not become part of the rollout
         started = time.perf_counter()
         with span("rollout"):
             rollout = self.sample_completions_for_prompts(prompts)
             ids, mask = rollout.completion_ids.cpu(), rollout.completion_mask.cpu()  # here Python waits for the device
         seconds = time.perf_counter() - started
-        batch = self._begin_train_batch(prompts, rollout)  # an accelerator works on this while rewards are computed
+        # An accelerator works on this while rewards are computed.
+        batch = None if self.args.dynamic_sampling else self._begin_train_batch(prompts, rollout)
         with span("scoring"):
             texts = decode_completions(self.processing_class, ids, mask, self.sampler.eos_token_ids)
-            rewards = together.decided_by_first(lambda: self.compute_rewards_for_completions(prompts, texts).tolist())
-            self._rewards = torch.tensor(rewards, dtype=torch.float64)  # (B, R)
-        totals = self.scorer.totals(self._rewards, texts) - overlong_penalties(mask.sum(1), self.args)  # (B,)
-        names, group_size = self.scorer.names, self.args.num_completions_per_prompt
-        ids, mask, rewards, all_totals = map(together.gather_rows, (ids, mask, self._rewards, totals))
-        metrics = rollout_metrics(ids, mask, rewards, all_totals, names, group_size, self.sampler.eos_token_ids)
-        self.add_metrics(metrics | {"rollout_tokens_per_second": int(mask.sum()) / seconds})
-        if together.is_first():
-            warn_of_equal_rewards(metrics, self.state.global_step + 1, texts[0])
-        return self._with_rewards(batch, totals)
+            values = together.decided_by_first(lambda: self.compute_rewards_for_completions(prompts, texts).tolist())
+            rewards = torch.tensor(values, dtype=torch.float64)  # (B, R)
+        totals = self.scorer.totals(rewards, texts) - overlong_penalties(mask.sum(1), self.args)  # (B,)
+        return ScoredRollout(prompts, rollout, ids, mask, texts, rewards, totals, seconds), batch
 
     def make_train_batch(self, prompts: PromptBatch, rollout: Rollout, rewards: Tensor) -> TrainBatch:
         """Everything that the loss needs, from a rollout of N prompts and its total rewards, (B,) on the CPU."""
@@ -234,7 +234,7 @@ class TunixTrainer(AdapterTrainer):
         if self.args.beta > 0:
             with span("reference"), reference_policy(self.model, self.reference):
                 batch.ref_per_token_logps = logps_without_gradient(self.model, batch, self.args)
-        if self.args.num_iterations > 1:
+        if self.args.num_iterations * self.args.steps_per_generation > 1:
             with span("old policy"):
                 batch.old_per_token_logps = logps_without_gradient(self.model, batch, self.args)
 
@@ -242,8 +242,9 @@ class TunixTrainer(AdapterTrainer):
         advantages = self.compute_group_advantages(rewards).to(self.args.device)
         return replace(batch, advantages=advantages, rewards=rewards)
 
-    def update(self, batch: TrainBatch) -> Tensor:
-        """Learn from a batch in `num_iterations` passes, each in micro-batches.
+    def update(self, batch: TrainBatch, *later: TrainBatch) -> Tensor:
+        """Learn from a batch in `num_iterations` passes, each in micro-batches. Passes after the first are over the
+        later batches, if there are any.
 
         The gradient of the last pass is left for `transformers.Trainer`, which clips it and steps the optimizer.
         Between passes the optimizer steps here.
@@ -254,10 +255,10 @@ class TunixTrainer(AdapterTrainer):
         """
         self.begin_run_if_needed()
         args, step, started = self.args, self.state.global_step + 1, time.perf_counter()
-        for iteration in range(args.num_iterations):
+        for iteration, part in enumerate([batch, *(later or [batch] * (args.num_iterations - 1))]):
             if iteration > 0:
                 self.optimizer_step()
-            parts = self.learning_pass(batch)
+            parts = self.learning_pass(part)
             self.entropy.learned(parts, step_ends=self.accelerator.sync_gradients)
             if iteration == 0:
                 first_pass = parts
@@ -271,7 +272,8 @@ class TunixTrainer(AdapterTrainer):
             step,
             describe_row=lambda row: self.scorer.describe(self._rewards, row, args.num_completions_per_prompt),
             at_reference=self.starts_at_reference and step == 1,
-            dropout=self.has_dropout,
+            # A policy that has learned since it sampled differs from its earlier self, as it does with dropout.
+            dropout=self.has_dropout or (args.steps_per_generation > 1 and self._row_numbers.step != step - 1),
         )
         seconds = time.perf_counter() - started
         self.add_metrics({"learning_tokens_per_second": last["tokens"] * args.num_iterations / seconds})
@@ -299,12 +301,8 @@ class TunixTrainer(AdapterTrainer):
         """
         group_size = self.args.num_completions_per_prompt
         num_rows = prompts.prompt_ids.shape[0] * group_size
-        first_own, total = together.own_share(num_rows)
-        step, drawn = self._rows_drawn
-        first = drawn if step == self.state.global_step else 0
-        self._rows_drawn = (self.state.global_step, first + total)
         seed = (self.args.seed, 1 + self.state.global_step)  # 0 belongs to evaluation
-        row_numbers = range(first + first_own, first + first_own + num_rows)
+        row_numbers = self._row_numbers.take(self.state.global_step, num_rows, self.args.rows_per_step)
         uniforms = draw_uniforms(seed, row_numbers, self.sampling.max_new_tokens)
         rollout = self.sampler.sample(prompts.prompt_ids, prompts.prompt_mask, group_size, self.sampling, uniforms)
         assert rollout.completion_ids.shape == (num_rows, self.sampling.max_new_tokens), "wrong number of completions"

@@ -21,7 +21,15 @@ from models import (
     with_completions,
 )
 from rollouts import GROUP, MORE, NEVER, PARAMS, SOME, assert_same
-from transformers import GPTJConfig, GPTJForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    GPTJConfig,
+    GPTJForCausalLM,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import tunix_torch.rollout.sampler
 from tunix_torch.model.forward import base_model
@@ -29,7 +37,13 @@ from tunix_torch.model.loading import place
 from tunix_torch.rollout import ladders
 from tunix_torch.rollout.ladders import cache_widths, group_sizes
 from tunix_torch.rollout.sampler import Sampler
-from tunix_torch.rollout.tokens import SamplingParams, choose_tokens, draw_uniforms
+from tunix_torch.rollout.tokens import (
+    SamplingParams,
+    choose_tokens,
+    draw_uniforms,
+    penalize_repetition,
+    tokens_in_prompts,
+)
 from tunix_torch.runtime import device
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -243,6 +257,48 @@ def test_a_model_with_an_attention_of_its_own_is_refused():
         Sampler(GPTJForCausalLM(GPTJConfig(vocab_size=8, n_embd=8, n_layer=1, n_head=2, rotary_dim=2)), SOME, PAD)
 
 
+# ---- repetition ----
+
+PENALIZED = SamplingParams(20, 0.9, top_k=30, top_p=0.95, min_p=0.01, repetition_penalty=1.7)
+
+
+@every_family
+@pytest.mark.parametrize("params", [PENALIZED, replace(PENALIZED, temperature=0.0)])
+@pytest.mark.parametrize("static", [False, True])
+def test_every_token_is_chosen_by_the_processors_of_transformers(family, params, static):
+    """Prompt and completion so far are penalised, whatever rows have left; log-probabilities stay the learner's."""
+    model, batch, group = make_policy(family), make_batch(), 2
+    uniforms = draw_uniforms((0, 1), range(3 * group), params.max_new_tokens)
+    options = {"params": params, "group": group, "uniforms": uniforms, "static": static, "interval": 2}
+    rollout = sample(model, **options, compile_ahead=static)
+    for i, (ids, kept) in enumerate(zip(rollout.completion_ids, rollout.completion_mask, strict=True)):
+        prompt = row = batch.prompt_ids[i // group][batch.prompt_mask[i // group]]
+        for uniform in uniforms[i]:
+            scores = hugging_face_logits(model, row)[-1:]
+            scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(row[None], scores)
+            token = choose_tokens(scores, uniform[None], replace(params, repetition_penalty=1.0))[0]
+            row = torch.cat((row, token))
+            if int(token) in SOME:
+                break
+        assert ids[kept].tolist() == row[len(prompt) :].tolist()
+    assert not torch.equal(rollout.completion_ids, sample(model, **options | {"params": PARAMS}).completion_ids)
+    batch = with_completions(make_batch(), rollout.completion_ids, rollout.completion_mask)
+    expected, _ = token_logps(model, batch, params.temperature or 1.0)
+    torch.testing.assert_close(rollout.sampler_logps, expected, rtol=0, atol=1e-4)
+
+
+def test_the_penalty_is_that_of_transformers_and_padding_is_not_seen():
+    torch.manual_seed(0)
+    ids, scores = torch.randint(1, 12, (5, 7)), torch.randn(5, 12)
+    mask = torch.arange(7) >= torch.tensor([0, 2, 6, 3, 0])[:, None]
+    ids = ids.masked_fill(~mask, 0)
+    seen = tokens_in_prompts(ids, mask, 1, 12)
+    for penalty in (0.5, 1.3, 4.0):
+        for row, kept, row_seen, row_scores in zip(ids, mask, seen, scores, strict=True):
+            expected = RepetitionPenaltyLogitsProcessor(penalty)(row[kept][None], row_scores[None])
+            assert torch.equal(penalize_repetition(row_scores[None], row_seen[None], penalty), expected)
+
+
 # ---- choosing a token ----
 
 # Logits are distinct multiples of 1/8, which are exact in float32, so that only `test_ties` has ties.
@@ -253,11 +309,12 @@ SETTINGS = st.builds(
     temperature=st.floats(0.1, 3.0),
     top_k=st.integers(0, 14),
     top_p=st.floats(0.05, 1.0),
+    min_p=st.sampled_from([0.0, 0.0, 0.02, 0.3, 1.0]),
 )
 
 
 def truncated_distribution(scores, params):
-    """Apply temperature, top-k and top-p in this order, in float64; return None when float32 might cut elsewhere."""
+    """Apply temperature, top-k, top-p and min-p in this order, in float64; None when float32 might cut elsewhere."""
     probs = np.exp(scores / params.temperature - (scores / params.temperature).max())
     order = np.argsort(-probs)
     if params.top_k:
@@ -268,6 +325,11 @@ def truncated_distribution(scores, params):
         if np.abs(better - params.top_p).min() < 1e-5:
             return None
         probs[order[better >= params.top_p]] = 0
+    if params.min_p:
+        gaps = np.abs(probs / probs.max() - params.min_p)
+        if gaps[order[1:]].min() < 1e-5:
+            return None
+        probs[probs < params.min_p * probs.max()] = 0
     return probs / probs.sum()
 
 
@@ -298,6 +360,7 @@ def test_candidates_are_those_of_transformers(scores, params):
     warped = TemperatureLogitsWarper(params.temperature)(None, torch.tensor(scores)[None])
     warped = TopKLogitsWarper(params.top_k)(None, warped) if params.top_k else warped
     warped = TopPLogitsWarper(params.top_p)(None, warped) if params.top_p < 1 else warped
+    warped = MinPLogitsWarper(params.min_p)(None, warped)
     assert torch.equal(warped[0].isfinite(), torch.tensor(expected > 0))
     candidates = np.flatnonzero(expected > 1e-5)
     # In the order of the vocabulary each token has a share of [0, 1). These are the middles of the shares.

@@ -181,6 +181,44 @@ def test_nothing_is_compiled_for_completions_of_any_lengths(model_folder, monkey
     assert levels == {0, 1, 2}
 
 
+def test_a_penalty_is_compiled_once_and_stays_on_the_device(model_folder, monkeypatch):
+    """Greedy tokens are those of a full forward over each prefix, whose seen tokens are penalised."""
+    import torch_xla.debug.metrics as metrics
+
+    from tunix_torch.model.loading import load_model, place
+    from tunix_torch.rollout import ladders
+    from tunix_torch.rollout.sampler import Sampler
+    from tunix_torch.rollout.tokens import SamplingParams
+    from tunix_torch.runtime import device
+
+    monkeypatch.setattr(ladders, "SHORTEST_HALVED", 2)
+    model, params = place(load_model(model_folder)), SamplingParams(16, temperature=0.0, repetition_penalty=1.5)
+    ids = torch.tensor([[2, 40, 41, 42], [0, 2, 43, 44]])
+    prompts, uniforms = ids.to(device.torch_device()), torch.zeros(2 * 2, 16)
+    sampler = Sampler(model, [1], 0, stop_check_interval=1, compile_ahead=True)
+
+    def sampled():
+        rollout = sampler.sample(prompts, prompts > 0, 2, params, uniforms)
+        return rollout.completion_ids.cpu(), rollout.completion_mask.cpu()
+
+    ids_found, mask_found = sampled()
+    assert not set(metrics.executed_fallback_ops()) - {"aten::_local_scalar_dense"}
+    count = device.num_compilations()
+    assert torch.equal(sampled()[0], ids_found)
+    assert device.num_compilations() == count > 0
+
+    on_cpu = load_model(model_folder)
+    for i in range(4):
+        row = ids[i // 2][ids[i // 2] > 0]
+        for token in ids_found[i][mask_found[i]].tolist():
+            with torch.no_grad():
+                scores = on_cpu(input_ids=row[None]).logits[0, -1]
+            seen = scores[row]
+            scores[row] = torch.where(seen < 0, seen * 1.5, seen / 1.5)
+            assert scores.max() - scores[token] < 1e-4
+            row = torch.cat((row, torch.tensor([token])))
+
+
 def test_random_numbers_drawn_for_a_rehearsal_change_none_that_come_after():
     from tunix_torch.runtime import device
 

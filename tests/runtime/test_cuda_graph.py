@@ -126,7 +126,7 @@ def assert_equal(left: Rollout, right: Rollout) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_recorded_step_gives_the_same_completions(family, dtype, replays):
     model = make_policy(family, dtype)
-    for params in (PARAMS, SamplingParams(20, 0.6, top_k=20, top_p=0.9)):
+    for params in (PARAMS, SamplingParams(20, 0.6, top_k=20, top_p=0.9), SamplingParams(20, repetition_penalty=2.0)):
         for eos in (SOME, NEVER):
             sampler = Sampler(model, eos, PAD)
             recorded = sample_recorded(sampler, params)
@@ -134,7 +134,7 @@ def test_a_recorded_step_gives_the_same_completions(family, dtype, replays):
             if dtype == torch.float32:
                 assert_same(recorded, sample_eagerly(sampler, params, few_shapes=False))
         assert replays[-1][1] == params.max_new_tokens - 1, "it was not replayed for every token"
-    assert len(replays) == 4, "of a batch with one shape more than one graph was recorded"
+    assert len(replays) == 6, "of a batch with one shape more than one graph was recorded"
 
 
 @pytest.fixture

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from ..config.grpo import GRPOConfig
 from ..config.loss import warn_of_loss
+from ..config.scale import rows_per_generation
 from ..config.services import blamed_on
+from ..config.settings import require
 from ..learn.entropy import EntropyControl
 from ..learn.finite import check_finite, check_gradient_norm
 from ..model.adapter import (
@@ -32,6 +35,7 @@ from ..runtime import device, together
 from ..runtime.profiling import ProfileStep
 from .files import STATE_FILE, check_same_scale, digest_of_files, is_finished
 from .resuming import EarlyStoppingCallback, EndGraphWithOptimizer, OwnIntervals
+from .waiting import WaitingBatch, load_waiting, save_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +73,11 @@ class AdapterTrainer(Trainer):
         self._given_reference = self._adapter_now() if args.reference == "start" and args.beta > 0 else None
         self._frozen: dict[str, float] | None = None  # a number for each frozen weight, once the run has begun
         self._step_inputs: list[dict[str, Any]] = []  # the batches that the optimizer step learns from
+        # The inputs of all steps that share the newest rollout, and of those of them that have not begun.
+        self._rollout_inputs: list[list[dict[str, Any]]] = []
+        self._ahead: list[tuple[list[dict[str, Any]], Tensor | int | None]] = []
+        # Batches that are sampled and not yet learned from, one for each pass, with their rewards (B, R).
+        self._waiting: list[WaitingBatch] = []
         self._metrics: dict[str, list[float]] = defaultdict(list)  # since the last log
 
     def _adapter_now(self) -> dict[str, Tensor] | None:
@@ -81,6 +90,7 @@ class AdapterTrainer(Trainer):
     def begin_run(self, checkpoint: str | None = None) -> None:
         """Keep what must not change during the run. A resumed run finds its reference policy in the checkpoint."""
         self._frozen = self._sums_of_frozen()
+        self._ahead, self._waiting = [], [] if checkpoint is None else load_waiting(checkpoint, self.args.device)
         now = self._adapter_now()
         self.reference: dict[str, Tensor] | None = None  # None: the model without its adapter
         if checkpoint is not None:
@@ -176,14 +186,40 @@ class AdapterTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Tensor | int | None]:
         """See `transformers.Trainer.get_batch_samples`. The batches of one optimizer step are remembered, since each
-        token's weight depends on how many all of them have."""
-        batches, num_items = super().get_batch_samples(*args)
+        token's weight depends on how many all of them have. Batches of steps that share a rollout are read together."""
+        if not self._ahead:
+            # After a checkpoint in the middle of such steps, the rest of them have been sampled already.
+            passes = self.args.num_iterations * self.args.gradient_accumulation_steps
+            steps = len(self._waiting) // passes or self.args.steps_per_generation
+            read = super().get_batch_samples
+            self._ahead = [read(*args), *filter(lambda samples: samples[0], (read(*args) for _ in range(steps - 1)))]
+            self._rollout_inputs = [list(batches) for batches, _ in self._ahead]
+        batches, num_items = self._ahead.pop(0)
         self._step_inputs = list(batches)
         return batches, num_items
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """See `transformers.Trainer`. Where steps share a rollout, an epoch has as many rows as whole rollouts take."""
+        sampler, multiple = super()._get_train_sampler(train_dataset), rows_per_generation(self.args)
+        if sampler is None or self.args.steps_per_generation == 1:
+            return sampler
+        count = len(sampler) - len(sampler) % multiple
+        if isinstance(sampler, RandomSampler):
+            return RandomSampler(sampler.data_source, num_samples=count)
+        strategy = self.args.train_sampling_strategy
+        hint = "with steps_per_generation, rows come in random or sequential order"
+        require(isinstance(sampler, SequentialSampler), "train_sampling_strategy", strategy, hint)
+        return SequentialSampler(range(count))
 
     def batches_with(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
         """All batches of the optimizer step that this one belongs to; itself where it came another way."""
         return self._step_inputs if any(batch is inputs for batch in self._step_inputs) else [inputs]
+
+    def rollout_with(self, batches: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """The batches of all optimizer steps that share a rollout with the step of these batches, which is the first;
+        the step alone where the batches came another way."""
+        first = self._rollout_inputs[0] if self._rollout_inputs else []
+        return self._rollout_inputs if first and first[0] is batches[0] else [batches]
 
     def backward(self, loss: Tensor) -> None:
         """Compute the gradient of a loss and add it to the gradients of the parameters."""
@@ -279,6 +315,8 @@ class AdapterTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         with together.folder_to_write(output_dir) as folder:
             super()._save_rng_state(folder)
+            if self._waiting:
+                save_waiting(self._waiting, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         together.check_same(lambda: {f"files in {resume_from_checkpoint}": digest_of_files(resume_from_checkpoint)})

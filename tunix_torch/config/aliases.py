@@ -3,6 +3,7 @@
 # Each name that others use, with our name for the same setting.
 ALIASES = {
     "num_generations": "num_completions_per_prompt",
+    "num_generations_eval": "num_eval_completions",
     "beta": "kl_penalty_coef",
     "kl_coef": "kl_penalty_coef",
     "clip_range": "epsilon",

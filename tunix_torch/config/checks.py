@@ -28,6 +28,8 @@ COUNTS = (
     "generation_max_length",
     "max_prompt_length",
     "num_iterations",
+    "steps_per_generation",
+    "max_sampling_rounds",
     "stop_check_interval",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -59,6 +61,7 @@ NOT_NEGATIVE = (
 POSITIVE = (
     "generation_temperature",
     "eval_temperature",
+    "repetition_penalty",
     "kl_clamp_value",
     "delta",
     "sapo_temperature_neg",
@@ -76,6 +79,7 @@ BOUNDS = (
     Bound(("seed",), lambda v: v < 2**32, "must be below 2**32"),
     Bound(("save_total_limit",), lambda v: v >= 0, "must not be negative; 0: no limit"),
     Bound(("generation_top_p",), lambda v: 0 < v <= 1, "must be in (0, 1]"),
+    Bound(("min_p",), lambda v: 0 <= v <= 1, "must be in [0, 1]"),
     Bound(("epsilon",), lambda v: 0 < v < 1, "must be in (0, 1)"),
     Bound(("top_entropy_quantile",), lambda v: 0 <= v <= 1, "must be in [0, 1]"),
     Bound(("epsilon_c",), lambda v: v > 1, "must be above 1"),
@@ -165,8 +169,12 @@ def _check_combinations(args: "GRPOConfig") -> None:
             f"num_iterations={args.num_iterations} with gradient_accumulation_steps={accumulated}: several passes step "
             "the optimizer after each batch; raise per_device_train_batch_size and set micro_batch_size instead"
         )
-    if args.save_batches and (accumulated > 1 or not args.use_grpo):
-        raise ValueError(f"save_batches={args.save_batches}: works with use_grpo, without gradient accumulation")
+    if args.save_batches and (accumulated > 1 or args.steps_per_generation > 1 or not args.use_grpo):
+        hint = "works with use_grpo, without gradient accumulation, and with steps_per_generation=1"
+        raise ValueError(f"save_batches={args.save_batches}: {hint}")
+    for name in ("steps_per_generation", "dynamic_sampling"):
+        value = getattr(args, name)
+        require(args.use_grpo or value == getattr(type(args), name), name, value, "is about rollouts: set use_grpo")
 
 
 def _check_left_out(args: "GRPOConfig") -> None:

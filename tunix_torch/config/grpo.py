@@ -13,6 +13,7 @@ from ..runtime import device as process_device
 from ..runtime import mesh, together
 from ..runtime.choice import KINDS
 from .checks import check_values
+from .generation import read_generation_kwargs
 from .loss import loss_type_of
 from .settings import accept_aliases, check_types, require, setting
 
@@ -69,6 +70,21 @@ class GRPOConfig(TrainingArguments):
     generation_temperature: float = setting(0.8, "sampling temperature (also temperature)")
     generation_top_p: float = setting(0.9, "nucleus sampling: 1 is off (also top_p)")
     generation_top_k: int = setting(50, "sample among the k likeliest tokens: 0 is off (also top_k)")
+    min_p: float | None = setting(
+        None, "sample among tokens at least so likely as this share of the likeliest one; 0 or none: off"
+    )
+    repetition_penalty: float = setting(
+        1.0, "above 1: tokens of the prompt and of the completion so far become less likely; 1 is off"
+    )
+    generation_kwargs: dict[str, Any] | str | None = setting(
+        None, 'more of these settings by the names of Transformers, such as {"top_k": 20}; they win over the others'
+    )
+    dynamic_sampling: bool = setting(
+        False, "replace groups whose rewards are all equal by those of other training rows, as DAPO does"
+    )
+    max_sampling_rounds: int = setting(
+        4, "with dynamic_sampling: rollouts of a batch at most, the first one included; then equal groups stay"
+    )
     stop_check_interval: int = setting(
         16, "look every so many tokens which completions have ended, on the CPU every time"
     )
@@ -97,6 +113,9 @@ class GRPOConfig(TrainingArguments):
     kl_clamp_value: float | None = setting(None, "limit the KL estimate of a token to this absolute value")
     use_bias_correction_kl: bool = setting(False, "multiply the KL estimate by the ratio: its gradient is unbiased")
     num_iterations: int = setting(1, "passes over a rollout batch, an optimizer step each")
+    steps_per_generation: int = setting(
+        1, "steps that share a rollout: so many times the prompts of a step are sampled at once, and then learned from"
+    )
     epsilon: float = setting(0.2, "ratios are clipped at 1 - epsilon (also clip_range)")
     epsilon_high: float | None = setting(None, "and at 1 + epsilon_high; none: epsilon, or 0.28 with dapo")
     epsilon_c: float | None = setting(None, "dual clip: cap of the ratio for negative advantages, above 1; none: off")
@@ -167,6 +186,8 @@ class GRPOConfig(TrainingArguments):
         self._read_mappings()
         if isinstance(self.scale_rewards, bool):  # TRL's older form
             self.scale_rewards = "group" if self.scale_rewards else "none"
+        for name, value in read_generation_kwargs(self.generation_kwargs).items():
+            setattr(self, name, value)
         check_types(self)
         check_values(self)
         self._resolve()
@@ -245,6 +266,11 @@ class GRPOConfig(TrainingArguments):
     def has_entropy_bonus(self) -> bool:
         """Whether the loss has an entropy bonus, if of weight 0 at times."""
         return self.entropy_coef != 0 or self.use_adaptive_entropy
+
+    @property
+    def rows_per_step(self) -> int:
+        """Completions in the rollout batch of this process: B."""
+        return self.per_device_train_batch_size * self.num_completions_per_prompt
 
     @property
     def rows_per_pass(self) -> int | None:

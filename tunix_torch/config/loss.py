@@ -98,10 +98,11 @@ def warn_of_loss(args: "GRPOConfig") -> None:
             "epsilon_high=5.",
             args.clip_high,
         )
-    if args.sampler_correction == "none" and (args.generation_top_k or args.generation_top_p < 1):
+    off = {"generation_top_k": 0, "generation_top_p": 1.0, "min_p": None, "repetition_penalty": 1.0}
+    changing = [f"{name}={getattr(args, name):g}" for name in off if getattr(args, name) not in (off[name], None, 0)]
+    if args.sampler_correction == "none" and changing:
         logger.warning(
-            "generation_top_k=%d, generation_top_p=%g: completions are sampled from a truncated policy, and the whole "
-            "one learns. sampler_correction can weigh the difference; top_k 0 and top_p 1 avoid it.",
-            args.generation_top_k,
-            args.generation_top_p,
+            "%s: completions are sampled from another policy than the one that learns. sampler_correction can weigh "
+            "the difference; without these settings there is none.",
+            ", ".join(changing),
         )

@@ -5,6 +5,12 @@ from .grpo import GRPOConfig
 from .settings import require
 
 
+def rows_per_generation(args: GRPOConfig) -> int:
+    """How many training rows one rollout takes, over all processes: those of the optimizer steps that share it."""
+    steps = args.steps_per_generation * args.gradient_accumulation_steps
+    return args.per_device_train_batch_size * together.count() * steps
+
+
 def check_scale(args: GRPOConfig, num_rows: int | None) -> None:
     """Check the settings that depend on how many processes, hosts and devices take part in a run.
 
@@ -19,6 +25,10 @@ def check_scale(args: GRPOConfig, num_rows: int | None) -> None:
     if num_rows is not None and num_rows < prompts * processes:
         there = f"there are only {num_rows} training rows for {processes} process(es)"
         raise ValueError(f"per_device_train_batch_size={prompts}: {there}")
+    steps = args.steps_per_generation
+    enough = steps == 1 or num_rows is None or num_rows >= rows_per_generation(args)
+    hint = f"a rollout takes {rows_per_generation(args)} training rows, and there are only {num_rows}"
+    require(enough, "steps_per_generation", steps, hint)
     fsdp = mesh.axis_size("fsdp")
     hint = f"prompts are spread over fsdp={fsdp}; give a multiple of that"
     require(prompts % fsdp == 0, "per_device_train_batch_size", prompts, hint)

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import torch
 
+from ..batch import PromptBatch
 from ..runtime import device
 from .rows import COMPLETION_IDS, PROMPT_IDS, Row
 
@@ -82,6 +83,20 @@ class PromptStream(torch.utils.data.IterableDataset):
             logger.warning("Row %d of the stream has %s: it is left out, as all like it", self.num_rows, what)
         self.num_overlong += 1
         return False
+
+
+def join_prompts(batches: Sequence[PromptBatch], pad_token_id: int) -> PromptBatch:
+    """One batch of the prompts of several batches, padded on the left to the width of the widest one."""
+    width = max(batch.prompt_ids.shape[1] for batch in batches)
+
+    def widen(tensor: torch.Tensor, value: int | bool) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor, (width - tensor.shape[1], 0), value=value)
+
+    return PromptBatch(
+        torch.cat([widen(batch.prompt_ids, pad_token_id) for batch in batches]),
+        torch.cat([widen(batch.prompt_mask, False) for batch in batches]),
+        [row for batch in batches for row in batch.rows],
+    )
 
 
 @dataclass

@@ -38,7 +38,8 @@ def scores_without_gradient(model: nn.Module, batch: TrainBatch, args: GRPOConfi
         device.sync()
         return scores
 
-    logps, entropy = zip(*in_passes(batch, args, compute), strict=True)
+    parts = batch.split(args.rows_per_step)  # where steps share a rollout, each is laid out as it will be for learning
+    logps, entropy = zip(*(scores for part in parts for scores in in_passes(part, args, compute)), strict=True)
     return torch.cat(logps), torch.cat(entropy)
 
 

@@ -281,6 +281,10 @@ def job_of(argv: Sequence[str], topology: Topology, any_mesh: bool = False) -> J
     model, _, args = parse_job([*argv, "--device", "xla"])
     if not args.use_grpo:
         raise ValueError("use_grpo=False: only GRPO is planned; set use_grpo to true")
+    for name, planned in (("steps_per_generation", 1), ("dynamic_sampling", False)):
+        value = getattr(args, name)
+        if value != planned:
+            raise ValueError(f"{name}={value}: a plan is of a step with one rollout of its own prompts; leave it out")
     return Job(model, args, topology)
 
 

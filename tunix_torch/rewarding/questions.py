@@ -7,12 +7,16 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from ..batch import PromptBatch
 from ..config.grpo import GRPOConfig
+from ..config.settings import require
 from ..data.batches import Collator, PromptStream
 from ..data.prompts import prepare_rows
 from ..data.rows import Row
 from ..data.sources import check_stream, evaluation_rows, training_rows
+from ..rollout.tokens import RowNumbers
 from .columns import check_columns
+from .dynamic import draw_rows
 from .scoring import RewardFunc
 
 
@@ -35,6 +39,9 @@ class Questions:
         if eval_dataset is not None:
             self.evaluation = evaluation_rows(eval_dataset)
         check_stream(self.train, args.max_steps, args.dataloader_num_workers)
+        hint = "draws further rows by their numbers, which a stream does not have; give a data set with a length"
+        drawn = not args.dynamic_sampling or not isinstance(self.train, datasets.IterableDataset)
+        require(drawn, "dynamic_sampling", True, hint)
         self._args = args
 
     @property
@@ -80,6 +87,12 @@ class Questions:
     def for_trainer(self) -> dict[str, Any]:
         """The arguments of `transformers.Trainer` that concern data."""
         return {"data_collator": self.collator, "train_dataset": self.train, "eval_dataset": self.evaluation}
+
+    def draw(self, count: int, row_numbers: RowNumbers) -> PromptBatch:
+        """The prompts of `count` training rows, drawn by random numbers that depend on nothing but the seed, the step,
+        and how many rows the step has sampled so far."""
+        rows, key = self.train, (self._args.seed, 1 + row_numbers.step, row_numbers.drawn)
+        return PromptBatch(**self.collator([rows[i] for i in draw_rows(len(rows), count, key)]))
 
     def to_evaluate(self, eval_dataset: Any) -> list[Row]:
         """Evaluation rows that are tokenised and can be judged.

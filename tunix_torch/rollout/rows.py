@@ -29,6 +29,8 @@ class Rows:
         windows: the windows of all layers, see `attention.layer_windows`.
         pad_token_id: fills the places where nothing has been decoded.
         interval: where the host must wait to see which rows have ended, it looks once in so many tokens.
+        seen: (B, V) bool, the tokens that each row has had before its first one, where a step needs them. The step
+            adds the token that it is fed.
         memory: tensors of earlier rows of the same shapes, used again so that a recorded step finds its arguments at
             the same addresses; empty for the first such rows. None: a step takes its arguments from any address.
     """
@@ -45,6 +47,7 @@ class Rows:
         pad_token_id: int,
         interval: int,
         memory: Memory | None = None,
+        seen: Tensor | None = None,
     ) -> None:
         num_rows, num_tokens = uniforms.shape
         self.num_prompts, self.room, self.memory = prefix.num_rows, num_tokens - 1, memory
@@ -60,6 +63,7 @@ class Rows:
         logps = nn.functional.pad(logps[:, None], (0, self.room))
         prompt_mask = prompt_mask.repeat_interleave(self.most, dim=0)  # (B, P)
         first = ids, logps, ended, prompt_mask, prompt_mask.sum(-1, keepdim=True), uniforms
+        first += () if seen is None else (seen,)
         self.first = self._hold("rows", first)
         self.prompts = [self._hold(name, x, 1) for name, x in zip(("keys", "values"), prompts, strict=True)]
         if compiled:
@@ -88,16 +92,18 @@ class Rows:
         """Decode one more token of every row.
 
         The step takes ids, logps, ended, the number of tokens that a row has in the caches, (1,) int64, prompt_mask,
-        lengths of prompts (R, 1), uniforms, four lists with a tensor for each layer (keys and values of prompts, and
-        the rows' own), and, where groups are not equal, a `RaggedGroups`. It returns the first four, changed or new.
+        lengths of prompts (R, 1), uniforms, a list that is empty or holds the seen tokens (R, V), four lists with a
+        tensor for each layer (keys and values of prompts, and the rows' own), and, where groups are not equal, a
+        `RaggedGroups`. It returns the first four, changed or new, and adds to the caches and seen tokens in place.
         """
         if self.used == self.width:
             self._widen(self.used + 1)
-        ids, logps, ended, *given = self.tensors
+        ids, logps, ended, prompt_mask, lengths, uniforms, *seen = self.tensors
+        given = prompt_mask, lengths, uniforms, seen
         ids, logps, ended, self.step = step(
             ids, logps, ended, self.step, *given, *self._prompts_in_sight(), *self.own.tensors, *self.ragged
         )
-        self.tensors = ids, logps, ended, *given
+        self.tensors = ids, logps, ended, prompt_mask, lengths, uniforms, *seen
         self.used += 1
 
     def results(self) -> tuple[Tensor, Tensor]:

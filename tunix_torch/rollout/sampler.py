@@ -15,7 +15,7 @@ from ..model.decoding import decode_weights
 from ..model.forward import adapters_in_use, base_model, hidden_states, logits, prefill, text_config
 from .rows import Rows, lay_on_devices
 from .steps import Steps
-from .tokens import SamplingParams, choose_tokens
+from .tokens import SamplingParams, choose_tokens, tokens_in_prompts
 
 
 class Sampler:
@@ -82,14 +82,17 @@ class Sampler:
         windows = layer_windows(text_config(self.model))
         prefix.forget(windows)
         scores = logits(self.model, last_hidden).repeat_interleave(num_completions, dim=0)  # (B, V)
-        tokens, logps = choose_tokens(scores, uniforms[:, 0], params)
+        seen = None
+        if params.needs_seen_tokens:
+            seen = tokens_in_prompts(prompt_ids, prompt_mask, num_completions, scores.shape[-1])  # (B, V)
+        tokens, logps = choose_tokens(scores, uniforms[:, 0], params, seen)
         first = tokens, logps, self._is_eos(tokens)  # each (B,)
         del last_hidden, scores  # (B, V) numbers are not held while rows are decoded
         step_key = (params, adapters_in_use(self.model), num_completions, prompt_ids.shape)
         layer_ids = tuple(prefix.layers)
         step, memory, is_new = self._steps.of(step_key, lambda: self._decode_step(params, layer_ids))
         pad_id, interval = self.pad_token_id, self.stop_check_interval
-        rows = Rows(*first, prompt_mask, uniforms, prefix, windows, pad_id, interval, memory)
+        rows = Rows(*first, prompt_mask, uniforms, prefix, windows, pad_id, interval, memory, seen)
         if is_new and self.compile_ahead:
             rows.rehearse(step)
         while rows.left():
@@ -102,14 +105,15 @@ class Sampler:
         windows = layer_windows(config)
 
         def decode_step(
-            ids, logps, ended, t, prompt_mask, lengths, uniforms, keys, values, own_keys, own_values, ragged=None
+            ids, logps, ended, t, prompt_mask, lengths, uniforms, seen, keys, values, own_keys, own_values, ragged=None
         ):
             cache = SharedPrefixCache(layer_ids, windows, keys, values, own_keys, own_values, t, ragged)
             masks = cache.masks(config, prompt_mask)
-            hidden = hidden_states(model, ids.index_select(1, t), masks, lengths + t, cache)  # (R, 1, D)
-            after = t + 1
+            fed, after = ids.index_select(1, t), t + 1
+            hidden = hidden_states(model, fed, masks, lengths + t, cache)  # (R, 1, D)
+            seen = [row_tokens.scatter_(1, fed, True) for row_tokens in seen]  # in place
             column = uniforms.index_select(1, after)[:, 0]
-            tokens, token_logps = choose_tokens(logits(model, hidden[:, 0]), column, params)
+            tokens, token_logps = choose_tokens(logits(model, hidden[:, 0]), column, params, *seen)
             tokens = tokens.masked_fill(ended, self.pad_token_id)
             ids = ids.index_copy(1, after, tokens[:, None])
             logps = logps.index_copy(1, after, token_logps[:, None])
