@@ -29,7 +29,6 @@ from .learn.invariants import check_first_pass
 from .learn.metrics import add_up, learning_metrics, rollout_metrics, sum_up, warn_of_equal_rewards
 from .learn.passes import rehearse
 from .learn.record import keep_step
-from .learn.sft import learn_rows
 from .learn.step import learn, logps_without_gradient
 from .model.forward import base_model, reference_policy
 from .model.loading import eos_token_ids, load_tokenizer
@@ -145,9 +144,7 @@ class TunixTrainer(AdapterTrainer):
         if inputs is batches[0]:  # an optimizer step begins, and forgets what an interrupted one has left
             self._waiting, self._learned = [], []
         if not self.args.use_grpo:
-            loss, metrics = learn_rows(self.model, inputs, batches, self.args, self.backward, self.sum_gradients)
-            self.add_metrics(metrics)
-            return loss
+            return self.learn_given_rows(inputs)
         if len(batches) > 1 and inputs is batches[0]:
             self._waiting = self._collect_together(batches)
         return self.grpo_training_step(PromptBatch(**inputs).to(self.args.device))
@@ -331,7 +328,7 @@ class TunixTrainer(AdapterTrainer):
         """Answer the evaluation questions greedily, and with `num_eval_completions` = k also by k samples each.
 
         Returns and logs `eval_accuracy` (greedy pass@1), `eval_mean@k`, `eval_mean_length`, `eval_runtime` (seconds),
-        and with SFT `eval_loss`.
+        with SFT `eval_loss`, and with pairs also `eval_rewards/accuracies` and the like.
         """
         device.sync()  # so that work which the Trainer left pending does not become part of it
         self.put_optimizer("eval")
@@ -341,6 +338,7 @@ class TunixTrainer(AdapterTrainer):
             self.model, self.sampler, self.processing_class, rows, self.data_collator, self.judge, self.args
         )
         self.first_answers = self.first_answers or self.last_answers
+        metrics |= self.metrics_of_pairs(rows)
         metrics["runtime"] = time.perf_counter() - started
         # early stopping depends on them, so all must have the same
         metrics = together.decided_by_first(lambda: metrics)

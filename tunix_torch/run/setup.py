@@ -15,6 +15,7 @@ from ..config.grpo import GRPOConfig
 from ..config.model import ModelConfig
 from ..config.saved import settings_of
 from ..config.settings import require
+from ..data.preference import pair_of
 from ..data.rows import Row, has_column
 from ..data.shapes import completion_of
 from ..data.sources import load_data
@@ -95,6 +96,8 @@ def _load_rows(
         """Check the first row of a stream. The other rows are not known yet."""
         if args.use_grpo:
             require_columns(reward_funcs, [row])
+        elif args.preference_loss is not None:
+            pair_of(row)
         else:
             completion_of(row)
 
