@@ -33,6 +33,7 @@ from .learn.step import learn, logps_without_gradient
 from .model.forward import base_model, reference_policy
 from .model.loading import eos_token_ids, load_tokenizer
 from .model.policy import check_trainable, make_policy
+from .model.teacher import load_teacher
 from .rewarding.questions import Questions
 from .rewarding.scorer import Scorer, check_rewards
 from .rewarding.scoring import RewardFunc
@@ -49,7 +50,7 @@ class TunixTrainer(AdapterTrainer):
         model: a hub id, a folder, "tiny", or a loaded model. A folder holds a model, or an adapter that is then trained
             further. A loaded model may have a LoRA.
         reward_funcs: one function or several, `(prompts, completions, **columns) -> list[float | None]`. None means
-            that the function does not apply to the row. Functions may be `async`. SFT needs none.
+            that the function does not apply to the row. They may be `async`. SFT, pairs and a teacher need none.
         args: all settings.
         train_dataset, eval_dataset: rows with a prompt or question, and with an answer where a reward function or the
             judge takes one: a list of dicts, a `datasets.Dataset`, or whatever else `data/sources.py` takes. With
@@ -90,6 +91,7 @@ class TunixTrainer(AdapterTrainer):
         self.judge = judge or next(iter(self.scorer.functions), None)
         facts = {"training, evaluation rows": self.questions.sizes}
         policy = make_policy(model, processing_class, peft_config, args, facts)
+        self.teacher = load_teacher(args.teacher, policy.model, processing_class)
         self.sampling = SamplingParams(
             args.generation_max_length, args.generation_temperature, args.generation_top_k, args.generation_top_p
         )
@@ -117,7 +119,7 @@ class TunixTrainer(AdapterTrainer):
             ValueError: no reward function, weights that don't match them, or fewer rows than one step needs.
         """
         self.args.check_best_metric(judged=self.judge is not None)
-        self.scorer.check(needed=self.args.use_grpo)
+        self.scorer.check(needed=self.args.use_grpo and self.args.teacher is None)
         check_scale(self.args, self.questions.sizes[0])
         check_trainable(self.model)
 
@@ -281,7 +283,7 @@ class TunixTrainer(AdapterTrainer):
 
     def learning_pass(self, batch: TrainBatch) -> list[dict[str, Tensor]]:
         """Forward and backward of every micro-batch. The gradients add up in the parameters. See `learn`."""
-        parts = learn(self.model, batch, self.args, self.backward)
+        parts = learn(self.model, batch, self.args, self.backward, self.teacher)
         self.sum_gradients()
         return parts
 

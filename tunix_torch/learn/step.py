@@ -9,9 +9,13 @@ from ..batch import TrainBatch
 from ..config.grpo import GRPOConfig
 from ..grpo import grpo_loss
 from ..model.decoding import with_fast_layers
+from ..model.teacher import Teacher
 from ..runtime import device
+from .distillation import token_scores
 from .logprobs import token_logps
 from .passes import Pass, in_passes
+
+Backward = Callable[[Tensor], None]
 
 
 @with_fast_layers
@@ -34,31 +38,32 @@ def logps_without_gradient(model: nn.Module, batch: TrainBatch, args: GRPOConfig
 
 @with_fast_layers
 def learn(
-    model: nn.Module, batch: TrainBatch, args: GRPOConfig, backward: Callable[[Tensor], None]
+    model: nn.Module, batch: TrainBatch, args: GRPOConfig, backward: Backward, teacher: Teacher | None = None
 ) -> list[dict[str, Tensor]]:
     """Forward and backward of every micro-batch of a batch. The gradients add up in the parameters.
 
     Args:
         backward: computes the gradient of a micro-batch's loss and adds it to the parameters'
             (`AdapterTrainer.backward`).
+        teacher: its reverse KL is added to the loss; see `distillation.py`.
 
     Returns:
         for each micro-batch, in order, what `learn_micro_batch` returns.
     """
     model.train()
-    return in_passes(batch, args, lambda part: learn_micro_batch(model, part, args, backward))
+    return in_passes(batch, args, lambda part: learn_micro_batch(model, part, args, backward, teacher))
 
 
 def learn_micro_batch(
-    model: nn.Module, part: Pass, args: GRPOConfig, backward: Callable[[Tensor], None]
+    model: nn.Module, part: Pass, args: GRPOConfig, backward: Backward, teacher: Teacher | None = None
 ) -> dict[str, Tensor]:
-    """Forward and backward of one micro-batch. `backward` is that of `learn`.
+    """Forward and backward of one micro-batch. `backward` and `teacher` are those of `learn`.
 
     Returns:
         numbers of the micro-batch, on the device, without gradient. Those named `row_...` have one value a row, `logps`
         is (B, C), and the others are scalars that add up over micro-batches.
     """
-    logps, entropy = token_logps(model, part, args.generation_temperature)
+    logps, entropy, teacher_kl = token_scores(model, part, args.generation_temperature, teacher)
     batch = part.batch
     terms = grpo_loss(
         logps,
@@ -74,11 +79,16 @@ def learn_micro_batch(
         kl_clamp=args.kl_clamp_value,
         sequence_level=args.algorithm == "gspo",
     )
-    backward(terms.loss)
+    loss, distance = terms.loss, {}
+    if teacher_kl is not None:
+        teacher_loss = (teacher_kl * batch.token_weights).sum()
+        loss, distance = loss + args.distillation_coef * teacher_loss, {"teacher_kl": teacher_loss.detach()}
+    backward(loss)
     logps, mask = logps.detach(), batch.completion_mask
     gap = (logps - batch.sampler_logps).abs() * mask
     numbers = {
-        "loss": terms.loss.detach(),
+        "loss": loss.detach(),
+        **distance,
         "policy_loss": terms.policy_loss,
         "kl_loss": terms.kl_loss,
         "clipped_weight": terms.clipped_weight,
