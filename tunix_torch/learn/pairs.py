@@ -24,19 +24,23 @@ from .sft import learn_rows
 AsReference = Callable[[], AbstractContextManager[None]]  # within its context the model is the reference policy
 
 
-def pair_batch(inputs: dict[str, Any], num_pairs: int) -> TrainBatch:
+def pair_batch(inputs: dict[str, Any], num_pairs: int, num_counted: int | None = None) -> TrainBatch:
     """Make a batch on the device of what `Collator` made of N pairs: G = 2, B = 2N, each chosen before its rejected.
 
     A pair's weight in the loss, 1 / `num_pairs`, stands in `token_weights` at every token of both completions.
     `num_pairs` counts all pairs that the optimizer step learns from: those of accumulated batches and of other
-    processes too.
+    processes too. Of this batch the first `num_counted` pairs count, the others only fill its shape; None: all count.
     """
     lengths = completion_lengths(inputs["completion_mask"])
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-    tensors = {name: inputs[name].to(device.torch_device()) for name in names}
-    mask = tensors["completion_mask"]
-    weights, none = mask.float() / max(num_pairs, 1), torch.zeros(len(mask), device=mask.device)
-    return TrainBatch(**tensors, advantages=none, token_weights=weights, lengths=lengths)
+    columns = {name: inputs[name] for name in names}
+    columns["advantages"] = torch.zeros(len(lengths))
+    columns["token_weights"] = inputs["completion_mask"].float() / max(
+        num_pairs, 1
+    )  # in main memory, so no graph depends on it
+    if num_counted is not None:
+        columns["token_weights"][2 * num_counted :] = 0.0
+    return TrainBatch(**{name: value.to(device.torch_device()) for name, value in columns.items()}, lengths=lengths)
 
 
 @with_fast_layers
@@ -171,14 +175,13 @@ def pair_metrics(
     size, mine, totals = args.per_device_eval_batch_size, rows[together.own_part(len(rows))], []
     for start in range(0, len(mine), size):
         part = list(mine[start : start + size])
-        batch = pair_batch(collator(part + [part[-1]] * (size - len(part))), 1)  # so that all have one shape
-        batch.token_weights[2 * len(part) :] = 0.0
+        filled = collator(part + [part[-1]] * (size - len(part)))  # so that all have one shape
+        batch = pair_batch(filled, 1, num_counted=len(part))
         if args.needs_reference:
             with as_reference():
                 batch.ref_per_token_logps = logps_of_pairs(model, batch, args)
-        totals.append(
-            {name: float(v) for name, v in pair_numbers(logps_of_pairs(model, batch, args), batch, args)[1].items()}
-        )
+        _, numbers = pair_numbers(logps_of_pairs(model, batch, args), batch, args)
+        totals.append(sum_up([numbers]))  # here Python waits for the device
     names = ("loss", "weight", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
     sums = {name: sum(together.gather(sum(numbers[name] for numbers in totals))) for name in names}
     return {name: sums[name] / sums["weight"] for name in names if name != "weight"}
