@@ -1,4 +1,4 @@
-"""SFT, then SimPO, then GRPO on one adapter, as docs/pipeline.md has it: each stage goes on where the last one ended."""
+"""SFT, then SimPO, then GRPO on one adapter, as in docs/pipeline.md: each stage goes on where the last one ended."""
 
 import json
 

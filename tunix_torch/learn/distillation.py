@@ -47,9 +47,8 @@ def token_scores(
 
     def score(hidden: Tensor, their_hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logps = torch.log_softmax(logits(model, hidden) / temperature, dim=-1)  # (rows, columns, V)
-        with teacher.teaching():
-            teacher_logps = torch.log_softmax(logits(teacher.model, their_hidden) / temperature, dim=-1)
         with torch.no_grad():
+            teacher_logps = torch.log_softmax(teacher.logits(their_hidden) / temperature, dim=-1)
             entropy = -(logps.exp() * logps).sum(-1)
         return logps.gather(-1, ids[..., None])[..., 0], entropy, reverse_kl(logps, teacher_logps)
 

@@ -35,9 +35,8 @@ def pair_batch(inputs: dict[str, Any], num_pairs: int, num_counted: int | None =
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
     columns = {name: inputs[name] for name in names}
     columns["advantages"] = torch.zeros(len(lengths))
-    columns["token_weights"] = inputs["completion_mask"].float() / max(
-        num_pairs, 1
-    )  # in main memory, so no graph depends on it
+    # Weights are computed in main memory, so that no graph depends on the number of pairs.
+    columns["token_weights"] = inputs["completion_mask"].float() / max(num_pairs, 1)
     if num_counted is not None:
         columns["token_weights"][2 * num_counted :] = 0.0
     return TrainBatch(**{name: value.to(device.torch_device()) for name, value in columns.items()}, lengths=lengths)

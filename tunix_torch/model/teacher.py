@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..runtime import together
 from .attention import use_own_attention
 from .checks import check_head
 from .decoding import fast_layers
-from .forward import base_model, reference_policy
+from .forward import base_model, logits, reference_policy
 from .loading import load_model, load_tokenizer, place
 
 BASE = "base"  # the name of the teacher that is the policy's model without its adapter
@@ -36,6 +37,12 @@ class Teacher:
                 yield self.model
         finally:
             self.model.train(was_training)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The teacher's logits for its hidden states: (..., D) -> (..., V) float32, without gradient."""
+        adapted = self.is_base and isinstance(base_model(self.model).get_output_embeddings(), BaseTunerLayer)
+        with self.teaching() if adapted else torch.no_grad():  # an adapter elsewhere has no part in this
+            return logits(self.model, hidden)
 
 
 def load_teacher(name: str | None, policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Teacher | None:
