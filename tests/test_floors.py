@@ -128,13 +128,14 @@ def test_the_library_does_not_know_its_users():
 def test_the_peers_are_imported_only_where_they_are_compared():
     files = [*modules(), *ROOT.glob("*.py")]
     places = {path.relative_to(ROOT).as_posix(): {module[0] for module, _ in imports_of(path)} for path in files}
-    sides = {f"tunix_torch/crosscheck/tunix_{name}.py" for name in ("lora", "models", "side")}
+    sides = {f"tunix_torch/crosscheck/tunix_{name}.py" for name in ("lora", "models", "preferences", "side")}
     assert {p for p, names in places.items() if names & {"flax", "optax", "qwix", "tunix"}} == sides
     assert {p for p, names in places.items() if names & {"jax", "jaxlib"}} == {
         *sides,
         "tunix_torch/preflight/compile_tpu.py",
     }
-    assert {p for p, names in places.items() if "trl" in names} == {"tunix_torch/crosscheck/trl_side.py"}
+    trl = {f"tunix_torch/crosscheck/trl_{name}.py" for name in ("preferences", "side")}
+    assert {p for p, names in places.items() if "trl" in names} == trl
 
 
 def test_only_the_runtime_and_plans_import_torch_xla():

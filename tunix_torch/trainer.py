@@ -29,12 +29,12 @@ from .learn.invariants import check_first_pass
 from .learn.metrics import add_up, learning_metrics, sum_up, warn_of_equal_rewards
 from .learn.passes import rehearse
 from .learn.record import keep_step
-from .learn.sft import learn_rows
 from .learn.step import learn, logps_without_gradient
 from .learn.weights import learned_tokens, step_weights
 from .model.forward import base_model, reference_policy
 from .model.loading import eos_token_ids, load_tokenizer
 from .model.policy import check_trainable, make_policy
+from .model.teacher import load_teacher
 from .rewarding.advantages import overlong_penalties, step_advantages
 from .rewarding.dynamic import replace_equal_groups
 from .rewarding.questions import Questions
@@ -55,7 +55,7 @@ class TunixTrainer(AdapterTrainer):
         model: a hub id, a folder, "tiny", or a loaded model. A folder holds a model, or an adapter that is then trained
             further. A loaded model may have a LoRA.
         reward_funcs: one function or several, `(prompts, completions, **columns) -> list[float | None]`. None means
-            that the function does not apply to the row. Functions may be `async`. SFT needs none.
+            that the function does not apply to the row. They may be `async`. SFT, pairs and a teacher need none.
         args: all settings.
         train_dataset, eval_dataset: rows with a prompt or question, and with an answer where a reward function or the
             judge takes one: a list of dicts, a `datasets.Dataset`, or whatever else `data/sources.py` takes. With
@@ -96,6 +96,7 @@ class TunixTrainer(AdapterTrainer):
         self.judge = judge or next(iter(self.scorer.functions), None)
         facts = {"training, evaluation rows": self.questions.sizes}
         policy = make_policy(model, processing_class, peft_config, args, facts)
+        self.teacher = load_teacher(args.teacher, policy.model, processing_class)
         self.sampling = SamplingParams.of_rollouts(args)
         eos_ids, pad_id = eos_token_ids(policy.model, processing_class), processing_class.pad_token_id
         self.sampler = Sampler(policy.model, eos_ids, pad_id, args.stop_check_interval, compile_ahead=True)
@@ -119,7 +120,7 @@ class TunixTrainer(AdapterTrainer):
             ValueError: no reward function, weights that don't match them, or fewer rows than one step needs.
         """
         self.args.check_best_metric(judged=self.judge is not None)
-        self.scorer.check(needed=self.args.use_grpo)
+        self.scorer.check(needed=self.args.use_grpo and self.args.teacher is None)
         check_scale(self.args, self.questions.sizes[0])
         check_trainable(self.model)
 
@@ -146,9 +147,7 @@ class TunixTrainer(AdapterTrainer):
         if inputs is batches[0]:  # an optimizer step begins, and forgets what an interrupted one has left
             self._learned = []
         if not self.args.use_grpo:
-            loss, metrics = learn_rows(self.model, inputs, batches, self.args, self.backward, self.sum_gradients)
-            self.add_metrics(metrics)
-            return loss
+            return self.learn_given_rows(inputs)
         if inputs is batches[0] and not self._waiting and len(batches) * self.args.steps_per_generation > 1:
             steps, how = self.rollout_with(batches), (self._advantages, self.args, self.sampler.pad_token_id)
             self._waiting = collect_together(steps, lambda prompts: (self.collect(prompts), self._rewards), *how)
@@ -288,7 +287,7 @@ class TunixTrainer(AdapterTrainer):
 
     def learning_pass(self, batch: TrainBatch) -> list[dict[str, Tensor]]:
         """Forward and backward of every micro-batch. The gradients add up in the parameters. See `learn`."""
-        parts = learn(self.model, self.entropy.weighted(batch), self.args, self.backward)
+        parts = learn(self.model, self.entropy.weighted(batch), self.args, self.backward, self.teacher)
         self.sum_gradients()
         return parts
 
@@ -329,7 +328,7 @@ class TunixTrainer(AdapterTrainer):
         """Answer the evaluation questions greedily, and with `num_eval_completions` = k also by k samples each.
 
         Returns and logs `eval_accuracy` (greedy pass@1), `eval_mean@k`, `eval_mean_length`, `eval_runtime` (seconds),
-        and with SFT `eval_loss`.
+        with SFT `eval_loss`, and with pairs also `eval_rewards/accuracies` and the like.
         """
         device.sync()  # so that work which the Trainer left pending does not become part of it
         self.put_optimizer("eval")
@@ -339,6 +338,7 @@ class TunixTrainer(AdapterTrainer):
             self.model, self.sampler, self.processing_class, rows, self.data_collator, self.judge, self.args
         )
         self.first_answers = self.first_answers or self.last_answers
+        metrics |= self.metrics_of_pairs(rows)
         metrics["runtime"] = time.perf_counter() - started
         # early stopping depends on them, so all must have the same
         metrics = together.decided_by_first(lambda: metrics)

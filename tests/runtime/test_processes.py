@@ -45,6 +45,7 @@ CASES = {
     "accumulated": {"gradient_accumulation_steps": 2, "micro_batch_size": 4},
     "streamed": {},
     "sft": {"use_grpo": False, "eval_strategy": "steps", "eval_steps": 2, "generation_max_length": 64},
+    "pairs": {"use_grpo": False, "eval_strategy": "steps", "eval_steps": 2, "preference_loss": "dpo"},
 }
 GRPOConfig(output_dir=root)  # joins the processes
 for case, settings in CASES.items():
@@ -59,6 +60,10 @@ for case, settings in CASES.items():
     if case == "streamed":
         rows = datasets.Dataset.from_list(rows).to_iterable_dataset().shuffle(seed=3, buffer_size=8)
     functions, eval_rows = [digits_reward, capitals_reward], tiny.arithmetic_rows("test", 7)
+    if case == "pairs":
+        functions = None
+        for i, row in enumerate(rows + eval_rows):
+            row |= {"chosen": "so " * (i % 3) + row["answer"], "rejected": "no" * (1 + i % 4)}
     trainer = TunixTrainer(folder, functions, args, rows, eval_rows, callbacks=[Recorder()])
     gradients, completions = [], []
     sample = trainer.sample_completions_for_prompts
@@ -77,7 +82,7 @@ for case, settings in CASES.items():
     if together.index() == 0:
         torch.save(result, f"{root}/{case}.pt")
 """
-CASES = ("grpo", "resumed", "token_mean", "accumulated", "streamed", "sft")
+CASES = ("grpo", "resumed", "token_mean", "accumulated", "streamed", "sft", "pairs")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +112,7 @@ def logged(result, name):
 def test_completions_are_those_of_one_process(results, case):
     one, two = results[1][case], results[2][case]
     assert (one["processes"], two["processes"]) == (1, 2)
-    each = {"resumed": STEPS - 2, "accumulated": 2 * STEPS, "sft": 0}.get(case, STEPS)
+    each = {"resumed": STEPS - 2, "accumulated": 2 * STEPS, "sft": 0, "pairs": 0}.get(case, STEPS)
     assert len(two["completions"]) == len(one["completions"]) == each
     for ids, expected in zip(two["completions"], one["completions"], strict=True):
         assert torch.equal(ids, expected)

@@ -3,6 +3,8 @@
 import logging
 import math
 from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from ..config.loss import warn_of_loss
 from ..config.scale import rows_per_generation
 from ..config.services import blamed_on
 from ..config.settings import require
+from ..data.rows import Row
 from ..learn.entropy import EntropyControl
 from ..learn.finite import check_finite, check_gradient_norm
+from ..learn.pairs import learn_given_rows, pair_metrics
 from ..model.adapter import (
     REFERENCE_FILE,
     adapter_weights,
@@ -29,7 +33,7 @@ from ..model.adapter import (
     save_reference,
 )
 from ..model.checks import check_reference, has_dropout, remove_dropout
-from ..model.forward import recompute_layers
+from ..model.forward import recompute_layers, reference_policy
 from ..model.policy import Policy
 from ..runtime import device, together
 from ..runtime.profiling import ProfileStep
@@ -62,7 +66,7 @@ class AdapterTrainer(Trainer):
         self.policy = policy
         if args.disable_dropout:
             remove_dropout(policy.model)
-        if args.beta > 0:
+        if args.needs_reference:
             check_reference(args.reference, policy.model.peft_config[policy.adapter])
         early_stopping = (
             [] if args.early_stopping_patience is None else [EarlyStoppingCallback(args.early_stopping_patience)]
@@ -70,7 +74,7 @@ class AdapterTrainer(Trainer):
         profiling = [] if args.profile_step is None else [ProfileStep(args.profile_step)]
         own = [OwnIntervals(), *(callbacks or []), *early_stopping, *profiling, EndGraphWithOptimizer()]
         super().__init__(model=policy.model, args=args, callbacks=own, **others)
-        self._given_reference = self._adapter_now() if args.reference == "start" and args.beta > 0 else None
+        self._given_reference = self._adapter_now() if args.reference == "start" and args.needs_reference else None
         self._frozen: dict[str, float] | None = None  # a number for each frozen weight, once the run has begun
         self._step_inputs: list[dict[str, Any]] = []  # the batches that the optimizer step learns from
         # The inputs of all steps that share the newest rollout, and of those of them that have not begun.
@@ -95,7 +99,7 @@ class AdapterTrainer(Trainer):
         self.reference: dict[str, Tensor] | None = None  # None: the model without its adapter
         if checkpoint is not None:
             self.reference = self._reference_of(checkpoint)
-        elif self.args.reference == "start" and self.args.beta > 0:
+        elif self.args.reference == "start" and self.args.needs_reference:
             self.reference = now
         self.entropy = EntropyControl(self.args)
         if checkpoint is not None:
@@ -107,6 +111,11 @@ class AdapterTrainer(Trainer):
         """Begin a run when a step is taken without `train`."""
         if self._frozen is None:
             self.begin_run()
+
+    def as_reference(self) -> AbstractContextManager[None]:
+        """Within this context the model is the reference policy of this run, without gradient."""
+        self.begin_run_if_needed()
+        return reference_policy(self.model, self.reference)
 
     def _sums_of_frozen(self) -> dict[str, float]:
         """The sum of absolute values of each frozen weight. It changes when the weight does."""
@@ -232,6 +241,20 @@ class AdapterTrainer(Trainer):
         """
         if self.accelerator.sync_gradients:
             together.sum_gradients(self.model.parameters())
+
+    def learn_given_rows(self, inputs: dict[str, Any]) -> Tensor:
+        """Forward and backward of a batch of rows that hold their completions, see `learn.pairs.learn_given_rows`.
+        Returns the batch's share of the loss of the optimizer step, detached."""
+        step = (inputs, self.batches_with(inputs), self.args)
+        loss, metrics = learn_given_rows(self.model, *step, self.backward, self.sum_gradients, self.as_reference)
+        self.add_metrics(metrics)
+        return loss
+
+    def metrics_of_pairs(self, rows: Sequence[Row]) -> dict[str, float]:
+        """What an evaluation says about preference pairs; nothing where the run does not learn from pairs."""
+        if self.args.preference_loss is None:
+            return {}
+        return pair_metrics(self.model, rows, self.data_collator, self.args, self.as_reference)
 
     def optimizer_step(self) -> None:
         """Clip the gradient, step, and drop the gradient, as `transformers.Trainer` does after a batch."""

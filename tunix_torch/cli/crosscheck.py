@@ -41,7 +41,9 @@ def parse_args(argv: Sequence[str], command: str) -> argparse.Namespace:
     """
     parser = Parser(command, f"{__doc__}\n{EXAMPLES}")
     parser.add_argument("--from-run", "--from_run", type=Path, help="a run's output_dir, made with --save_batches")
-    also = "and then without TRL and the differences on purpose; an unknown name lists those that there are"
+    also = (
+        "and then without TRL, preferences and the differences on purpose; an unknown name lists those that there are"
+    )
     parser.add_argument("--families", nargs="+", help=f"only these model families, {also}")
     parser.add_argument("--cases", nargs="+", help=f"only these cases, {also}")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
@@ -68,7 +70,8 @@ def choose(names: Sequence[str] | None, known: Sequence[str], option: str) -> li
 
 
 def rows_of_cases(families: Sequence[str] | None, cases: Sequence[str] | None) -> Iterator["Row"]:
-    """Every chosen case on every chosen family; when nothing was chosen, also TRL and the differences on purpose.
+    """Every chosen case on every chosen family; when nothing was chosen, also TRL, preferences and distillation, and
+    the differences on purpose.
 
     Jobs of several families run side by side, one thread each: small models keep no more busy.
     """
@@ -90,7 +93,7 @@ def rows_of_cases(families: Sequence[str] | None, cases: Sequence[str] | None) -
             jobs += [Job("trl", family) for family in TRL_FAMILIES]
         else:
             print("trl is not installed: its opinion is left out")
-        jobs.append(Job("differences"))
+        jobs += [Job("preferences"), Job("differences")]
     if len(jobs) == 1:
         yield from rows_of(jobs[0])
         return

@@ -21,4 +21,5 @@ ALIASES = {
     "num_test_samples": "num_eval_rows",
     "dtype": "model_dtype",
     "profile": "profile_step",
+    "teacher_model_name_or_path": "teacher",
 }

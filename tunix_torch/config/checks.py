@@ -15,6 +15,9 @@ from .settings import require
 if TYPE_CHECKING:
     from .grpo import GRPOConfig
 
+WITH_REFERENCE = ("dpo", "ipo")  # preference losses that compare the policy with the reference policy
+PREFERENCE_LOSSES = (*WITH_REFERENCE, "simpo", "orpo")
+
 
 class Bound(NamedTuple):
     """A condition for the numbers in these fields. A field that is None is not checked."""
@@ -57,6 +60,7 @@ NOT_NEGATIVE = (
     "warmup_steps",
     "eval_delay",
     "dataloader_num_workers",
+    "simpo_gamma",
 )
 POSITIVE = (
     "generation_temperature",
@@ -68,6 +72,8 @@ POSITIVE = (
     "sapo_temperature_pos",
     "off_policy_mask_threshold",
     "sampler_correction_max",
+    "preference_beta",
+    "distillation_coef",
     "reward_timeout",
     "num_train_epochs",
 )
@@ -82,6 +88,7 @@ BOUNDS = (
     Bound(("min_p",), lambda v: 0 <= v <= 1, "must be in [0, 1]"),
     Bound(("epsilon",), lambda v: 0 < v < 1, "must be in (0, 1)"),
     Bound(("top_entropy_quantile",), lambda v: 0 <= v <= 1, "must be in [0, 1]"),
+    Bound(("label_smoothing",), lambda v: 0 <= v < 0.5, "must be in [0, 0.5)"),
     Bound(("epsilon_c",), lambda v: v > 1, "must be above 1"),
     Bound(("adam_beta1", "adam_beta2"), lambda v: 0 <= v < 1, "must be in [0, 1)"),
 )
@@ -98,6 +105,7 @@ CHOICES = {
     "scale_rewards": (None, *REWARD_SCALES),
     "multi_objective_aggregation": OBJECTIVES,
     "sampler_correction": CORRECTIONS,
+    "preference_loss": (None, *PREFERENCE_LOSSES),
     "lr_scheduler_type": [choice.value for choice in SchedulerType],
     "optim": [choice.value for choice in OptimizerNames],
     "eval_strategy": [choice.value for choice in IntervalStrategy],
@@ -136,6 +144,8 @@ def check_values(args: "GRPOConfig") -> None:
     _check_group(args)
     _check_combinations(args)
     check_loss(args)
+    _check_preferences(args)
+    _check_teacher(args)
     _check_left_out(args)
 
 
@@ -175,6 +185,42 @@ def _check_combinations(args: "GRPOConfig") -> None:
     for name in ("steps_per_generation", "dynamic_sampling"):
         value = getattr(args, name)
         require(args.use_grpo or value == getattr(type(args), name), name, value, "is about rollouts: set use_grpo")
+
+
+def _check_preferences(args: "GRPOConfig") -> None:
+    """Refuse settings of preference losses that do not go with the others."""
+    loss, default = args.preference_loss, type(args)
+    for name, takes in (
+        ("preference_beta", PREFERENCE_LOSSES),
+        ("simpo_gamma", ("simpo",)),
+        ("label_smoothing", ("dpo", "simpo", "orpo")),
+    ):
+        value = getattr(args, name)
+        hint = f"it belongs to preference_loss {', '.join(takes)}; leave it out"
+        require(value == getattr(default, name) or loss in takes, name, value, hint)
+    if loss is None:
+        return
+    require(not args.use_grpo, "preference_loss", loss, "learns from given completions: set use_grpo to False")
+    beta = args.kl_penalty_coef
+    hint = "the KL penalty of GRPO (also beta); preference losses take preference_beta"
+    require(beta in (0.0, default.kl_penalty_coef), "kl_penalty_coef", beta, hint)
+    micro = args.micro_batch_size
+    require(
+        not micro or micro % 2 == 0, "micro_batch_size", micro, "counts completions, two a pair: give a multiple of 2"
+    )
+
+
+def _check_teacher(args: "GRPOConfig") -> None:
+    """Refuse settings of distillation that do not go with the others."""
+    coef, penalty = args.distillation_coef, args.kl_penalty_coef
+    if args.teacher is None:
+        require(coef == type(args).distillation_coef, "distillation_coef", coef, "of which teacher? Set teacher")
+        return
+    require(args.use_grpo, "teacher", args.teacher, "judges what the policy samples: set use_grpo to True")
+    hint = "with a teacher there is no KL penalty from the reference policy; leave it out, or 0"
+    require(penalty in (0.0, type(args).kl_penalty_coef), "kl_penalty_coef", penalty, hint)
+    kept = args.save_batches
+    require(not kept, "save_batches", kept, "a record has no teacher to be replayed with; leave it at 0")
 
 
 def _check_left_out(args: "GRPOConfig") -> None:

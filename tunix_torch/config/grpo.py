@@ -12,7 +12,7 @@ from ..grpo import LOSS_AGGREGATIONS, LOSS_TYPES
 from ..runtime import device as process_device
 from ..runtime import mesh, together
 from ..runtime.choice import KINDS
-from .checks import check_values
+from .checks import WITH_REFERENCE, check_values
 from .generation import read_generation_kwargs
 from .loss import loss_type_of
 from .settings import accept_aliases, check_types, require, setting
@@ -161,6 +161,24 @@ class GRPOConfig(TrainingArguments):
         "none: as many groups as make 4,096 tokens on the CPU and 32,768 on CUDA, on a TPU one for each device (SFT: "
         "the whole batch); 0: the whole batch",
     )
+    # learning from preferences, and from a teacher
+    preference_loss: str | None = setting(
+        None, "with use_grpo false, learn from chosen and rejected completions by dpo, ipo, simpo or orpo"
+    )
+    preference_beta: float | None = setting(
+        None,
+        "its beta: how near the policy stays to the reference (dpo, ipo), the scale of rewards (simpo), or lambda "
+        "(orpo); none: 0.1, or 2 with simpo",
+    )
+    simpo_gamma: float = setting(0.5, "the margin between the rewards of chosen and rejected that simpo asks for")
+    label_smoothing: float = setting(0.0, "the probability that a pair is labelled the wrong way round, below 0.5")
+    teacher: str | None = setting(
+        None,
+        "on-policy distillation: a model of the same tokenizer, or base, the model without its adapter; its reverse KL "
+        "at every sampled token is added to the loss, and reward functions are not needed",
+    )
+    distillation_coef: float = setting(1.0, "weight of that KL in the loss")
+
     reward_weights: list[float] | None = setting(None, "weight of each reward function; none: 1 each, or the preset's")
     reward_timeout: float | None = setting(None, "stop with an error when a reward function takes longer, in seconds")
     reward_processes: int = setting(
@@ -217,7 +235,10 @@ class GRPOConfig(TrainingArguments):
         metrics = ["accuracy", "mean_length"] if judged else []
         if judged and self.num_eval_completions:
             metrics.append(f"mean@{self.num_eval_completions}")
-        return [*metrics, *([] if self.use_grpo else ["loss"]), "runtime"]
+        offline = [] if self.use_grpo else ["loss"]
+        if self.preference_loss is not None:
+            offline += [f"rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected")]
+        return [*metrics, *offline, "runtime"]
 
     @property
     def follows_metric(self) -> bool:
@@ -233,7 +254,20 @@ class GRPOConfig(TrainingArguments):
     @property
     def beta(self) -> float:
         """The KL coefficient in force: 0 when there is no penalty."""
-        return self.kl_penalty_coef if self.use_kl_penalty and self.algorithm != "dapo" else 0.0
+        has_penalty = self.use_kl_penalty and self.algorithm != "dapo" and self.teacher is None
+        return self.kl_penalty_coef if has_penalty else 0.0
+
+    @property
+    def pair_beta(self) -> float:
+        """The beta of the preference loss in force."""
+        if self.preference_beta is not None:
+            return self.preference_beta
+        return 2.0 if self.preference_loss == "simpo" else 0.1
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares the policy with the reference policy, so that a run keeps it."""
+        return self.beta > 0 if self.preference_loss is None else self.preference_loss in WITH_REFERENCE
 
     @property
     def clip_high(self) -> float:

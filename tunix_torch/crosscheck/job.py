@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Job:
     """What one process compares."""
 
-    kind: str  # "tunix", "trl" or "differences"
+    kind: str  # "tunix", "trl", "preferences" or "differences"
     family: str = ""  # of the model, for "tunix" and "trl"
     cases: Sequence[str] | None = None  # their names, for "tunix"; None means all
     chain: int = 20  # AdamW steps in a row, for "tunix"

@@ -10,6 +10,7 @@ from .compare import PARAMETERS, Row, compare_step, count_of_steps, largest_diff
 from .differences import DIFFERENCES
 from .job import Job
 from .ours import ALPHA, RANK, lora_of, make_trainer, record_steps, saved_model
+from .preferences import rows_of_preferences
 from .tunix_lora import TunixPolicy
 
 # TRL has nothing to compare with the other cases (k1, k2, the clamp), or they would repeat one of these.
@@ -37,6 +38,8 @@ def rows_of(job: Job) -> Iterator[Row]:
         yield from rows_of_family(job.family, cases, job.chain)
     elif job.kind == "trl":
         yield from rows_of_trl(job.family, TRL_CASES if job.cases is None else job.cases)
+    elif job.kind == "preferences":
+        yield from rows_of_preferences()
     else:
         for difference in DIFFERENCES:
             yield from difference()

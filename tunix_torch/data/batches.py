@@ -11,10 +11,11 @@ import torch
 
 from ..batch import PromptBatch
 from ..runtime import device
-from .rows import COMPLETION_IDS, PROMPT_IDS, Row
+from .rows import COMPLETION_IDS, PROMPT_IDS, REJECTED_IDS, Row
 
 logger = logging.getLogger(__name__)
 
+_IDS = (PROMPT_IDS, COMPLETION_IDS, REJECTED_IDS)
 CHUNK = 32  # so many rows of a stream are read and tokenised at once
 
 
@@ -75,7 +76,8 @@ class PromptStream(torch.utils.data.IterableDataset):
         if length > limit and self.overlong == "raise":
             raise ValueError(f"row {self.num_rows} of the stream has {what}: raise max_prompt_length")
         if length <= limit and self.max_completion_length is not None:
-            length, limit = len(row[COMPLETION_IDS]), self.max_completion_length
+            length = max(len(row[COMPLETION_IDS]), len(row.get(REJECTED_IDS, ())))
+            limit = self.max_completion_length
             what = f"a completion of {length} tokens, longer than generation_max_length={limit}"
         if length <= limit:
             return True
@@ -104,7 +106,8 @@ class Collator:
     """Makes padded tensors of tokenised rows.
 
     Where each new shape is a compilation (`device.static_shapes`), all batches have the full widths; elsewhere a batch
-    is as wide as its longest row. For SFT, `max_completion_length` is given and the batch has the completions too.
+    is as wide as its longest row. For SFT, `max_completion_length` is given and the batch has the completions too; rows
+    of preferences have two each, B = 2N, the chosen one before the rejected one.
     """
 
     pad_token_id: int
@@ -116,17 +119,17 @@ class Collator:
 
         Returns:
             `prompt_ids` (N, P) int64 and `prompt_mask` (N, P) bool, padded on the left; with completions also
-            `completion_ids` (N, C) int64 and `completion_mask` (N, C) bool, padded on the right; and `rows`, the N rows
+            `completion_ids` (B, C) int64 and `completion_mask` (B, C) bool, padded on the right; and `rows`, the N rows
             without their tokens.
         """
         prompt_ids, prompt_mask = self._pad([row[PROMPT_IDS] for row in rows], self.max_prompt_length, left=True)
         batch = {
             "prompt_ids": prompt_ids,
             "prompt_mask": prompt_mask,
-            "rows": [{k: v for k, v in row.items() if k not in (PROMPT_IDS, COMPLETION_IDS)} for row in rows],
+            "rows": [{k: v for k, v in row.items() if k not in _IDS} for row in rows],
         }
         if self.max_completion_length is not None:
-            completions = [row[COMPLETION_IDS] for row in rows]
+            completions = [row[name] for row in rows for name in (COMPLETION_IDS, REJECTED_IDS) if name in row]
             ids, mask = self._pad(completions, self.max_completion_length, left=False)
             batch |= {"completion_ids": ids, "completion_mask": mask}
         return batch

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from ..model import tiny
 from ..model.loading import end_of_turn_id
 from .batches import PromptStream
+from .preference import pair_of
 from .rows import (
     ANSWER,
     COMPLETION_IDS,
@@ -31,6 +32,7 @@ from .rows import (
     PROMPT_IDS,
     QUESTION,
     REASONING,
+    REJECTED_IDS,
     TURNS,
     WHERE,
     Row,
@@ -43,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 # The columns that `prepare_rows` adds, with their types in a `datasets.Dataset`.
 ADDED = dict.fromkeys((WHERE, QUESTION, TURNS, ANSWER, NO_ANSWER, REASONING, PROMPT), datasets.Value("string"))
-ADDED |= dict.fromkeys((PROMPT_IDS, COMPLETION_IDS), datasets.List(datasets.Value("int32")))
+ADDED |= dict.fromkeys((PROMPT_IDS, COMPLETION_IDS, REJECTED_IDS), datasets.List(datasets.Value("int32")))
 
 # Tokens are cached on disk for texts of at least so many characters; fewer are tokenised faster than a file is read.
 CACHED_CHARACTERS = 1_000_000
@@ -109,6 +111,7 @@ def prepare_rows(
     system_message: str = "",
     overlong: str = "drop",
     num_embeddings: int | None = None,
+    pairs: bool = False,
 ) -> "list[Row] | datasets.Dataset | PromptStream":
     """Add each row's prompt, as a text and as tokens, and for SFT the tokens of its completion.
 
@@ -120,6 +123,7 @@ def prepare_rows(
         max_prompt_length: P, in tokens.
         max_completion_length: C, in tokens, for SFT; None: completions are not tokenised.
         num_embeddings: how many embeddings the model has, one for each token that it knows; None: not checked.
+        pairs: the rows are preferences, and each has a chosen and a rejected completion; see `preference.py`.
 
     Returns:
         a list for a list, a `Dataset` for a `Dataset` (its tokens are in the cache of `datasets`), and for an
@@ -129,11 +133,11 @@ def prepare_rows(
         ValueError: a row has no question, has no completion for SFT, can't be rendered, or has a token without an
             embedding; every row is too long; or one row is too long and `overlong` is "raise".
     """
-    encoder = _Encoder(tokenizer, system_message, max_completion_length is not None, num_embeddings)
+    encoder = _Encoder(tokenizer, system_message, max_completion_length is not None, num_embeddings, pairs)
     if isinstance(rows, datasets.IterableDataset):
         encoder.features = features_to_convert(rows.features or {})
         return PromptStream(rows.with_format(None), encoder.encode, max_prompt_length, max_completion_length, overlong)
-    last_added = COMPLETION_IDS if max_completion_length is not None else PROMPT_IDS
+    last_added = REJECTED_IDS if pairs else COMPLETION_IDS if max_completion_length is not None else PROMPT_IDS
     if isinstance(rows, datasets.Dataset):
         if not len(rows) or last_added in rows.column_names:
             return rows
@@ -145,7 +149,8 @@ def prepare_rows(
         ready = encoder.encode(rows, range(1, len(rows) + 1))
     ready = _without_long_rows(ready, PROMPT_IDS, "max_prompt_length", max_prompt_length, overlong)
     if max_completion_length is not None:
-        ready = _without_long_rows(ready, COMPLETION_IDS, "generation_max_length", max_completion_length)
+        for column in (COMPLETION_IDS, REJECTED_IDS)[: 1 + pairs]:
+            ready = _without_long_rows(ready, column, "generation_max_length", max_completion_length)
     return ready
 
 
@@ -169,6 +174,7 @@ class _Encoder:
     system_message: str
     with_completions: bool
     num_embeddings: int | None
+    pairs: bool = False
     # The types of the columns whose values `plain_row` converts.
     features: dict[str, Any] = field(default_factory=dict)
     code: str = field(default_factory=_hash_of_code)
@@ -177,8 +183,9 @@ class _Encoder:
         """Copies of the rows with the columns of `ADDED`; `numbers` are the rows' numbers for error messages."""
         tokenizer = self.tokenizer
         rows = [self._normalized(row, number) for row, number in zip(rows, numbers, strict=True)]
-        for row in rows:
-            question = prompt_of(row) if row[TURNS] else row[QUESTION]
+        pairs = [pair_of(row) for row in rows] if self.pairs else []
+        for i, row in enumerate(rows):
+            question = pairs[i].prompt if pairs else prompt_of(row) if row[TURNS] else row[QUESTION]
             try:
                 row[PROMPT] = render_prompt(tokenizer, question, self.system_message)
             except ValueError as error:
@@ -188,13 +195,19 @@ class _Encoder:
         for i, row in enumerate(rows):
             row[PROMPT_IDS] = ids[i]
         if self.with_completions:
-            end = end_of_turn_id(tokenizer)
-            ids = _token_ids(tokenizer, [completion_of(row) for row in rows], add_special_tokens=False)
-            for i, row in enumerate(rows):
-                row[COMPLETION_IDS] = [*ids[i], end]
+            texts = [pair.chosen for pair in pairs] if self.pairs else [completion_of(row) for row in rows]
+            self._add_completions(rows, COMPLETION_IDS, texts)
+        if self.pairs:
+            self._add_completions(rows, REJECTED_IDS, [pair.rejected for pair in pairs])
         for row in rows:
-            self._check_ids(row, row[PROMPT_IDS] + row.get(COMPLETION_IDS, []))
+            self._check_ids(row, row[PROMPT_IDS] + row.get(COMPLETION_IDS, []) + row.get(REJECTED_IDS, []))
         return rows
+
+    def _add_completions(self, rows: list[Row], column: str, texts: list[str]) -> None:
+        """Add a column with the tokens of texts, each with the token that ends the turn."""
+        end, ids = end_of_turn_id(self.tokenizer), _token_ids(self.tokenizer, texts, add_special_tokens=False)
+        for row, of_row in zip(rows, ids, strict=True):
+            row[column] = [*of_row, end]
 
     def encode_columns(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """The columns to add to a batch of rows that `datasets.Dataset.map` passes as columns."""
@@ -224,7 +237,8 @@ class _Encoder:
 
 def _encode_dataset(rows: datasets.Dataset, encoder: _Encoder) -> datasets.Dataset:
     encoder.features = features_to_convert(rows.features)
-    added = {name: kind for name, kind in ADDED.items() if encoder.with_completions or name != COMPLETION_IDS}
+    left_out = (() if encoder.with_completions else (COMPLETION_IDS,)) + (() if encoder.pairs else (REJECTED_IDS,))
+    added = {name: kind for name, kind in ADDED.items() if name not in left_out}
     return rows.map(
         encoder.encode_columns,
         batched=True,

@@ -23,7 +23,10 @@ NO_ANSWER = PREFIX + "no_answer"  # the reason why there is no expected answer; 
 REASONING = PREFIX + "reasoning"  # the text before the final answer, where one column holds both
 PROMPT = PREFIX + "prompt"  # the text that the model sees
 PROMPT_IDS = PREFIX + "prompt_ids"  # the tokens of that text
-COMPLETION_IDS = PREFIX + "completion_ids"  # the tokens to learn in SFT, with the one that ends the turn
+COMPLETION_IDS = PREFIX + "completion_ids"  # the tokens to learn in SFT, with the one that ends the turn; or the chosen
+REJECTED_IDS = (
+    PREFIX + "rejected_ids"
+)  # the tokens of the rejected completion, where COMPLETION_IDS are the chosen ones
 
 # Columns of the data, and parameters of reward functions, that hold the expected answer.
 ANSWER_COLUMNS = ("answer", "answers", "expected_answers")

@@ -3,7 +3,7 @@
 A row has a question in `prompt` or `question`: a text, or a list of messages. It may have an answer in `answer`,
 `answers` or `expected_answers`. Rows of known data sets are understood by their columns: GSM8K ("... #### 72"), MATH
 (`problem`, and `solution` with a \\boxed{...}), ARC and MMLU (`question`, `choices` or the columns `A`, `B`, ..., and
-`answerKey` or `answer`).
+`answerKey` or `answer`). Where a row of preferences has no prompt, `preference.py` finds it.
 """
 
 import json
@@ -15,6 +15,7 @@ import numpy as np
 from ..rewards.answers import split_marked_answer
 from .choices import answer_is_letter, choices_of, label_of, names_choice, readable_choices, shows_choices
 from .expected import answer_in, json_value
+from .preference import lacks_prompt, prompt_in_sides
 from .rows import ANSWER, ANSWER_COLUMNS, NO_ANSWER, QUESTION, REASONING, TURNS, WHERE, Row, answer_text
 
 # The columns that a row of each data set must have; the data sets are those that `--dataset` knows by name.
@@ -55,15 +56,18 @@ def normalize_row(
     seen = _with_standard_names(row, where, question_column, answer_column)
     if dataset is not None:
         _check_dataset(seen, where, dataset)
+    in_sides = lacks_prompt(seen, QUESTION_COLUMNS)
+    if in_sides:
+        seen = seen | {"prompt": prompt_in_sides(seen, where)}
     column = _question_column(seen, where)
     question, turns = seen[column], ""
     if isinstance(question, str):
         _check_encodable(question, where, "the question")
     else:
         question = check_messages(question, where)[-1]["content"]
-        turns = question_column or column
+        turns = "" if in_sides else question_column or column
     # A prompt, unlike a question, may show the choices itself. Then the row's choices matter only to read the answer.
-    is_prompt = turns or (column != "question" and question_column is None)
+    is_prompt = turns or in_sides or (column != "question" and question_column is None)
     choices: list[tuple[str, str]] = []
     if not is_prompt or answer_is_letter(seen) or names_choice(seen, readable_choices(seen)):
         choices = choices_of(seen, where)

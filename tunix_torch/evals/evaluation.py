@@ -59,6 +59,6 @@ def evaluate_policy(
             params = SamplingParams(args.generation_max_length, temperature=args.eval_temperature)
             samples = answer_rows(params, num_completions=args.num_eval_completions)
             metrics[f"mean@{args.num_eval_completions}"] = samples.accuracy
-    if not args.use_grpo:
+    if not args.use_grpo and args.preference_loss is None:
         metrics["loss"] = completion_loss(model, rows, collator, args.per_device_eval_batch_size)
     return metrics, greedy

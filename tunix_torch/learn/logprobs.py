@@ -27,7 +27,7 @@ def token_logps(
     Returns:
         logps (B, C) float32, 0 where masked; entropy (B, C) float32 in nats, 0 where masked.
     """
-    hidden, ids = _states(model, rows)
+    hidden, ids = token_states(model, rows)
     vocabulary = base_model(model).get_output_embeddings().weight.shape[0]
     # A chunk has whole columns, so that on a mesh each device keeps its rows. It is spread over all devices.
     columns = max(1, LOGITS_AT_ONCE * mesh.axis_size("fsdp") * mesh.axis_size("tp") // (len(ids) * vocabulary))
@@ -47,7 +47,7 @@ def token_logps(
     return logps, entropy if entropy_gradient else entropy.detach()
 
 
-def _states(model: nn.Module, rows: Pass) -> tuple[Tensor, Tensor]:
+def token_states(model: nn.Module, rows: Pass) -> tuple[Tensor, Tensor]:
     """The hidden states that predict the tokens of a pass, and those tokens.
 
     Returns:

@@ -33,10 +33,14 @@ def rollout_metrics(
     lengths = mask.sum(dim=1).double()  # (B,)
     ended = (torch.isin(ids, torch.tensor(eos_ids)) & mask).any(dim=1)
     grouped = totals.view(-1, group_size)
-    metrics = {
-        "reward": totals.mean(),
-        "reward_std": grouped.std(dim=1).mean(),
-        "frac_reward_zero_std": (grouped == grouped[:, :1]).all(dim=1).double().mean(),
+    metrics = {}
+    if names:  # with a teacher there need not be any
+        metrics |= {
+            "reward": totals.mean(),
+            "reward_std": grouped.std(dim=1).mean(),
+            "frac_reward_zero_std": (grouped == grouped[:, :1]).all(dim=1).double().mean(),
+        }
+    metrics |= {
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
@@ -52,7 +56,7 @@ def rollout_metrics(
 
 def warn_of_equal_rewards(metrics: dict[str, float], step: int, example: str) -> None:
     """Say what may be wrong where no group has completions of different rewards; `example` is one of them."""
-    if metrics["frac_reward_zero_std"] == 1.0:
+    if metrics.get("frac_reward_zero_std") == 1.0:
         logger.warning(
             "Step %d: within every group all rewards are equal, so there is nothing to learn from this batch. "
             "The questions are too easy or too hard, the temperature is too low, or the reward functions do not "
@@ -110,6 +114,8 @@ def learning_metrics(first: dict[str, float], last: dict[str, float], has_refere
     """
     weight, tokens = max(last["weight"], 1e-12), max(last["tokens"], 1.0)
     kl = {"kl": last["kl_loss"] / weight} if has_reference else {}
+    if "teacher_kl" in last:
+        kl["teacher_kl"] = last["teacher_kl"] / weight
     return kl | {
         "pg_loss": last["policy_loss"],
         **_ratio_metrics(last, weight),

@@ -199,8 +199,8 @@ def _uploader(batch: TrainBatch) -> Callable[[Tensor], Tensor]:
 
 
 def _packs(args: GRPOConfig) -> bool:
-    """Whether completions may be packed. A plan looks at the largest shape only."""
-    long_enough = args.generation_max_length >= SHORTEST_PACKED
+    """Whether completions may be packed. A plan looks at the largest shape only; only GRPO rehearses a second one."""
+    long_enough = args.use_grpo and args.generation_max_length >= SHORTEST_PACKED
     return device.static_shapes() and long_enough and not (args.gradient_checkpointing or device.planner() is not None)
 
 

@@ -10,12 +10,16 @@ from ..config.grpo import GRPOConfig
 from ..config.loss import loss_settings
 from ..grpo import grpo_loss
 from ..model.decoding import with_fast_layers
+from ..model.teacher import Teacher
 from ..runtime import device
 from .corrections import policy_weights, sampler_ratios
+from .distillation import token_scores
 from .entropy import keep_high_entropy
 from .logprobs import token_logps
 from .metrics import loss_numbers
 from .passes import Pass, in_passes
+
+Backward = Callable[[Tensor], None]
 
 
 def logps_without_gradient(model: nn.Module, batch: TrainBatch, args: GRPOConfig) -> Tensor:
@@ -45,13 +49,14 @@ def scores_without_gradient(model: nn.Module, batch: TrainBatch, args: GRPOConfi
 
 @with_fast_layers
 def learn(
-    model: nn.Module, batch: TrainBatch, args: GRPOConfig, backward: Callable[[Tensor], None]
+    model: nn.Module, batch: TrainBatch, args: GRPOConfig, backward: Backward, teacher: Teacher | None = None
 ) -> list[dict[str, Tensor]]:
     """Forward and backward of every micro-batch of a batch. The gradients add up in the parameters.
 
     Args:
         backward: computes the gradient of a micro-batch's loss and adds it to the parameters'
             (`AdapterTrainer.backward`).
+        teacher: its reverse KL is added to the loss; see `distillation.py`.
 
     Returns:
         for each micro-batch, in order, what `learn_micro_batch` returns.
@@ -59,20 +64,21 @@ def learn(
     if args.top_entropy_quantile < 1:
         batch = keep_high_entropy(batch, scores_without_gradient(model, batch, args)[1], args.top_entropy_quantile)
     model.train()
-    return in_passes(batch, args, lambda part: learn_micro_batch(model, part, args, backward))
+    return in_passes(batch, args, lambda part: learn_micro_batch(model, part, args, backward, teacher))
 
 
 def learn_micro_batch(
-    model: nn.Module, part: Pass, args: GRPOConfig, backward: Callable[[Tensor], None]
+    model: nn.Module, part: Pass, args: GRPOConfig, backward: Backward, teacher: Teacher | None = None
 ) -> dict[str, Tensor]:
-    """Forward and backward of one micro-batch. `backward` is that of `learn`.
+    """Forward and backward of one micro-batch. `backward` and `teacher` are those of `learn`.
 
     Returns:
         numbers of the micro-batch, on the device, without gradient. Those named `row_...` have one value a row, `logps`
         is (B, C), and the others are scalars that add up over micro-batches.
     """
     batch = part.batch
-    logps, entropy = token_logps(model, part, args.generation_temperature, batch.entropy_weights is not None)
+    bonus = batch.entropy_weights is not None
+    logps, entropy, teacher_kl = token_scores(model, part, args.generation_temperature, teacher, bonus)
     ratios = sampler_ratios(batch, logps.detach(), args)
     terms = grpo_loss(
         logps,
@@ -86,12 +92,17 @@ def learn_micro_batch(
         entropy_weights=batch.entropy_weights,
         **loss_settings(args),
     )
-    backward(terms.loss)
+    loss, distance = terms.loss, {}
+    if teacher_kl is not None:
+        teacher_loss = (teacher_kl * batch.token_weights).sum()
+        loss, distance = loss + args.distillation_coef * teacher_loss, {"teacher_kl": teacher_loss.detach()}
+    backward(loss)
     logps, mask = logps.detach(), batch.completion_mask
     gap = (logps - batch.sampler_logps) * mask
     gap = gap.clamp(min=0.0) if args.corrects_sampler else gap.abs()  # truncation only raises log-probabilities
     numbers = {
-        "loss": terms.loss.detach(),
+        "loss": loss.detach(),
+        **distance,
         "policy_loss": terms.policy_loss,
         "kl_loss": terms.kl_loss,
         "clipped_weight": terms.clipped_weight,

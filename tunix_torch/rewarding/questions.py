@@ -21,7 +21,8 @@ from .scoring import RewardFunc
 
 
 class Questions:
-    """The rows that a run trains on and those that it evaluates on. With SFT they have completions too.
+    """The rows that a run trains on and those that it evaluates on. With SFT they have completions too, and with
+    a preference loss two each.
 
     Args:
         train_dataset, eval_dataset: data that `training_rows` and `evaluation_rows` take, or None.
@@ -76,6 +77,7 @@ class Questions:
             system_message=args.system_message,
             overlong=args.overlong_prompts,
             num_embeddings=num_embeddings,
+            pairs=args.preference_loss is not None,
         )
         if self.train is not None:
             self.train = self._prepare(self.train)

@@ -82,6 +82,8 @@ class Scorer:
         Raises:
             ValueError: see `score_completions`.
         """
+        if not self.functions:  # a teacher alone is learned from
+            return torch.zeros(len(completions), 0, dtype=torch.float64)
         return score_completions(self.functions, rows, completions, self.timeout, self._workers)
 
     def describe(self, rewards: Tensor, row: int, group_size: int) -> str:

@@ -151,6 +151,7 @@ def _leave_complete(trainer: TunixTrainer, checkpoint: str | None) -> TunixTrain
 def _describe(trainer: TunixTrainer, model_name: str) -> None:
     others = f", {together.count()} processes" if together.count() > 1 else ""
     others += f", {together.num_hosts()} hosts" if together.num_hosts() > 1 else ""
-    print(f"{'GRPO' if trainer.args.use_grpo else 'SFT'} of {model_name} on {mesh.describe()}{others}")
+    kind = "GRPO" if trainer.args.use_grpo else (trainer.args.preference_loss or "SFT").upper()
+    print(f"{kind} of {model_name} on {mesh.describe()}{others}")
     num_rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
     print(f"{num_rows} training rows, {len(trainer.eval_dataset or [])} evaluation rows", flush=True)

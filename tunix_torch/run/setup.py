@@ -15,6 +15,7 @@ from ..config.grpo import GRPOConfig
 from ..config.model import ModelConfig
 from ..config.saved import settings_of
 from ..config.settings import require
+from ..data.preference import pair_of
 from ..data.rows import Row, has_column
 from ..data.shapes import completion_of
 from ..data.sources import load_data
@@ -30,10 +31,15 @@ logger = logging.getLogger(__name__)
 def choose_rewards(config: DataConfig, args: GRPOConfig) -> list[RewardFunc]:
     """The reward functions that a configuration names. A preset also sets `args.reward_weights` if they are not given.
 
+    With a teacher there are none unless they are named.
+
     Raises:
         ValueError: a name is unknown, or there is not one weight for each function.
     """
-    if config.reward_preset is None:
+    named = config.reward_funcs or config.reward_preset
+    if args.teacher is not None and not named:
+        functions = []
+    elif config.reward_preset is None:
         functions = [rewards.find_reward(name) for name in config.reward_funcs or [config.right_answers, "format"]]
     else:
         functions, weights = map(list, zip(*rewards.get_preset(config.reward_preset), strict=True))
@@ -95,6 +101,8 @@ def _load_rows(
         """Check the first row of a stream. The other rows are not known yet."""
         if args.use_grpo:
             require_columns(reward_funcs, [row])
+        elif args.preference_loss is not None:
+            pair_of(row)
         else:
             completion_of(row)
 
