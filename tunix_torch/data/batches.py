@@ -10,7 +10,7 @@ import datasets
 import torch
 
 from ..runtime import device
-from .rows import COMPLETION_IDS, PROMPT_IDS, Row
+from .rows import COMPLETION_IDS, LEARNED, PROMPT_IDS, Row
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,11 @@ class PromptStream(torch.utils.data.IterableDataset):
         return False
 
 
+def without_tokens(rows: Sequence[Row]) -> list[Row]:
+    """The rows without what a batch holds of them as tensors."""
+    return [{k: v for k, v in row.items() if k not in (PROMPT_IDS, COMPLETION_IDS, LEARNED)} for row in rows]
+
+
 @dataclass
 class Collator:
     """Makes padded tensors of tokenised rows.
@@ -101,19 +106,22 @@ class Collator:
 
         Returns:
             `prompt_ids` (N, P) int64 and `prompt_mask` (N, P) bool, padded on the left; with completions also
-            `completion_ids` (N, C) int64 and `completion_mask` (N, C) bool, padded on the right; and `rows`, the N rows
-            without their tokens.
+            `completion_ids` (N, C) int64, `completion_mask` (N, C) bool and `learned_mask` (N, C) bool, True for the
+            tokens that are learned, padded on the right; and `rows`, the N rows without their tokens.
         """
         prompt_ids, prompt_mask = self._pad([row[PROMPT_IDS] for row in rows], self.max_prompt_length, left=True)
         batch = {
             "prompt_ids": prompt_ids,
             "prompt_mask": prompt_mask,
-            "rows": [{k: v for k, v in row.items() if k not in (PROMPT_IDS, COMPLETION_IDS)} for row in rows],
+            "rows": without_tokens(rows),
         }
         if self.max_completion_length is not None:
             completions = [row[COMPLETION_IDS] for row in rows]
             ids, mask = self._pad(completions, self.max_completion_length, left=False)
-            batch |= {"completion_ids": ids, "completion_mask": mask}
+            learned = torch.zeros_like(mask)
+            for i, row in enumerate(rows):
+                learned[i, : len(row[LEARNED])] = torch.tensor(row[LEARNED], dtype=torch.bool)
+            batch |= {"completion_ids": ids, "completion_mask": mask, "learned_mask": learned}
         return batch
 
     def _pad(self, sequences: list[list[int]], width: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
