@@ -47,9 +47,10 @@ def evaluate_policy(
         prefix: what the names of metrics begin with.
 
     Returns:
-        the metrics, and the greedy answers or None. The metrics are, after `prefix` and "_", `accuracy` (greedy pass@1), `mean_length` in
-        tokens, with `num_eval_completions` = k also `mean@k`, with SFT `loss`, what `answer_metrics` gives of the
-        greedy answers, and of k samples a question under names that begin with `sampled/`; and `runtime`, in seconds.
+        the metrics, and the greedy answers or None. After `prefix` and "_" the metrics are `accuracy` (greedy pass@1),
+        `mean_length` in tokens, with `num_eval_completions` = k also `mean@k`, with SFT `loss`, what `answer_metrics`
+        gives of the greedy answers, and of k samples a question under names that begin with `sampled/`; and `runtime`,
+        in seconds.
 
     Raises:
         ValueError: see `call_rewards`.
