@@ -12,6 +12,7 @@ from tunix_torch.learn import passes
 from tunix_torch.learn.sft import completion_loss, learn_rows, sft_batch
 from tunix_torch.model.attention import GROUPED
 from tunix_torch.model.forward import base_model, recompute_layers
+from tunix_torch.model.loading import place
 from tunix_torch.runtime import device
 
 PAD, WIDTH = 0, 40
@@ -30,7 +31,12 @@ def rows_of(lengths, seed=0):
     ]
 
 
-ROWS = rows_of([(9, 12), (1, 3), (12, 20), (4, 1), (7, 7), (15, 2), (2, 9)])
+LENGTHS = [(9, 12), (1, 3), (12, 20), (4, 1), (7, 7), (15, 2), (2, 9)]
+ROWS = rows_of(LENGTHS)
+
+
+def length(row):
+    return len(row[PROMPT_IDS]) + len(row[COMPLETION_IDS])
 
 
 def learn(model, batches, **settings):
@@ -52,20 +58,26 @@ def plain_batch(rows=ROWS):
 
 
 def packed_batch(rows=ROWS):
-    packs = best_fit([len(row[PROMPT_IDS]) + len(row[COMPLETION_IDS]) for row in rows], WIDTH)
+    packs = best_fit(list(map(length, rows)), WIDTH)
     assert len(packs) < len(rows)
     return PackCollator(PAD, WIDTH)([[rows[i] for i in pack] for pack in packs])
 
 
+def expected_loss(model, rows):
+    """The mean cross-entropy of all learned tokens, row by row by Hugging Face's own forward."""
+    losses = []
+    for row in rows:
+        ids = torch.tensor(row[PROMPT_IDS] + row[COMPLETION_IDS])
+        learned = torch.tensor([0] * len(row[PROMPT_IDS]) + row[LEARNED]).bool()
+        scores = hugging_face_logits(model, ids)[:-1]
+        losses.append(torch.nn.functional.cross_entropy(scores, ids[1:], reduction="none")[learned[1:]])
+    return torch.cat(losses).mean()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_is_the_mean_over_learned_tokens_by_hugging_faces_own_forward(family):
-    model, losses = make_policy(family), []
-    for row in ROWS:
-        ids = torch.tensor(row[PROMPT_IDS] + row[COMPLETION_IDS])
-        labels = ids.masked_fill(~torch.tensor([0] * len(row[PROMPT_IDS]) + row[LEARNED]).bool(), -100)
-        scores = hugging_face_logits(model, ids)[:-1]
-        losses += torch.nn.functional.cross_entropy(scores, labels[1:], reduction="none")[labels[1:] != -100]
-    expected = torch.stack(losses).mean()
+    model = make_policy(family)
+    expected = expected_loss(model, ROWS)
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(expected, parameters)])
     for batch in (plain_batch(), packed_batch()):
@@ -108,7 +120,7 @@ def test_where_shapes_are_static_packs_have_one_shape(monkeypatch):
     shapes = set()
     for seed in range(4):
         rows = rows_of([(3 + seed, 4), (9, 2 + 3 * seed), (12, 6), (8, 1)], seed)
-        packs = best_fit([len(row[PROMPT_IDS]) + len(row[COMPLETION_IDS]) for row in rows], WIDTH)[:1]
+        packs = best_fit(list(map(length, rows)), WIDTH)[:1]
         batch = PackCollator(PAD, WIDTH)([[rows[i] for i in pack] for pack in packs])
         shapes.add(tuple((name, tuple(value.shape)) for name, value in batch.items() if name != "rows"))
     assert len(shapes) == 1
@@ -119,3 +131,19 @@ def test_packs_are_shared_out_by_micro_batch_size():
     parts = passes.lay_out_packs(sft_batch(batch, 1), batch["segments"], batch["offsets"], 1)
     assert [len(part.batch.completion_ids) for part in parts] == [1] * len(batch["completion_ids"])
     assert torch.equal(torch.cat([part.blocks[0].segments for part in parts]), batch["segments"])
+
+
+@pytest.mark.xla
+def test_on_xla_packs_give_the_loss_of_hugging_faces_own_forward_and_compile_nothing_new():
+    model = make_policy("gemma3")
+    batches = [rows_of([(1 + (p + seed) % 15, 1 + (c + seed) % 20) for p, c in LENGTHS], seed) for seed in range(5)]
+    expected = [float(expected_loss(model, rows)) for rows in batches]
+    place(model)
+    counts = []
+    for rows, loss_of_rows in zip(batches, expected, strict=True):
+        # the lengths of rows differ from batch to batch, and so do the packs; empty ones make them equally many
+        packs = [[rows[i] for i in pack] for pack in best_fit(list(map(length, rows)), WIDTH)]
+        loss, _ = learn(model, [PackCollator(PAD, WIDTH)(packs + [[]] * (6 - len(packs)))])
+        assert float(loss) == pytest.approx(loss_of_rows, abs=1e-4)
+        counts.append(device.counters()["compilations"])
+    assert counts[1] == counts[-1] > 0, counts
