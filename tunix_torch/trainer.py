@@ -24,7 +24,7 @@ from .config.scale import check_scale
 from .config.services import check_reporting
 from .data.prompts import decode_completions
 from .evals.answers import Answers
-from .evals.evaluation import evaluate_policy
+from .evals.evaluation import evaluate_each, evaluate_policy
 from .learn.invariants import check_first_pass
 from .learn.metrics import add_up, learning_metrics, sum_up, warn_of_equal_rewards
 from .learn.passes import rehearse
@@ -119,7 +119,8 @@ class TunixTrainer(AdapterTrainer):
         Raises:
             ValueError: no reward function, weights that don't match them, or fewer rows than one step needs.
         """
-        self.args.check_best_metric(judged=self.judge is not None)
+        names = self.questions.evaluation_names
+        self.args.check_best_metric(self.judge is not None, self.scorer.names, names)
         self.scorer.check(needed=self.args.use_grpo and self.args.teacher is None)
         check_scale(self.args, self.questions.sizes[0])
         check_trainable(self.model)
@@ -327,22 +328,17 @@ class TunixTrainer(AdapterTrainer):
     ) -> dict[str, float]:
         """Answer the evaluation questions greedily, and with `num_eval_completions` = k also by k samples each.
 
-        Returns and logs `eval_accuracy` (greedy pass@1), `eval_mean@k`, `eval_mean_length`, `eval_runtime` (seconds),
-        with SFT `eval_loss`, and with pairs also `eval_rewards/accuracies` and the like.
+        Returns and logs what `evaluate_policy` gives, under names that begin with `eval_`: `eval_accuracy` (greedy
+        pass@1), `eval_reward`, with SFT `eval_loss`. Of several data sets each is evaluated, see `evaluate_each`.
         """
         device.sync()  # so that work which the Trainer left pending does not become part of it
         self.put_optimizer("eval")
-        started = time.perf_counter()
         rows = self.questions.to_evaluate(self.eval_dataset if eval_dataset is None else eval_dataset)
-        metrics, self.last_answers = evaluate_policy(
-            self.model, self.sampler, self.processing_class, rows, self.data_collator, self.judge, self.args
-        )
+        if isinstance(rows, dict):
+            return evaluate_each(self.evaluate, rows, metric_key_prefix)
+        of_run = self.questions.collator, self.judge, self.args, self.scorer, self.metrics_of_pairs, metric_key_prefix
+        metrics, self.last_answers = evaluate_policy(self.model, self.sampler, self.processing_class, rows, *of_run)
         self.first_answers = self.first_answers or self.last_answers
-        metrics |= self.metrics_of_pairs(rows)
-        metrics["runtime"] = time.perf_counter() - started
-        # early stopping depends on them, so all must have the same
-        metrics = together.decided_by_first(lambda: metrics)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -276,7 +276,6 @@ def test_what_is_no_data_set_is_one_line(subtests):
         (training_rows, [*ROWS, None], "train_dataset, row 11: a NoneType, expected a dict"),
         (training_rows, ROWS[0], r"train_dataset\['question'\]='0 \+ 0\?': expected a column"),
         (training_rows, {"question": ["a", "b"], "answer": ["1"]}, "different lengths: {'question': 2, 'answer': 1}"),
-        (training_rows, Endless(), "train_dataset: a Endless of PyTorch; give a stream as a datasets.IterableDataset"),
         (training_rows, WithoutLength(), "train_dataset: a WithoutLength without a length"),
     ]:
         with subtests.test(take=take, rows=rows, message=message):

@@ -49,8 +49,8 @@ PROMISED = {
         "lr_scheduler_type='warmup_stable_decay': .*num_decay_steps.*lr_scheduler_kwargs=None",
     ),
     "a metric of rewards": (
-        {"metric_for_best_model": "eval_reward"},
-        "metric_for_best_model='eval_reward': an evaluation gives accuracy, mean_length, runtime$",
+        {"metric_for_best_model": "eval_rewards/nosuch/mean"},
+        "metric_for_best_model='eval_rewards/nosuch/mean': an evaluation gives .* rewards/correctness_reward/mean, ",
     ),
     "a schedule by a metric, without evaluations": (
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "no", "eval_steps": None},
@@ -133,7 +133,8 @@ def test_evaluations_give_the_metrics_that_are_promised(model_folder, tmp_path):
         settings = SMALL | {"use_grpo": use_grpo, "generation_max_length": 64, "num_eval_completions": 2}
         args = GRPOConfig(output_dir=str(tmp_path), **settings)
         given = TunixTrainer(model_folder, reward_funcs, args, *data).evaluate()
-        promised = args.evaluation_metrics(judged=reward_funcs is not None)
+        names = [] if reward_funcs is None else ["digits_reward"]
+        promised = args.evaluation_metrics(judged=reward_funcs is not None, rewards=names)
         assert set(given) - {"epoch"} == {f"eval_{name}" for name in promised}
 
 

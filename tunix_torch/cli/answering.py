@@ -17,7 +17,7 @@ from ..evals.answers import sample_texts
 from ..model.loading import eos_token_ids, load_model, load_tokenizer, place
 from ..rollout.sampler import Sampler
 from ..rollout.tokens import SamplingParams
-from ..run.folder import find_system_message
+from ..run.folder import find_prompt_settings, find_system_message
 from .ask import PROMPT_TEMPLATES
 
 BATCH_ROWS = 64  # completions at a time
@@ -57,10 +57,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [normalize_row({"question": line}, number, f"{path}") for number, line in numbered]
 
 
-def build_prompt(tokenizer: PreTrainedTokenizerBase, template: str, question: Question, system_message: str) -> str:
-    """The text that the model sees, without a BOS token for the templates that are plain text."""
+def build_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    question: Question,
+    system_message: str,
+    prompt_settings: Mapping[str, Any],
+) -> str:
+    """The text that the model sees, without a BOS token for the templates that are plain text.
+
+    Args:
+        prompt_settings: of the training run, from `find_prompt_settings`; the default template takes them.
+    """
     if template == "default":
-        return render_prompt(tokenizer, question, system_message)
+        return render_prompt(tokenizer, question, system_message, **prompt_settings)
     if not isinstance(question, str):
         raise ValueError(f"prompt_template={template!r}: is for texts; messages are rendered by the default")
     content = f"{system_message}\n\n{question}" if system_message else question
@@ -71,11 +81,15 @@ def answer(args: argparse.Namespace, questions: list[Question], model_path: str)
     """Sample answers. Returns a dict a question: "question", "prompt", and "completions" (texts)."""
     tokenizer = load_tokenizer(model_path)
     system_message = find_system_message(model_path) if args.system_message is None else args.system_message
-    prompts = [build_prompt(tokenizer, args.prompt_template, question, system_message) for question in questions]
-    if args.prompt_template == "default":
-        encoded = encode_prompts(tokenizer, prompts)
-    else:
-        encoded = tokenizer(prompts, add_special_tokens=True)["input_ids"]
+    settings, template = find_prompt_settings(model_path), args.prompt_template
+    prompts = [build_prompt(tokenizer, template, question, system_message, settings) for question in questions]
+    wraps = settings.get("wrap_prompts", True)
+    encoded = [
+        encode_prompts(tokenizer, [prompt])[0]
+        if template == "default" and (wraps or not isinstance(question, str))
+        else tokenizer(prompt, add_special_tokens=True)["input_ids"]
+        for question, prompt in zip(questions, prompts, strict=True)
+    ]
     model = place(load_model(model_path)).eval()
     sampler = Sampler(model, eos_token_ids(model, tokenizer), tokenizer.pad_token_id)
     params = SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p)

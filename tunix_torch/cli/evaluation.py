@@ -6,9 +6,10 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -29,7 +30,7 @@ from ..rewarding.columns import check_columns
 from ..rewarding.scoring import call_rewards
 from ..rollout.sampler import Sampler
 from ..rollout.tokens import SamplingParams
-from ..run.folder import find_system_message, newest_run
+from ..run.folder import find_prompt_settings, find_system_message, newest_run
 from ..runtime import device, mesh
 
 NUM_GENERATED_ROWS = 256
@@ -69,14 +70,18 @@ def data_config(args: argparse.Namespace) -> DataConfig:
 
 
 def render_questions(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, system_message: str, max_prompt_length: int | None
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    system_message: str,
+    max_prompt_length: int | None,
+    prompt_settings: Mapping[str, Any],
 ) -> tuple[list[Row], list[int]]:
     """The rows whose prompts are short enough, with their prompts, and their numbers in the data, from 1.
 
     Raises:
         ValueError: no prompt is.
     """
-    rows = prepare_rows(rows, tokenizer, sys.maxsize, system_message=system_message)
+    rows = prepare_rows(rows, tokenizer, sys.maxsize, system_message=system_message, **prompt_settings)
     limit = max_prompt_length or sys.maxsize
     numbered = [(row, number) for number, row in enumerate(rows, start=1) if len(row[PROMPT_IDS]) <= limit]
     if len(numbered) < len(rows):
@@ -108,6 +113,7 @@ def describe_settings(
     return settings | {
         "model_path": model_path,
         "system_message": system_message,
+        **find_prompt_settings(model_path),
         "device": device.KIND,
         "votes_by": votes_by,
         "num_questions": len(rows),
@@ -220,7 +226,9 @@ def evaluate(args: argparse.Namespace, called: Sequence[str]) -> dict[str, float
     tokenizer = load_tokenizer(model_path)
     system_message = find_system_message(model_path) if args.system_message is None else args.system_message
     questions = load_eval_rows(config, "data_path")
-    rows, row_numbers = render_questions(questions, tokenizer, system_message, args.max_prompt_length)
+    rows, row_numbers = render_questions(
+        questions, tokenizer, system_message, args.max_prompt_length, find_prompt_settings(model_path)
+    )
     check_columns(functions, rows)
     votes_by = args.judge if takes_answer(functions[-1]) else "text"
     announce(args, model_path, len(rows), votes_by)

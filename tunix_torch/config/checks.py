@@ -1,7 +1,7 @@
 """Checks the values of `GRPOConfig`: bounds of numbers, choices of words, and settings that exclude each other."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from transformers import SchedulerType
@@ -126,6 +126,34 @@ NOT_FOR_US = (
     "fsdp",
 )
 
+# Arguments of `apply_chat_template` that the library gives itself.
+OWN_TEMPLATE_ARGUMENTS = (
+    "conversation",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+)
+
+
+def check_template_kwargs(value: object) -> None:
+    """Check that names and values can be given to a chat template.
+
+    Raises:
+        ValueError: `value` is no mapping with texts as names, or has a name that the library gives itself.
+    """
+    name, named = "chat_template_kwargs", isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    require(named, name, value, 'expected names and values, such as {"enable_thinking": false}')
+    own = next((key for key in value if key in OWN_TEMPLATE_ARGUMENTS), None)
+    require(own is None, name, value, f"{own!r} is given by the library itself; leave it out")
+
 
 def check_values(args: "GRPOConfig") -> None:
     """Check that each setting has a possible value, and that settings that exclude each other are not both given.
@@ -179,6 +207,8 @@ def _check_combinations(args: "GRPOConfig") -> None:
             f"num_iterations={args.num_iterations} with gradient_accumulation_steps={accumulated}: several passes step "
             "the optimizer after each batch; raise per_device_train_batch_size and set micro_batch_size instead"
         )
+    if args.packing and args.use_grpo:
+        raise ValueError("packing=True: is for supervised fine-tuning (use_grpo=False); GRPO packs by itself")
     if args.save_batches and (accumulated > 1 or args.steps_per_generation > 1 or not args.use_grpo):
         hint = "works with use_grpo, without gradient accumulation, and with steps_per_generation=1"
         raise ValueError(f"save_batches={args.save_batches}: {hint}")
@@ -204,6 +234,7 @@ def _check_preferences(args: "GRPOConfig") -> None:
     beta = args.kl_penalty_coef
     hint = "the KL penalty of GRPO (also beta); preference losses take preference_beta"
     require(beta in (0.0, default.kl_penalty_coef), "kl_penalty_coef", beta, hint)
+    require(not args.packing, "packing", True, "is for supervised fine-tuning; pairs are not packed")
     micro = args.micro_batch_size
     require(
         not micro or micro % 2 == 0, "micro_batch_size", micro, "counts completions, two a pair: give a multiple of 2"

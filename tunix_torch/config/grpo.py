@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..grpo import LOSS_AGGREGATIONS, LOSS_TYPES
 from ..runtime import device as process_device
 from ..runtime import mesh, together
 from ..runtime.choice import KINDS
-from .checks import WITH_REFERENCE, check_values
+from .checks import WITH_REFERENCE, check_template_kwargs, check_values
 from .generation import read_generation_kwargs
 from .loss import loss_type_of
 from .settings import accept_aliases, check_types, require, setting
@@ -40,6 +41,8 @@ class GRPOConfig(TrainingArguments):
             be right.
     """
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]
+
     # settings of TrainingArguments, with other defaults
     output_dir: str | None = setting("./outputs", "where everything is written")
     per_device_train_batch_size: int = setting(8, "prompts a step (with SFT: rows a step)")
@@ -56,6 +59,21 @@ class GRPOConfig(TrainingArguments):
     device: str = setting("auto", "auto, xla, cuda or cpu; a process keeps the device it started with")
     num_tpu_cores: int | None = setting(None, "TPU cores to use; only 1 so far")
     system_message: str = setting(SYSTEM_MESSAGE, "instruction put before every question; '' for none")
+    wrap_prompts: bool = setting(
+        True,
+        "put a text prompt into a user's turn of the chat template; False: the model sees the text as it stands, which "
+        "is TRL's meaning",
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = setting(
+        None,
+        'names and values for the chat template, such as {"enable_thinking": false}, as JSON; a row\'s own column of '
+        "this name wins",
+    )
+    packing: bool = setting(
+        False,
+        "with SFT: put several rows side by side into rows of max_prompt_length + generation_max_length tokens, "
+        "so that little padding is computed; per_device_train_batch_size then counts packed rows",
+    )
     max_prompt_length: int = setting(
         256, "prompts are padded to this many tokens; see overlong_prompts for longer ones"
     )
@@ -230,26 +248,53 @@ class GRPOConfig(TrainingArguments):
         """The number of this process: Transformers lets 0 write files, and torch-xla would call every host 0."""
         return super().process_index if together.num_hosts() == 1 else int(not together.is_first())
 
-    def evaluation_metrics(self, judged: bool = True) -> list[str]:
-        """The metrics that `TunixTrainer.evaluate` gives, without `eval_`; `judged` is False in SFT without a judge."""
+    def evaluation_metrics(self, judged: bool = True, rewards: Sequence[str] = ()) -> list[str]:
+        """The metrics that `TunixTrainer.evaluate` gives, without `eval_`.
+
+        Args:
+            judged: False in SFT without a judge, which samples no answers.
+            rewards: the names of the reward functions.
+        """
         metrics = ["accuracy", "mean_length"] if judged else []
         if judged and self.num_eval_completions:
             metrics.append(f"mean@{self.num_eval_completions}")
-        offline = [] if self.use_grpo else ["loss"]
+        of_answers = [f"completions/{name}_length" for name in ("mean", "min", "max")]
+        if rewards:
+            of_answers += ["reward", "reward_std"]
+            of_answers += [f"rewards/{name}/{number}" for name in rewards for number in ("mean", "std")]
+        for prefix in ("", *(["sampled/"] if self.num_eval_completions else [])):
+            metrics += [prefix + name for name in of_answers if judged]
+        given = [] if self.use_grpo else ["loss"]
         if self.preference_loss is not None:
-            offline += [f"rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected")]
-        return [*metrics, *offline, "runtime"]
+            given += [f"rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected")]
+        return [*metrics, *given, "runtime"]
 
     @property
     def follows_metric(self) -> bool:
         """Whether the learning rate follows `metric_for_best_model`."""
         return self.lr_scheduler_type in SCHEDULES_BY_METRIC
 
-    def check_best_metric(self, judged: bool = True) -> None:
-        """Raise ValueError when `metric_for_best_model` is a metric that no evaluation gives."""
-        metric, metrics = self.metric_for_best_model, self.evaluation_metrics(judged)
-        good = metric is None or metric.removeprefix("eval_") in metrics
-        require(good, "metric_for_best_model", metric, f"an evaluation gives {', '.join(metrics)}")
+    def check_best_metric(
+        self, judged: bool = True, rewards: Sequence[str] | None = None, prefixes: Sequence[str] | None = None
+    ) -> None:
+        """Raise ValueError when `metric_for_best_model` is a metric that no evaluation gives.
+
+        Args:
+            rewards: the names of the reward functions; None: not known yet.
+            prefixes: what stands before the metrics of each data set, `""` or its name and "_"; None: not known yet.
+        """
+        if self.metric_for_best_model is None:
+            return
+        metric = self.metric_for_best_model.removeprefix("eval_")
+        named = (
+            metric.split("rewards/")[-1].rpartition("/")[0] if rewards is None and "rewards/" in metric else "reward"
+        )
+        metrics = self.evaluation_metrics(judged, [named] if rewards is None else rewards)
+        known = [prefix + name for prefix in prefixes or [""] for name in metrics]
+        good = metric in known or (prefixes is None and metric.endswith(tuple(f"_{name}" for name in metrics)))
+        shown = [name for name in known if rewards is not None or "rewards/" not in name]
+        hint = f"an evaluation gives {', '.join(shown)}"
+        require(good, "metric_for_best_model", self.metric_for_best_model, hint)
 
     @property
     def beta(self) -> float:
@@ -352,6 +397,8 @@ class GRPOConfig(TrainingArguments):
         value = self.lr_scheduler_kwargs
         hint = 'expected names and values, such as {"num_cycles": 2}'
         require(value is None or isinstance(value, dict), "lr_scheduler_kwargs", value, hint)
+        if self.chat_template_kwargs is not None:
+            check_template_kwargs(self.chat_template_kwargs)
 
     def _resolve(self) -> None:
         """Fill in the fields that follow from other fields."""

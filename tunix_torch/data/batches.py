@@ -11,7 +11,7 @@ import torch
 
 from ..batch import PromptBatch
 from ..runtime import device
-from .rows import COMPLETION_IDS, PROMPT_IDS, REJECTED_IDS, Row
+from .rows import COMPLETION_IDS, LEARNED, PROMPT_IDS, REJECTED_IDS, Row
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,12 @@ def join_prompts(batches: Sequence[PromptBatch], pad_token_id: int) -> PromptBat
     )
 
 
+def without_tokens(rows: Sequence[Row]) -> list[Row]:
+    """The rows without what a batch holds of them as tensors."""
+    tokens = (PROMPT_IDS, COMPLETION_IDS, REJECTED_IDS, LEARNED)
+    return [{k: v for k, v in row.items() if k not in tokens} for row in rows]
+
+
 @dataclass
 class Collator:
     """Makes padded tensors of tokenised rows.
@@ -119,19 +125,23 @@ class Collator:
 
         Returns:
             `prompt_ids` (N, P) int64 and `prompt_mask` (N, P) bool, padded on the left; with completions also
-            `completion_ids` (B, C) int64 and `completion_mask` (B, C) bool, padded on the right; and `rows`, the N rows
-            without their tokens.
+            `completion_ids` (B, C) int64, `completion_mask` (B, C) bool and `learned_mask` (B, C) bool, True for the
+            tokens that are learned, padded on the right; and `rows`, the N rows without their tokens.
         """
         prompt_ids, prompt_mask = self._pad([row[PROMPT_IDS] for row in rows], self.max_prompt_length, left=True)
         batch = {
             "prompt_ids": prompt_ids,
             "prompt_mask": prompt_mask,
-            "rows": [{k: v for k, v in row.items() if k not in _IDS} for row in rows],
+            "rows": without_tokens(rows),
         }
         if self.max_completion_length is not None:
-            completions = [row[name] for row in rows for name in (COMPLETION_IDS, REJECTED_IDS) if name in row]
-            ids, mask = self._pad(completions, self.max_completion_length, left=False)
-            batch |= {"completion_ids": ids, "completion_mask": mask}
+            sides = [(row, name) for row in rows for name in (COMPLETION_IDS, REJECTED_IDS) if name in row]
+            ids, mask = self._pad([row[name] for row, name in sides], self.max_completion_length, left=False)
+            learned = mask.clone()
+            for i, (row, name) in enumerate(sides):
+                if name == COMPLETION_IDS:
+                    learned[i, : len(row[LEARNED])] = torch.tensor(row[LEARNED], dtype=torch.bool)
+            batch |= {"completion_ids": ids, "completion_mask": mask, "learned_mask": learned}
         return batch
 
     def _pad(self, sequences: list[list[int]], width: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:

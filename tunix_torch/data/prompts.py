@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow.compute
@@ -22,10 +22,13 @@ from transformers import PreTrainedTokenizerBase
 from ..model import tiny
 from ..model.loading import end_of_turn_id
 from .batches import PromptStream
+from .chat import Chat, Piece, own_template_kwargs
 from .preference import pair_of
 from .rows import (
     ANSWER,
     COMPLETION_IDS,
+    LEARN,
+    LEARNED,
     NO_ANSWER,
     PREFIX,
     PROMPT,
@@ -33,6 +36,7 @@ from .rows import (
     QUESTION,
     REASONING,
     REJECTED_IDS,
+    TEXT,
     TURNS,
     WHERE,
     Row,
@@ -44,15 +48,20 @@ from .values import features_to_convert, plain_row
 logger = logging.getLogger(__name__)
 
 # The columns that `prepare_rows` adds, with their types in a `datasets.Dataset`.
-ADDED = dict.fromkeys((WHERE, QUESTION, TURNS, ANSWER, NO_ANSWER, REASONING, PROMPT), datasets.Value("string"))
+ADDED = dict.fromkeys((WHERE, QUESTION, TURNS, LEARN, ANSWER, NO_ANSWER, REASONING, PROMPT), datasets.Value("string"))
 ADDED |= dict.fromkeys((PROMPT_IDS, COMPLETION_IDS, REJECTED_IDS), datasets.List(datasets.Value("int32")))
+ADDED |= {LEARNED: datasets.List(datasets.Value("int8"))}
 
 # Tokens are cached on disk for texts of at least so many characters; fewer are tokenised faster than a file is read.
 CACHED_CHARACTERS = 1_000_000
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, question: str | Sequence[Mapping[str, Any]], system_message: str = ""
+    tokenizer: PreTrainedTokenizerBase,
+    question: str | Sequence[Mapping[str, Any]],
+    system_message: str = "",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    wrap_prompts: bool = True,
 ) -> str:
     """Render a question with the tokenizer's chat template, as the text that the model sees.
 
@@ -62,24 +71,13 @@ def render_prompt(
     Args:
         question: a text, or a list of messages that `shapes.check_messages` accepts. The system message then goes into
             the first message of the user, unless the list has a system message of its own.
+        chat_template_kwargs: names and values for the template.
+        wrap_prompts: False: a text stays as it stands, after the system message.
 
     Raises:
         ValueError: the question is a list of messages and there is no chat template, or the template refuses it.
     """
-    if not isinstance(question, str) and tokenizer.chat_template is None:
-        raise ValueError("the question is a list of messages, and this tokenizer has no chat template to render them")
-    messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(map(dict, question))
-    messages = [{name: part for name, part in message.items() if part is not None} for message in messages]
-    if system_message and all(message["role"] != "system" for message in messages):
-        first = next(message for message in messages if message["role"] == "user")
-        first["content"] = f"{system_message}\n\n{first['content']}"
-    if tokenizer.chat_template is None:
-        return f"{messages[0]['content']}\n"
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program, which may raise anything where it refuses its input
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the tokenizer's chat template refuses the question: {reason}") from error
+    return Chat(tokenizer, system_message, chat_template_kwargs or {}, wrap_prompts).prompt(question)
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
@@ -112,6 +110,8 @@ def prepare_rows(
     overlong: str = "drop",
     num_embeddings: int | None = None,
     pairs: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    wrap_prompts: bool = True,
 ) -> "list[Row] | datasets.Dataset | PromptStream":
     """Add each row's prompt, as a text and as tokens, and for SFT the tokens of its completion.
 
@@ -124,6 +124,8 @@ def prepare_rows(
         max_completion_length: C, in tokens, for SFT; None: completions are not tokenised.
         num_embeddings: how many embeddings the model has, one for each token that it knows; None: not checked.
         pairs: the rows are preferences, and each has a chosen and a rejected completion; see `preference.py`.
+        chat_template_kwargs: names and values for the chat template; a row's column of this name wins.
+        wrap_prompts: False: a question that is a text is not put into the chat template.
 
     Returns:
         a list for a list, a `Dataset` for a `Dataset` (its tokens are in the cache of `datasets`), and for an
@@ -133,7 +135,11 @@ def prepare_rows(
         ValueError: a row has no question, has no completion for SFT, can't be rendered, or has a token without an
             embedding; every row is too long; or one row is too long and `overlong` is "raise".
     """
-    encoder = _Encoder(tokenizer, system_message, max_completion_length is not None, num_embeddings, pairs)
+    kwargs = dict(chat_template_kwargs or {})
+    if kwargs and tokenizer.chat_template is None:
+        raise ValueError(f"chat_template_kwargs={kwargs!r}: this tokenizer has no chat template; leave them out")
+    chat = Chat(tokenizer, system_message, kwargs, wrap_prompts)
+    encoder = _Encoder(chat, max_completion_length is not None, num_embeddings, pairs)
     if isinstance(rows, datasets.IterableDataset):
         encoder.features = features_to_convert(rows.features or {})
         return PromptStream(rows.with_format(None), encoder.encode, max_prompt_length, max_completion_length, overlong)
@@ -161,17 +167,24 @@ def _hash_of_code() -> str:
     The cache of tokenised rows depends on it, so that no row is found there that other code has made.
     """
     room = Path(__file__).parent
-    others = ("rewards/answers.py", "model/loading.py")
+    others = ("rewards/answers.py", "model/loading.py", "config/checks.py")
     files = [*sorted(room.glob("*.py")), *(room.parent / name for name in others)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+class _Written(NamedTuple):
+    """A row as texts, before they are tokenised."""
+
+    prompt: tuple[str, bool]  # a text, and whether the tokenizer adds special tokens to it
+    pieces: list[Piece]  # what follows it
+    end: int  # the token that ends the last of them
 
 
 @dataclass
 class _Encoder:
     """Renders and tokenises rows. `datasets` hashes all of its fields to find rows that it has cached."""
 
-    tokenizer: PreTrainedTokenizerBase
-    system_message: str
+    chat: Chat
     with_completions: bool
     num_embeddings: int | None
     pairs: bool = False
@@ -181,33 +194,72 @@ class _Encoder:
 
     def encode(self, rows: Sequence[Row], numbers: Sequence[int]) -> list[Row]:
         """Copies of the rows with the columns of `ADDED`; `numbers` are the rows' numbers for error messages."""
-        tokenizer = self.tokenizer
         rows = [self._normalized(row, number) for row, number in zip(rows, numbers, strict=True)]
+        tokenizer, written = self.chat.tokenizer, []
+        end_of_turn = end_of_turn_id(tokenizer) if self.with_completions else 0
         pairs = [pair_of(row) for row in rows] if self.pairs else []
         for i, row in enumerate(rows):
-            question = pairs[i].prompt if pairs else prompt_of(row) if row[TURNS] else row[QUESTION]
+            question = prompt_of(row) if row[TURNS] else row[QUESTION]
+            completion = completion_of(row) if self.with_completions and not pairs else ""
+            if pairs:
+                question, completion = pairs[i].prompt, pairs[i].chosen
             try:
-                row[PROMPT] = render_prompt(tokenizer, question, self.system_message)
+                written.append(self._write(row, question, completion, end_of_turn))
             except ValueError as error:
                 raise ValueError(f"{row[WHERE]}: {error}") from error
-        prompts = [row[PROMPT] for row in rows]
-        ids = _token_ids(tokenizer, prompts, add_special_tokens=tokenizer.chat_template is None)
-        for i, row in enumerate(rows):
-            row[PROMPT_IDS] = ids[i]
+        texts = [row.prompt for row in written]
+        plain = _token_ids(tokenizer, [text for text, special in texts if special], add_special_tokens=True)
+        ready = _token_ids(tokenizer, [text for text, special in texts if not special], add_special_tokens=False)
+        plain, ready = iter(plain), iter(ready)
+        for row, (text, special) in zip(rows, texts, strict=True):
+            row[PROMPT], row[PROMPT_IDS] = text, next(plain if special else ready)
         if self.with_completions:
-            texts = [pair.chosen for pair in pairs] if self.pairs else [completion_of(row) for row in rows]
-            self._add_completions(rows, COMPLETION_IDS, texts)
+            pieces = [text for row in written for text, _ in row.pieces]
+            ids = iter(_token_ids(tokenizer, pieces, add_special_tokens=False))
+            for row, text in zip(rows, written, strict=True):
+                self._add_completion(row, text, [next(ids) for _ in text.pieces])
         if self.pairs:
-            self._add_completions(rows, REJECTED_IDS, [pair.rejected for pair in pairs])
+            ids = _token_ids(tokenizer, [pair.rejected for pair in pairs], add_special_tokens=False)
+            for row, text, of_row in zip(rows, written, ids, strict=True):
+                row[REJECTED_IDS] = of_row if of_row[-1:] == [text.end] else [*of_row, text.end]
         for row in rows:
             self._check_ids(row, row[PROMPT_IDS] + row.get(COMPLETION_IDS, []) + row.get(REJECTED_IDS, []))
         return rows
 
-    def _add_completions(self, rows: list[Row], column: str, texts: list[str]) -> None:
-        """Add a column with the tokens of texts, each with the token that ends the turn."""
-        end, ids = end_of_turn_id(self.tokenizer), _token_ids(self.tokenizer, texts, add_special_tokens=False)
-        for row, of_row in zip(rows, ids, strict=True):
-            row[column] = [*of_row, end]
+    def _write(
+        self,
+        row: Row,
+        question: str | list[Mapping[str, Any]],
+        completion: str | list[Mapping[str, Any]],
+        end_of_turn: int,
+    ) -> "_Written":
+        """The prompt of a row as a text, and what follows it, as texts too.
+
+        `completion` is from `completion_of`, or with pairs the chosen one.
+        """
+        chat, own_kwargs, eos = self.chat, own_template_kwargs(row), self.chat.tokenizer.eos_token_id
+        if row[LEARN] == TEXT:
+            return _Written((completion, True), [], eos)
+        if isinstance(completion, str):
+            by_template = chat.uses_template(question)
+            text = chat.prompt(question, own_kwargs)
+            return _Written((text, not by_template), [(completion, True)], end_of_turn if by_template else eos)
+        messages = completion[len(question) :] if row[LEARN] else completion
+        prompt, pieces = chat.pieces(question, messages, own_kwargs, end_of_turn)
+        return _Written((prompt, False), pieces, end_of_turn)
+
+    def _add_completion(self, row: Row, written: "_Written", ids: list[list[int]]) -> None:
+        """Add the tokens that follow the prompt of a row, and which of them are learned.
+
+        Of a plain text the prompt is the first token, which nothing predicts, and all others are learned.
+        """
+        if row[LEARN] == TEXT:
+            row[PROMPT], row[PROMPT_IDS], ids = "", row[PROMPT_IDS][:1], [row[PROMPT_IDS][1:]]
+        learned = [int(is_learned) for _, is_learned in written.pieces or [("", True)]]
+        tokens = [token for part in ids for token in part]
+        marks = [mark for part, mark in zip(ids, learned, strict=True) for _ in part]
+        ends = bool(tokens) and tokens[-1] == written.end  # as the template, or the data, has written it
+        row[COMPLETION_IDS], row[LEARNED] = (tokens, marks) if ends else ([*tokens, written.end], [*marks, 1])
 
     def encode_columns(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """The columns to add to a batch of rows that `datasets.Dataset.map` passes as columns."""
@@ -221,14 +273,15 @@ class _Encoder:
         They are derived from converted values, so that an expected answer is a class's name or a number as it was
         meant; the row's own columns keep the values that the data set has.
         """
-        normal = normalize_row(plain_row(row, self.features) if self.features else row, number, "data set")
+        row_to_read = plain_row(row, self.features) if self.features else row
+        normal = normalize_row(row_to_read, number, "data set", supervised=self.with_completions)
         return {**normal, **row}
 
     def _check_ids(self, row: Row, ids: list[int]) -> None:
         """Raise ValueError for a token without an embedding, which a tokenizer with added tokens may give."""
         largest = max(ids, default=0)
         if self.num_embeddings is not None and largest >= self.num_embeddings:
-            token = self.tokenizer.convert_ids_to_tokens(largest)
+            token = self.chat.tokenizer.convert_ids_to_tokens(largest)
             raise ValueError(
                 f"{row[WHERE]}: its token {largest}, {token!r}, has no embedding: the model has {self.num_embeddings}. "
                 "Call model.resize_token_embeddings(len(tokenizer)) before, or give the model's own tokenizer"
@@ -237,7 +290,9 @@ class _Encoder:
 
 def _encode_dataset(rows: datasets.Dataset, encoder: _Encoder) -> datasets.Dataset:
     encoder.features = features_to_convert(rows.features)
-    left_out = (() if encoder.with_completions else (COMPLETION_IDS,)) + (() if encoder.pairs else (REJECTED_IDS,))
+    left_out = (() if encoder.with_completions else (COMPLETION_IDS, LEARNED)) + (
+        () if encoder.pairs else (REJECTED_IDS,)
+    )
     added = {name: kind for name, kind in ADDED.items() if name not in left_out}
     return rows.map(
         encoder.encode_columns,
@@ -254,6 +309,8 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         return {"ids": tokenizer(batch["text"], add_special_tokens=add_special_tokens)["input_ids"]}
 
+    if not texts:
+        return []
     if sum(map(len, texts)) < CACHED_CHARACTERS:
         return encode({"text": texts})["ids"]
     key = Hasher.hash([texts, tokenizer, add_special_tokens])

@@ -7,7 +7,7 @@ has no derived values.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -16,6 +16,8 @@ PREFIX = "tunix/"
 WHERE = PREFIX + "row"  # where the row comes from, for error messages: "rows.jsonl, row 7"
 QUESTION = PREFIX + "question"  # the question as a text; where it is a list of messages, the text of the last message
 TURNS = PREFIX + "turns"  # the name of the column that holds the question as messages; "" where the question is a text
+# The column that supervised fine-tuning learns a whole row from, MESSAGES or TEXT; "" where there is a prompt.
+LEARN = PREFIX + "learn"
 # The expected answer as JSON, because a column of an Arrow table has one type and answers may have several. None means
 # that the data's own column `answer` holds the expected answer unchanged.
 ANSWER = PREFIX + "answer"
@@ -23,10 +25,12 @@ NO_ANSWER = PREFIX + "no_answer"  # the reason why there is no expected answer; 
 REASONING = PREFIX + "reasoning"  # the text before the final answer, where one column holds both
 PROMPT = PREFIX + "prompt"  # the text that the model sees
 PROMPT_IDS = PREFIX + "prompt_ids"  # the tokens of that text
-COMPLETION_IDS = PREFIX + "completion_ids"  # the tokens to learn in SFT, with the one that ends the turn; or the chosen
-REJECTED_IDS = (
-    PREFIX + "rejected_ids"
-)  # the tokens of the rejected completion, where COMPLETION_IDS are the chosen ones
+COMPLETION_IDS = PREFIX + "completion_ids"  # what follows the prompt in SFT, with the token that ends the turn
+# For each of these tokens 1 where it is learned, 0 where others than the assistant wrote it.
+LEARNED = PREFIX + "learned"
+REJECTED_IDS = PREFIX + "rejected_ids"  # with pairs: the rejected completion, where COMPLETION_IDS is the chosen one
+
+MESSAGES, TEXT = "messages", "text"  # columns that hold a whole conversation, or a whole text, to learn from
 
 # Columns of the data, and parameters of reward functions, that hold the expected answer.
 ANSWER_COLUMNS = ("answer", "answers", "expected_answers")
@@ -40,8 +44,14 @@ def question_of(row: Row) -> str:
 def prompt_of(row: Row) -> str | list[dict[str, str]]:
     """The prompt that reward functions get: the text that the model saw, or the data's own list of messages."""
     if row.get(TURNS):
-        return list(row[row[TURNS]])
+        messages = list(row[row[TURNS]])
+        return messages[: first_answer(messages)] if row.get(LEARN) == MESSAGES else messages
     return row[PROMPT] if PROMPT in row else row["prompt"]
+
+
+def first_answer(messages: Sequence[Mapping[str, Any]]) -> int:
+    """The number, from 0, of the assistant's first message; the number of all messages where there is none."""
+    return next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
 
 
 def answer_of(row: Row) -> Any:

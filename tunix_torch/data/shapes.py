@@ -3,7 +3,8 @@
 A row has a question in `prompt` or `question`: a text, or a list of messages. It may have an answer in `answer`,
 `answers` or `expected_answers`. Rows of known data sets are understood by their columns: GSM8K ("... #### 72"), MATH
 (`problem`, and `solution` with a \\boxed{...}), ARC and MMLU (`question`, `choices` or the columns `A`, `B`, ..., and
-`answerKey` or `answer`). Where a row of preferences has no prompt, `preference.py` finds it.
+`answerKey` or `answer`). For supervised fine-tuning a row may also be a conversation in `messages`, or a plain text in
+`text`. Where a row of preferences has no prompt, `preference.py` finds it.
 """
 
 import json
@@ -15,8 +16,22 @@ import numpy as np
 from ..rewards.answers import split_marked_answer
 from .choices import answer_is_letter, choices_of, label_of, names_choice, readable_choices, shows_choices
 from .expected import answer_in, json_value
-from .preference import lacks_prompt, prompt_in_sides
-from .rows import ANSWER, ANSWER_COLUMNS, NO_ANSWER, QUESTION, REASONING, TURNS, WHERE, Row, answer_text
+from .preference import SIDES, lacks_prompt, prompt_in_sides
+from .rows import (
+    ANSWER,
+    ANSWER_COLUMNS,
+    LEARN,
+    MESSAGES,
+    NO_ANSWER,
+    QUESTION,
+    REASONING,
+    TEXT,
+    TURNS,
+    WHERE,
+    Row,
+    answer_text,
+    first_answer,
+)
 
 # The columns that a row of each data set must have; the data sets are those that `--dataset` knows by name.
 COLUMNS = {
@@ -25,7 +40,7 @@ COLUMNS = {
     "arc": ("question", "choices", "answerKey"),
 }
 QUESTION_COLUMNS = ("prompt", "question")
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 
 def normalize_row(
@@ -35,6 +50,7 @@ def normalize_row(
     dataset: str | None = None,
     question_column: str | None = None,
     answer_column: str | None = None,
+    supervised: bool = False,
 ) -> Row:
     """Add to a row the values that are derived from its columns (`rows.py` names them); the columns stay unchanged.
 
@@ -46,9 +62,11 @@ def normalize_row(
         source: the file or data set that the row comes from, for error messages.
         dataset: gsm8k, math or arc: the row must have the columns of that data set.
         question_column, answer_column: columns that the user names, instead of the standard ones.
+        supervised: the row is for supervised fine-tuning, so it may have `messages` or `text` instead of a question.
 
     Raises:
-        ValueError: the row has no question, or is no row of `dataset`; the message names the row.
+        ValueError: the row has no question, or both a prompt and messages, or is no row of `dataset`; the message names
+            the row.
     """
     if QUESTION in row:
         return row
@@ -59,10 +77,14 @@ def normalize_row(
     in_sides = lacks_prompt(seen, QUESTION_COLUMNS)
     if in_sides:
         seen = seen | {"prompt": prompt_in_sides(seen, where)}
-    column = _question_column(seen, where)
-    question, turns = seen[column], ""
-    if isinstance(question, str):
-        _check_encodable(question, where, "the question")
+    if all(seen.get(side) is not None for side in SIDES):  # data sets of preferences may repeat one side as `messages`
+        seen = {name: value for name, value in seen.items() if name != MESSAGES}
+    column = _question_column(seen, where, supervised)
+    question, turns, learn = seen[column], "", column if column in (MESSAGES, TEXT) else ""
+    if learn == MESSAGES:
+        question, turns = _check_conversation(question, where), MESSAGES
+    elif isinstance(question, str):
+        _check_encodable(question, where, "the text" if learn else "the question")
     else:
         question = check_messages(question, where)[-1]["content"]
         turns = "" if in_sides else question_column or column
@@ -74,7 +96,7 @@ def normalize_row(
     are_missing = bool(choices) and not shows_choices(question, choices)
     if are_missing and not turns:
         question = "\n".join([question, *(f"{label}. {text}" for label, text in choices)])
-    derived = {WHERE: where, QUESTION: question, TURNS: turns, ANSWER: None, NO_ANSWER: "", REASONING: ""}
+    derived = {WHERE: where, QUESTION: question, TURNS: turns, LEARN: learn, ANSWER: None, NO_ANSWER: "", REASONING: ""}
     try:
         if are_missing and turns:
             raise ValueError(f"the answer is one of the choices, and the messages don't show '{choices[0][0]}. ...'")
@@ -124,48 +146,77 @@ def _check_encodable(text: str, where: str, what: str) -> None:
 # ---- the question ----
 
 
-def _question_column(row: Row, where: str) -> str:
+def _question_column(row: Row, where: str, supervised: bool) -> str:
     """The first column that may hold the question and isn't blank. Raises ValueError where there is none."""
     names = [*QUESTION_COLUMNS, *(["problem"] if all(row.get(name) is not None for name in COLUMNS["math"]) else [])]
     there = [name for name in names if row.get(name) is not None]
+    if row.get("prompt") is not None and row.get(MESSAGES) is not None:
+        hint = "leave one of them out, or name the one that holds the question (question_column)"
+        raise ValueError(f"{where}: there is both a prompt and messages; {hint}")
+    if supervised:
+        there = there or [name for name in (MESSAGES, TEXT) if row.get(name) is not None][:1]
     if not there:
         own = ", ".join(name for name, value in row.items() if value is not None) or "nothing"
         hint = ""
-        if row.get("messages") is not None:
+        if row.get(MESSAGES) is not None:
             hint = ": put the messages before the answer into prompt, and the answer into completion or answer"
-        raise ValueError(f"{where}: no question; expected a column named prompt or question; it has {own}{hint}")
+        expected = "prompt, question, messages or text" if supervised else "prompt or question"
+        raise ValueError(f"{where}: no question; expected a column named {expected}; it has {own}{hint}")
     written = [name for name in there if not isinstance(row[name], str) or row[name].strip()]
     if not written:
-        raise ValueError(f"{where}: the question is blank")
+        raise ValueError(f"{where}: the {'text' if there == [TEXT] else 'question'} is blank")
     return written[0]
 
 
-def check_messages(question: Any, where: str) -> list[Mapping[str, Any]]:
+def check_messages(question: Any, where: str, what: str = "the question") -> list[Mapping[str, Any]]:
     """Check the messages of a question, such as `[{"role": "user", "content": "6 x 12?"}]`.
 
+    Args:
+        what: what the messages are, for error messages.
+
     Raises:
-        ValueError: the question is no such list, or its last message is not the user's; the message names the row.
+        ValueError: the question is no such list, or its last message is not the user's or a tool's; the message names
+            the row.
     """
-    if not isinstance(question, list | tuple | np.ndarray):
-        kind = type(question).__name__
-        raise ValueError(f"{where}: the question is a {kind}, expected a text or a list of messages")
-    if not len(question):
-        raise ValueError(f"{where}: the question is an empty list; expected a text or a list of messages")
-    for number, message in enumerate(question, start=1):
-        at = f"{where}: message {number} of the question"
+    messages = _check_each_message(question, where, what)
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise ValueError(f"{where}: the last message of {what} is the {messages[-1]['role']}'s, not the user's")
+    return messages
+
+
+def _check_conversation(messages: Any, where: str) -> str:
+    """Check the messages of a conversation to learn from. Returns what the last of them before an answer says."""
+    messages = _check_each_message(messages, where, "the conversation")
+    number = first_answer(messages)
+    if number == len(messages):
+        raise ValueError(f"{where}: the conversation has no message of the assistant, so there is nothing to learn")
+    if number == 0:
+        raise ValueError(f"{where}: the conversation begins with the assistant; expected a message of the user first")
+    return messages[number - 1]["content"]
+
+
+def _check_each_message(messages: Any, where: str, what: str) -> list[Mapping[str, Any]]:
+    if not isinstance(messages, list | tuple | np.ndarray):
+        kind = type(messages).__name__
+        expected = "a text or a list of messages" if what == "the question" else "a list of messages"
+        raise ValueError(f"{where}: {what} is a {kind}, expected {expected}")
+    if not len(messages):
+        raise ValueError(f"{where}: {what} is an empty list; expected a text or a list of messages")
+    for number, message in enumerate(messages, start=1):
+        at = f"{where}: message {number} of {what}"
         if not isinstance(message, Mapping):
             raise ValueError(f'{at} is a {type(message).__name__}, expected {{"role": "user", "content": "..."}}')
         if message.get("role") not in ROLES:
             raise ValueError(f"{at} has the role {message.get('role')!r}; known are {', '.join(ROLES)}")
         content = message.get("content")
+        if content is None and message["role"] == "assistant" and message.get("tool_calls"):
+            continue
         if not isinstance(content, str):
             raise ValueError(f"{at} has no text: its content is a {type(content).__name__}")
         if message["role"] == "user" and not content.strip():
             raise ValueError(f"{at} is blank")
-        _check_encodable(content, where, f"message {number} of the question")
-    if question[-1]["role"] != "user":
-        raise ValueError(f"{where}: the last message of the question is the {question[-1]['role']}'s, not the user's")
-    return list(question)
+        _check_encodable(content, where, f"message {number} of {what}")
+    return list(messages)
 
 
 # ---- the answer ----
@@ -190,32 +241,51 @@ def _expected_answer(row: Row, choices: list[tuple[str, str]]) -> tuple[Any, str
     return answer, reasoning
 
 
-# ---- the completion, for supervised fine-tuning ----
+# ---- what supervised fine-tuning learns ----
 
 
-def completion_of(row: Row) -> str:
-    """The text that supervised fine-tuning learns: the row's `completion`, or else its reasoning and answer in tags.
+def completion_of(row: Row) -> str | list[Mapping[str, Any]]:
+    """What supervised fine-tuning learns of a row: the row's `completion`, or else its reasoning and answer in tags.
 
     Args:
         row: from `normalize_row`.
 
+    Returns:
+        a text; or messages that follow the prompt, where both are messages, and the whole conversation or text of a row
+        that has one instead of a prompt.
+
     Raises:
-        ValueError: there is no such text, or `completion` is neither a text nor a list with one message of the
-            assistant; the message names the row.
+        ValueError: there is no such text, or `completion` is neither a text nor messages with one of the assistant, or
+            is several messages after a prompt that is a text; the message names the row.
     """
+    if row[LEARN]:
+        return row[row[LEARN]] if row[LEARN] == TEXT else list(row[MESSAGES])
     completion, where = row.get("completion"), row[WHERE]
     if completion is None and "completion" not in row and not row[NO_ANSWER]:
         reasoning = row[REASONING] or row.get("reasoning") or row.get("solution") or ""
         completion = f"<reasoning>{str(reasoning).strip()}</reasoning>\n<answer>{answer_text(row)}</answer>"
     elif isinstance(completion, list | tuple | np.ndarray):
-        (message,) = completion if len(completion) == 1 else [None]
-        is_assistants = isinstance(message, Mapping) and message.get("role") == "assistant"
-        if not is_assistants or not isinstance(message.get("content"), str):
-            raise ValueError(f"{where}: the completion is a list, expected a text or one message of the assistant")
-        completion = message["content"]
+        completion = _completion_in_messages(row, completion, where)
     elif completion is None and "completion" not in row:
         raise ValueError(f"{where}: no completion to learn from, and none can be made: {row[NO_ANSWER]}")
+    if isinstance(completion, list):
+        return completion
     if not isinstance(completion, str):
         raise ValueError(f"{where}: the completion is a {type(completion).__name__}, expected a text")
     _check_encodable(completion, where, "the completion")
     return completion
+
+
+def _completion_in_messages(row: Row, completion: Any, where: str) -> str | list[Mapping[str, Any]]:
+    """A completion that is a list of messages; after a prompt that is a text, what its one message says."""
+    one_text = "expected a text or one message of the assistant"
+    if not len(completion):
+        raise ValueError(f"{where}: the completion is a list, {one_text}, and it is empty")
+    messages = _check_each_message(completion, where, "the completion")
+    if first_answer(messages) == len(messages):
+        raise ValueError(f"{where}: the completion is a list, {one_text}, and none of its messages is the assistant's")
+    if row[TURNS]:
+        return messages
+    if len(messages) > 1 or not isinstance(messages[0].get("content"), str):
+        raise ValueError(f"{where}: the completion is a list, {one_text}, since the prompt is a text")
+    return messages[0]["content"]

@@ -6,7 +6,7 @@ many types.
 
 import functools
 import random
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,10 @@ KNOWN = {
 
 
 def load_data(
-    config: DataConfig, seed: int, check_first: Callable[[Row], object] | None = None
+    config: DataConfig,
+    seed: int,
+    check_first: Callable[[Row], object] | None = None,
+    supervised: bool = False,
 ) -> tuple[list[Row] | datasets.IterableDataset, list[Row]]:
     """Load the training and the evaluation rows of a job.
 
@@ -62,6 +65,7 @@ def load_data(
     Args:
         check_first: called with the first training row of a stream, so that it can raise for what that row lacks before
             training begins.
+        supervised: rows are for supervised fine-tuning, see `normalize_row`.
 
     Raises:
         ValueError: settings exclude each other; see also `load_rows` and `normalize_row`.
@@ -70,19 +74,20 @@ def load_data(
     if config.data_path is None and config.dataset is None:
         return tiny.arithmetic_rows("train", config.num_train_rows or NUM_GENERATED_ROWS, seed), load_eval_rows(config)
     if config.streaming:
-        return _stream(config, seed, check_first), load_eval_rows(config)
-    train = _load(config, config.data_path, config.dataset_split, "data_path")
+        return _stream(config, seed, check_first, supervised), load_eval_rows(config, supervised=supervised)
+    train = _load(config, config.data_path, config.dataset_split, "data_path", supervised=supervised)
     if config.train_fraction == 1:
-        return train[: config.num_train_rows], load_eval_rows(config)
+        return train[: config.num_train_rows], load_eval_rows(config, supervised=supervised)
     train, evaluation = _split_rows(train, config.train_fraction, seed)
     return train[: config.num_train_rows], evaluation[: config.num_eval_rows]
 
 
-def load_eval_rows(config: DataConfig, setting: str = "val_data_path") -> list[Row]:
+def load_eval_rows(config: DataConfig, setting: str = "val_data_path", supervised: bool = False) -> list[Row]:
     """Load the evaluation rows only. Without `val_data_path`, `data_path` and `dataset` they are generated arithmetic.
 
     Args:
         setting: the user's name for `val_data_path`, for error messages.
+        supervised: rows are for supervised fine-tuning, see `normalize_row`.
 
     Raises:
         ValueError: see `load_rows` and `normalize_row`.
@@ -95,7 +100,8 @@ def load_eval_rows(config: DataConfig, setting: str = "val_data_path") -> list[R
     path = config.data_path if path is None else path
     # Rows of a file of the user's own need not have the columns of `dataset`.
     is_own = config.val_data_path is not None
-    return _load(config, path, config.val_dataset_split, setting, any_shape=is_own)[: config.num_eval_rows]
+    rows = _load(config, path, config.val_dataset_split, setting, any_shape=is_own, supervised=supervised)
+    return rows[: config.num_eval_rows]
 
 
 def _split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -146,23 +152,32 @@ def _place(config: DataConfig, path: str | None) -> tuple[str, str | None]:
     return place[0], config.dataset_config or place[1]
 
 
-def _load(config: DataConfig, path: str | None, split: str, setting: str, any_shape: bool = False) -> list[Row]:
+def _load(
+    config: DataConfig,
+    path: str | None,
+    split: str,
+    setting: str,
+    any_shape: bool = False,
+    supervised: bool = False,
+) -> list[Row]:
     """Normalized rows. With `any_shape` they need not have the columns of the data set that the settings name."""
     place, config_name = _place(config, path)
     setting = setting if path is not None else f"dataset={config.dataset!r}: data_path"
     rows = load_rows(place, config_name, split, setting, config.data_source)
-    normalize = _normalizer(config, place, None if any_shape else config.dataset)
+    normalize = _normalizer(config, place, None if any_shape else config.dataset, supervised)
     return [normalize(row, index) for index, row in enumerate(rows)]
 
 
-def _stream(config: DataConfig, seed: int, check_first: Callable[[Row], object] | None) -> datasets.IterableDataset:
+def _stream(
+    config: DataConfig, seed: int, check_first: Callable[[Row], object] | None, supervised: bool
+) -> datasets.IterableDataset:
     """A shuffled stream of normalized rows. The first row is read here, so that a wrong path or column is found now."""
     place, config_name = _place(config, config.data_path)
     setting = "data_path" if config.data_path is not None else f"dataset={config.dataset!r}: data_path"
     stream = stream_rows(place, config_name, config.dataset_split, setting, config.data_source)
     if config.num_train_rows is not None:
         stream = stream.take(config.num_train_rows)
-    normalize = _normalizer(config, place, config.dataset)
+    normalize = _normalizer(config, place, config.dataset, supervised)
     first = next(iter(stream), None)
     if first is None:
         raise ValueError(f"{setting}={place!r}: no rows")
@@ -172,10 +187,10 @@ def _stream(config: DataConfig, seed: int, check_first: Callable[[Row], object] 
     return stream.map(normalize, with_indices=True).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
 
 
-def _normalizer(config: DataConfig, place: str, dataset: str | None) -> functools.partial:
+def _normalizer(config: DataConfig, place: str, dataset: str | None, supervised: bool) -> functools.partial:
     """A function `(row, index) -> normalized row`. It is a partial and no closure, because `datasets` hashes it."""
     columns = {"question_column": config.question_column, "answer_column": config.answer_column}
-    return functools.partial(_normalize, source=place, dataset=dataset, **columns)
+    return functools.partial(_normalize, source=place, dataset=dataset, supervised=supervised, **columns)
 
 
 def _normalize(row: Row, index: int, **settings: Any) -> Row:
@@ -190,12 +205,12 @@ def training_rows(rows: Any) -> list[Row] | datasets.Dataset | datasets.Iterable
 
     Args:
         rows: a `datasets.Dataset` or `IterableDataset`, a sequence or iterator of dicts, a dict of columns, a pandas
-            DataFrame, a PyTorch data set with a length, or a dict of splits such as a `datasets.DatasetDict`, of which
-            the split "train" is taken.
+            DataFrame, a PyTorch data set, iterable ones included, or a dict of splits such as a `datasets.DatasetDict`,
+            of which the split "train" is taken.
 
     Returns:
-        a `Dataset` or `IterableDataset` unchanged (a `Dataset` with a transform is read into a list), and anything else
-        as a list of dicts.
+        a `Dataset` or `IterableDataset` unchanged (a `Dataset` with a transform is read into a list), an iterable data
+        set of PyTorch as an `IterableDataset`, and anything else as a list of dicts.
 
     Raises:
         ValueError: `rows` is none of these.
@@ -215,22 +230,57 @@ def check_stream(rows: Any, max_steps: int, num_workers: int) -> None:
         require(num_workers == 0, "dataloader_num_workers", num_workers, hint)
 
 
-def evaluation_rows(rows: Any) -> list[Row] | datasets.Dataset:
-    """Convert a caller's evaluation data to rows, as `training_rows` does.
+EvaluationRows = list[Row] | datasets.Dataset
 
-    Of a dict of splits, "test" or "validation" is taken. A stream is read to its end.
+
+def evaluation_rows(rows: Any) -> EvaluationRows | dict[str, EvaluationRows]:
+    """Convert a caller's evaluation data to rows, as `training_rows` does. A stream is read to its end.
+
+    Of a dict of splits that has "train" among them, or nothing but "test" or "validation", that one of the latter two
+    is taken. Any other dict of data sets gives a dict of rows, each of which is to be evaluated by itself.
+
+    Raises:
+        ValueError: `rows` is none of these, or there is not exactly one split to take.
     """
-    rows = _rows_at_hand(rows, "eval_dataset", ("test", "validation"))
+    if isinstance(rows, Mapping) and _is_dict_of_data_sets(rows) and not _has_own_split(rows):
+        unnamed = next((name for name in rows if not isinstance(name, str)), None)
+        if unnamed is not None:
+            raise ValueError(f"eval_dataset: a data set is named {unnamed!r}; names are texts")
+        return {name: _finite(_rows_at_hand(part, f"eval_dataset[{name!r}]", ())) for name, part in rows.items()}
+    return _finite(_rows_at_hand(rows, "eval_dataset", EVALUATION_SPLITS))
+
+
+def _finite(rows: list[Row] | datasets.Dataset | datasets.IterableDataset) -> EvaluationRows:
     if not isinstance(rows, datasets.IterableDataset):
         return rows
     return list(rows) if rows.features is None else datasets.Dataset.from_list(list(rows), rows.features)
+
+
+EVALUATION_SPLITS = ("test", "validation")
+
+
+def _has_own_split(parts: Mapping[str, Any]) -> bool:
+    """Whether a dict of splits is a whole data set, of which one split is for evaluation."""
+    return "train" in parts or (len(parts) == 1 and next(iter(parts)) in EVALUATION_SPLITS)
+
+
+def _is_dict_of_data_sets(rows: Mapping[str, Any]) -> bool:
+    """Whether a dict holds data sets, and not columns: of known types, or each a list of rows.
+
+    The values of a column are no dicts throughout: a row has a prompt, which is a text or a list.
+    """
+
+    def is_list_of_rows(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(isinstance(row, Mapping) for row in value)
+
+    return any(map(_is_split, rows.values())) or (bool(rows) and all(map(is_list_of_rows, rows.values())))
 
 
 def _rows_at_hand(
     rows: Any, setting: str, splits: Sequence[str]
 ) -> list[Row] | datasets.Dataset | datasets.IterableDataset:
     """Rows of any type. A dict of splits must have exactly one of the names in `splits`."""
-    if isinstance(rows, Mapping) and any(map(_is_split, rows.values())):
+    if isinstance(rows, Mapping) and _is_dict_of_data_sets(rows):
         found = [name for name in splits if name in rows]
         if len(found) != 1:
             hint = f"give one of them, such as {setting}[{found[0] if found else next(iter(rows))!r}]"
@@ -240,7 +290,24 @@ def _rows_at_hand(
         return list(rows) if rows.format["type"] == "custom" else rows  # "custom": a transform makes the rows
     if isinstance(rows, datasets.IterableDataset):
         return rows
+    if isinstance(rows, torch.utils.data.IterableDataset):
+        return datasets.IterableDataset.from_generator(_checked_rows, gen_kwargs={"rows": rows, "setting": setting})
     return _dicts(rows, setting)
+
+
+def _checked_rows(rows: torch.utils.data.IterableDataset, setting: str) -> Iterator[Row]:
+    """The rows of an iterable data set of PyTorch, each of which must be a dict."""
+    for number, row in enumerate(rows, start=1):
+        _check_row(row, number, setting)
+        yield dict(row)
+
+
+def _check_row(row: Any, number: int, setting: str) -> None:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{setting}, row {number}: a {type(row).__name__}, expected a dict; {_EXPECTED}")
+    unnamed = next((name for name in row if not isinstance(name, str)), None)
+    if unnamed is not None:
+        raise ValueError(f"{setting}, row {number}: a column is named {unnamed!r}; names of columns are texts")
 
 
 def _dicts(rows: Any, setting: str) -> list[Row]:
@@ -251,20 +318,13 @@ def _dicts(rows: Any, setting: str) -> list[Row]:
         rows = _rows_of_columns(rows, setting)
     elif isinstance(rows, str | bytes | type) or not (hasattr(rows, "__iter__") or hasattr(rows, "__getitem__")):
         raise ValueError(f"{setting}={rows!r:.80}: {_EXPECTED}")
-    elif isinstance(rows, torch.utils.data.IterableDataset):
-        hint = "give a stream as a datasets.IterableDataset, such as datasets.IterableDataset.from_generator(...)"
-        raise ValueError(f"{setting}: a {type(rows).__name__} of PyTorch; {hint}")
     elif not hasattr(rows, "__iter__"):
         if not isinstance(rows, Sized):
             raise ValueError(f"{setting}: a {type(rows).__name__} without a length; {_EXPECTED}")
         rows = [rows[i] for i in range(len(rows))]  # not by iteration, as not all raise an IndexError at their end
     rows = list(rows)
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, Mapping):
-            raise ValueError(f"{setting}, row {number}: a {type(row).__name__}, expected a dict; {_EXPECTED}")
-        unnamed = next((name for name in row if not isinstance(name, str)), None)
-        if unnamed is not None:
-            raise ValueError(f"{setting}, row {number}: a column is named {unnamed!r}; names of columns are texts")
+        _check_row(row, number, setting)
     return [dict(row) for row in rows]
 
 

@@ -1,7 +1,7 @@
 """Samples answers to evaluation questions, batch by batch, and judges which of them are right."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +24,8 @@ class Answers:
     completions: list[list[str]]  # N lists of k texts
     right: list[list[bool]]  # right[n][i] says whether completion i of question n is right
     lengths: list[list[int]]  # in tokens
+    # rewards[n][i] holds the value of each of R reward functions for completion i of question n; empty: none were asked
+    rewards: list[list[list[float | None]]] = field(default_factory=list)
 
     @property
     def accuracy(self) -> float:
@@ -151,8 +153,12 @@ def answer(
     num_completions: int = 1,
     seed: int = 0,
     timeout: float | None = None,
+    reward_funcs: Sequence[RewardFunc] = (),
 ) -> Answers:
     """Sample and judge answers to all rows. Each process answers a part of them, and all processes get all answers.
+
+    Args:
+        reward_funcs: functions whose values are asked for too. The judge is called once, even where it is one of them.
 
     Raises:
         ValueError: see `call_rewards`.
@@ -164,11 +170,19 @@ def answer(
         texts, lengths = sample_texts(
             sampler, tokenizer, mine, params, collator, size, num_completions, seed, number=part.start
         )
-        right = together.decided_by_first(lambda: judge_answers(mine, texts, lengths, judge, timeout).right)
-        answers = Answers(texts, right, lengths)
+        functions = [*reward_funcs, *([] if any(judge is f for f in reward_funcs) else [judge])]
+        decides = next(j for j, function in enumerate(functions) if function is judge)
+        flat = [text for of_row in texts for text in of_row]
+        columns = together.decided_by_first(lambda: call_rewards(functions, mine, flat, timeout))
+        values = list(map(list, zip(*columns, strict=True)))  # B lists, with a value of each function
+        by_row = [values[i : i + num_completions] for i in range(0, len(values), num_completions)]
+        right = [[is_right(of_one[decides]) for of_one in of_row] for of_row in by_row]
+        rewards = [[of_one[: len(reward_funcs)] for of_one in of_row] for of_row in by_row]
+        answers = Answers(texts, right, lengths, rewards)
     everyones = together.gather(answers)
     return Answers(
         completions=[texts for theirs in everyones for texts in theirs.completions],
         right=[right for theirs in everyones for right in theirs.right],
         lengths=[lengths for theirs in everyones for lengths in theirs.lengths],
+        rewards=[rewards for theirs in everyones for rewards in theirs.rewards],
     )

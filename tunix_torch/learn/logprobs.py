@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..model.attention import attention_masks, continuation_masks, prompt_positions
+from ..model.attention import attention_masks, continuation_masks, prompt_positions, segment_masks
 from ..model.caches import PrefixCache
 from ..model.forward import base_model, hidden_states, logits, prefill, text_config
 from ..runtime import device, mesh
@@ -58,7 +58,9 @@ def token_states(model: nn.Module, rows: Pass) -> tuple[Tensor, Tensor]:
     prefilled = prefill(model, batch.prompt_ids, batch.prompt_mask) if rows.shares_prompts else None
     for block in rows.blocks:
         of_block = rows.ids_of(block)
-        if prefilled is None:
+        if block.segments is not None and prefilled is None:
+            hidden = _states_of_packs(model, block, of_block)
+        elif prefilled is None:
             hidden = _states_of_rows(model, rows, block, of_block)
         else:
             hidden = _states_after(model, rows, block, of_block, *prefilled)
@@ -79,6 +81,16 @@ def _states_of_rows(model: nn.Module, rows: Pass, block: Block, ids: Tensor) -> 
     masks = attention_masks(text_config(model), mask, slots, base_model(model).dtype)
     hidden = hidden_states(model, inputs, masks, prompt_positions(mask), cache=None)
     return hidden[:, prompt_mask.shape[1] - 1 : -1]
+
+
+def _states_of_packs(model: nn.Module, block: Block, ids: Tensor) -> Tensor:
+    """The hidden states that predict the tokens `ids` (R, W) of a block whose rows hold whole texts: (R, W, D).
+
+    Nothing predicts the first token of a text. What stands there belongs to another text, and has no weight.
+    """
+    masks = segment_masks(text_config(model), block.segments, base_model(model).dtype)
+    hidden = hidden_states(model, ids, masks, block.offsets, cache=None)
+    return torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1)
 
 
 def _states_after(

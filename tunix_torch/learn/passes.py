@@ -11,6 +11,10 @@ In the others each prompt is computed once and its completions continue its KV c
   follow the data, so this is for devices that compile nothing.
 - packed rows: several completions of a prompt share a row. This is how fixed shapes hold little padding.
 
+Supervised fine-tuning has another one, where `data/packs.py` has packed its rows:
+
+- packs: a row holds several texts, each with its prompt. Nothing is shared, and layers may be recomputed.
+
 Everything about a layout follows from the lengths of the completions, which lie in main memory. Building one therefore
 never waits for the device.
 """
@@ -128,6 +132,25 @@ def shared_prompts(batch: TrainBatch, may_pack: bool = False) -> Pass:
 def padded_rows(batch: TrainBatch) -> Pass:
     """A micro-batch in which each completion continues its prompt in a row of C tokens."""
     return Pass(batch, [Block(_group_size(batch))])
+
+
+def lay_out_packs(batch: TrainBatch, segments: Tensor, offsets: Tensor, rows_per_pass: int | None) -> list[Pass]:
+    """The passes of a batch whose rows are packs, on XLA all of one shape.
+
+    Args:
+        batch: N packs of W tokens, as completions without prompts.
+        segments, offsets: (N, W) int64, the text of each token, -1 at padding, and its place in this text.
+        rows_per_pass: how many packs are computed together; None: all.
+    """
+    parts = batch.split(rows_per_pass)
+    sizes = [len(part.completion_ids) for part in parts]
+    passes = []
+    for part, of_part, places in zip(parts, segments.split(sizes), offsets.split(sizes), strict=True):
+        for tensor in (*part.tensors(), of_part, places):
+            shard_rows(tensor)
+        passes.append(Pass(part, [Block(1, segments=of_part, offsets=places)], shares_prompts=False))
+    device.sync()
+    return passes
 
 
 def bucketed_rows(batch: TrainBatch) -> Pass:

@@ -15,28 +15,39 @@ from ..model.decoding import with_fast_layers
 from ..runtime import device, together
 from ..runtime.profiling import span
 from .logprobs import token_logps
-from .passes import Pass, in_passes, shared_prompts
+from .passes import Pass, in_passes, lay_out_packs, shared_prompts
+
+LAYOUT = ("segments", "offsets")  # what a batch of packs has besides the fields of a `TrainBatch`
 
 
 def sft_batch(inputs: dict[str, Any], num_tokens: int) -> TrainBatch:
     """Make a batch on the device of what `Collator` made of rows: each prompt has one completion (G = 1, B = N).
 
-    The loss is -sum(logps * token_weights): every token of a completion weighs the same, and those of prompts weigh
-    nothing. It is this batch's share of the mean over `num_tokens`, which counts all tokens that the optimizer step
-    learns from: those of accumulated batches and of other processes too.
+    The loss is -sum(logps * token_weights): every token that is learned weighs the same, and those of prompts and of
+    other people's turns weigh nothing. It is this batch's share of the mean over `num_tokens`, which counts all tokens
+    that the optimizer step learns: those of accumulated batches and of other processes too.
     """
     lengths = completion_lengths(inputs["completion_mask"])
-    tensors = {name: value.to(device.torch_device()) for name, value in inputs.items() if name != "rows"}
-    mask = tensors["completion_mask"]
-    weights, none = mask.float() / max(num_tokens, 1), torch.zeros(len(mask), device=mask.device)
+    others = ("rows", *LAYOUT)
+    tensors = {name: value.to(device.torch_device()) for name, value in inputs.items() if name not in others}
+    learned = tensors.pop("learned_mask")
+    weights, none = learned.float() / max(num_tokens, 1), torch.zeros(len(learned), device=learned.device)
     return TrainBatch(**tensors, advantages=none, token_weights=weights, lengths=lengths)
 
 
 @with_fast_layers
 def learn_completions(
-    model: nn.Module, batch: TrainBatch, args: GRPOConfig, backward: Callable[[Tensor], None]
+    model: nn.Module,
+    batch: TrainBatch,
+    args: GRPOConfig,
+    backward: Callable[[Tensor], None],
+    layout: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """Run an `sft_batch` forward and backward in micro-batches, with `backward` as in `learn`; return the loss, ()."""
+    """Run an `sft_batch` forward and backward in micro-batches, with `backward` as in `learn`; return the loss, ().
+
+    Args:
+        layout: `segments` and `offsets` of a batch of packs, (N, W) on the device; None: the rows are not packed.
+    """
     total = torch.zeros((), device=args.device)
 
     def learn_pass(part: Pass) -> None:
@@ -47,14 +58,18 @@ def learn_completions(
         total += loss.detach()
         device.sync()
 
-    in_passes(batch, args, learn_pass)
+    if layout:
+        for part in lay_out_packs(batch, **layout, rows_per_pass=args.micro_batch_size or None):
+            learn_pass(part)
+    else:
+        in_passes(batch, args, learn_pass)
     return total
 
 
 @with_fast_layers
 @torch.no_grad()
 def completion_loss(model: nn.Module, rows: Sequence[Row], collator: Collator, batch_size: int) -> float:
-    """The mean loss, in nats, of all completion tokens of rows (from `prepare_rows`, with completions).
+    """The mean loss, in nats, of all learned tokens of rows (from `prepare_rows`, with completions).
 
     Each process takes a part of the rows, and all of them return the mean over all rows.
     """
@@ -65,8 +80,8 @@ def completion_loss(model: nn.Module, rows: Sequence[Row], collator: Collator, b
         part = list(mine[start : start + batch_size])
         batch = sft_batch(collator(part + [part[-1]] * (batch_size - len(part))), 1)  # so that all have one shape
         logps, _ = token_logps(model, shared_prompts(batch))
-        total -= float(logps[: len(part)].sum())
-        tokens += int(batch.completion_mask[: len(part)].sum())
+        total -= float((logps * batch.token_weights)[: len(part)].sum())
+        tokens += int(batch.token_weights[: len(part)].sum())
     return sum(together.gather(total)) / sum(together.gather(tokens))
 
 
@@ -81,7 +96,7 @@ def learn_rows(
     """Run one batch of rows with completions forward and backward.
 
     Args:
-        inputs: what `Collator` made of the rows.
+        inputs: what `Collator` made of the rows, or `PackCollator` of packs.
         together_with: all batches of the same optimizer step, this one among them.
         backward: as in `learn`.
         sum_gradients: is called when the batch has been learned from.
@@ -92,9 +107,10 @@ def learn_rows(
     started = time.perf_counter()
     with span("learning"):
         model.train()
-        counts = {"step": sum(int(batch["completion_mask"].sum()) for batch in together_with)}
+        counts = {"step": sum(int(batch["learned_mask"].sum()) for batch in together_with)}
         tokens = together.sum_numbers(counts | {"batch": int(inputs["completion_mask"].sum())})
-        loss = learn_completions(model, sft_batch(inputs, tokens["step"]), args, backward)
+        layout = {name: inputs[name].to(device.torch_device()) for name in LAYOUT if name in inputs}
+        loss = learn_completions(model, sft_batch(inputs, tokens["step"]), args, backward, layout)
         sum_gradients()
     seconds = time.perf_counter() - started
     return loss * together.count(), {"learning_tokens_per_second": tokens["batch"] / seconds}

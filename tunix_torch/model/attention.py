@@ -88,6 +88,21 @@ def continuation_masks(
     return mask_per_layer_kind(config, full, torch.cat((from_prompt, between), dim=2)[:, None], dtype)
 
 
+def segment_masks(config: PretrainedConfig, segments: Tensor, dtype: torch.dtype) -> dict[str, Tensor] | Tensor:
+    """As `attention_masks`, for rows that hold several texts one after the other, with nothing before them.
+
+    Args:
+        segments: (R, K) int64, the text of each token.
+
+    Returns:
+        masks (R, 1, K, K): a token may look at the tokens of its own text before it, and itself.
+    """
+    slots = torch.arange(segments.shape[1], device=segments.device)
+    between = slots[:, None] - slots  # (K, K)
+    full = ((between >= 0) & (segments[:, :, None] == segments[:, None, :]))[:, None]
+    return mask_per_layer_kind(config, full, between, dtype)
+
+
 def mask_per_layer_kind(
     config: PretrainedConfig, full: Tensor, distance: Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor] | Tensor:

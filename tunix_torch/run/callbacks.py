@@ -129,10 +129,11 @@ class ConsoleProgress(TrainerCallback):
         write = print if self.bar is None else self.bar.write  # evaluations may come after the last step
         place = f"step {state.global_step:>4}/{state.max_steps}"
         evaluation = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
-        if evaluation:
+        if evaluation:  # the numbers of single reward functions are in the file only
             shown = [
-                f"{name} {value:.1%}" if name == "accuracy" or name.startswith("mean@") else f"{name} {value:.4g}"
+                f"{name} {value:.1%}" if name.endswith("accuracy") or "mean@" in name else f"{name} {value:.4g}"
                 for name, value in evaluation.items()
+                if "/" not in name and not name.endswith("reward_std")
             ]
             write(f"{place}  evaluation: {', '.join(shown)}")
         elif "loss" in logs:

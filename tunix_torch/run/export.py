@@ -22,7 +22,7 @@ from ..checkpoints.files import newest_checkpoint
 from ..config.model import STORED_DTYPES
 from ..model.forward import base_model, text_config
 from ..model.loading import load_model, load_tokenizer, resolve_model_name
-from .folder import find_system_message
+from .folder import find_prompt_settings, find_system_message
 
 TOLERANCE = 1e-4  # the largest difference of float32 logits, in units of their standard deviation
 PROBE_SHAPE = (4, 32)  # rows and tokens of the prompt on which logits are compared
@@ -74,6 +74,8 @@ def export_merged(
         written_dtype = getattr(torch, dtype) if dtype else _stored_dtype(base_name)
         _record_attention(model.to(written_dtype))
         model.config.system_message = find_system_message(str(output_dir))  # for inference, which looks for it there
+        for name, value in find_prompt_settings(str(output_dir)).items():
+            setattr(model.config, name, value)
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         del adapter, model  # two models at once might not fit

@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints.files import is_whole, newest_checkpoint
 from ..config.grpo import SYSTEM_MESSAGE
@@ -106,12 +107,34 @@ def newest_run(outputs: str | Path = "./outputs") -> str | None:
     return str(max(finished, key=lambda folder: (folder / "adapter_config.json").stat().st_mtime)) if finished else None
 
 
-def find_system_message(model_path: str) -> str:
-    """The instruction that a model was trained with: that of its run's config.json, else that of its base model."""
+def _settings_near(model_path: str) -> dict[str, Any]:
+    """The config.json of a model's folder, or of the run that the folder belongs to; the first that has prompts' ones.
+
+    That is one with a `system_message`, which every run's config has, and a merged model's.
+    """
     for folder in (Path(model_path), Path(model_path).parent):
         if (folder / "config.json").is_file():
-            message = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("system_message")
-            if message is not None:
-                return message
+            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if settings.get("system_message") is not None:
+                return settings
+    return {}
+
+
+def find_system_message(model_path: str) -> str:
+    """The instruction that a model was trained with: that of its run's config.json, else that of its base model."""
+    settings = _settings_near(model_path)
+    if settings:
+        return settings["system_message"]
     base = Path(resolve_model_name(base_model_name(model_path)))
     return "" if base.name.startswith(tiny.FOLDER_PREFIX) else SYSTEM_MESSAGE
+
+
+def find_prompt_settings(model_path: str) -> dict[str, Any]:
+    """The settings `chat_template_kwargs` and `wrap_prompts` that a model was trained with, where they are no default.
+
+    They are arguments of `prepare_rows` and `render_prompt`.
+    """
+    settings = _settings_near(model_path)
+    found = {"chat_template_kwargs": settings.get("chat_template_kwargs") or {}}
+    found |= {"wrap_prompts": settings.get("wrap_prompts", True)}
+    return {name: value for name, value in found.items() if value not in ({}, True)}

@@ -47,7 +47,8 @@ def print_comparison(trainer: TunixTrainer) -> None:
         return
     changed = [i for i in range(len(last.right)) if first.right[i] != last.right[i]]
     for i in (changed or list(range(len(last.right))))[:NUM_SHOWN]:
-        print(f"\n{question_of(trainer.eval_dataset[i])}  (answer: {answer_text(trainer.eval_dataset[i])})")
+        row = trainer.questions.evaluation[i]
+        print(f"\n{question_of(row)}  (answer: {answer_text(row)})")
         for label, answers in (("before", first), ("after", last)):
             if label == "before" and first is last:
                 continue  # a resumed run has not seen what was answered before

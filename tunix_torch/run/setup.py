@@ -106,7 +106,7 @@ def _load_rows(
         else:
             completion_of(row)
 
-    train_rows, eval_rows = load_data(config, args.seed, check_first)
+    train_rows, eval_rows = load_data(config, args.seed, check_first, supervised=not args.use_grpo)
     if args.use_grpo and isinstance(train_rows, list):
         require_columns(reward_funcs, train_rows)
     return train_rows, eval_rows
