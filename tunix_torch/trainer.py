@@ -21,7 +21,7 @@ from .checkpoints.adapter_trainer import AdapterTrainer
 from .config.grpo import GRPOConfig
 from .config.scale import check_scale
 from .config.services import check_reporting
-from .data.prompts import decode_completions
+from .data.prompts import decode_completions, token_lists
 from .evals.answers import Answers
 from .evals.evaluation import evaluate_policy
 from .grpo import aggregation_weights, compute_group_advantages
@@ -35,7 +35,7 @@ from .model.forward import base_model, reference_policy
 from .model.loading import eos_token_ids, load_tokenizer
 from .model.policy import check_trainable, make_policy
 from .rewarding.questions import Questions
-from .rewarding.scorer import Scorer, check_rewards
+from .rewarding.scorer import Rewards, Scorer, Tokenizers
 from .rewarding.scoring import RewardFunc
 from .rollout.sampler import Sampler
 from .rollout.tokens import SamplingParams, draw_uniforms
@@ -49,17 +49,17 @@ class TunixTrainer(AdapterTrainer):
     Args:
         model: a hub id, a folder, "tiny", or a loaded model. A folder holds a model, or an adapter that is then trained
             further. A loaded model may have a LoRA.
-        reward_funcs: one function or several, `(prompts, completions, **columns) -> list[float | None]`. None means
-            that the function does not apply to the row. Functions may be `async`. SFT needs none.
+        reward_funcs: one or several, `(prompts, completions, **columns) -> list[float | None]`, plain or `async`, where
+            None means that it does not apply to the row; or reward models, see docs/rewards.md. SFT needs none.
         args: all settings.
         train_dataset, eval_dataset: rows with a prompt or question, and with an answer where a reward function or the
             judge takes one: a list of dicts, a `datasets.Dataset`, or whatever else `data/sources.py` takes. With
             `args.max_steps`, `train_dataset` may be a `datasets.IterableDataset`. Of a `datasets.DatasetDict` the
             splits train, and test or validation, are taken.
-        processing_class: the tokenizer. When `model` is a name, it defaults to that model's.
+        processing_class, reward_processing_classes: tokenizers, of the model and of reward models; else their own.
         peft_config: the LoRA for a model that has none; by default of rank 16 on all projections.
         judge: the reward function that decides at evaluation: an answer is right where its value is at least 1. The
-            default is the first of `reward_funcs`.
+            default is the first of `reward_funcs` that is no reward model.
 
     Raises:
         ValueError: something that the user gave can't work. The message says what would.
@@ -68,7 +68,7 @@ class TunixTrainer(AdapterTrainer):
     def __init__(
         self,
         model: str | Path | PreTrainedModel | PeftModel,
-        reward_funcs: RewardFunc | Sequence[RewardFunc] | None = None,
+        reward_funcs: Rewards | None = None,
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -76,6 +76,7 @@ class TunixTrainer(AdapterTrainer):
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         judge: RewardFunc | None = None,
+        reward_processing_classes: Tokenizers | None = None,
     ) -> None:
         args = args or GRPOConfig()
         if not isinstance(args, GRPOConfig):
@@ -86,9 +87,8 @@ class TunixTrainer(AdapterTrainer):
             if not isinstance(model, str | Path):
                 raise ValueError("processing_class=None: give the tokenizer of a model that is already loaded")
             processing_class = load_tokenizer(str(model))
-        self.scorer = Scorer(reward_funcs, args.reward_weights, args.reward_timeout)
-        check_rewards(judge, "judge")
-        self.judge = judge or next(iter(self.scorer.functions), None)
+        self.scorer = Scorer.of(reward_funcs, reward_processing_classes, args)
+        self.judge = self.scorer.judge(judge)
         facts = {"training, evaluation rows": self.questions.sizes}
         policy = make_policy(model, processing_class, peft_config, args, facts)
         self.sampling = SamplingParams(
@@ -187,15 +187,13 @@ class TunixTrainer(AdapterTrainer):
         batch = self._begin_train_batch(prompts, rollout)  # an accelerator works on this while rewards are computed
         with span("scoring"):
             texts = decode_completions(self.processing_class, ids, mask, self.sampler.eos_token_ids)
-            rewards = together.decided_by_first(lambda: self.compute_rewards_for_completions(prompts, texts).tolist())
-            self._rewards = torch.tensor(rewards, dtype=torch.float64)  # (B, R)
+            self._rewards = self.compute_rewards_for_completions(prompts, texts, token_lists(ids, mask))  # (B, R)
         totals = self.scorer.totals(self._rewards, texts)  # (B,)
         names, group_size = self.scorer.names, self.args.num_completions_per_prompt
         ids, mask, rewards, all_totals = map(together.gather_rows, (ids, mask, self._rewards, totals))
         metrics = rollout_metrics(ids, mask, rewards, all_totals, names, group_size, self.sampler.eos_token_ids)
-        self.add_metrics(metrics | {"rollout_tokens_per_second": int(mask.sum()) / seconds})
-        if together.is_first():
-            warn_of_equal_rewards(metrics, self.state.global_step + 1, texts[0])
+        self.add_metrics(metrics | self.scorer.metrics | {"rollout_tokens_per_second": int(mask.sum()) / seconds})
+        warn_of_equal_rewards(metrics, self.state.global_step + 1, texts[0])
         return self._with_rewards(batch, totals)
 
     def make_train_batch(self, prompts: PromptBatch, rollout: Rollout, rewards: Tensor) -> TrainBatch:
@@ -308,9 +306,11 @@ class TunixTrainer(AdapterTrainer):
         assert rollout.completion_ids.shape == (num_rows, self.sampling.max_new_tokens), "wrong number of completions"
         return rollout
 
-    def compute_rewards_for_completions(self, prompts: PromptBatch, completions: Sequence[str]) -> Tensor:
-        """Every reward function's value for each of B completions: (B, R) float64, NaN for None."""
-        return self.scorer.score(prompts.rows, completions)
+    def compute_rewards_for_completions(
+        self, prompts: PromptBatch, completions: Sequence[str], ids: Sequence[Sequence[int]] | None = None
+    ) -> Tensor:
+        """Every reward function's value for each of B completions, whose tokens are `ids`: (B, R), NaN for None."""
+        return self.scorer.score(prompts.rows, completions, ids, self.state)
 
     def compute_group_advantages(self, rewards: Tensor) -> Tensor:
         """(B,) total rewards -> (B,) float32 advantages, which are checked to be centred in each group."""
@@ -338,7 +338,7 @@ class TunixTrainer(AdapterTrainer):
         started = time.perf_counter()
         rows = self.questions.to_evaluate(self.eval_dataset if eval_dataset is None else eval_dataset)
         metrics, self.last_answers = evaluate_policy(
-            self.model, self.sampler, self.processing_class, rows, self.data_collator, self.judge, self.args
+            self.model, self.sampler, self.processing_class, rows, self.data_collator, self.judge, self.args, self.state
         )
         self.first_answers = self.first_answers or self.last_answers
         metrics["runtime"] = time.perf_counter() - started

@@ -1,14 +1,15 @@
 """Samples answers to evaluation questions, batch by batch, and judges which of them are right."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from ..data.batches import Collator
-from ..data.prompts import decode_completions
+from ..data.prompts import decode_completions, token_lists
 from ..data.rows import Row
+from ..rewarding.context import RewardContext, means
 from ..rewarding.scoring import RewardFunc, call_rewards
 from ..rollout.sampler import Sampler
 from ..rollout.tokens import SamplingParams, draw_uniforms
@@ -24,6 +25,7 @@ class Answers:
     completions: list[list[str]]  # N lists of k texts
     right: list[list[bool]]  # right[n][i] says whether completion i of question n is right
     lengths: list[list[int]]  # in tokens
+    metrics: dict[str, list[float]] = field(default_factory=dict)  # numbers that the judge has logged
 
     @property
     def accuracy(self) -> float:
@@ -54,7 +56,7 @@ def sample_batches(
     seed: int = 0,
     start: int = 0,
     number: int = 0,
-) -> Iterator[tuple[list[list[str]], list[list[int]]]]:
+) -> Iterator[tuple[list[list[str]], list[list[list[int]]]]]:
     """Sample `num_completions` completions for each of N rows, a batch at a time.
 
     Args:
@@ -67,7 +69,7 @@ def sample_batches(
 
     Yields:
         for each row of a batch its completions as texts, without the special tokens that `decode_completions` drops,
-        and their lengths in tokens.
+        and their tokens, with the one that ended each.
     """
     at_once = rows_at_once(len(rows), batch_size, num_completions)
     copies = min(num_completions, batch_size)  # completions of each row in one call of the sampler
@@ -77,7 +79,7 @@ def sample_batches(
         part = list(rows[first : first + at_once])
         batch = collator(part + [part[-1]] * (at_once - len(part)))
         prompt_ids, prompt_mask = batch["prompt_ids"].to(target), batch["prompt_mask"].to(target)
-        texts, lengths = [[] for _ in part], [[] for _ in part]
+        texts, tokens = [[] for _ in part], [[] for _ in part]
         for done in range(0, num_completions, copies):
             # The random numbers of completion c of row r have the number r * num_completions + c.
             numbers = [(number + first + i) * num_completions + done + j for i in range(at_once) for j in range(copies)]
@@ -85,11 +87,11 @@ def sample_batches(
             rollout = sampler.sample(prompt_ids, prompt_mask, copies, params, uniforms)
             count = len(part) * copies
             ids, mask = rollout.completion_ids[:count].cpu(), rollout.completion_mask[:count].cpu()
-            decoded, counted = decode_completions(tokenizer, ids, mask, sampler.eos_token_ids), mask.sum(-1).tolist()
+            decoded, listed = decode_completions(tokenizer, ids, mask, sampler.eos_token_ids), token_lists(ids, mask)
             for i in range(len(part)):
                 texts[i] += decoded[i * copies : (i + 1) * copies]
-                lengths[i] += counted[i * copies : (i + 1) * copies]
-        yield [row[:num_completions] for row in texts], [row[:num_completions] for row in lengths]
+                tokens[i] += listed[i * copies : (i + 1) * copies]
+        yield [row[:num_completions] for row in texts], [row[:num_completions] for row in tokens]
 
 
 def sample_texts(
@@ -102,37 +104,50 @@ def sample_texts(
     num_completions: int = 1,
     seed: int = 0,
     number: int = 0,
-) -> tuple[list[list[str]], list[list[int]]]:
-    """All completions and lengths that `sample_batches` gives. A progress bar shows where there are many batches."""
+) -> tuple[list[list[str]], list[list[list[int]]]]:
+    """All completions and tokens that `sample_batches` gives. A progress bar shows where there are many batches."""
     batches = sample_batches(
         sampler, tokenizer, rows, params, collator, batch_size, num_completions, seed, number=number
     )
     count = -(-len(rows) // rows_at_once(len(rows), batch_size, num_completions))
-    texts, lengths = [], []
-    for some_texts, some_lengths in tqdm(
+    texts, tokens = [], []
+    for some_texts, some_tokens in tqdm(
         batches, desc="Sampling", total=count, unit="batch", leave=False, disable=count < 20 or not together.is_first()
     ):
         texts += some_texts
-        lengths += some_lengths
-    return texts, lengths
+        tokens += some_tokens
+    return texts, tokens
+
+
+def lengths_of(tokens: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
+    """How many tokens each completion of each row has."""
+    return [[len(completion) for completion in row] for row in tokens]
 
 
 def judge_answers(
     rows: Sequence[Row],
     completions: list[list[str]],
-    lengths: list[list[int]],
+    tokens: list[list[list[int]]],
     judge: RewardFunc,
     timeout: float | None = None,
+    state: TrainerState | None = None,
 ) -> Answers:
     """Judge k completions of each row. `is_right` says which values of the judge mean a right answer.
+
+    Args:
+        tokens: of each completion, with the one that ended it.
+        state: of the trainer that evaluates, if one does.
 
     Raises:
         ValueError: see `call_rewards`.
     """
     copies = len(completions[0])
-    (values,) = call_rewards([judge], rows, [text for texts in completions for text in texts], timeout)
+    context = RewardContext([ids for row in tokens for ids in row], state)
+    texts = [text for row in completions for text in row]
+    (values,) = call_rewards([judge], rows, texts, timeout, context=context)
     right = list(map(is_right, values))
-    return Answers(completions, [right[i : i + copies] for i in range(0, len(right), copies)], lengths)
+    right = [right[i : i + copies] for i in range(0, len(right), copies)]
+    return Answers(completions, right, lengths_of(tokens), context.metrics)
 
 
 def is_right(value: float | None) -> bool:
@@ -151,8 +166,11 @@ def answer(
     num_completions: int = 1,
     seed: int = 0,
     timeout: float | None = None,
+    state: TrainerState | None = None,
 ) -> Answers:
     """Sample and judge answers to all rows. Each process answers a part of them, and all processes get all answers.
+
+    The arguments are those of `sample_batches` and `judge_answers`.
 
     Raises:
         ValueError: see `call_rewards`.
@@ -161,14 +179,20 @@ def answer(
     mine, answers = rows[part], Answers([], [], [])
     if mine:
         size = max(batch_size, num_completions)
-        texts, lengths = sample_texts(
+        texts, tokens = sample_texts(
             sampler, tokenizer, mine, params, collator, size, num_completions, seed, number=part.start
         )
-        right = together.decided_by_first(lambda: judge_answers(mine, texts, lengths, judge, timeout).right)
-        answers = Answers(texts, right, lengths)
+
+        def judged() -> tuple[list[list[bool]], dict[str, list[float]]]:
+            answers = judge_answers(mine, texts, tokens, judge, timeout, state)
+            return answers.right, answers.metrics
+
+        right, metrics = together.decided_by_first(judged)
+        answers = Answers(texts, right, lengths_of(tokens), metrics)
     everyones = together.gather(answers)
     return Answers(
         completions=[texts for theirs in everyones for texts in theirs.completions],
         right=[right for theirs in everyones for right in theirs.right],
         lengths=[lengths for theirs in everyones for lengths in theirs.lengths],
+        metrics={name: [value] for name, value in means([theirs.metrics for theirs in everyones]).items()},
     )

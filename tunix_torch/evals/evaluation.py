@@ -4,12 +4,13 @@ import functools
 from collections.abc import Sequence
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from ..config.grpo import GRPOConfig
 from ..data.batches import Collator
 from ..data.rows import Row
 from ..learn.sft import completion_loss
+from ..rewarding.context import means
 from ..rewarding.scoring import RewardFunc
 from ..rollout.sampler import Sampler
 from ..rollout.tokens import SamplingParams
@@ -24,6 +25,7 @@ def evaluate_policy(
     collator: Collator,
     judge: RewardFunc | None,
     args: GRPOConfig,
+    state: TrainerState | None = None,
 ) -> tuple[dict[str, float], Answers | None]:
     """Evaluate a policy on the evaluation questions.
 
@@ -31,10 +33,12 @@ def evaluate_policy(
         rows: rows from `prepare_rows`; with SFT they have completions.
         collator: the collator of the training batches.
         judge: the reward function that decides which answers are right; None: no question is answered.
+        state: of the trainer, for a judge that takes `trainer_state`.
 
     Returns:
         the metrics, and the greedy answers or None. The metrics are `accuracy` (greedy pass@1), `mean_length` in
-        tokens, with `num_eval_completions` = k also `mean@k`, and with SFT `loss`.
+        tokens, with `num_eval_completions` = k also `mean@k`, with SFT `loss`, and what the judge logs: a number `n` of
+        the greedy answers, and `n@k` of the sampled ones.
 
     Raises:
         ValueError: see `call_rewards`.
@@ -52,13 +56,15 @@ def evaluate_policy(
             judge=judge,
             seed=args.seed,
             timeout=args.reward_timeout,
+            state=state,
         )
         greedy = answer_rows(SamplingParams(args.generation_max_length, temperature=0.0))
-        metrics |= {"accuracy": greedy.accuracy, "mean_length": greedy.mean_length}
+        metrics |= {"accuracy": greedy.accuracy, "mean_length": greedy.mean_length} | means([greedy.metrics])
         if args.num_eval_completions:
             params = SamplingParams(args.generation_max_length, temperature=args.eval_temperature)
             samples = answer_rows(params, num_completions=args.num_eval_completions)
-            metrics[f"mean@{args.num_eval_completions}"] = samples.accuracy
+            logged = means([samples.metrics]) | {"mean": samples.accuracy}
+            metrics |= {f"{name}@{args.num_eval_completions}": value for name, value in logged.items()}
     if not args.use_grpo:
         metrics["loss"] = completion_loss(model, rows, collator, args.per_device_eval_batch_size)
     return metrics, greedy

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..runtime import together
+
 logger = logging.getLogger(__name__)
 
 
@@ -46,8 +48,9 @@ def rollout_metrics(
 
 
 def warn_of_equal_rewards(metrics: dict[str, float], step: int, example: str) -> None:
-    """Say what may be wrong where no group has completions of different rewards; `example` is one of them."""
-    if metrics["frac_reward_zero_std"] == 1.0:
+    """Say once, however many processes there are, what may be wrong where no group has completions of different
+    rewards; `example` is one of them."""
+    if metrics["frac_reward_zero_std"] == 1.0 and together.is_first():
         logger.warning(
             "Step %d: within every group all rewards are equal, so there is nothing to learn from this batch. "
             "The questions are too easy or too hard, the temperature is too low, or the reward functions do not "
