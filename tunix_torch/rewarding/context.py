@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerState
+if TYPE_CHECKING:  # a worker process needs it only where a function takes it
+    from transformers import TrainerState
 
 # The arguments that a trainer gives. The first has one value for each completion; the others are for all of them.
 TOKENS, STATE, LOG_METRIC, LOG_EXTRA = "completion_ids", "trainer_state", "log_metric", "log_extra"
@@ -28,7 +29,7 @@ class RewardContext:
     """
 
     completion_ids: Sequence[Sequence[int]] | None = None
-    trainer_state: TrainerState | None = None
+    trainer_state: "TrainerState | None" = None
     metrics: dict[str, list[float]] = field(default_factory=dict)
     extra: dict[str, list[Any]] = field(default_factory=dict)
 

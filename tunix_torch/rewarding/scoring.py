@@ -171,6 +171,8 @@ def call_rewards(
     for function in functions:
         required, taken = _parameters(function)
         arguments = {name: list(column) for name, column in columns.items() if taken is None or name in taken}
+        if context.completion_ids is not None and TOKENS in arguments:
+            arguments[TOKENS] = [list(ids) for ids in context.completion_ids]
         common = {name: value for name, value in given.items() if taken is None or name in taken}
         if not arguments:
             raise ValueError(
@@ -197,10 +199,9 @@ def _argument_columns(rows: Sequence[Row], completions: Sequence[str], context: 
     """All arguments of B values that a reward function may take."""
     copies = len(completions) // len(rows)
     row_of_each = [row for row in rows for _ in range(copies)]
-    columns = columns_of(list(rows), copies)
-    if context.completion_ids is not None:
-        columns[TOKENS] = [list(ids) for ids in context.completion_ids]
-    return columns | {
+    tokens = {} if context.completion_ids is None else {TOKENS: context.completion_ids}
+    return columns_of(list(rows), copies) | {
+        **tokens,
         "prompts": [prompt_of(row) for row in row_of_each],
         "completions": [
             [{"role": "assistant", "content": text}] if row.get(TURNS) else text

@@ -53,7 +53,8 @@ def numbers_of(function: Callable[..., Any], values: Any) -> list[float | None]:
         return [None if value is None else _number(value) for value in values]
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         hint = "expected numbers, one for each completion, in a list, a tensor or an array"
-        raise ValueError(f"reward function {name_of(function)!r} returned {returned!r:.80}: {hint}") from error
+        shown = " ".join(repr(returned).split())[:80]
+        raise ValueError(f"reward function {name_of(function)!r} returned {shown}: {hint}") from error
 
 
 def _number(value: Any) -> float:
