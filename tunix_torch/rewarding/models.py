@@ -196,10 +196,15 @@ def name_of_model(model: nn.Module) -> str:
     return place.rstrip("/").rpartition("/")[2] or type(model).__name__
 
 
+def looks_like_model(name: str) -> bool:
+    """Whether a name is that of a folder, or has a slash, as paths and hub ids have and names of functions have not."""
+    return os.path.isdir(name) or "/" in name
+
+
 def is_model_name(name: str) -> bool:
-    """Whether a text in `reward_funcs` names a reward model: it is a folder, looks like a path or a hub id, or is no
-    name of a function that `find_reward` knows."""
-    if os.path.isdir(name) or "/" in name:
+    """Whether a text in the argument `reward_funcs` names a reward model: it looks like one, or is no name of a
+    function that `find_reward` knows, since some old hub ids have no slash."""
+    if looks_like_model(name):
         return True
     try:
         rewards.find_reward(name)
