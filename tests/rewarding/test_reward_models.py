@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from runs import SMALL
 from trainers import digits_reward, make_trainer
 from transformers import (
     AutoModelForSequenceClassification,
@@ -14,7 +15,7 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from tunix_torch import GRPOConfig, TunixTrainer
+from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer, train
 from tunix_torch.model import tiny
 from tunix_torch.rewarding.models import RewardModel, is_model_name, make_reward_model
 from tunix_torch.rewarding.scorer import Scorer
@@ -175,6 +176,14 @@ def test_a_gemma_is_a_reward_model_too(tokenizer):
     model = AutoModelForSequenceClassification.from_config(config).eval()
     expected = [alone(model, tokenizer, text) for text in ("1 + 1", "What is 2 + 2?")]
     assert RewardModel(model, tokenizer)(["1 + 1", "What is "], ["", "2 + 2?"]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_job_may_name_a_folder(folders, model_folder, tmp_path):
+    args = GRPOConfig(output_dir=str(tmp_path / "out"), **SMALL | {"max_steps": 1, "reward_weights": [1.0, 0.5]})
+    data = DataConfig(num_train_rows=8, num_eval_rows=2, reward_funcs=[str(folders / "one"), "format"])
+    trainer = train(ModelConfig(model_folder), data, args)
+    assert trainer.scorer.names == ["one", "format_reward"]
+    assert "rewards/one/mean" in next(row for row in trainer.state.log_history if "reward" in row)
 
 
 # ---- what can't be a reward model ----
