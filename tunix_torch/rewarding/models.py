@@ -19,7 +19,7 @@ from transformers import (
 
 from .. import rewards
 from ..model.loading import default_dtype
-from ..runtime import device, mesh
+from ..runtime import device, mesh, together
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ class RewardModel:
         self._told_of_cut = False
         if device.static_shapes() and hasattr(model, "set_attn_implementation"):
             model.set_attn_implementation("eager")  # sdpa's masks are made by looking at the padding
+        together.check_same(lambda: {f"weights of {self.__name__}": together.digest(model.parameters())})
         model.requires_grad_(False)
         model.to(device.torch_device())
         self._rehearse(what, num_tokens)
