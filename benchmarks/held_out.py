@@ -47,8 +47,8 @@ def accuracy(path: Path, rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTo
     sampler = Sampler(model, eos_token_ids(model, tokenizer), tokenizer.pad_token_id)
     greedy = SamplingParams(job.completion_length, temperature=0.0)
     collator = Collator(tokenizer.pad_token_id, job.prompt_length)
-    texts, lengths = sample_texts(sampler, tokenizer, rows, greedy, collator, BATCH_SIZE)
-    return judge_answers(rows, texts, lengths, correctness_reward).accuracy
+    texts, tokens = sample_texts(sampler, tokenizer, rows, greedy, collator, BATCH_SIZE)
+    return judge_answers(rows, texts, tokens, correctness_reward).accuracy
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from .checkpoints.adapter_trainer import AdapterTrainer
 from .config.grpo import GRPOConfig
 from .config.scale import check_scale
 from .config.services import check_reporting
-from .data.prompts import decode_completions
+from .data.prompts import decode_completions, token_lists
 from .evals.answers import Answers
 from .evals.evaluation import evaluate_each, evaluate_policy
 from .learn.invariants import check_first_pass
@@ -39,7 +39,7 @@ from .rewarding.advantages import overlong_penalties, step_advantages
 from .rewarding.dynamic import replace_equal_groups
 from .rewarding.questions import Questions
 from .rewarding.scored import ScoredRollout
-from .rewarding.scorer import Scorer, check_rewards
+from .rewarding.scorer import Rewards, Scorer, Tokenizers
 from .rewarding.scoring import RewardFunc
 from .rewarding.sharing import collect_together
 from .rollout.sampler import Sampler
@@ -54,17 +54,18 @@ class TunixTrainer(AdapterTrainer):
     Args:
         model: a hub id, a folder, "tiny", or a loaded model. A folder holds a model, or an adapter that is then trained
             further. A loaded model may have a LoRA.
-        reward_funcs: one function or several, `(prompts, completions, **columns) -> list[float | None]`. None means
-            that the function does not apply to the row. They may be `async`. SFT, pairs and a teacher need none.
+        reward_funcs: one or several, `(prompts, completions, **columns) -> list[float | None]`, plain or `async`, where
+            None means that it does not apply to the row; or reward models, see docs/rewards.md. SFT, pairs and a
+            teacher need none.
         args: all settings.
         train_dataset, eval_dataset: rows with a prompt or question, and with an answer where a reward function or the
             judge takes one: a list of dicts, a `datasets.Dataset`, or whatever else `data/sources.py` takes. With
             `args.max_steps`, `train_dataset` may be a `datasets.IterableDataset`. Of a `datasets.DatasetDict` the
             splits train, and test or validation, are taken.
-        processing_class: the tokenizer. When `model` is a name, it defaults to that model's.
+        processing_class, reward_processing_classes: tokenizers, of the model and of reward models; else their own.
         peft_config: the LoRA for a model that has none; by default of rank 16 on all projections.
         judge: the reward function that decides at evaluation: an answer is right where its value is at least 1. The
-            default is the first of `reward_funcs`.
+            default is the first of `reward_funcs` that is no reward model.
 
     Raises:
         ValueError: something that the user gave can't work. The message says what would.
@@ -73,7 +74,7 @@ class TunixTrainer(AdapterTrainer):
     def __init__(
         self,
         model: str | Path | PreTrainedModel | PeftModel,
-        reward_funcs: RewardFunc | Sequence[RewardFunc] | None = None,
+        reward_funcs: Rewards | None = None,
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -81,6 +82,7 @@ class TunixTrainer(AdapterTrainer):
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         judge: RewardFunc | None = None,
+        reward_processing_classes: Tokenizers | None = None,
     ) -> None:
         args = args or GRPOConfig()
         if not isinstance(args, GRPOConfig):
@@ -91,9 +93,8 @@ class TunixTrainer(AdapterTrainer):
             if not isinstance(model, str | Path):
                 raise ValueError("processing_class=None: give the tokenizer of a model that is already loaded")
             processing_class = load_tokenizer(str(model))
-        self.scorer = Scorer(reward_funcs, args.reward_weights, args.reward_timeout)
-        check_rewards(judge, "judge")
-        self.judge = judge or next(iter(self.scorer.functions), None)
+        self.scorer = Scorer.of(reward_funcs, reward_processing_classes, args)
+        self.judge = self.scorer.judge(judge)
         facts = {"training, evaluation rows": self.questions.sizes}
         policy = make_policy(model, processing_class, peft_config, args, facts)
         self.teacher = load_teacher(args.teacher, policy.model, processing_class)
@@ -182,9 +183,8 @@ class TunixTrainer(AdapterTrainer):
             scored = replace_equal_groups(scored, draw, self._sample_and_score, self.args, pad_id)
             batch = self._begin_train_batch(scored.prompts, scored.rollout)
         self._rewards, metrics = scored.rewards, scored.metrics(self.scorer.names, self.sampler.eos_token_ids)
-        self.add_metrics(metrics)
-        if together.is_first():
-            warn_of_equal_rewards(metrics, self.state.global_step + 1, scored.texts[0])
+        self.add_metrics(metrics | self.scorer.metrics)
+        warn_of_equal_rewards(metrics, self.state.global_step + 1, scored.texts[0])
         return self._with_rewards(batch, scored.totals)
 
     def _sample_and_score(self, prompts: PromptBatch) -> tuple[ScoredRollout, TrainBatch | None]:
@@ -200,8 +200,7 @@ class TunixTrainer(AdapterTrainer):
         batch = None if self.args.dynamic_sampling else self._begin_train_batch(prompts, rollout)
         with span("scoring"):
             texts = decode_completions(self.processing_class, ids, mask, self.sampler.eos_token_ids)
-            values = together.decided_by_first(lambda: self.compute_rewards_for_completions(prompts, texts).tolist())
-            rewards = torch.tensor(values, dtype=torch.float64)  # (B, R)
+            rewards = self.compute_rewards_for_completions(prompts, texts, token_lists(ids, mask))  # (B, R)
         totals = self.scorer.totals(rewards, texts) - overlong_penalties(mask.sum(1), self.args)  # (B,)
         return ScoredRollout(prompts, rollout, ids, mask, texts, rewards, totals, seconds), batch
 
@@ -308,9 +307,11 @@ class TunixTrainer(AdapterTrainer):
         assert rollout.completion_ids.shape == (num_rows, self.sampling.max_new_tokens), "wrong number of completions"
         return rollout
 
-    def compute_rewards_for_completions(self, prompts: PromptBatch, completions: Sequence[str]) -> Tensor:
-        """Every reward function's value for each of B completions: (B, R) float64, NaN for None."""
-        return self.scorer.score(prompts.rows, completions)
+    def compute_rewards_for_completions(
+        self, prompts: PromptBatch, completions: Sequence[str], ids: Sequence[Sequence[int]] | None = None
+    ) -> Tensor:
+        """Every reward function's value for each of B completions, whose tokens are `ids`: (B, R), NaN for None."""
+        return self.scorer.score(prompts.rows, completions, ids, self.state)
 
     def compute_group_advantages(self, rewards: Tensor) -> Tensor:
         """(B,) total rewards -> (B,) float32 advantages, which are checked to be centred in each group."""
@@ -336,8 +337,10 @@ class TunixTrainer(AdapterTrainer):
         rows = self.questions.to_evaluate(self.eval_dataset if eval_dataset is None else eval_dataset)
         if isinstance(rows, dict):
             return evaluate_each(self.evaluate, rows, metric_key_prefix)
-        of_run = self.questions.collator, self.judge, self.args, self.scorer, self.metrics_of_pairs, metric_key_prefix
-        metrics, self.last_answers = evaluate_policy(self.model, self.sampler, self.processing_class, rows, *of_run)
+        of_run = self.questions.collator, self.judge, self.args, self.scorer, self.metrics_of_pairs
+        metrics, self.last_answers = evaluate_policy(
+            self.model, self.sampler, self.processing_class, rows, *of_run, metric_key_prefix, self.state
+        )
         self.first_answers = self.first_answers or self.last_answers
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

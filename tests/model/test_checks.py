@@ -231,7 +231,8 @@ def test_rewards_that_are_no_functions_are_refused(base, model_folder, tmp_path)
     for reward, words in (
         ("correctness", "'correctness'"),
         (["format"], "'format'"),
-        (base, "reward models"),
+        (base, "a Gemma3ForCausalLM predicts tokens; a reward model is"),
+        (model_folder, "a Gemma3ForCausalLM predicts tokens; a reward model is"),
         (3, "int"),
     ):
         with pytest.raises(ValueError, match=f"reward_funcs.*{words}"):

@@ -27,7 +27,9 @@ folder, root, steps, prompts = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(s
 def digits_reward(prompts, completions, **columns):
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
-def capitals_reward(prompts, completions, **columns):
+def capitals_reward(prompts, completions, log_metric, log_extra, **columns):
+    log_metric("capitals", sum(c.isupper() for text in completions for c in text) / len(completions))
+    log_extra("length", [len(ids) for ids in columns["completion_ids"]])
     return [None if "e" in text else sum(c.isupper() for c in text) / 4 for text in completions]
 
 def trained(trainer):
@@ -76,7 +78,7 @@ for case, settings in CASES.items():
     trainer.save_model()
     answers = trainer.last_answers and trainer.last_answers.completions
     result = {"gradients": gradients, "completions": completions, "weights": trained(trainer), "answers": answers,
-              "log": trainer.state.log_history, "processes": together.count()}
+              "log": trainer.state.log_history, "processes": together.count(), "extra": trainer.scorer.last_extra}
     everyones = together.gather(result["weights"])
     assert all(torch.equal(everyones[0][name], other[name]) for other in everyones for name in other)
     if together.index() == 0:
@@ -132,6 +134,7 @@ def test_gradients_and_updated_lora_are_those_of_one_process(results, case):
 @cases
 def test_metrics_are_those_of_one_process(results, case):
     one, two = results[1][case], results[2][case]
+    assert two["extra"] == one["extra"] and bool(one["extra"]) == (case != "sft")
     names = {name for row in one["log"] for name in row}
     assert names == {name for row in two["log"] for name in row} and "loss" in names
     for name in names:

@@ -206,7 +206,7 @@ def votes(judge, gold, *answers):
     """Return (votes, maj@K) of a question that got these answers; None is a completion without answer tags."""
     row = {"question": "?", "prompt": "?", "answer": gold}
     texts = ["It is." if answer is None else f"<answer>{answer}</answer>" for answer in answers]
-    batch = evaluation.judge_batch([row], [1], [texts], [[1] * len(texts)], judge, [])
+    batch = evaluation.judge_batch([row], [1], [texts], [[[0]] * len(texts)], judge, [])
     return [c.vote for c in batch], summarize(batch)[f"maj@{len(texts)}"]
 
 
@@ -280,7 +280,9 @@ def test_the_time_of_a_batch_is_for_all_that_judges_and_rewards_are_asked(monkey
     monkeypatch.setattr(rewards, "find_reward", lambda name: slow)
     texts = [[f"<answer>{n}</answer>" for n in range(9)]]
     with pytest.raises(ValueError, match="reward_timeout=0.7: 'slow' takes longer than that"):
-        evaluation.judge_batch([{"prompt": "?", "question": "?", "answer": 1}], [1], texts, [[1] * 9], "slow", [], 0.7)
+        evaluation.judge_batch(
+            [{"prompt": "?", "question": "?", "answer": 1}], [1], texts, [[[0]] * 9], "slow", [], 0.7
+        )
     assert len(seen) <= 5
 
 
@@ -343,7 +345,9 @@ def test_judging_a_batch():
         {"question": "?", "answer": "9", "prompt": "?"},
     ]
     texts = [["<reasoning>r</reasoning><answer>72</answer>", "<answer>70</answer>"], ["9", "<answer>x</answer>"]]
-    batch = evaluation.judge_batch(rows, [3, 8], texts, [[5, 6], [7, 8]], "correctness", ["explanation_quality"])
+    batch = evaluation.judge_batch(
+        rows, [3, 8], texts, [[[0] * 5, [0] * 6], [[0] * 7, [0] * 8]], "correctness", ["explanation_quality"]
+    )
     assert [(c.row_number, c.pass_number, c.length) for c in batch] == [(3, 1, 5), (3, 2, 6), (8, 1, 7), (8, 2, 8)]
     assert [c.right for c in batch] == [True, False, False, False]
     assert [c.partially_right for c in batch] == [True, True, False, False]

@@ -27,6 +27,7 @@ from ..evals.results import JudgedCompletion, ResultsFile, summarize
 from ..evals.votes import takes_answer, votes_by_class
 from ..model.loading import eos_token_ids, load_model, load_tokenizer, place
 from ..rewarding.columns import check_columns
+from ..rewarding.context import RewardContext
 from ..rewarding.scoring import call_rewards
 from ..rollout.sampler import Sampler
 from ..rollout.tokens import SamplingParams
@@ -143,7 +144,7 @@ def judge_batch(
     rows: Sequence[Row],
     row_numbers: Sequence[int],
     texts: list[list[str]],
-    lengths: list[list[int]],
+    tokens: list[list[list[int]]],
     judge: str,
     reward_names: Sequence[str],
     timeout: float | None = None,
@@ -152,6 +153,7 @@ def judge_batch(
 
     Args:
         row_numbers: N, of the rows in the data.
+        tokens: of each completion, with the one that ended it.
         judge: the reward function that decides what is right, and which answers are equal.
         reward_names: the reward functions whose values are kept.
         timeout: seconds that all of them may take, with what the judge is asked for maj@K.
@@ -161,7 +163,8 @@ def judge_batch(
     """
     started, flat = time.monotonic(), [text for row_texts in texts for text in row_texts]
     functions = {name: rewards.find_reward(name) for name in (judge, "format", *reward_names)}
-    scored = call_rewards(list(functions.values()), rows, flat, timeout, started=started)
+    context = RewardContext([ids for row_tokens in tokens for ids in row_tokens])
+    scored = call_rewards(list(functions.values()), rows, flat, timeout, started=started, context=context)
     values = dict(zip(functions, scored, strict=True))
     copies = len(texts[0])
     right = list(map(is_right, values[judge]))
@@ -188,7 +191,7 @@ def judge_batch(
                 partially_right=right[i] or is_near(extracted, answer),
                 well_formed=values["format"][i] == 1.0,
                 rewards={name: values[name][i] for name in reward_names},
-                length=lengths[row][copy],
+                length=len(tokens[row][copy]),
             )
         )
     return judged
@@ -299,10 +302,10 @@ def sample_and_judge(
         start=num_done,
     )
     with tqdm(total=len(rows), initial=num_done, unit="question", dynamic_ncols=True, disable=None) as bar:
-        for texts, lengths in batches:
+        for texts, tokens in batches:
             part = slice(num_done, num_done + len(texts))
             batch = judge_batch(
-                rows[part], row_numbers[part], texts, lengths, args.judge, args.rewards, args.reward_timeout
+                rows[part], row_numbers[part], texts, tokens, args.judge, args.rewards, args.reward_timeout
             )
             if results is not None:
                 results.append(batch)

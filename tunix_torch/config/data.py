@@ -49,8 +49,8 @@ class DataConfig:
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "names from rewards/, or functions by dotted path (my_module.my_reward); none: correctness "
-            "(math_equal with dataset=math) and format"
+            "help": "names from rewards/, functions by dotted path (my_module.my_reward), folders or hub ids of reward "
+            "models; none: correctness (math_equal with dataset=math) and format"
         },
     )
     reward_preset: str | None = setting(

@@ -85,6 +85,15 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     return tokenizer(list(prompts), add_special_tokens=tokenizer.chat_template is None)["input_ids"]
 
 
+def token_lists(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    """The tokens of completions as lists without padding, each with the token that ended it, if one did.
+
+    Args:
+        ids, mask: (B, C) int64 and bool, in main memory; the mask is True up to a completion's end.
+    """
+    return [row[:length] for row, length in zip(ids.tolist(), mask.sum(dim=1).tolist(), strict=True)]
+
+
 def decode_completions(
     tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, mask: torch.Tensor, eos_token_ids: Sequence[int]
 ) -> list[str]:
@@ -96,8 +105,7 @@ def decode_completions(
         ids, mask: (B, C) int64 and bool, in main memory; the mask is True up to a completion's end.
     """
     dropped = (tokenizer.pad_token_id, tokenizer.bos_token_id)
-    rows = [row[:length] for row, length in zip(ids.tolist(), mask.sum(dim=1).tolist(), strict=True)]
-    rows = [row[:-1] if row and row[-1] in eos_token_ids else row for row in rows]
+    rows = [row[:-1] if row and row[-1] in eos_token_ids else row for row in token_lists(ids, mask)]
     return tokenizer.batch_decode([[token for token in row if token not in dropped] for row in rows])
 
 

@@ -4,11 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from ..data.batches import Collator
-from ..data.prompts import decode_completions
+from ..data.prompts import decode_completions, token_lists
 from ..data.rows import Row
+from ..rewarding.context import RewardContext, means
+from ..rewarding.scorer import call_on_all_hosts
 from ..rewarding.scoring import RewardFunc, call_rewards
 from ..rollout.sampler import Sampler
 from ..rollout.tokens import SamplingParams, draw_uniforms
@@ -26,6 +28,7 @@ class Answers:
     lengths: list[list[int]]  # in tokens
     # rewards[n][i] holds the value of each of R reward functions for completion i of question n; empty: none were asked
     rewards: list[list[list[float | None]]] = field(default_factory=list)
+    metrics: dict[str, list[float]] = field(default_factory=dict)  # numbers that judge and reward functions have logged
 
     @property
     def accuracy(self) -> float:
@@ -56,7 +59,7 @@ def sample_batches(
     seed: int = 0,
     start: int = 0,
     number: int = 0,
-) -> Iterator[tuple[list[list[str]], list[list[int]]]]:
+) -> Iterator[tuple[list[list[str]], list[list[list[int]]]]]:
     """Sample `num_completions` completions for each of N rows, a batch at a time.
 
     Args:
@@ -69,7 +72,7 @@ def sample_batches(
 
     Yields:
         for each row of a batch its completions as texts, without the special tokens that `decode_completions` drops,
-        and their lengths in tokens.
+        and their tokens, with the one that ended each.
     """
     at_once = rows_at_once(len(rows), batch_size, num_completions)
     copies = min(num_completions, batch_size)  # completions of each row in one call of the sampler
@@ -79,7 +82,7 @@ def sample_batches(
         part = list(rows[first : first + at_once])
         batch = collator(part + [part[-1]] * (at_once - len(part)))
         prompt_ids, prompt_mask = batch["prompt_ids"].to(target), batch["prompt_mask"].to(target)
-        texts, lengths = [[] for _ in part], [[] for _ in part]
+        texts, tokens = [[] for _ in part], [[] for _ in part]
         for done in range(0, num_completions, copies):
             # The random numbers of completion c of row r have the number r * num_completions + c.
             numbers = [(number + first + i) * num_completions + done + j for i in range(at_once) for j in range(copies)]
@@ -87,11 +90,11 @@ def sample_batches(
             rollout = sampler.sample(prompt_ids, prompt_mask, copies, params, uniforms)
             count = len(part) * copies
             ids, mask = rollout.completion_ids[:count].cpu(), rollout.completion_mask[:count].cpu()
-            decoded, counted = decode_completions(tokenizer, ids, mask, sampler.eos_token_ids), mask.sum(-1).tolist()
+            decoded, listed = decode_completions(tokenizer, ids, mask, sampler.eos_token_ids), token_lists(ids, mask)
             for i in range(len(part)):
                 texts[i] += decoded[i * copies : (i + 1) * copies]
-                lengths[i] += counted[i * copies : (i + 1) * copies]
-        yield [row[:num_completions] for row in texts], [row[:num_completions] for row in lengths]
+                tokens[i] += listed[i * copies : (i + 1) * copies]
+        yield [row[:num_completions] for row in texts], [row[:num_completions] for row in tokens]
 
 
 def sample_texts(
@@ -104,37 +107,50 @@ def sample_texts(
     num_completions: int = 1,
     seed: int = 0,
     number: int = 0,
-) -> tuple[list[list[str]], list[list[int]]]:
-    """All completions and lengths that `sample_batches` gives. A progress bar shows where there are many batches."""
+) -> tuple[list[list[str]], list[list[list[int]]]]:
+    """All completions and tokens that `sample_batches` gives. A progress bar shows where there are many batches."""
     batches = sample_batches(
         sampler, tokenizer, rows, params, collator, batch_size, num_completions, seed, number=number
     )
     count = -(-len(rows) // rows_at_once(len(rows), batch_size, num_completions))
-    texts, lengths = [], []
-    for some_texts, some_lengths in tqdm(
+    texts, tokens = [], []
+    for some_texts, some_tokens in tqdm(
         batches, desc="Sampling", total=count, unit="batch", leave=False, disable=count < 20 or not together.is_first()
     ):
         texts += some_texts
-        lengths += some_lengths
-    return texts, lengths
+        tokens += some_tokens
+    return texts, tokens
+
+
+def lengths_of(tokens: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
+    """How many tokens each completion of each row has."""
+    return [[len(completion) for completion in row] for row in tokens]
 
 
 def judge_answers(
     rows: Sequence[Row],
     completions: list[list[str]],
-    lengths: list[list[int]],
+    tokens: list[list[list[int]]],
     judge: RewardFunc,
     timeout: float | None = None,
+    state: TrainerState | None = None,
 ) -> Answers:
     """Judge k completions of each row. `is_right` says which values of the judge mean a right answer.
+
+    Args:
+        tokens: of each completion, with the one that ended it.
+        state: of the trainer that evaluates, if one does.
 
     Raises:
         ValueError: see `call_rewards`.
     """
     copies = len(completions[0])
-    (values,) = call_rewards([judge], rows, [text for texts in completions for text in texts], timeout)
+    context = RewardContext([ids for row in tokens for ids in row], state)
+    texts = [text for row in completions for text in row]
+    (values,) = call_rewards([judge], rows, texts, timeout, context=context)
     right = list(map(is_right, values))
-    return Answers(completions, [right[i : i + copies] for i in range(0, len(right), copies)], lengths)
+    right = [right[i : i + copies] for i in range(0, len(right), copies)]
+    return Answers(completions, right, lengths_of(tokens), metrics=context.metrics)
 
 
 def is_right(value: float | None) -> bool:
@@ -149,16 +165,21 @@ def answer(
     params: SamplingParams,
     collator: Collator,
     batch_size: int,
-    judge: RewardFunc,
+    judge: RewardFunc | None,
     num_completions: int = 1,
     seed: int = 0,
     timeout: float | None = None,
     reward_funcs: Sequence[RewardFunc] = (),
+    state: TrainerState | None = None,
 ) -> Answers:
     """Sample and judge answers to all rows. Each process answers a part of them, and all processes get all answers.
 
+    Further arguments are those of `sample_batches` and `judge_answers`.
+
     Args:
-        reward_funcs: functions whose values are asked for too. The judge is called once, even where it is one of them.
+        judge: None: what is right is not known.
+        reward_funcs: functions and reward models whose values are asked for too. The judge is called once, even where
+            it is one of them.
 
     Raises:
         ValueError: see `call_rewards`.
@@ -167,22 +188,26 @@ def answer(
     mine, answers = rows[part], Answers([], [], [])
     if mine:
         size = max(batch_size, num_completions)
-        texts, lengths = sample_texts(
+        texts, tokens = sample_texts(
             sampler, tokenizer, mine, params, collator, size, num_completions, seed, number=part.start
         )
-        functions = [*reward_funcs, *([] if any(judge is f for f in reward_funcs) else [judge])]
-        decides = next(j for j, function in enumerate(functions) if function is judge)
+        functions = [*reward_funcs, *([] if judge is None or any(judge is f for f in reward_funcs) else [judge])]
+        context = RewardContext([ids for row in tokens for ids in row], state)
         flat = [text for of_row in texts for text in of_row]
-        columns = together.decided_by_first(lambda: call_rewards(functions, mine, flat, timeout))
+        columns, metrics = call_on_all_hosts(functions, mine, flat, timeout, None, context)
         values = list(map(list, zip(*columns, strict=True)))  # B lists, with a value of each function
         by_row = [values[i : i + num_completions] for i in range(0, len(values), num_completions)]
-        right = [[is_right(of_one[decides]) for of_one in of_row] for of_row in by_row]
+        right: list[list[bool]] = []
+        if judge is not None:
+            decides = next(j for j, function in enumerate(functions) if function is judge)
+            right = [[is_right(of_one[decides]) for of_one in of_row] for of_row in by_row]
         rewards = [[of_one[: len(reward_funcs)] for of_one in of_row] for of_row in by_row]
-        answers = Answers(texts, right, lengths, rewards)
+        answers = Answers(texts, right, lengths_of(tokens), rewards, metrics)
     everyones = together.gather(answers)
     return Answers(
         completions=[texts for theirs in everyones for texts in theirs.completions],
         right=[right for theirs in everyones for right in theirs.right],
         lengths=[lengths for theirs in everyones for lengths in theirs.lengths],
         rewards=[rewards for theirs in everyones for rewards in theirs.rewards],
+        metrics={name: [value] for name, value in means([theirs.metrics for theirs in everyones]).items()},
     )

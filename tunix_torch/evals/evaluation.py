@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from ..config.grpo import GRPOConfig
 from ..data.batches import Collator
 from ..data.rows import Row
 from ..learn.sft import completion_loss
+from ..rewarding.context import means
 from ..rewarding.scorer import Scorer
 from ..rewarding.scoring import RewardFunc, require_columns
 from ..rollout.sampler import Sampler
@@ -36,30 +37,34 @@ def evaluate_policy(
     scorer: Scorer,
     of_pairs: Callable[[Sequence[Row]], dict[str, float]],
     prefix: str = "eval",
+    state: TrainerState | None = None,
 ) -> tuple[dict[str, float], Answers | None]:
     """Evaluate a policy on the evaluation questions.
 
     Args:
         rows: rows from `prepare_rows`; with SFT they have completions.
         collator: the collator of rows, as `Questions` has it.
-        judge: the reward function that decides which answers are right; None: no question is answered.
+        judge: the reward function that decides which answers are right; None: nobody knows, and with SFT no question is
+            answered.
         scorer: has the reward functions whose values are reported. A function that takes a column which a row lacks is
             left out, with a warning.
         of_pairs: further metrics of the rows, those of preference pairs.
         prefix: what the names of metrics begin with.
+        state: of the trainer, for functions that take `trainer_state`.
 
     Returns:
-        the metrics, and the greedy answers or None. After `prefix` and "_" the metrics are `accuracy` (greedy pass@1),
-        `mean_length` in tokens, with `num_eval_completions` = k also `mean@k`, with SFT `loss`, what `answer_metrics`
-        gives of the greedy answers, and of k samples a question under names that begin with `sampled/`; and `runtime`,
-        in seconds.
+        the metrics, and the greedy answers or None. After `prefix` and "_" the metrics are, where there is a judge,
+        `accuracy` (greedy pass@1), `mean_length` in tokens, and with `num_eval_completions` = k also `mean@k`; with SFT
+        `loss`; what `answer_metrics` gives of the greedy answers, and of k samples a question under names that begin
+        with `sampled/`; what functions log, a number `n` of the greedy answers and `n@k` of the sampled ones; and
+        `runtime`, in seconds.
 
     Raises:
         ValueError: see `call_rewards`.
     """
     metrics: dict[str, float] = {}
     greedy, started = None, time.perf_counter()
-    if judge is not None:
+    if judge is not None or (args.use_grpo and scorer.functions):
         reported = functions_to_report(scorer, rows)
         answer_rows = functools.partial(
             answer,
@@ -72,15 +77,17 @@ def evaluate_policy(
             seed=args.seed,
             timeout=args.reward_timeout,
             reward_funcs=[scorer.functions[j] for j in reported],
+            state=state,
         )
         names, weights = [scorer.names[j] for j in reported], scorer.weights[reported]
         greedy = answer_rows(SamplingParams(args.generation_max_length, temperature=0.0))
-        metrics |= {"accuracy": greedy.accuracy, "mean_length": greedy.mean_length}
-        metrics |= answer_metrics(greedy, names, weights)
+        metrics |= {} if judge is None else {"accuracy": greedy.accuracy, "mean_length": greedy.mean_length}
+        metrics |= answer_metrics(greedy, names, weights) | means([greedy.metrics])
         if args.num_eval_completions:
             params = SamplingParams(args.generation_max_length, temperature=args.eval_temperature)
             samples = answer_rows(params, num_completions=args.num_eval_completions)
-            metrics[f"mean@{args.num_eval_completions}"] = samples.accuracy
+            logged = means([samples.metrics]) | ({} if judge is None else {"mean": samples.accuracy})
+            metrics |= {f"{name}@{args.num_eval_completions}": value for name, value in logged.items()}
             metrics |= {f"sampled/{name}": v for name, v in answer_metrics(samples, names, weights).items()}
     if not args.use_grpo and args.preference_loss is None:
         metrics["loss"] = completion_loss(model, rows, collator, args.per_device_eval_batch_size)

@@ -10,6 +10,7 @@ from ..batch import TrainBatch
 from ..config.grpo import GRPOConfig
 from ..config.loss import loss_type_of
 from ..grpo import LossTerms
+from ..runtime import together
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,9 @@ def rollout_metrics(
 
 
 def warn_of_equal_rewards(metrics: dict[str, float], step: int, example: str) -> None:
-    """Say what may be wrong where no group has completions of different rewards; `example` is one of them."""
-    if metrics.get("frac_reward_zero_std") == 1.0:
+    """Say once, however many processes there are, what may be wrong where no group has completions of different
+    rewards; `example` is one of them."""
+    if metrics.get("frac_reward_zero_std") == 1.0 and together.is_first():
         logger.warning(
             "Step %d: within every group all rewards are equal, so there is nothing to learn from this batch. "
             "The questions are too easy or too hard, the temperature is too low, or the reward functions do not "

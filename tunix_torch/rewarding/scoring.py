@@ -13,19 +13,15 @@ import torch
 from torch import Tensor
 
 from ..data.rows import ANSWER_COLUMNS, NO_ANSWER, TURNS, WHERE, Row, columns_of, has_column, own_columns, prompt_of
+from .context import GIVEN, TOKENS, RewardContext
+from .values import CompletionError, name_of, numbers_of
 from .workers import RewardWorkers, awaited, is_async
 
 # A reward function, plain or async: (prompts, completions, **columns) -> one value a completion, or None where the
-# function does not apply to it. A function without **columns gets only the columns that it has parameters for. As in
-# TRL, where the data's prompt is a list of messages a completion is one too: [{"role": "assistant", "content": "..."}]
+# function does not apply to it. A function without **columns gets only the columns that it has parameters for, and of
+# the arguments in `context.py` those that it has parameters for. As in TRL, where the data's prompt is a list of
+# messages a completion is one too: [{"role": "assistant", "content": "..."}]
 RewardFunc = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
-
-
-def name_of(function: RewardFunc) -> str:
-    """The name of a reward function. A `functools.partial` has its function's name, an object the name of its class."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__name__", type(function).__name__)
 
 
 def names_of(functions: Sequence[RewardFunc]) -> list[str]:
@@ -70,7 +66,7 @@ def _parameters(function: RewardFunc) -> tuple[set[str], set[str] | None]:
 
 def required_columns(function: RewardFunc) -> set[str]:
     """The columns of the data that a reward function can't be called without."""
-    return _parameters(function)[0] - {"prompts", "completions"}
+    return _parameters(function)[0] - {"prompts", "completions", *GIVEN}
 
 
 def require_columns(
@@ -87,12 +83,15 @@ def require_columns(
 
     Raises:
         ValueError: a row lacks such a column, or has no expected answer where a function takes it; or a column is named
-            "prompts" or "completions", as the other arguments of reward functions are.
+            "prompts" or "completions", or like an argument in `context.py`. A column `completion_ids` is no mistake,
+            but functions get the tokens of the sampled completions by this name, as in TRL.
     """
     needs = [(function, sorted(required_columns(function))) for function in functions]
     for number, row in enumerate(rows, start=1):
         where = row.get(WHERE, f"row {number}")
-        for name in ("prompts", "completions"):
+        for name in ("prompts", "completions", *GIVEN):
+            if name == TOKENS:
+                continue
             if name in row or name in (names or ()):
                 raise ValueError(f"column {name!r} of the data set: reward functions get something else by this name")
         for function, columns in needs:
@@ -120,7 +119,15 @@ def score_completions(
     Raises:
         ValueError: all functions returned None for a completion; see also `call_rewards`.
     """
-    values = call_rewards(functions, rows, completions, timeout, workers)
+    return table_of(call_rewards(functions, rows, completions, timeout, workers), completions)
+
+
+def table_of(values: Sequence[Sequence[float | None]], completions: Sequence[str]) -> Tensor:
+    """R lists of B values as a table: (B, R) float64 in main memory, NaN for None.
+
+    Raises:
+        ValueError: a completion has no value but None.
+    """
     rewards = torch.tensor([[math.nan if v is None else v for v in column] for column in values], dtype=torch.float64).T
     unjudged = rewards.isnan().all(dim=1)
     if unjudged.any():
@@ -135,6 +142,7 @@ def call_rewards(
     timeout: float | None = None,
     workers: RewardWorkers | None = None,
     started: float | None = None,
+    context: RewardContext | None = None,
 ) -> list[list[float | None]]:
     """Call R reward functions for B completions of N rows. Completions of one row stand side by side.
 
@@ -144,38 +152,56 @@ def call_rewards(
         timeout: seconds that the functions may take for the whole batch; None: no limit.
         workers: processes that call the plain functions; None: this process calls them.
         started: when the time limit began to run, by `time.monotonic`, where several calls share it; None: now.
+        context: the tokens and the trainer's state, and the place for what the functions log; None: nothing of this
+            is known, and what they log is dropped.
 
     Returns:
         R lists of B values, None where a function does not apply.
 
     Raises:
         ValueError: a row lacks a column that a function takes; or a function returned the wrong number of values, or a
-            value that is no finite number, or took longer than `timeout`. An exception of the function itself passes
-            through.
+            value that is no finite number, or took longer than `timeout`; or it could not judge a completion and says
+            so by a `CompletionError`; or it logged what can't be logged. Any other exception of the function itself
+            passes through.
     """
     require_columns(functions, rows)
-    columns = _argument_columns(rows, completions)
+    context = context or RewardContext()
+    columns, given = _argument_columns(rows, completions, context), context.given()
     calls: list[Callable[[], Any]] = []
     for function in functions:
-        taken = _parameters(function)[1]
+        required, taken = _parameters(function)
         arguments = {name: list(column) for name, column in columns.items() if taken is None or name in taken}
+        if context.completion_ids is not None and TOKENS in arguments:
+            arguments[TOKENS] = [list(ids) for ids in context.completion_ids]
+        common = {name: value for name, value in given.items() if taken is None or name in taken}
         if not arguments:
             raise ValueError(
                 f"reward function {name_of(function)!r} takes neither prompts nor completions nor a column"
             )
+        unknown = sorted(required.intersection(GIVEN) - arguments.keys() - common.keys())
+        if unknown:
+            hint = "which only a trainer knows; give the parameter a default"
+            raise ValueError(f"reward function {name_of(function)!r} takes {unknown[0]!r}, {hint}")
         if workers is None or is_async(function):
-            calls.append(functools.partial(function, **arguments))
+            calls.append(functools.partial(function, **arguments, **common))
         else:
-            calls.append(workers.submit(function, len(rows), arguments))
-    results = _results(functions, calls, timeout is not None or workers is not None, timeout, started)
+            calls.append(workers.submit(function, len(rows), arguments, common, context))
+    try:
+        results = _results(functions, calls, timeout is not None or workers is not None, timeout, started)
+    except CompletionError as error:
+        number = error.number * len(rows) // len(completions)
+        raise ValueError(f"{rows[number].get(WHERE, f'row {number + 1}')}: {error}") from error
+    context.check_extra(len(completions))
     return [_checked(function, values, completions) for function, values in zip(functions, results, strict=True)]
 
 
-def _argument_columns(rows: Sequence[Row], completions: Sequence[str]) -> dict[str, list[Any]]:
-    """All arguments that a reward function may take, each with B values."""
+def _argument_columns(rows: Sequence[Row], completions: Sequence[str], context: RewardContext) -> dict[str, list[Any]]:
+    """All arguments of B values that a reward function may take."""
     copies = len(completions) // len(rows)
     row_of_each = [row for row in rows for _ in range(copies)]
+    tokens = {} if context.completion_ids is None else {TOKENS: context.completion_ids}
     return columns_of(list(rows), copies) | {
+        **tokens,
         "prompts": [prompt_of(row) for row in row_of_each],
         "completions": [
             [{"role": "assistant", "content": text}] if row.get(TURNS) else text
@@ -186,11 +212,7 @@ def _argument_columns(rows: Sequence[Row], completions: Sequence[str]) -> dict[s
 
 def _checked(function: RewardFunc, values: Any, completions: Sequence[str]) -> list[float | None]:
     """The values that a reward function returned, as floats. Raises ValueError unless each is finite or None."""
-    try:
-        values = [None if value is None else float(value) for value in values]
-    except (TypeError, ValueError) as error:
-        shown = f"{values!r:.80}"
-        raise ValueError(f"reward function {name_of(function)!r} returned {shown}: expected numbers") from error
+    values = numbers_of(function, values)
     if len(values) != len(completions):
         counts = f"{len(values)} values for {len(completions)} completions"
         raise ValueError(f"reward function {name_of(function)!r} returned {counts}")

@@ -3,17 +3,20 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import inspect
 import multiprocessing
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
 from ..runtime import together
+from .context import LOG_EXTRA, LOG_METRIC, STATE, RewardContext
+from .values import CompletionError, numbers_of
 
 
 class RewardWorkers:
@@ -57,31 +60,46 @@ class RewardWorkers:
         )
 
     def submit(
-        self, function: Callable[..., Any], num_prompts: int, columns: dict[str, list[Any]]
+        self,
+        function: Callable[..., Any],
+        num_prompts: int,
+        columns: dict[str, list[Any]],
+        common: dict[str, Any] | None = None,
+        context: RewardContext | None = None,
     ) -> Callable[[], Any]:
         """Start the calls of a function, one in each process, each with a part of the rows.
 
         Args:
             num_prompts: N; the rows are N groups of equal size, side by side. A group is never cut.
             columns: the arguments of the function, each with one value a row.
+            common: those of its arguments that are for all rows, as `RewardContext.given` names them. Each process gets
+                a copy of the trainer's state, and log functions of its own.
+            context: gets what the function logs in the processes, in the order of the rows.
 
         Returns:
             a function that waits for the calls and returns their values joined. If a call did not return one value a
-            row, its result is returned alone, for the caller to reject.
+            row, its values are returned alone, for the caller to reject.
         """
+        common, context = common or {}, context or RewardContext()
         num_rows = len(next(iter(columns.values())))
         group_size, bounds = num_rows // num_prompts, [num_prompts * i // self.count for i in range(self.count + 1)]
         slices = [slice(a * group_size, b * group_size) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
         futures = [
-            self._pool.submit(_call_and_await, function, {name: values[part] for name, values in columns.items()})
+            self._pool.submit(
+                _call, function, {name: values[part] for name, values in columns.items()}, common.get(STATE), [*common]
+            )
             for part in slices
         ]
 
         def join() -> Any:
             joined: list[Any] = []
             for part, future in zip(slices, futures, strict=True):
-                values = future.result()
-                if not isinstance(values, Sized) or len(values) != part.stop - part.start:
+                try:
+                    values, metrics, extra = future.result()
+                except CompletionError as error:  # its number is that in the part
+                    raise CompletionError(part.start + error.number, error.message) from error
+                context.add(metrics, extra)
+                if len(values) != part.stop - part.start:
                     return values
                 joined.extend(values)
             return joined
@@ -123,7 +141,9 @@ def reward_workers(functions: Sequence[Callable[..., Any]], count: int) -> Itera
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Whether a call of the function returns an awaitable."""
+    """Whether a call of the function, or of what a `functools.partial` holds, returns an awaitable."""
+    while isinstance(function, functools.partial):
+        function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
@@ -133,8 +153,21 @@ def _wait_for_all(barrier: Barrier) -> None:
     barrier.wait()
 
 
-def _call_and_await(function: Callable[..., Any], arguments: dict[str, list[Any]]) -> Any:
-    return awaited(function(**arguments))
+def _call(
+    function: Callable[..., Any], arguments: dict[str, Any], state: Any, given: list[str]
+) -> tuple[list[float | None], dict[str, list[float]], dict[str, list[Any]]]:
+    """Call a function in a worker process. Returns its values, and the metrics and the columns that it logged.
+
+    Args:
+        given: the names of the arguments that are for all rows.
+
+    Raises:
+        ValueError: see `numbers_of`.
+    """
+    context = RewardContext(trainer_state=state)
+    common = {STATE: state, LOG_METRIC: context.log_metric, LOG_EXTRA: context.log_extra}
+    values = awaited(function(**arguments, **{name: common[name] for name in given}))
+    return numbers_of(function, values), context.metrics, context.extra
 
 
 def awaited(result: Any) -> Any:

@@ -6,12 +6,16 @@ imports mpmath when it first needs it. `docs/rewards.md` says what each pays for
 
 `REWARDS` has this project's own functions, with values in [0, 1]. `PRESET_REWARDS` has those of other systems, in
 ranges of their own, and `math_equal`. `PRESETS` has the weighted sets of rewards that those systems train with.
+
+`llm_judge` makes a reward function that asks a server. It is not pure, so it stands in the room `rewarding`, and is
+looked up there when it is first used.
 """
 
 import difflib
 import importlib
 import importlib.util
 from collections.abc import Iterable
+from typing import Any
 
 from .agent_tunix import check_answer, check_numbers, match_format_approximately, match_format_exactly
 from .answers import answers_match, extract_answer, extract_reasoning, extract_steps, find_numbers, parse_number
@@ -61,6 +65,7 @@ __all__ = [
     "get_preset",
     "get_reward",
     "jaccard_correctness_reward",
+    "llm_judge",
     "match_format_approximately",
     "match_format_exactly",
     "math_equal_reward",
@@ -120,6 +125,12 @@ PRESETS: dict[str, dict[str, float]] = {
     },
     "composite": {"jaccard_correctness": 0.5, "structure": 0.3, "conciseness": 0.2},
 }
+
+
+def __getattr__(name: str) -> Any:
+    if name != "llm_judge":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module("tunix_torch.rewarding.judge").llm_judge
 
 
 def get_reward(name: str) -> RewardFn:

@@ -20,6 +20,7 @@ from ..data.rows import Row, has_column
 from ..data.shapes import completion_of
 from ..data.sources import load_data
 from ..model.loading import base_model_name, load_model, load_tokenizer, lora_config, torch_dtype
+from ..rewarding.models import looks_like_model
 from ..rewarding.scoring import RewardFunc, name_of, require_columns
 from ..runtime import together
 from ..trainer import TunixTrainer
@@ -28,8 +29,10 @@ from .callbacks import ConsoleProgress, MetricsFile
 logger = logging.getLogger(__name__)
 
 
-def choose_rewards(config: DataConfig, args: GRPOConfig) -> list[RewardFunc]:
-    """The reward functions that a configuration names. A preset also sets `args.reward_weights` if they are not given.
+def choose_rewards(config: DataConfig, args: GRPOConfig) -> list[RewardFunc | str]:
+    """The reward functions that a configuration names, and the names of reward models, which are not loaded yet.
+
+    A preset also sets `args.reward_weights` if they are not given.
 
     With a teacher there are none unless they are named.
 
@@ -40,7 +43,8 @@ def choose_rewards(config: DataConfig, args: GRPOConfig) -> list[RewardFunc]:
     if args.teacher is not None and not named:
         functions = []
     elif config.reward_preset is None:
-        functions = [rewards.find_reward(name) for name in config.reward_funcs or [config.right_answers, "format"]]
+        names = config.reward_funcs or [config.right_answers, "format"]
+        functions = [name if looks_like_model(name) else rewards.find_reward(name) for name in names]
     else:
         functions, weights = map(list, zip(*rewards.get_preset(config.reward_preset), strict=True))
         args.reward_weights = args.reward_weights or weights
@@ -62,7 +66,7 @@ def build_trainer(
     """
     reward_funcs = choose_rewards(data_config, args)
     judge = rewards.find_reward(data_config.judge_in_force)
-    train_rows, eval_rows = _load_rows(data_config, args, reward_funcs)
+    train_rows, eval_rows = _load_rows(data_config, args, [f for f in reward_funcs if not isinstance(f, str)])
     unanswered = bool(eval_rows) and not any(has_column(row, "answer") for row in eval_rows)
     if unanswered and not args.use_grpo and data_config.judge is None:
         reward_funcs, judge, args.reward_weights = [], None, None  # SFT without a judge is evaluated by its loss

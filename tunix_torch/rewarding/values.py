@@ -1,0 +1,63 @@
+"""What reward functions are called, and the numbers that they return, whatever kind of sequence holds these."""
+
+import functools
+from collections.abc import Callable, Mapping, Set
+from typing import Any
+
+
+class CompletionError(ValueError):
+    """One completion can't be judged. Whoever called the reward function knows the row and adds its name.
+
+    Args:
+        number: which completion of the call it is, from 0.
+        message: what is wrong, and what would be right, in one line.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(number, message)
+        self.number, self.message = number, message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def name_of(function: Callable[..., Any] | str) -> str:
+    """The name of a reward function.
+
+    A `functools.partial` has its function's name, an object the name of its class, and the name of a reward model that
+    is not loaded yet, "organisation/model", its last part.
+    """
+    if isinstance(function, str):
+        return function.rstrip("/").rpartition("/")[2]
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def numbers_of(function: Callable[..., Any], values: Any) -> list[float | None]:
+    """The values that a reward function returned, as floats and None.
+
+    Args:
+        values: a sequence of numbers, bools, tensors of one number, or None; or a tensor or array of one dimension.
+
+    Raises:
+        ValueError: `values` is something else, such as a text or a dict. Its characters or keys are no rewards, even
+            where they could be read as numbers.
+    """
+    returned = values
+    try:
+        if isinstance(values, str | bytes | bytearray | Mapping | Set):
+            raise TypeError(f"a {type(values).__name__}")
+        if callable(getattr(values, "tolist", None)):
+            values = values.tolist()  # a tensor leaves its device at once, and not number by number
+        return [None if value is None else _number(value) for value in values]
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        hint = "expected numbers, one for each completion, in a list, a tensor or an array"
+        shown = " ".join(repr(returned).split())[:80]
+        raise ValueError(f"reward function {name_of(function)!r} returned {shown}: {hint}") from error
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str | bytes | bytearray):
+        raise TypeError(f"a {type(value).__name__}")
+    return float(value)
