@@ -33,6 +33,7 @@ COUNTS = (
     "gradient_accumulation_steps",
     "early_stopping_patience",
     "profile_step",
+    "ref_model_sync_steps",
 )
 NOT_NEGATIVE = (
     "generation_top_k",
@@ -62,6 +63,7 @@ BOUNDS = (
     Bound(("generation_top_p",), lambda v: 0 < v <= 1, "must be in (0, 1]"),
     Bound(("epsilon",), lambda v: 0 < v < 1, "must be in (0, 1)"),
     Bound(("epsilon_c",), lambda v: v > 1, "must be above 1"),
+    Bound(("ref_model_mixup_alpha",), lambda v: 0 <= v <= 1, "must be in [0, 1]"),
     Bound(("adam_beta1", "adam_beta2"), lambda v: 0 <= v < 1, "must be in [0, 1)"),
 )
 
@@ -142,6 +144,16 @@ def _check_combinations(args: "GRPOConfig") -> None:
             f"num_iterations={args.num_iterations} with gradient_accumulation_steps={accumulated}: several passes step "
             "the optimizer after each batch; raise per_device_train_batch_size and set micro_batch_size instead"
         )
+    if args.sync_ref_model and (args.beta == 0 or not args.use_grpo):
+        raise ValueError(
+            "sync_ref_model=True: there is no reference policy without a KL penalty; set beta, or leave it out"
+        )
+    if args.sync_ref_model and args.reference == "base":
+        raise ValueError("sync_ref_model=True: the reference moves, so it can't stay the base; leave reference out")
+    for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+        value = getattr(args, name)
+        hint = "has an effect with sync_ref_model=True only"
+        require(args.sync_ref_model or value == getattr(type(args), name), name, value, hint)
     if args.save_batches and (accumulated > 1 or not args.use_grpo):
         raise ValueError(f"save_batches={args.save_batches}: works with use_grpo, without gradient accumulation")
 
