@@ -24,6 +24,7 @@ def make_trainer(
     rows=64,
     judge=None,
     processing_class=None,
+    full=False,
     **settings,
 ):
     """Make a trainer of three steps on arithmetic; `settings` are fields of GRPOConfig, `rows` the training rows."""
@@ -41,7 +42,8 @@ def make_trainer(
     } | settings
     args = GRPOConfig(output_dir=str(output_dir), **settings)
     train, evaluation = tiny.arithmetic_rows("train", rows), tiny.arithmetic_rows("test", 8)
-    return TunixTrainer(model, reward_funcs, args, train, evaluation, processing_class, peft_config, callbacks, judge)
+    rest = (processing_class, peft_config, callbacks, judge, full)
+    return TunixTrainer(model, reward_funcs, args, train, evaluation, *rest)
 
 
 def first_batch(trainer):
