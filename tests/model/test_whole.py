@@ -125,7 +125,9 @@ def test_the_gradient_is_that_of_transformers_own_layers(folder, tmp_path):
         scores = model(input_ids=torch.cat((prompt, completion))[None]).logits[0, len(prompt) - 1 : -1]
         logps = scores.log_softmax(-1).gather(-1, completion[:, None])[:, 0]
         weights = batch.token_weights[row][batch.completion_mask[row]]
-        loss = loss - (batch.advantages[row] * weights * logps).sum()  # the ratio is 1, so its gradient is that of logps
+        loss = (
+            loss - (batch.advantages[row] * weights * logps).sum()
+        )  # the ratio is 1, so its gradient is that of logps
     loss.backward()
     largest = max(float(p.grad.abs().max()) for p in model.parameters())
     for name, parameter in model.named_parameters():
@@ -145,7 +147,9 @@ def test_a_sample_after_a_step_is_that_of_a_fresh_model_with_the_same_weights(tr
             for parameters in zip(trainer.model.parameters(), fresh.parameters(), strict=True):
                 for parameter in parameters:
                     parameter.data.add_(change)  # as a fused optimizer does, which raises no version
-        one, other = (s.sample(prompts.prompt_ids, prompts.prompt_mask, 4, trainer.sampling, uniforms) for s in samplers)
+        one, other = (
+            s.sample(prompts.prompt_ids, prompts.prompt_mask, 4, trainer.sampling, uniforms) for s in samplers
+        )
         assert torch.equal(one.completion_ids, other.completion_ids)
         assert torch.equal(one.sampler_logps, other.sampler_logps)
     for name, parameter in trainer.model.named_parameters():
@@ -182,7 +186,9 @@ def test_the_best_model_is_loaded_at_the_end(folder, tmp_path):
     trainer.train()
     assert trainer.state.best_global_step == 1  # no answer is right, so the first checkpoint stays the best
     best = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1")
-    assert all(torch.equal(p, weight) for p, weight in zip(best.parameters(), lora_weights(trainer).values(), strict=True))
+    assert all(
+        torch.equal(p, weight) for p, weight in zip(best.parameters(), lora_weights(trainer).values(), strict=True)
+    )
 
 
 def test_a_model_that_was_trained_is_trained_further(trained, tmp_path):

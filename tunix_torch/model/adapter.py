@@ -68,12 +68,18 @@ def make_trainable(weights: dict[str, nn.Parameter]) -> None:
 
 
 def changes_nothing(weights: dict[str, nn.Parameter]) -> bool:
-    """Whether a LoRA's matrices add nothing to the weights of the model: all B are 0, or all A are.
+    """Whether a LoRA's matrices add nothing to the weights of the model: in every layer B is 0, or A is.
 
     Absolute values are summed, since the hosts of a mesh can't reduce booleans together on the CPU.
     """
-    sides = ([w for name, w in weights.items() if f"lora_{s}" in name or f"embedding_{s}" in name] for s in "BA")
-    return any(all(float(weight.detach().abs().sum()) == 0 for weight in side) for side in sides)
+    matrices = {n: w for n, w in weights.items() if ".lora_" in n and ".lora_magnitude_vector" not in n}
+    if not matrices:
+        return True
+    sums = torch.stack([weight.detach().abs().sum() for weight in matrices.values()]).tolist()
+    of_layer: dict[str, list[float]] = {}  # the sums of a layer's two matrices
+    for name, total in zip(matrices, sums, strict=True):
+        of_layer.setdefault(name.partition(".lora_")[0], []).append(total)
+    return all(0 in totals for totals in of_layer.values())
 
 
 def acts_as_base(model: nn.Module, adapter: str) -> bool:

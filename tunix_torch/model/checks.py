@@ -46,6 +46,21 @@ def check_peft_config(config: PeftConfig | None) -> None:
         )
 
 
+def check_directions(weights: dict[str, nn.Parameter]) -> None:
+    """See that DoRA can divide the rows of the weights by their norms.
+
+    Raises:
+        ValueError: a row is 0, as the embedding of a padding token often is.
+    """
+    for name, weight in weights.items():
+        layer, is_magnitude, _ = name.partition(".lora_magnitude_vector")
+        if is_magnitude and float(weight.detach().abs().min()) == 0:
+            raise ValueError(
+                f"peft_config: use_dora=True: {layer} has a row of zeros, which has no direction; leave it out of "
+                "target_modules"
+            )
+
+
 def check_modules_to_save(model: PeftModel, config: LoraConfig, new_embeddings: bool) -> None:
     """See that the copies of layers that learn beside the LoRA can learn, and be saved.
 

@@ -27,7 +27,7 @@ from .adapter import (
     make_trainable,
     save_adapter,
 )
-from .checks import KEEPS_BASE, check_modules_to_save, check_peft_config
+from .checks import KEEPS_BASE, check_directions, check_modules_to_save, check_peft_config
 from .forward import base_model
 from .whole import learning_weights, load_whole, make_float32, save_whole
 
@@ -115,6 +115,7 @@ class AdapterPolicy(Policy):
         self.adapter = choose_adapter(model)
         check_peft_config(self.config)
         make_trainable(self.weights())
+        check_directions(self.weights())
         new = together.decided_by_first(lambda: has_new_embeddings(model))  # while they are not on the device
         check_modules_to_save(model, self.config, new)
         # The embeddings are not those in the base model's folder, and are not saved as copies that learn.
