@@ -45,8 +45,8 @@ def export_merged(
     Args:
         output_dir: a run's folder, one of its checkpoints, or any folder with a LoRA.
         merged: the folder to write. It must not exist or be empty. Missing parent folders are made.
-        dtype: the type of the written weights, "float32" or "bfloat16". None means the type of the stored base model, or
-            of the model that was trained whole.
+        dtype: the type of the written weights, "float32" or "bfloat16". None means that of the stored base model, or of
+            the model that was trained whole.
         push_to_hub: a hub repository (NAME/MODEL), to which the model and the tokenizer are then uploaded.
 
     Returns:
