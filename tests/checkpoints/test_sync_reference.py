@@ -93,6 +93,7 @@ def test_settings_that_could_have_no_effect_are_refused():
         ({"sync_ref_model": True, "beta": 0.0}, "sync_ref_model=True: there is no reference"),
         ({"sync_ref_model": True, "use_grpo": False}, "sync_ref_model=True: there is no reference"),
         ({"sync_ref_model": True, "reference": "base"}, "sync_ref_model=True: .*leave reference out"),
+        ({"sync_ref_model": True, "save_batches": 1}, "sync_ref_model=True: .*leave save_batches out"),
         ({"ref_model_mixup_alpha": 0.5}, "ref_model_mixup_alpha=0.5: .*sync_ref_model=True only"),
         ({"ref_model_sync_steps": 5}, "ref_model_sync_steps=5: .*sync_ref_model=True only"),
         ({"sync_ref_model": True, "ref_model_mixup_alpha": 1.5}, r"ref_model_mixup_alpha=1.5: must be in \[0, 1\]"),

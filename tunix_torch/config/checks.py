@@ -111,6 +111,7 @@ def check_values(args: "GRPOConfig") -> None:
         require(value in choices, name, value, f"choose one of {', '.join(choice for choice in choices if choice)}")
     _check_group(args)
     _check_combinations(args)
+    _check_reference(args)
     _check_left_out(args)
 
 
@@ -144,18 +145,24 @@ def _check_combinations(args: "GRPOConfig") -> None:
             f"num_iterations={args.num_iterations} with gradient_accumulation_steps={accumulated}: several passes step "
             "the optimizer after each batch; raise per_device_train_batch_size and set micro_batch_size instead"
         )
-    if args.sync_ref_model and (args.beta == 0 or not args.use_grpo):
-        raise ValueError(
-            "sync_ref_model=True: there is no reference policy without a KL penalty; set beta, or leave it out"
-        )
-    if args.sync_ref_model and args.reference == "base":
-        raise ValueError("sync_ref_model=True: the reference moves, so it can't stay the base; leave reference out")
+    if args.save_batches and (accumulated > 1 or not args.use_grpo):
+        raise ValueError(f"save_batches={args.save_batches}: works with use_grpo, without gradient accumulation")
+
+
+def _check_reference(args: "GRPOConfig") -> None:
+    """Check that a reference policy that moves exists, and that nothing needs it to stay."""
     for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
         value = getattr(args, name)
         hint = "has an effect with sync_ref_model=True only"
         require(args.sync_ref_model or value == getattr(type(args), name), name, value, hint)
-    if args.save_batches and (accumulated > 1 or not args.use_grpo):
-        raise ValueError(f"save_batches={args.save_batches}: works with use_grpo, without gradient accumulation")
+    if not args.sync_ref_model:
+        return
+    hint = "there is no reference policy without a KL penalty; set kl_penalty_coef (beta), or leave it out"
+    require(args.beta > 0 and args.use_grpo, "sync_ref_model", True, hint)
+    hint = "the reference moves, so it can't stay the base; leave reference out"
+    require(args.reference != "base", "sync_ref_model", True, hint)
+    hint = "records are replayed with the base model as the reference; leave save_batches out"
+    require(not args.save_batches, "sync_ref_model", True, hint)
 
 
 def _check_left_out(args: "GRPOConfig") -> None:
