@@ -44,6 +44,7 @@ CASES = {
     "token_mean": {"loss_aggregation": "token-mean", "micro_batch_size": 1, "num_iterations": 2},
     "accumulated": {"gradient_accumulation_steps": 2, "micro_batch_size": 4},
     "streamed": {},
+    "whole": {"sync_ref_model": True, "ref_model_sync_steps": 2},
     "sft": {"use_grpo": False, "eval_strategy": "steps", "eval_steps": 2, "generation_max_length": 64},
 }
 GRPOConfig(output_dir=root)  # joins the processes
@@ -59,7 +60,7 @@ for case, settings in CASES.items():
     if case == "streamed":
         rows = datasets.Dataset.from_list(rows).to_iterable_dataset().shuffle(seed=3, buffer_size=8)
     functions, eval_rows = [digits_reward, capitals_reward], tiny.arithmetic_rows("test", 7)
-    trainer = TunixTrainer(folder, functions, args, rows, eval_rows, callbacks=[Recorder()])
+    trainer = TunixTrainer(folder, functions, args, rows, eval_rows, callbacks=[Recorder()], full=case == "whole")
     gradients, completions = [], []
     sample = trainer.sample_completions_for_prompts
     def recording_sample(prompts):
@@ -77,7 +78,7 @@ for case, settings in CASES.items():
     if together.index() == 0:
         torch.save(result, f"{root}/{case}.pt")
 """
-CASES = ("grpo", "resumed", "token_mean", "accumulated", "streamed", "sft")
+CASES = ("grpo", "resumed", "token_mean", "accumulated", "streamed", "whole", "sft")
 
 
 @pytest.fixture(scope="module")
