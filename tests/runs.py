@@ -21,10 +21,11 @@ SMALL = {
 }
 
 
-def run(model, output_dir, judge=None, **settings):
+def run(model, output_dir, judge=None, lora_rank=16, **settings):
     """Run a whole job in this process, and return its trainer."""
     args = GRPOConfig(output_dir=str(output_dir), **(SMALL | settings))
-    return train(ModelConfig(model), DataConfig(num_train_rows=16, num_eval_rows=4, judge=judge), args)
+    data = DataConfig(num_train_rows=16, num_eval_rows=4, judge=judge)
+    return train(ModelConfig(model, lora_rank=lora_rank), data, args)
 
 
 def files(folder):

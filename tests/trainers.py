@@ -25,6 +25,7 @@ def make_trainer(
     judge=None,
     processing_class=None,
     reward_processing_classes=None,
+    full=False,
     **settings,
 ):
     """Make a trainer of three steps on arithmetic; `settings` are fields of GRPOConfig, `rows` the training rows."""
@@ -42,18 +43,8 @@ def make_trainer(
     } | settings
     args = GRPOConfig(output_dir=str(output_dir), **settings)
     train, evaluation = tiny.arithmetic_rows("train", rows), tiny.arithmetic_rows("test", 8)
-    return TunixTrainer(
-        model,
-        reward_funcs,
-        args,
-        train,
-        evaluation,
-        processing_class,
-        peft_config,
-        callbacks,
-        judge,
-        reward_processing_classes,
-    )
+    rest = (processing_class, peft_config, callbacks, judge, reward_processing_classes, full)
+    return TunixTrainer(model, reward_funcs, args, train, evaluation, *rest)
 
 
 def first_batch(trainer):

@@ -1,4 +1,4 @@
-"""`TunixTrainer`: GRPO (or supervised fine-tuning) of a Hugging Face model with a LoRA, on `transformers.Trainer`.
+"""`TunixTrainer`: GRPO (or supervised fine-tuning) of a Hugging Face model, on `transformers.Trainer`.
 
 One step is `collect(prompts) -> TrainBatch` and `update(batch) -> loss`. `transformers.Trainer` keeps its own job: the
 loop, schedule, logging, callbacks, checkpoints, resume, hub. `checkpoints/adapter_trainer.py` saves and resumes.
@@ -31,9 +31,9 @@ from .learn.passes import rehearse
 from .learn.record import keep_step
 from .learn.step import learn, logps_without_gradient
 from .learn.weights import learned_tokens, step_weights
-from .model.forward import base_model, reference_policy
+from .model.forward import reference_policy
 from .model.loading import eos_token_ids, load_tokenizer
-from .model.policy import check_trainable, make_policy
+from .model.policy import make_policy
 from .model.teacher import load_teacher
 from .rewarding.advantages import overlong_penalties, step_advantages
 from .rewarding.dynamic import replace_equal_groups
@@ -49,7 +49,7 @@ from .runtime.profiling import span
 
 
 class TunixTrainer(AdapterTrainer):
-    """Trains the LoRA of a causal language model.
+    """Trains the LoRA of a causal language model, or all of its weights.
 
     Args:
         model: a hub id, a folder, "tiny", or a loaded model. A folder holds a model, or an adapter that is then trained
@@ -66,6 +66,7 @@ class TunixTrainer(AdapterTrainer):
         peft_config: the LoRA for a model that has none; by default of rank 16 on all projections.
         judge: the reward function that decides at evaluation: an answer is right where its value is at least 1. The
             default is the first of `reward_funcs` that is no reward model.
+        full: train all weights of the model in float32, without a LoRA.
 
     Raises:
         ValueError: something that the user gave can't work. The message says what would.
@@ -83,6 +84,7 @@ class TunixTrainer(AdapterTrainer):
         callbacks: list[TrainerCallback] | None = None,
         judge: RewardFunc | None = None,
         reward_processing_classes: Tokenizers | None = None,
+        full: bool = False,
     ) -> None:
         args = args or GRPOConfig()
         if not isinstance(args, GRPOConfig):
@@ -96,13 +98,12 @@ class TunixTrainer(AdapterTrainer):
         self.scorer = Scorer.of(reward_funcs, reward_processing_classes, args)
         self.judge = self.scorer.judge(judge)
         facts = {"training, evaluation rows": self.questions.sizes}
-        policy = make_policy(model, processing_class, peft_config, args, facts)
+        policy = make_policy(model, processing_class, peft_config, args, facts, full)
         self.teacher = load_teacher(args.teacher, policy.model, processing_class)
         self.sampling = SamplingParams.of_rollouts(args)
         eos_ids, pad_id = eos_token_ids(policy.model, processing_class), processing_class.pad_token_id
         self.sampler = Sampler(policy.model, eos_ids, pad_id, args.stop_check_interval, compile_ahead=True)
-        num_embeddings = base_model(policy.model).get_input_embeddings().weight.shape[0]
-        self.questions.prepare(processing_class, num_embeddings, self.scorer.functions, self.judge)
+        self.questions.prepare(processing_class, policy.num_embeddings, self.scorer.functions, self.judge)
         args.eval_on_start = args.eval_on_start and eval_dataset is not None
         super().__init__(policy, args, callbacks, processing_class=processing_class, **self.questions.for_trainer())
         self.first_answers: Answers | None = None  # the greedy answers at the first evaluation
@@ -124,7 +125,6 @@ class TunixTrainer(AdapterTrainer):
         self.args.check_best_metric(self.judge is not None, self.scorer.names, names)
         self.scorer.check(needed=self.args.use_grpo and self.args.teacher is None)
         check_scale(self.args, self.questions.sizes[0])
-        check_trainable(self.model)
 
     @property
     def reward_funcs(self) -> list[RewardFunc]:

@@ -256,8 +256,8 @@ def test_end_tokens_may_be_a_tuple(base, tokenizer, tmp_path):
 
 def test_adapters_of_another_kind_are_refused(base, tokenizer, tmp_path):
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    for setting in ({"trainable_token_indices": [3]}, {"modules_to_save": ["lm_head"]}):
-        with pytest.raises(ValueError, match=f"peft_config: {next(iter(setting))}=.*only LoRA matrices"):
+    for setting in ({"trainable_token_indices": [3]}, {"ensure_weight_tying": True}):
+        with pytest.raises(ValueError, match=f"peft_config: {next(iter(setting))}=.*not supported"):
             make_trainer(base, tmp_path, processing_class=tokenizer, peft_config=LoraConfig(**setting))
     for model, peft_config in ((base, config), (get_peft_model(base, config), None)):
         with pytest.raises(ValueError, match="PromptTuningConfig, and only a LoRA"):

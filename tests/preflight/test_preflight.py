@@ -406,6 +406,10 @@ def test_only_what_will_not_change_is_kept(monkeypatch, tmp_path, error, compila
         (["--topology", "v5e:3x4"], "topology='v5e:3x4'"),
         (["--topology", "v5e:2x4", "--json", "/no/such/folder/plan.json"], "json='/no/such/folder/plan.json'"),
         (["--topology", "v5e:2x4", "--use_grpo", "--mesh_shape", "2,2"], "meshes of as many: 8,1 4,2 2,4 1,8"),
+        (
+            ["--topology", "v5e:1x1", "--use_grpo", "--lora_rank", "0"],
+            "lora_rank=0: only training of a LoRA is planned",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, message):

@@ -46,6 +46,7 @@ CASES = {
     "token_mean": {"loss_aggregation": "token-mean", "micro_batch_size": 1, "num_iterations": 2},
     "accumulated": {"gradient_accumulation_steps": 2, "micro_batch_size": 4},
     "streamed": {},
+    "whole": {"sync_ref_model": True, "ref_model_sync_steps": 2},
     "sft": {"use_grpo": False, "eval_strategy": "steps", "eval_steps": 2, "generation_max_length": 64},
     "pairs": {"use_grpo": False, "eval_strategy": "steps", "eval_steps": 2, "preference_loss": "dpo"},
 }
@@ -66,7 +67,7 @@ for case, settings in CASES.items():
         functions = None
         for i, row in enumerate(rows + eval_rows):
             row |= {"chosen": "so " * (i % 3) + row["answer"], "rejected": "no" * (1 + i % 4)}
-    trainer = TunixTrainer(folder, functions, args, rows, eval_rows, callbacks=[Recorder()])
+    trainer = TunixTrainer(folder, functions, args, rows, eval_rows, callbacks=[Recorder()], full=case == "whole")
     gradients, completions = [], []
     sample = trainer.sample_completions_for_prompts
     def recording_sample(prompts):
@@ -84,7 +85,7 @@ for case, settings in CASES.items():
     if together.index() == 0:
         torch.save(result, f"{root}/{case}.pt")
 """
-CASES = ("grpo", "resumed", "token_mean", "accumulated", "streamed", "sft", "pairs")
+CASES = ("grpo", "resumed", "token_mean", "accumulated", "streamed", "whole", "sft", "pairs")
 
 
 @pytest.fixture(scope="module")

@@ -23,41 +23,31 @@ from ..data.rows import Row
 from ..learn.entropy import EntropyControl
 from ..learn.finite import check_finite, check_gradient_norm
 from ..learn.pairs import learn_given_rows, pair_metrics
-from ..model.adapter import (
-    REFERENCE_FILE,
-    adapter_weights,
-    changes_nothing,
-    embedding_weights,
-    load_reference,
-    save_adapter,
-    save_reference,
-)
-from ..model.checks import check_reference, has_dropout, remove_dropout
+from ..model.adapter import REFERENCE_FILE, load_reference, save_reference
+from ..model.checks import has_dropout, remove_dropout
 from ..model.forward import recompute_layers, reference_policy
-from ..model.policy import Policy
+from ..model.policies import Policy, like, mix
 from ..runtime import device, together
 from ..runtime.profiling import ProfileStep
-from .files import STATE_FILE, check_same_scale, digest_of_files, is_finished
-from .resuming import EarlyStoppingCallback, EndGraphWithOptimizer, OwnIntervals
+from .files import STATE_FILE, digest_of_files, is_finished
+from .resuming import EarlyStoppingCallback, EndGraphWithOptimizer, OwnIntervals, SyncReference
 from .waiting import WaitingBatch, load_waiting, save_waiting
 
 logger = logging.getLogger(__name__)
 
 
 class AdapterTrainer(Trainer):
-    """A `transformers.Trainer` that trains the LoRA of a policy and nothing else, and writes it in PEFT's layout.
+    """A `transformers.Trainer` that trains what a policy says and nothing else, and writes it in the policy's layout.
 
-    When a run begins, the trainer keeps two things that must not change until it ends. One is a number for each frozen
-    weight, by which a change would be noticed. The other is the reference policy: the model without its adapter where
-    that is the policy with which the run begins, otherwise a copy of the adapter's matrices. Checkpoints hold the copy.
+    When a run begins, the trainer keeps two things. One is a number for each frozen weight, by which a change would be
+    noticed. The other is the reference policy: the model without its adapter where that is the policy with which the
+    run begins, otherwise a copy of the weights that learn. With `sync_ref_model` it is always a copy, which moves
+    towards the policy now and then. Checkpoints hold the copy.
 
     Args:
         policy: what `make_policy` returns.
         callbacks: those of the user. The callbacks that every run needs are added.
         others: further arguments of `transformers.Trainer`.
-
-    Raises:
-        ValueError: the base model shall be the reference, but the initialisation of the LoRA has changed its weights.
     """
 
     def __init__(
@@ -66,15 +56,15 @@ class AdapterTrainer(Trainer):
         self.policy = policy
         if args.disable_dropout:
             remove_dropout(policy.model)
-        if args.needs_reference:
-            check_reference(args.reference, policy.model.peft_config[policy.adapter])
         early_stopping = (
             [] if args.early_stopping_patience is None else [EarlyStoppingCallback(args.early_stopping_patience)]
         )
         profiling = [] if args.profile_step is None else [ProfileStep(args.profile_step)]
-        own = [OwnIntervals(), *(callbacks or []), *early_stopping, *profiling, EndGraphWithOptimizer()]
+        syncing = [SyncReference(self.sync_reference, args.ref_model_sync_steps)] if args.sync_ref_model else []
+        own = [OwnIntervals(), *syncing, *(callbacks or []), *early_stopping, *profiling, EndGraphWithOptimizer()]
         super().__init__(model=policy.model, args=args, callbacks=own, **others)
-        self._given_reference = self._adapter_now() if args.reference == "start" and args.needs_reference else None
+        # For checkpoints that have lost their reference.
+        self._given_reference = self._start() if policy.has_base and not args.sync_ref_model else None
         self._frozen: dict[str, float] | None = None  # a number for each frozen weight, once the run has begun
         self._step_inputs: list[dict[str, Any]] = []  # the batches that the optimizer step learns from
         # The inputs of all steps that share the newest rollout, and of those of them that have not begun.
@@ -84,10 +74,13 @@ class AdapterTrainer(Trainer):
         self._waiting: list[WaitingBatch] = []
         self._metrics: dict[str, list[float]] = defaultdict(list)  # since the last log
 
-    def _adapter_now(self) -> dict[str, Tensor] | None:
-        """A copy of the adapter's matrices; None where the model computes the same without them."""
-        weights = adapter_weights(self.model, self.policy.adapter)
-        return None if changes_nothing(weights) else {name: w.detach().clone() for name, w in weights.items()}
+    def _start(self) -> dict[str, Tensor] | None:
+        """A copy of the policy as it is, for the reference; None where the reference is the model without its adapter,
+        or there is none."""
+        args = self.args
+        if not args.needs_reference or args.reference == "base" or (self.policy.is_base() and not args.sync_ref_model):
+            return None
+        return self.policy.copy()
 
     # ---- the beginning of a run ----
 
@@ -95,16 +88,16 @@ class AdapterTrainer(Trainer):
         """Keep what must not change during the run. A resumed run finds its reference policy in the checkpoint."""
         self._frozen = self._sums_of_frozen()
         self._ahead, self._waiting = [], [] if checkpoint is None else load_waiting(checkpoint, self.args.device)
-        now = self._adapter_now()
-        self.reference: dict[str, Tensor] | None = None  # None: the model without its adapter
-        if checkpoint is not None:
-            self.reference = self._reference_of(checkpoint)
-        elif self.args.reference == "start" and self.args.needs_reference:
-            self.reference = now
+        # None: the model without its adapter, or there is no reference.
+        self.reference: dict[str, Tensor] | None = (
+            self._start() if checkpoint is None else self._reference_of(checkpoint)
+        )
+        self.starts_at_reference = self.reference is not None or self.policy.is_base()
         self.entropy = EntropyControl(self.args)
         if checkpoint is not None:
             self.entropy.load(checkpoint)
-        self.starts_at_reference = now is None or self.reference is not None
+        if self.args.sync_ref_model:
+            self._mixed()  # so that it is compiled before the first step
         self.has_dropout = has_dropout(self.model)
 
     def begin_run_if_needed(self) -> None:
@@ -119,28 +112,48 @@ class AdapterTrainer(Trainer):
 
     def _sums_of_frozen(self) -> dict[str, float]:
         """The sum of absolute values of each frozen weight. It changes when the weight does."""
-        names = self._frozen or [name for name, p in self.model.named_parameters() if not p.requires_grad]
         weights = dict(self.model.named_parameters())
+        names = list(self.policy.frozen() if self._frozen is None else self._frozen)
+        if not names:
+            return {}
         with torch.no_grad():
             numbers = torch.stack([weights[name].float().abs().sum() for name in names]).tolist()
         return dict(zip(names, numbers, strict=True))
 
     def _reference_of(self, checkpoint: str) -> dict[str, Tensor] | None:
-        """The reference policy of the run that left a checkpoint; None: the model without its adapter."""
-        reference = load_reference(checkpoint, self.args.device)
-        weights = adapter_weights(self.model, self.policy.adapter)
-        if reference is not None and reference.keys() != weights.keys():
+        """The reference policy of the run that left a checkpoint; None: the model without its adapter, or none."""
+        if not self.args.needs_reference:
+            return None
+        reference, weights = load_reference(checkpoint, self.args.device), self.policy.weights()
+        given = f"resume_from_checkpoint={checkpoint!r}"
+        if reference is None:
+            if not self.policy.has_base or self.args.sync_ref_model:
+                raise ValueError(f"{given}: it has no {REFERENCE_FILE}, and nothing else says what the reference was")
+            if self._given_reference is not None:
+                logger.warning(
+                    "%s has no %s, so the reference policy is the adapter that the model was given with",
+                    checkpoint,
+                    REFERENCE_FILE,
+                )
+            return self._given_reference
+        if reference.keys() != weights.keys():
             raise ValueError(
-                f"resume_from_checkpoint={checkpoint!r}: its reference policy has other matrices than this LoRA, such "
-                f"as {min(reference.keys() ^ weights.keys())}; give the model that the run began with"
+                f"{given}: its reference policy has other matrices than this model, such as "
+                f"{min(reference.keys() ^ weights.keys())}; give the model that the run began with"
             )
-        if reference is None and self._given_reference is not None:
-            logger.warning(
-                "%s has no %s, so the reference policy is the adapter that the model was given with",
-                checkpoint,
-                REFERENCE_FILE,
-            )
-        return self._given_reference if reference is None else reference
+        return {name: like(weight, weights[name]) for name, weight in reference.items()}
+
+    def sync_reference(self) -> None:
+        """Move the reference policy towards the policy, as `sync_ref_model` says."""
+        self.begin_run_if_needed()
+        self.reference = self._mixed()
+
+    def _mixed(self) -> dict[str, Tensor]:
+        """The reference after a step towards the policy. It is a graph of its own, the same each time."""
+        device.sync()
+        mixed = mix(self.reference, self.policy, self.args.ref_model_mixup_alpha)
+        device.sync()
+        return mixed
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         checkpoint = kwargs.get("resume_from_checkpoint")
@@ -300,21 +313,19 @@ class AdapterTrainer(Trainer):
     # ---- files ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter in PEFT's layout, and the tokenizer. The weights stay on the device.
+        """Write what the policy saves, and the tokenizer. The weights stay on the device.
 
         All hosts of a mesh take part in copying the weights to the CPU, though only the first host writes files.
         """
         frozen = self._frozen
-        assert frozen is None or self._sums_of_frozen() == frozen, "frozen weights changed: only the LoRA may learn"
+        same = frozen is None or self._sums_of_frozen() == frozen
+        assert same, f"frozen weights changed: only {self.policy.learns} may learn"
         self.put_optimizer("eval")
-        weights = adapter_weights(self.model, self.policy.adapter)
-        if self.policy.has_new_embeddings:
-            weights |= embedding_weights(self.model)
-        weights = {name: weight.detach().cpu() for name, weight in weights.items()}
+        weights = {name: weight.detach().cpu() for name, weight in self.policy.to_save().items()}
         check_finite(weights, f"step {self.state.global_step}")
         if self.args.should_save:
             output_dir = output_dir or self.args.output_dir
-            save_adapter(self.model, self.policy.adapter, weights, output_dir, self.policy.has_new_embeddings)
+            self.policy.save(weights, output_dir)
             self.processing_class.save_pretrained(output_dir)
         if _internal_call and frozen is not None and self.reference is not None:  # a checkpoint
             reference = {name: weight.cpu() for name, weight in self.reference.items()}
@@ -343,8 +354,19 @@ class AdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         together.check_same(lambda: {f"files in {resume_from_checkpoint}": digest_of_files(resume_from_checkpoint)})
-        check_same_scale(self.model.peft_config[self.policy.adapter], resume_from_checkpoint)
-        learning = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for name, parameter in self.model.named_parameters():  # PEFT lets all matrices learn that it loads
-            parameter.requires_grad_(learning[name])
+        if not Path(resume_from_checkpoint).is_dir():
+            raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r}: no such folder")
+        self.policy.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        logger.info("Loading the best model, %s", self.state.best_model_checkpoint)
+        self.policy.load(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load what `_save_optimizer_and_scheduler` wrote. On a mesh moments are split as their weights are."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            for weight, state in self.optimizer.state.items():
+                for moment in state.values():
+                    if isinstance(moment, Tensor) and moment.shape == weight.shape:
+                        like(moment, weight)

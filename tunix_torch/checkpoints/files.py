@@ -3,19 +3,25 @@
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
-from peft import LoraConfig, PeftConfig
-
 STATE_FILE = "trainer_state.json"
-# The files that a run writes after its last step. It writes the state after the others.
-FINAL_FILES = ("adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json", STATE_FILE)
+# The files of what is saved: those of an adapter, of a whole model, or of one whose weights lie in several files.
+LAYOUTS = (
+    ("adapter_config.json", "adapter_model.safetensors"),
+    ("config.json", "model.safetensors"),
+    ("config.json", "model.safetensors.index.json"),
+)
+
+
+def _has_all(folder: Path, names: Iterable[str]) -> bool:
+    return all((folder / name).is_file() for name in names)
 
 
 def is_whole(folder: Path) -> bool:
     """True when a checkpoint was written to its end: the trainer's state, which is written last, can be read."""
-    needed = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
-    if not all((folder / name).is_file() for name in needed):
+    if not any(_has_all(folder, (*layout, "optimizer.pt", "scheduler.pt")) for layout in LAYOUTS):
         return False
     try:
         json.loads((folder / STATE_FILE).read_text())
@@ -35,8 +41,8 @@ def newest_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def has_final_files(output_dir: str | Path) -> bool:
-    """Whether a run wrote its final adapter there."""
-    return all((Path(output_dir) / name).is_file() for name in FINAL_FILES)
+    """Whether a run wrote what it has trained there, and after that its state."""
+    return any(_has_all(Path(output_dir), (*layout, "tokenizer_config.json", STATE_FILE)) for layout in LAYOUTS)
 
 
 def is_finished(folder: str | Path, num_steps: int, patience: int | None = None) -> bool:
@@ -51,21 +57,6 @@ def is_finished(folder: str | Path, num_steps: int, patience: int | None = None)
     stopping = stopping if isinstance(stopping, list) else [stopping]
     waited = max((callback["attributes"]["early_stopping_patience_counter"] for callback in stopping), default=0)
     return state["global_step"] >= num_steps or waited >= (math.inf if patience is None else patience)
-
-
-def check_same_scale(adapter: LoraConfig, folder: str | Path) -> None:
-    """See that the weights of a checkpoint's LoRA mean the same in a model with this LoRA.
-
-    Raises:
-        ValueError: they would be scaled by another factor.
-    """
-    if not (Path(folder) / "adapter_config.json").is_file():
-        return
-    saved = PeftConfig.from_pretrained(str(folder))
-    for name in ("r", "lora_alpha", "use_rslora"):
-        given, there = getattr(adapter, name), getattr(saved, name, None)
-        if given != there:
-            raise ValueError(f"{name}={given!r}: the LoRA in {folder} has {there!r}; give that")
 
 
 def digest_of_files(folder: str | Path) -> str:

@@ -1,5 +1,6 @@
 """Callbacks that every run has. They make a resumed run follow its own settings, not those in its checkpoint."""
 
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -15,6 +16,22 @@ class EndGraphWithOptimizer(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         device.sync()
+
+
+class SyncReference(TrainerCallback):
+    """Moves the reference policy after every so many optimizer steps, before a checkpoint of the same step is saved.
+
+    Args:
+        sync: moves it.
+        interval: optimizer steps.
+    """
+
+    def __init__(self, sync: Callable[[], None], interval: int) -> None:
+        self.sync, self.interval = sync, interval
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.interval == 0:
+            self.sync()
 
 
 class OwnIntervals(TrainerCallback):

@@ -39,6 +39,7 @@ COUNTS = (
     "gradient_accumulation_steps",
     "early_stopping_patience",
     "profile_step",
+    "ref_model_sync_steps",
 )
 NOT_NEGATIVE = (
     "generation_top_k",
@@ -90,6 +91,7 @@ BOUNDS = (
     Bound(("top_entropy_quantile",), lambda v: 0 <= v <= 1, "must be in [0, 1]"),
     Bound(("label_smoothing",), lambda v: 0 <= v < 0.5, "must be in [0, 0.5)"),
     Bound(("epsilon_c",), lambda v: v > 1, "must be above 1"),
+    Bound(("ref_model_mixup_alpha",), lambda v: 0 <= v <= 1, "must be in [0, 1]"),
     Bound(("adam_beta1", "adam_beta2"), lambda v: 0 <= v < 1, "must be in [0, 1)"),
 )
 
@@ -174,6 +176,7 @@ def check_values(args: "GRPOConfig") -> None:
     check_loss(args)
     _check_preferences(args)
     _check_teacher(args)
+    _check_reference(args)
     _check_left_out(args)
 
 
@@ -252,6 +255,22 @@ def _check_teacher(args: "GRPOConfig") -> None:
     require(penalty in (0.0, type(args).kl_penalty_coef), "kl_penalty_coef", penalty, hint)
     kept = args.save_batches
     require(not kept, "save_batches", kept, "a record has no teacher to be replayed with; leave it at 0")
+
+
+def _check_reference(args: "GRPOConfig") -> None:
+    """Check that a reference policy that moves exists, and that nothing needs it to stay."""
+    for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+        value = getattr(args, name)
+        hint = "has an effect with sync_ref_model=True only"
+        require(args.sync_ref_model or value == getattr(type(args), name), name, value, hint)
+    if not args.sync_ref_model:
+        return
+    hint = "there is no reference policy without a KL penalty; set kl_penalty_coef (beta), or leave it out"
+    require(args.beta > 0 and args.use_grpo, "sync_ref_model", True, hint)
+    hint = "the reference moves, so it can't stay the base; leave reference out"
+    require(args.reference != "base", "sync_ref_model", True, hint)
+    hint = "records are replayed with the base model as the reference; leave save_batches out"
+    require(not args.save_batches, "sync_ref_model", True, hint)
 
 
 def _check_left_out(args: "GRPOConfig") -> None:

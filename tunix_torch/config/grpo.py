@@ -126,6 +126,11 @@ class GRPOConfig(TrainingArguments):
         "the reference policy: start, the policy as this run starts (a new LoRA: the base model), or base, the model "
         "without its adapter",
     )
+    sync_ref_model: bool = setting(False, "move the reference policy towards the policy every ref_model_sync_steps")
+    ref_model_mixup_alpha: float = setting(
+        0.6, "the reference becomes alpha * policy + (1 - alpha) * reference, weight by weight; needs sync_ref_model"
+    )
+    ref_model_sync_steps: int = setting(512, "optimizer steps between two such moves; needs sync_ref_model")
     kl_penalty_coef: float = setting(0.01, "weight of the KL penalty; 0: no reference is computed (also beta, kl_coef)")
     kl_estimator: str = setting("k3", "k1 (Tunix 'kl'), k2 ('mse_kl') or k3 ('low_var_kl')")
     kl_clamp_value: float | None = setting(None, "limit the KL estimate of a token to this absolute value")

@@ -1,4 +1,4 @@
-"""`ModelConfig`: which model is trained, the LoRA on it, and the mesh of devices that share it."""
+"""`ModelConfig`: which model is trained, the LoRA on it or none, and the mesh of devices that share it."""
 
 from dataclasses import dataclass
 
@@ -22,9 +22,9 @@ class ModelConfig:
     model_name: str = setting(TINY_NAME, "a Hugging Face model: hub id or folder; 'tiny' is made here, offline")
     model_size: str | None = setting(None, "a Gemma 3 by its size, instead of model_name: " + ", ".join(GEMMA3_SIZES))
     model_dtype: str = setting(
-        "auto", "of the base weights: auto (bfloat16 on TPU and CUDA, else float32), float32, bfloat16"
+        "auto", "of the base weights: auto (bfloat16 on TPU and CUDA with a LoRA, else float32), float32, bfloat16"
     )
-    lora_rank: int = setting(16, "rank of the LoRA matrices")
+    lora_rank: int = setting(16, "rank of the LoRA matrices; 0: no LoRA, all weights are trained, in float32")
     lora_alpha: float = setting(32.0, "the LoRA's output is scaled by lora_alpha / lora_rank")
     lora_dropout: float = setting(0.0, "dropout on the LoRA's input while learning")
     mesh_shape: str | None = setting(None, "devices along each axis of the mesh, such as 2,4; none: one device")
@@ -41,7 +41,13 @@ class ModelConfig:
             require(self.model_name in (type(self).model_name, name), "model_name", self.model_name, hint)
             self.model_name = name
         require(self.model_dtype in DTYPES, "model_dtype", self.model_dtype, f"choose one of {', '.join(DTYPES)}")
-        require(self.lora_rank >= 1, "lora_rank", self.lora_rank, "must be at least 1")
+        require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "must be at least 1, or 0: all weights are trained")
+        if self.trains_all:
+            hint = "with lora_rank=0 all weights are trained, which needs float32; leave it out"
+            require(self.model_dtype != "bfloat16", "model_dtype", self.model_dtype, hint)
+            require(
+                self.lora_dropout == 0, "lora_dropout", self.lora_dropout, "lora_rank=0 means no LoRA; leave it out"
+            )
         require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "must be above 0")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "must be in [0, 1)")
 
@@ -56,6 +62,11 @@ class ModelConfig:
             hint = f"the adapter that is trained further, {self.model_name}, has {there!r}; give that, or leave it out"
             require(given in (default, there), name, given, hint)
             setattr(self, name, there)
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights of the text model are trained, without a LoRA."""
+        return self.lora_rank == 0
 
     @property
     def mesh(self) -> tuple[tuple[int, ...], tuple[str, ...]] | None:

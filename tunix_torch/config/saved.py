@@ -12,6 +12,8 @@ from .grpo import GRPOConfig
 from .model import ModelConfig
 
 CONFIG_FILE = "config.json"
+# Where a run that trains a whole model keeps its settings, since `config.json` is that of the model.
+WHOLE_CONFIG_FILE = "run_config.json"
 
 # Fields of transformers.TrainingArguments that people set; all fields of our own come on top.
 COMMON_FIELDS = (
@@ -158,6 +160,12 @@ def settings_of(*configs: Any) -> dict[str, Any]:
     return settings
 
 
+def config_file(folder: str | Path) -> Path:
+    """The file in a run's folder that holds its settings. It need not be there."""
+    whole = Path(folder) / WHOLE_CONFIG_FILE
+    return whole if whole.is_file() else Path(folder) / CONFIG_FILE
+
+
 def save_config(settings: dict[str, Any], path: str | Path) -> None:
     Path(path).write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -170,7 +178,7 @@ def check_same_run(settings: dict[str, Any], checkpoint: str | Path) -> None:
     Raises:
         ValueError: a setting differs.
     """
-    path = Path(checkpoint).parent / CONFIG_FILE
+    path = config_file(Path(checkpoint).parent)
     if not path.is_file():  # `train` did not start this run
         return
     fields = [field for config in (ModelConfig, DataConfig, GRPOConfig) for field in dataclasses.fields(config)]
@@ -183,5 +191,5 @@ def check_same_run(settings: dict[str, Any], checkpoint: str | Path) -> None:
             raise ValueError(
                 f"{name}={now[name]!r}: the run that would be resumed from {checkpoint} has {earlier[name]!r}; "
                 "give that, or begin a new run with resume_from_checkpoint=false (and "
-                f"model_name={checkpoint} to train this adapter further)"
+                f"model_name={checkpoint} to train it further)"
             )

@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 
 from .. import GRPOConfig, ModelConfig, load_tokenizer
 from ..config.files import load_config
+from ..config.saved import config_file
 from ..learn.record import FOLDER, StepRecord
 from ..model.loading import base_model_name, eos_token_ids, load_base_model, resolve_model_name
 from . import tunix_side
@@ -31,7 +32,7 @@ def load_run(output_dir: Path) -> tuple[ModelConfig, GRPOConfig, dict[int, StepR
     Raises:
         ValueError: the folder is not that of a run, it has no recorded steps, or they cannot be replayed exactly.
     """
-    config, run = output_dir / "config.json", f"from_run={str(output_dir)!r}"
+    config, run = config_file(output_dir), f"from_run={str(output_dir)!r}"
     if not config.is_file():
         raise ValueError(f"{run}: no config.json there, so it is not an output_dir of train.py")
     settings = load_config(config) | {"device": "auto", "report_to": "none"}
@@ -40,6 +41,8 @@ def load_run(output_dir: Path) -> tuple[ModelConfig, GRPOConfig, dict[int, StepR
         return {field.name: settings[field.name] for field in dataclasses.fields(cls) if field.name in settings}
 
     model_config, args = ModelConfig(**pick(ModelConfig)), GRPOConfig(**pick(GRPOConfig))
+    if model_config.trains_all:
+        raise ValueError(f"{run}: it trained all weights, and only steps of a LoRA are replayed")
     files = sorted((output_dir / FOLDER).glob("step-*.safetensors"))
     if not files:
         raise ValueError(f"{run}: no recorded steps; run train.py with --save_batches 3")

@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..model.adapter import adapter_weights
 from ..model.forward import base_model
-from ..model.policy import Policy
+from ..model.policies import Policy
 from .finite import check_finite
 
 
@@ -40,7 +39,7 @@ def check_first_pass(
     broken = _broken_invariant(parts, first, exact, at_reference, dropout)
     if broken is None:
         return
-    check_finite(adapter_weights(policy.model, policy.adapter), f"step {step}")
+    check_finite(policy.weights(), f"step {step}")
     check_finite({"a log-probability": torch.cat([part["logps"] for part in parts])}, f"step {step}")
     message, row = broken
     raise AssertionError(f"{message}; {describe_row(row)}")

@@ -5,13 +5,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from .forward import adapters_in_use, base_model
+from .forward import adapters_in_use, base_model, own_layer
 
 REFERENCE_FILE = "reference.safetensors"  # in a checkpoint: the adapter of the reference policy, if it has one
 ROWS_AT_ONCE = 2**14  # of embeddings that are compared at a time
@@ -41,11 +42,16 @@ def choose_adapter(model: PeftModel) -> str:
 
 
 def adapter_weights(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """The matrices of an adapter by their parameter names. Frozen matrices are among them."""
+    """The weights of an adapter by their parameter names. Frozen ones are among them.
 
-    def belongs(name: str) -> bool:  # "...q_proj.lora_A.default.weight", "...lora_embedding_B.default"
+    They are its matrices, the magnitudes of DoRA, and the copies of the layers that `modules_to_save` names.
+    """
+
+    # "...q_proj.lora_A.default.weight", "...lora_embedding_B.default", "...lm_head.modules_to_save.default.weight"
+    def belongs(name: str) -> bool:
         parts = name.split(".")
-        return any(part.startswith("lora_") and after == adapter for part, after in zip(parts, parts[1:], strict=False))
+        pairs = zip(parts, parts[1:], strict=False)
+        return any(part.startswith(("lora_", "modules_to_save")) and after == adapter for part, after in pairs)
 
     return {name: parameter for name, parameter in model.named_parameters() if belongs(name)}
 
@@ -62,22 +68,79 @@ def make_trainable(weights: dict[str, nn.Parameter]) -> None:
 
 
 def changes_nothing(weights: dict[str, nn.Parameter]) -> bool:
-    """Whether the model computes the same with these matrices as without them: all B are 0, or all A are.
+    """Whether a LoRA's matrices add nothing to the weights of the model: in every layer B is 0, or A is.
 
     Absolute values are summed, since the hosts of a mesh can't reduce booleans together on the CPU.
     """
-    sides = ([w for name, w in weights.items() if f"lora_{s}" in name or f"embedding_{s}" in name] for s in "BA")
-    return any(all(float(weight.detach().abs().sum()) == 0 for weight in side) for side in sides)
+    matrices = {n: w for n, w in weights.items() if ".lora_" in n and ".lora_magnitude_vector" not in n}
+    if not matrices:
+        return True
+    sums = torch.stack([weight.detach().abs().sum() for weight in matrices.values()]).tolist()
+    of_layer: dict[str, list[float]] = {}  # the sums of a layer's two matrices
+    for name, total in zip(matrices, sums, strict=True):
+        of_layer.setdefault(name.partition(".lora_")[0], []).append(total)
+    return all(0 in totals for totals in of_layer.values())
+
+
+def acts_as_base(model: nn.Module, adapter: str) -> bool:
+    """Whether the model computes the same with an adapter as without it, up to rounding.
+
+    Its matrices add nothing, its copies of layers equal these layers, and with DoRA the magnitudes are the norms of the
+    weights.
+    """
+    if not changes_nothing(adapter_weights(model, adapter)):
+        return False
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+            pairs = zip(module.original_module.parameters(), module.modules_to_save[adapter].parameters(), strict=True)
+            if any(_distance(old, new) > 0 for old, new in pairs):
+                return False
+        elif adapter in getattr(module, "lora_magnitude_vector", {}):
+            magnitude, weight = module.lora_magnitude_vector[adapter].weight, module.get_base_layer().weight
+            if not isinstance(module.get_base_layer(), nn.Linear):
+                return False  # then a copy of the adapter is the reference, which is right too
+            norms = torch.linalg.norm(weight.detach().float(), dim=1)
+            if _distance(norms, magnitude) > 1e-5 * float(norms.sum()):
+                return False
+    return True
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """The sum of absolute differences."""
+    return float((one.detach().float() - other.detach().float()).abs().sum())
 
 
 # ---- files ----
 
 
+def check_same_lora(adapter: LoraConfig, folder: str | Path) -> None:
+    """See that the weights of a checkpoint's LoRA mean the same in a model with this LoRA.
+
+    Raises:
+        ValueError: they would be scaled by another factor, or belong to another kind of LoRA.
+    """
+    if not (Path(folder) / "adapter_config.json").is_file():
+        return
+    saved = PeftConfig.from_pretrained(str(folder))
+    for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        given, there = getattr(adapter, name), getattr(saved, name, None)
+        if given != there:
+            raise ValueError(f"{name}={given!r}: the LoRA in {folder} has {there!r}; give that")
+
+
 def embedding_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights of the embeddings by parameter name, and those of the head where it is not tied to them."""
     base = base_model(model)
-    places = {id(layer.weight) for layer in (base.get_input_embeddings(), base.get_output_embeddings())}
+    layers = (own_layer(base.get_input_embeddings()), own_layer(base.get_output_embeddings()))
+    places = {id(layer.weight) for layer in layers}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in places}
+
+
+def copied_embeddings(model: nn.Module) -> tuple[bool, bool]:
+    """Whether the embeddings and the head are among `modules_to_save`, so that copies of them learn."""
+    base = base_model(model)
+    layers = base.get_input_embeddings(), base.get_output_embeddings()
+    return tuple(isinstance(layer, ModulesToSaveWrapper) for layer in layers)
 
 
 def has_new_embeddings(model: nn.Module) -> bool:
@@ -86,7 +149,7 @@ def has_new_embeddings(model: nn.Module) -> bool:
     Where neither the folder nor a copy in the hub's cache is on this machine, they count as unchanged.
     """
     base = base_model(model)
-    embeddings = base.get_input_embeddings().weight.detach()
+    embeddings = own_layer(base.get_input_embeddings()).weight.detach()
     place = next(name for name, layer in base.named_modules() if layer is base.get_input_embeddings())
     for file in _weight_files(base.name_or_path):
         with safe_open(file, framework="pt") as weights:

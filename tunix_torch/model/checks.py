@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from .adapter import copied_embeddings
 from .attention import attention_masks
 from .forward import base_model, logits, text_config
 from .loading import eos_token_ids
@@ -31,11 +32,12 @@ def check_peft_config(config: PeftConfig | None) -> None:
         return
     if not isinstance(config, LoraConfig):
         raise ValueError(f"peft_config: a {type(config).__name__}, and only a LoRA can be trained; give a LoraConfig")
-    for name in ("modules_to_save", "trainable_token_indices"):
+    for name, instead in (
+        ("trainable_token_indices", "name the embeddings in modules_to_save, and all of their rows learn"),
+        ("ensure_weight_tying", "copies of tied layers learn apart here; leave it out"),
+    ):
         if getattr(config, name):
-            raise ValueError(
-                f"peft_config: {name}={getattr(config, name)!r}: only LoRA matrices can be trained; leave it out"
-            )
+            raise ValueError(f"peft_config: {name}={getattr(config, name)!r}: not supported; {instead}")
     init = config.init_lora_weights
     if init not in (*KEEPS_BASE, *CHANGES_BASE_AGAIN):
         raise ValueError(
@@ -44,18 +46,37 @@ def check_peft_config(config: PeftConfig | None) -> None:
         )
 
 
-def check_reference(reference: str, config: LoraConfig) -> None:
-    """See that the base model can be the reference policy.
+def check_directions(weights: dict[str, nn.Parameter]) -> None:
+    """See that DoRA can divide the rows of the weights by their norms.
 
     Raises:
-        ValueError: `reference` is "base", and the initialisation of the LoRA has changed the base weights.
+        ValueError: a row is 0, as the embedding of a padding token often is.
     """
-    init = config.init_lora_weights
-    if reference == "base" and init not in KEEPS_BASE:
-        raise ValueError(
-            f"reference='base': init_lora_weights={init!r} has changed the base weights, so the model without its "
-            "adapter is not the base model; leave reference out"
-        )
+    for name, weight in weights.items():
+        layer, is_magnitude, _ = name.partition(".lora_magnitude_vector")
+        if is_magnitude and float(weight.detach().abs().min()) == 0:
+            raise ValueError(
+                f"peft_config: use_dora=True: {layer} has a row of zeros, which has no direction; leave it out of "
+                "target_modules"
+            )
+
+
+def check_modules_to_save(model: PeftModel, config: LoraConfig, new_embeddings: bool) -> None:
+    """See that the copies of layers that learn beside the LoRA can learn, and be saved.
+
+    Args:
+        new_embeddings: the embeddings are not those in the base model's folder.
+
+    Raises:
+        ValueError: the base weights are not float32, which the copies are; or new embeddings could not be saved.
+    """
+    if not config.modules_to_save:
+        return
+    given, dtype = f"peft_config: modules_to_save={sorted(config.modules_to_save)!r}", base_model(model).dtype
+    if dtype != torch.float32:
+        raise ValueError(f"{given}: the copies learn in float32, and the base weights are {dtype}; load these so too")
+    if new_embeddings and any(copied_embeddings(model)) and not all(copied_embeddings(model)):
+        raise ValueError(f"{given}: the embeddings were resized or set, so name both them and the head, or neither")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -19,6 +20,13 @@ from .caches import PrefixCache
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face model without PEFT's wrapper. It still holds the layers of the adapters."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def own_layer(layer: nn.Module) -> nn.Module:
+    """The layer of the model itself that PEFT has wrapped, for a LoRA or for a copy that learns; else the layer."""
+    if isinstance(layer, AuxiliaryTrainingWrapper):
+        return layer.original_module
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
 def adapters_in_use(model: nn.Module) -> tuple[str, ...]:
@@ -64,9 +72,11 @@ def reference_policy(model: nn.Module, start: dict[str, Tensor] | None = None) -
     """Within this context the model is the reference policy, without gradient.
 
     Args:
-        start: the adapter's matrices by parameter name, as they were when the run began; None: the adapter is off.
+        start: the values of the weights that learn, by parameter name, as they were when the run began; None: the
+            adapter is off.
     """
-    assert isinstance(model, PeftModel), "the reference policy is the model without its adapter, and there is none"
+    has_reference = start or isinstance(model, PeftModel)
+    assert has_reference, "the reference policy is the model without its adapter, and there is none"
     parameters = dict(model.named_parameters())
     learning = {name: parameter.requires_grad for name, parameter in parameters.items()}
     now = {name: parameters[name].data for name in start or {}}

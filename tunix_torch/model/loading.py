@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -20,14 +19,14 @@ from ..config.model import ModelConfig
 from ..runtime import device, mesh
 from ..runtime.sharding import shard_model
 from . import tiny
-from .forward import base_model
+from .forward import base_model, own_layer
 
 logger = logging.getLogger(__name__)
 
 TESTED_MODEL_TYPES = ("gemma2", "gemma3_text", "gemma3", "gemma4_text", "gemma4", "llama", "qwen3")
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # The parts of models that also see or hear, which do not run on text.
-LORA_EXCLUDED = r".*(vision_tower|audio_tower|multi_modal_projector).*"
+NOT_TEXT = r".*(vision_tower|audio_tower|multi_modal_projector).*"
 
 
 def default_dtype() -> torch.dtype:
@@ -178,8 +177,8 @@ def _resize_embeddings(base: PreTrainedModel, saved: dict[str, int]) -> None:
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Put a new LoRA on a model. It is float32 whatever the base weights are, and at first changes nothing (B = 0)."""
-    if config.exclude_modules is None and any(re.fullmatch(LORA_EXCLUDED, name) for name, _ in model.named_modules()):
-        config = dataclasses.replace(config, exclude_modules=LORA_EXCLUDED)
+    if config.exclude_modules is None and any(re.fullmatch(NOT_TEXT, name) for name, _ in model.named_modules()):
+        config = dataclasses.replace(config, exclude_modules=NOT_TEXT)
     return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 
@@ -199,9 +198,9 @@ def place(model: nn.Module) -> nn.Module:
 
 
 def _tie_embeddings(base: PreTrainedModel) -> None:
-    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
-    if isinstance(head, BaseTunerLayer):  # Transformers can't tie what PEFT has wrapped
-        head.get_base_layer().weight = embeddings.weight
-    else:
+    head, embeddings = own_layer(base.get_output_embeddings()), own_layer(base.get_input_embeddings())
+    if head is base.get_output_embeddings() and embeddings is base.get_input_embeddings():
         base.tie_weights()
+    else:  # Transformers can't tie what PEFT has wrapped
+        head.weight = embeddings.weight
     assert head.weight is embeddings.weight, "embeddings came untied"

@@ -272,7 +272,7 @@ def job_of(argv: Sequence[str], topology: Topology, any_mesh: bool = False) -> J
 
     Raises:
         ValueError: a setting is unknown, a value is impossible, the mesh has another size than the slice, or the
-            flags ask for supervised fine-tuning, which is not planned.
+            flags ask for supervised fine-tuning or for training all weights, which are not planned.
     """
     if any_mesh:
         argv = [*argv, "--mesh_shape", f"1,{topology.num_chips}", "--mesh_axes", "fsdp,tp"]
@@ -285,6 +285,8 @@ def job_of(argv: Sequence[str], topology: Topology, any_mesh: bool = False) -> J
         value = getattr(args, name)
         if value != planned:
             raise ValueError(f"{name}={value}: a plan is of a step with one rollout of its own prompts; leave it out")
+    if model.trains_all:
+        raise ValueError("lora_rank=0: only training of a LoRA is planned; give a rank")
     return Job(model, args, topology)
 
 

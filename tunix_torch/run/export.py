@@ -1,4 +1,7 @@
-"""Merges an adapter into its base model, and proves that the plain Hugging Face model computes the same logits."""
+"""Merges an adapter into its base model, and proves that the plain Hugging Face model computes the same logits.
+
+Of a run that trained all weights there is nothing to merge: its model is written in another type, and proved likewise.
+"""
 
 import contextlib
 import math
@@ -18,10 +21,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoints.files import newest_checkpoint
+from ..checkpoints.files import has_final_files, newest_checkpoint
 from ..config.model import STORED_DTYPES
 from ..model.forward import base_model, text_config
 from ..model.loading import load_model, load_tokenizer, resolve_model_name
+from ..model.whole import record_attention
 from .folder import find_prompt_settings, find_system_message
 
 TOLERANCE = 1e-4  # the largest difference of float32 logits, in units of their standard deviation
@@ -32,7 +36,7 @@ PROBE_VOCABULARY = 50_000  # its tokens lie below the placeholders for images an
 def export_merged(
     output_dir: str | Path, merged: str | Path, dtype: str | None = None, push_to_hub: str | None = None
 ) -> float:
-    """Write base model + adapter as a plain Hugging Face model, with its generation config and tokenizer.
+    """Write base model + adapter, or a model that was trained whole, as a plain Hugging Face model with its tokenizer.
 
     The merge is done on the CPU in float32. The written folder is loaded again and must compute the same logits. The
     folder `merged` appears only when it is whole and proved, and its config.json has the run's `system_message`. The
@@ -41,11 +45,12 @@ def export_merged(
     Args:
         output_dir: a run's folder, one of its checkpoints, or any folder with a LoRA.
         merged: the folder to write. It must not exist or be empty. Missing parent folders are made.
-        dtype: the type of the written weights, "float32" or "bfloat16". None means the type of the stored base model.
+        dtype: the type of the written weights, "float32" or "bfloat16". None means that of the stored base model, or of
+            the model that was trained whole.
         push_to_hub: a hub repository (NAME/MODEL), to which the model and the tokenizer are then uploaded.
 
     Returns:
-        the largest difference between the logits of the written model and those of the adapter, in units of the
+        the largest difference between the logits of the written model and those of what was trained, in units of the
         standard deviation of the latter. In float32 it is at most `TOLERANCE`; in bfloat16 rounding makes it larger.
 
     Raises:
@@ -60,19 +65,20 @@ def export_merged(
             validate_repo_id(push_to_hub)
         except ValueError as error:
             raise ValueError(f"push_to_hub={push_to_hub!r}: expected NAME/MODEL: {error}") from error
-    base_name = _find_base(output_dir)
+    whole = _is_trained_whole(output_dir)
+    base_name = str(output_dir) if whole else _find_base(output_dir)
     _check_target(merged, output_dir)
     tokenizer_source = str(output_dir) if (output_dir / "tokenizer_config.json").is_file() else base_name
     tokenizer = load_tokenizer(tokenizer_source)
     with _whole_or_nothing(merged) as unfinished:
         adapter = load_model(str(output_dir), torch.float32).eval()
         expected = probe_logits(adapter)
-        model = _merge(adapter, output_dir)
+        model = adapter if whole else _merge(adapter, output_dir)
         difference = _largest_difference(probe_logits(model), expected)
         assert difference <= TOLERANCE, f"merging changed the logits by {difference:.1e} of their spread"
 
         written_dtype = getattr(torch, dtype) if dtype else _stored_dtype(base_name)
-        _record_attention(model.to(written_dtype))
+        record_attention(model.to(written_dtype))
         model.config.system_message = find_system_message(str(output_dir))  # for inference, which looks for it there
         for name, value in find_prompt_settings(str(output_dir)).items():
             setattr(model.config, name, value)
@@ -87,7 +93,8 @@ def export_merged(
         limit = TOLERANCE if written_dtype == torch.float32 else math.inf
         assert difference < limit, f"the written model's logits differ by {difference:.1e} of their spread"
     name = str(written_dtype).removeprefix("torch.")
-    print(f"Wrote {merged} ({name}); its logits differ from the adapter's by {difference:.1e} of their spread")
+    owner = "trained model's" if whole else "adapter's"
+    print(f"Wrote {merged} ({name}); its logits differ from the {owner} by {difference:.1e} of their spread")
     if push_to_hub is not None:
         _push(model, tokenizer, push_to_hub, merged)
     return difference
@@ -103,6 +110,11 @@ def probe_logits(model: PreTrainedModel | PeftModel) -> Tensor:
 
 def _largest_difference(logits: Tensor, expected: Tensor) -> float:
     return ((logits - expected).abs().max() / expected.std()).item()
+
+
+def _is_trained_whole(output_dir: Path) -> bool:
+    """Whether a folder is that of a run that trained all weights, or one of its checkpoints."""
+    return has_final_files(output_dir) and not (output_dir / "adapter_config.json").is_file()
 
 
 def _find_base(output_dir: Path) -> str:
@@ -180,18 +192,12 @@ def _stored_dtype(name: str) -> torch.dtype:
     return config.dtype or config.get_text_config().dtype or torch.float32
 
 
-def _record_attention(model: PreTrainedModel) -> None:
-    """Make the config choose eager attention where attention scores have a soft-cap, which the default, sdpa, omits."""
-    if getattr(text_config(model), "attn_logit_softcapping", None):
-        model.config.attn_implementation = "eager"  # is written to config.json, and obeyed by from_pretrained
-
-
 def _push(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, repo_id: str, merged: Path) -> None:
     """Upload the model and the tokenizer. The written folder stays, whatever happens."""
     given, stands = f"push_to_hub={repo_id!r}", f"the model in {str(merged)!r} is whole and stays"
     if huggingface_hub.get_token() is None:
         raise ValueError(f"{given}: no token, so nothing was uploaded; run `hf auth login` or set HF_TOKEN; {stands}")
-    _record_attention(model)
+    record_attention(model)
     try:
         model.push_to_hub(repo_id)
         tokenizer.push_to_hub(repo_id)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoints.files import is_whole, newest_checkpoint
 from ..config.grpo import SYSTEM_MESSAGE
-from ..config.saved import CONFIG_FILE
+from ..config.saved import CONFIG_FILE, WHOLE_CONFIG_FILE
 from ..model import tiny
 from ..model.loading import base_model_name, resolve_model_name
 from .curves import CURVES_FILE
@@ -22,12 +22,16 @@ RUN_FILES = (
     "batches",
     "chat_template.jinja",
     CONFIG_FILE,
+    "generation_config.json",
     "metrics.jsonl",
+    "model.safetensors",
+    "model.safetensors.index.json",
     "runs",
     "tokenizer.json",
     "tokenizer_config.json",
     "trainer_state.json",
     "training_args.bin",
+    WHOLE_CONFIG_FILE,
     CURVES_FILE,
 )
 
@@ -67,11 +71,15 @@ def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Pat
     return str(resume_from_checkpoint)
 
 
-def check_output_dir(output_dir: str | Path) -> None:
+def check_output_dir(output_dir: str | Path, model_name: str | None = None) -> None:
     """See that a run can be written into this folder. Nothing is created.
 
+    Args:
+        model_name: the model that is trained.
+
     Raises:
-        ValueError: it is a file or lies below one, it may not be written, or it holds a whole model.
+        ValueError: it is a file or lies below one, it may not be written, or it holds a whole model that no run has
+            trained, or that is the one to train.
     """
     output_dir = Path(output_dir)
     there = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
@@ -79,8 +87,13 @@ def check_output_dir(output_dir: str | Path) -> None:
         raise ValueError(f"output_dir={str(output_dir)!r}: {there} is a file, expected a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"output_dir={str(output_dir)!r}: {there} may not be written")
-    if list(output_dir.glob("model*.safetensors")) or list(output_dir.glob("pytorch_model*.bin")):
+    of_a_run = (output_dir / WHOLE_CONFIG_FILE).is_file() and not _is_same_folder(output_dir, model_name)
+    if not of_a_run and any(any(output_dir.glob(files)) for files in ("model*.safetensors", "pytorch_model*.bin")):
         raise ValueError(f"output_dir={str(output_dir)!r}: holds a model; give another folder, a run would mix with it")
+
+
+def _is_same_folder(folder: Path, name: str | None) -> bool:
+    return name is not None and Path(name).is_dir() and folder.is_dir() and folder.samefile(name)
 
 
 def set_aside_previous_run(output_dir: str | Path) -> None:
@@ -91,6 +104,7 @@ def set_aside_previous_run(output_dir: str | Path) -> None:
     output_dir = Path(output_dir)
     left = [output_dir / name for name in RUN_FILES if (output_dir / name).exists()]
     left += [folder for folder in output_dir.glob("checkpoint-*") if folder.is_dir()]
+    left += list(output_dir.glob("model-?????-of-?????.safetensors"))
     if not left:
         return
     target = output_dir / "previous" / time.strftime("%Y%m%d-%H%M%S")
@@ -101,10 +115,19 @@ def set_aside_previous_run(output_dir: str | Path) -> None:
 
 
 def newest_run(outputs: str | Path = "./outputs") -> str | None:
-    """The folder with the newest final adapter: `outputs`, or one up to three levels below. None: there is none."""
-    folders = [path.parent for depth in range(4) for path in Path(outputs).glob("*/" * depth + "adapter_config.json")]
-    finished = [f for f in folders if "previous" not in f.parts and not f.name.startswith("checkpoint-")]
-    return str(max(finished, key=lambda folder: (folder / "adapter_config.json").stat().st_mtime)) if finished else None
+    """The folder with the newest final adapter, or the newest whole model that a run has trained: `outputs`, or one up
+    to three levels below. None: there is none."""
+    files = [
+        path
+        for depth in range(4)
+        for name in ("adapter_config.json", WHOLE_CONFIG_FILE)
+        for path in Path(outputs).glob("*/" * depth + name)
+        if "previous" not in path.parent.parts and not path.parent.name.startswith("checkpoint-")
+    ]
+    # the settings are there before the model is, whose config is written with it
+    files = [path if path.name != WHOLE_CONFIG_FILE else path.with_name(CONFIG_FILE) for path in files]
+    files = [path for path in files if path.is_file()]
+    return str(max(files, key=lambda path: path.stat().st_mtime).parent) if files else None
 
 
 def _settings_near(model_path: str) -> dict[str, Any]:

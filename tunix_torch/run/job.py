@@ -7,14 +7,12 @@ import time
 from collections.abc import Iterator, Sized
 from pathlib import Path
 
-from peft import load_peft_weights, set_peft_model_state_dict
-
 from ..checkpoints.files import has_final_files
 from ..compat.agent_tunix import GRPOTrainingConfig
 from ..config.data import DataConfig
 from ..config.grpo import GRPOConfig
 from ..config.model import ModelConfig
-from ..config.saved import CONFIG_FILE, check_same_run, save_config
+from ..config.saved import CONFIG_FILE, WHOLE_CONFIG_FILE, check_same_run, save_config
 from ..runtime import device, mesh, together
 from ..trainer import TunixTrainer
 from .callbacks import BeforeTraining, SaveOnSigterm
@@ -66,7 +64,8 @@ def _without_empty_folders(folder: Path) -> Iterator[None]:
 def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig) -> TunixTrainer:
     started = time.perf_counter()
     output_dir = Path(args.output_dir)
-    check_output_dir(output_dir)
+    check_output_dir(output_dir, model_config.model_name)
+    config_file = output_dir / (WHOLE_CONFIG_FILE if model_config.trains_all else CONFIG_FILE)
     checkpoint = together.decided_by_first(lambda: resolve_checkpoint(args.resume_from_checkpoint, output_dir))
     settings = settings_in_force(model_config, data_config, args)
     if checkpoint is not None:
@@ -90,8 +89,8 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
             if not here:
                 set_aside_previous_run(output_dir)
             output_dir.mkdir(parents=True, exist_ok=True)
-            if not (finished and (output_dir / CONFIG_FILE).is_file()):
-                save_config(settings, output_dir / CONFIG_FILE)
+            if not (finished and config_file.is_file()):
+                save_config(settings, config_file)
             _describe(trainer, model_config.model_name)
             if checkpoint is not None and not finished:
                 print(f"Continuing from {checkpoint}", flush=True)
@@ -105,7 +104,7 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
     write_final_files(trainer)
     if together.is_first():
         seconds = time.perf_counter() - started
-        print(f"\n{seconds:.0f} s, {device.memory_summary()}. Adapter, metrics and curves: {output_dir}")
+        print(f"\n{seconds:.0f} s, {device.memory_summary()}. {trainer.policy.what}, metrics and curves: {output_dir}")
     return trainer
 
 
@@ -139,12 +138,12 @@ def _leave_complete(trainer: TunixTrainer, checkpoint: str | None) -> TunixTrain
     if checkpoint is not None:
         trainer.train(resume_from_checkpoint=checkpoint)
     else:
-        set_peft_model_state_dict(trainer.model, load_peft_weights(str(output_dir)), trainer.model.active_adapters[0])
+        trainer.policy.load(output_dir)
         trainer.stay_finished(output_dir)
     if together.is_first():
         if not (output_dir / CURVES_FILE).is_file():
             plot_training_curves(output_dir)
-        print(f"Adapter, metrics and curves: {output_dir}; resume_from_checkpoint=false begins a new run")
+        print(f"{trainer.policy.what}, metrics and curves: {output_dir}; resume_from_checkpoint=false begins a new run")
     return trainer
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
+import torch
 from peft import LoraConfig, PeftModel
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -74,7 +75,9 @@ def build_trainer(
         require_columns([judge], eval_rows, "judge")
     tokenizer = load_tokenizer(model_config.model_name)
     _check_evaluations(args, bool(eval_rows))
-    model = load_model(model_config.model_name, torch_dtype(model_config.model_dtype))
+    full = model_config.trains_all
+    dtype = torch.float32 if full else torch_dtype(model_config.model_dtype)
+    model = load_model(model_config.model_name, dtype)
     has_adapter = isinstance(model, PeftModel)
     if has_adapter and together.is_first():
         lora = f"rank {model_config.lora_rank}, alpha {model_config.lora_alpha:g}"
@@ -87,9 +90,10 @@ def build_trainer(
         train_rows,
         eval_rows or None,
         processing_class=tokenizer,
-        peft_config=None if has_adapter else lora_config(model_config),
+        peft_config=None if has_adapter or full else lora_config(model_config),
         callbacks=[MetricsFile(), ConsoleProgress(), *callbacks],
         judge=judge,
+        full=full,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
