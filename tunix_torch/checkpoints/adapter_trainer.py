@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from ..config.grpo import GRPOConfig
@@ -30,11 +30,12 @@ from ..runtime import device, together
 from ..runtime.profiling import ProfileStep
 from .files import STATE_FILE, check_same_scale, digest_of_files, is_finished
 from .resuming import EarlyStoppingCallback, EndGraphWithOptimizer, OwnIntervals
+from .whole import WholeCheckpoints
 
 logger = logging.getLogger(__name__)
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(WholeCheckpoints):
     """A `transformers.Trainer` that trains the LoRA of a policy and nothing else, and writes it in PEFT's layout.
 
     When a run begins, the trainer keeps two things that must not change until it ends. One is a number for each frozen

@@ -3,40 +3,68 @@
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig
+
+from .manifest import damage
 
 STATE_FILE = "trainer_state.json"
 # The files that a run writes after its last step. It writes the state after the others.
 FINAL_FILES = ("adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json", STATE_FILE)
 
 
-def is_whole(folder: Path) -> bool:
-    """True when a checkpoint was written to its end: the trainer's state, which is written last, can be read."""
-    needed = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
-    if not all((folder / name).is_file() for name in needed):
-        return False
+def why_not_whole(folder: str | Path) -> str | None:
+    """Why a run can't be resumed from a folder, in a few words; None: it can.
+
+    A checkpoint has all the files that resuming reads, and their content is what its manifest says. One that an early
+    version wrote has no manifest; then the files must be there, and the last one that was written must be readable.
+    """
+    folder = Path(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", STATE_FILE):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
     try:
-        json.loads((folder / STATE_FILE).read_text())
-    except (OSError, json.JSONDecodeError):
-        return False
-    return True
+        json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"{STATE_FILE} can't be read: {error}"
+    return damage(folder)
 
 
-def newest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The whole `checkpoint-N` with the largest N in a run's folder, or None."""
+def is_whole(folder: str | Path) -> bool:
+    """Whether a run can be resumed from a folder."""
+    return why_not_whole(folder) is None
+
+
+def checkpoints_of(output_dir: str | Path) -> list[Path]:
+    """All folders `checkpoint-N` of a run, damaged ones too, the one with the largest N first."""
     numbered = [
         (int(folder.name.removeprefix("checkpoint-")), folder)
         for folder in Path(output_dir).glob("checkpoint-*")
-        if folder.name.removeprefix("checkpoint-").isdigit() and is_whole(folder)
+        if folder.name.removeprefix("checkpoint-").isdigit() and folder.is_dir()
     ]
-    return max(numbered)[1] if numbered else None
+    return [folder for _, folder in sorted(numbered, reverse=True)]
+
+
+def newest_checkpoint(output_dir: str | Path, passed_over: Callable[[Path, str], None] | None = None) -> Path | None:
+    """The whole `checkpoint-N` with the largest N in a run's folder, or None.
+
+    Args:
+        passed_over: is called with each later checkpoint that is not whole, and the reason.
+    """
+    for folder in checkpoints_of(output_dir):
+        reason = why_not_whole(folder)
+        if reason is None:
+            return folder
+        if passed_over is not None:
+            passed_over(folder, reason)
+    return None
 
 
 def has_final_files(output_dir: str | Path) -> bool:
-    """Whether a run wrote its final adapter there."""
-    return all((Path(output_dir) / name).is_file() for name in FINAL_FILES)
+    """Whether a run wrote its final adapter there, and it is still what was written."""
+    return all((Path(output_dir) / name).is_file() for name in FINAL_FILES) and damage(output_dir) is None
 
 
 def is_finished(folder: str | Path, num_steps: int, patience: int | None = None) -> bool:
