@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..config.files import write_whole
+
 MANIFEST_FILE = "manifest.json"
 CHECKSUM_FILE = "manifest.sha256"
 BOTH = (MANIFEST_FILE, CHECKSUM_FILE)
@@ -68,17 +70,6 @@ def damage(folder: str | Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"it can't be read: {error}"
     return None
-
-
-def write_whole(path: str | Path, text: str) -> None:
-    """Write a text so that at every moment the file holds either what it held before or all of the new text."""
-    path = Path(path)
-    beside = path.with_name(f"{path.name}.new")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def flush(path: Path) -> None:
