@@ -28,4 +28,8 @@ def run(model, output_dir, judge=None, **settings):
 
 
 def files(folder):
-    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path(folder).rglob("*") if path.is_file() and path.name != "run.lock"}
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in Path(folder).rglob("*")
+        if path.is_file() and path.name != "run.lock"
+    }
