@@ -29,4 +29,8 @@ def run(model, output_dir, judge=None, lora_rank=16, **settings):
 
 
 def files(folder):
-    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path(folder).rglob("*") if path.is_file()}
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in Path(folder).rglob("*")
+        if path.is_file() and path.name != "run.lock"
+    }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from ..config.grpo import GRPOConfig
@@ -32,11 +32,12 @@ from ..runtime.profiling import ProfileStep
 from .files import STATE_FILE, digest_of_files, is_finished
 from .resuming import EarlyStoppingCallback, EndGraphWithOptimizer, OwnIntervals, SyncReference
 from .waiting import WaitingBatch, load_waiting, save_waiting
+from .whole import WholeCheckpoints
 
 logger = logging.getLogger(__name__)
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(WholeCheckpoints):
     """A `transformers.Trainer` that trains what a policy says and nothing else, and writes it in the policy's layout.
 
     When a run begins, the trainer keeps two things. One is a number for each frozen weight, by which a change would be

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from .manifest import damage
 
 STATE_FILE = "trainer_state.json"
 # The files of what is saved: those of an adapter, of a whole model, or of one whose weights lie in several files.
@@ -15,34 +17,68 @@ LAYOUTS = (
 )
 
 
-def _has_all(folder: Path, names: Iterable[str]) -> bool:
-    return all((folder / name).is_file() for name in names)
+def _missing(folder: Path, names: Sequence[str]) -> list[str]:
+    return [name for name in names if not (folder / name).is_file()]
 
 
-def is_whole(folder: Path) -> bool:
-    """True when a checkpoint was written to its end: the trainer's state, which is written last, can be read."""
-    if not any(_has_all(folder, (*layout, "optimizer.pt", "scheduler.pt")) for layout in LAYOUTS):
-        return False
+def why_not_whole(folder: str | Path) -> str | None:
+    """Why a run can't be resumed from a folder, in a few words; None: it can.
+
+    A checkpoint has all the files that resuming reads, and their content is what its manifest says. One that an early
+    version wrote has no manifest; then the files must be there, and the last one that was written must be readable.
+    """
+    folder = Path(folder)
+    missing = min((_missing(folder, layout) for layout in LAYOUTS), key=len)
+    missing += _missing(folder, ("optimizer.pt", "scheduler.pt", STATE_FILE))
+    if missing:
+        return f"{missing[0]} is missing"
     try:
-        json.loads((folder / STATE_FILE).read_text())
-    except (OSError, json.JSONDecodeError):
-        return False
-    return True
+        json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"{STATE_FILE} can't be read: {error}"
+    return damage(folder)
 
 
-def newest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The whole `checkpoint-N` with the largest N in a run's folder, or None."""
+def is_whole(folder: str | Path) -> bool:
+    """Whether a run can be resumed from a folder."""
+    return why_not_whole(folder) is None
+
+
+def checkpoints_of(output_dir: str | Path) -> list[Path]:
+    """All folders `checkpoint-N` of a run, damaged ones too, the one with the largest N first."""
     numbered = [
         (int(folder.name.removeprefix("checkpoint-")), folder)
         for folder in Path(output_dir).glob("checkpoint-*")
-        if folder.name.removeprefix("checkpoint-").isdigit() and is_whole(folder)
+        if folder.name.removeprefix("checkpoint-").isdigit() and folder.is_dir()
     ]
-    return max(numbered)[1] if numbered else None
+    return [folder for _, folder in sorted(numbered, reverse=True)]
+
+
+def newest_checkpoint(output_dir: str | Path, passed_over: Callable[[Path, str], None] | None = None) -> Path | None:
+    """The whole `checkpoint-N` with the largest N in a run's folder, or None.
+
+    Args:
+        passed_over: is called with each later checkpoint that is not whole, and the reason.
+    """
+    for folder in checkpoints_of(output_dir):
+        reason = why_not_whole(folder)
+        if reason is None:
+            return folder
+        if passed_over is not None:
+            passed_over(folder, reason)
+    return None
 
 
 def has_final_files(output_dir: str | Path) -> bool:
-    """Whether a run wrote what it has trained there, and after that its state."""
-    return any(_has_all(Path(output_dir), (*layout, "tokenizer_config.json", STATE_FILE)) for layout in LAYOUTS)
+    """Whether a run wrote what it has trained there, and after that its state, and all is still what was written."""
+    folder, others = Path(output_dir), ("tokenizer_config.json", STATE_FILE)
+    return any(not _missing(folder, (*layout, *others)) for layout in LAYOUTS) and damage(folder) is None
+
+
+def final_files(output_dir: str | Path) -> list[str]:
+    """The files in a run's folder that are what it has trained, and its state: the names that its manifest has."""
+    patterns = ("adapter_*", "model*.safetensors*", "generation_config.json", "token*.json", "*.jinja", STATE_FILE)
+    return sorted(path.name for pattern in patterns for path in Path(output_dir).glob(pattern) if path.is_file())
 
 
 def is_finished(folder: str | Path, num_steps: int, patience: int | None = None) -> bool:

@@ -1,9 +1,11 @@
 """What every command and script shares: the early choice of a device, one-line errors and exit codes."""
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -81,27 +83,37 @@ def need_extra(package: str, extra: str, what: str) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`: a user's mistake becomes one line and exit code 2, a number that is not finite one line
-    and exit code 1, Ctrl-C exit code 130.
+    """Run a script's `main`. A user's mistake becomes one line and exit code 2; a number that is not finite, or a file
+    that can't be read or written, one line and exit code 1; Ctrl-C exit code 130, and a second Ctrl-C at once.
 
     TUNIX_DEBUG=1 shows the traceback. Modules may be imported from the folder where the user is.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+    with contextlib.suppress(ValueError):  # only the main thread may
+        signal.signal(signal.SIGINT, _interrupted)
     try:
         main()
-    except ValueError as error:
+        sys.stdout.flush()
+    except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("TUNIX_DEBUG") == "1":
             raise
-        fail(str(error))
-    except FloatingPointError as error:  # training came upon a number that is not finite
-        if os.environ.get("TUNIX_DEBUG") == "1":
-            raise
-        print(f"\nerror: {error}", file=sys.stderr)
+        if isinstance(error, ValueError):
+            fail(str(error))
+        if isinstance(error, BrokenPipeError):  # whoever read the output has ended, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more as it ends
+            sys.exit(128 + signal.SIGPIPE)
+        print(f"\nerror: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _interrupted(number: int, frame: object) -> NoReturn:
+    """Raise KeyboardInterrupt at the first Ctrl-C. At a second one leave at once, whatever is being closed."""
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+    raise KeyboardInterrupt
 
 
 def quiet_transformers() -> None:

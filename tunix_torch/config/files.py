@@ -1,6 +1,7 @@
 """Reads the settings of a JSON or YAML file, for a command's `--config` and wherever a run's own file is read again."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,14 @@ def _read_yaml(path: Path) -> object:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text so that at every moment the file holds either what it held before or all of the new text."""
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.new")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)

@@ -8,6 +8,7 @@ from typing import Any
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .data import DataConfig
+from .files import write_whole
 from .grpo import GRPOConfig
 from .model import ModelConfig
 
@@ -167,7 +168,8 @@ def config_file(folder: str | Path) -> Path:
 
 
 def save_config(settings: dict[str, Any], path: str | Path) -> None:
-    Path(path).write_text(json.dumps(settings, indent=2) + "\n")
+    """Write settings as a config file, which is never there in part."""
+    write_whole(path, json.dumps(settings, indent=2) + "\n")
 
 
 def check_same_run(settings: dict[str, Any], checkpoint: str | Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..config.files import write_whole
+
 METRICS_FILE = "metrics.jsonl"
 # The columns of a progress line: the key in the logs, and how its value is shown.
 PROGRESS_COLUMNS = (
@@ -36,8 +38,12 @@ class BeforeTraining(TrainerCallback):
         self.function()
 
 
-class SaveOnSigterm(TrainerCallback):
-    """On SIGTERM, finishes the step, saves a checkpoint and stops training. A machine gets it before it is taken away.
+# A machine gets one of these before it is taken away, and a terminal sends SIGHUP as it closes.
+STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+
+
+class SaveOnSignal(TrainerCallback):
+    """On a signal that asks to end, finishes the step, saves a checkpoint and stops training.
 
     Args:
         anyone: takes whether this process got the signal, and returns whether any process of the run did. All of them
@@ -45,44 +51,44 @@ class SaveOnSigterm(TrainerCallback):
     """
 
     def __init__(self, anyone: Callable[[bool], bool]) -> None:
-        self.anyone, self.told, self.stopped = anyone, False, False
+        self.anyone, self.stopped = anyone, False
+        self.told: signal.Signals | None = None  # the signal that this process got
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.before = signal.signal(signal.SIGTERM, self._handle)
+        # one that is ignored stays so, as nohup ignores SIGHUP
+        numbers = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._handle) for number in numbers}
 
     def _handle(self, number: int, frame: object) -> None:
-        self.told = True
+        self.told = signal.Signals(number)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.anyone(self.told) and state.global_step < state.max_steps:
+        if self.anyone(self.told is not None) and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        signal.signal(signal.SIGTERM, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class MetricsFile(TrainerCallback):
     """Appends every log to `output_dir/metrics.jsonl`, as one JSON object a line with its `step`.
 
-    A resumed run first drops the lines of steps after its checkpoint, so the file reads as if the run had not stopped.
+    A resumed run first writes the lines of the steps up to its checkpoint anew, from the state that the checkpoint
+    holds. So the file reads as if the run had not stopped, whatever had become of it.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         path = Path(args.output_dir) / METRICS_FILE
-        if state.is_world_process_zero and path.exists():
-            rows = []
-            for line in path.read_text().splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError:  # cut short when the run was killed
-                    break
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step))
+        if state.is_world_process_zero and (path.exists() or state.log_history):
+            rows = [{"step": row["step"], **row} for row in state.log_history]
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def on_log(
         self,

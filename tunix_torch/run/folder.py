@@ -1,18 +1,23 @@
 """Finds what a run left in its folder: checkpoints, files to set aside, the newest adapter, its instruction."""
 
 import json
+import logging
 import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.files import is_whole, newest_checkpoint
+from ..checkpoints.files import newest_checkpoint, why_not_whole
+from ..checkpoints.manifest import CHECKSUM_FILE, MANIFEST_FILE
+from ..checkpoints.whole import UNFINISHED
 from ..config.grpo import SYSTEM_MESSAGE
 from ..config.saved import CONFIG_FILE, WHOLE_CONFIG_FILE
 from ..model import tiny
 from ..model.loading import base_model_name, resolve_model_name
 from .curves import CURVES_FILE
+
+logger = logging.getLogger(__name__)
 
 # The files and folders that a run writes into its output_dir, besides checkpoint-N.
 RUN_FILES = (
@@ -23,6 +28,8 @@ RUN_FILES = (
     "chat_template.jinja",
     CONFIG_FILE,
     "generation_config.json",
+    MANIFEST_FILE,
+    CHECKSUM_FILE,
     "metrics.jsonl",
     "model.safetensors",
     "model.safetensors.index.json",
@@ -32,13 +39,18 @@ RUN_FILES = (
     "trainer_state.json",
     "training_args.bin",
     WHOLE_CONFIG_FILE,
+    UNFINISHED,
     CURVES_FILE,
 )
 
 
 def get_latest_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest whole checkpoint in a run's folder, or None."""
-    checkpoint = newest_checkpoint(output_dir)
+    """The newest whole checkpoint in a run's folder, or None. Those that are damaged are passed over with a warning."""
+
+    def passed_over(folder: Path, reason: str) -> None:
+        logger.warning("%s is passed over: %s", folder, reason)
+
+    checkpoint = newest_checkpoint(output_dir, passed_over)
     return None if checkpoint is None else str(checkpoint)
 
 
@@ -66,8 +78,9 @@ def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Pat
         if checkpoint is None:
             raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r}: no whole checkpoint in {output_dir}")
         return checkpoint
-    if not is_whole(Path(resume_from_checkpoint)):
-        raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r}: not a whole checkpoint folder")
+    reason = why_not_whole(resume_from_checkpoint)
+    if reason is not None:
+        raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r}: not a whole checkpoint folder: {reason}")
     return str(resume_from_checkpoint)
 
 

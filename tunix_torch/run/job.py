@@ -15,9 +15,10 @@ from ..config.model import ModelConfig
 from ..config.saved import CONFIG_FILE, WHOLE_CONFIG_FILE, check_same_run, save_config
 from ..runtime import device, mesh, together
 from ..trainer import TunixTrainer
-from .callbacks import BeforeTraining, SaveOnSigterm
+from .callbacks import BeforeTraining, SaveOnSignal
 from .curves import CURVES_FILE, plot_training_curves
 from .folder import check_output_dir, get_latest_checkpoint, names_folder, resolve_checkpoint, set_aside_previous_run
+from .lock import locked
 from .outcome import write_final_files
 from .services import log_in
 from .setup import build_trainer, settings_in_force
@@ -35,7 +36,7 @@ def train(
 
     Raises:
         ValueError: a setting, file, model or data set that can't work; nothing has been written or moved then.
-        SystemExit: with code 143, after SIGTERM: the step was finished and a checkpoint saved.
+        SystemExit: with code 128 + N, after a signal N that asks to end: the step was finished and a checkpoint saved.
     """
     mesh.use_mesh((config.model if isinstance(config, GRPOTrainingConfig) else config).mesh)  # before args are made
     if isinstance(config, GRPOTrainingConfig):
@@ -44,7 +45,8 @@ def train(
         model_config, data_config, args = config.flat()
     else:
         model_config, data_config, args = config, data_config or DataConfig(), args or GRPOConfig()
-    with _without_empty_folders(Path(args.output_dir)):
+    check_output_dir(args.output_dir, model_config.model_name)
+    with _without_empty_folders(Path(args.output_dir)), _alone_in(args.output_dir):
         return _train(model_config, data_config, args)
 
 
@@ -61,17 +63,24 @@ def _without_empty_folders(folder: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def _alone_in(output_dir: str) -> Iterator[None]:
+    """Let no other job write into the folder within this context. The first process sees to that."""
+    with contextlib.ExitStack() as stack:
+        together.decided_by_first(lambda: stack.enter_context(locked(output_dir)) if together.is_first() else None)
+        yield
+
+
 def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig) -> TunixTrainer:
     started = time.perf_counter()
     output_dir = Path(args.output_dir)
-    check_output_dir(output_dir, model_config.model_name)
     config_file = output_dir / (WHOLE_CONFIG_FILE if model_config.trains_all else CONFIG_FILE)
     checkpoint = together.decided_by_first(lambda: resolve_checkpoint(args.resume_from_checkpoint, output_dir))
     settings = settings_in_force(model_config, data_config, args)
     if checkpoint is not None:
         check_same_run(settings, checkpoint)
-    sigterm = SaveOnSigterm(together.anyone)
-    trainer = build_trainer(model_config, data_config, args, [sigterm])
+    asked = SaveOnSignal(together.anyone)
+    trainer = build_trainer(model_config, data_config, args, [asked])
 
     here, finished = False, False
     if checkpoint is not None:
@@ -98,7 +107,7 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
     if not finished:  # as late as possible, so that whatever fails before leaves an earlier run in its place
         ready = [lambda: together.decided_by_first(lambda: log_in(trainer)), begin]
         trainer.callback_handler.callbacks[:0] = map(BeforeTraining, ready)
-    _train_until_stopped(trainer, checkpoint, sigterm)
+    _train_until_stopped(trainer, checkpoint, asked)
     if finished:
         begin()
     write_final_files(trainer)
@@ -108,7 +117,7 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
     return trainer
 
 
-def _train_until_stopped(trainer: TunixTrainer, checkpoint: str | None, sigterm: SaveOnSigterm) -> None:
+def _train_until_stopped(trainer: TunixTrainer, checkpoint: str | None, asked: SaveOnSignal) -> None:
     """Train to the last step. When the user or the machine stops it, say how the run can be continued."""
     output_dir = trainer.args.output_dir
     try:
@@ -119,11 +128,12 @@ def _train_until_stopped(trainer: TunixTrainer, checkpoint: str | None, sigterm:
         hint = f"{how} continues from {newest}" if newest else "there is no checkpoint yet"
         print(f"\nStopped at step {trainer.state.global_step}; {hint}", file=sys.stderr)
         raise
-    if sigterm.stopped:
+    if asked.stopped:
+        number = asked.told or signal.SIGTERM  # another process was told
         if together.is_first():
             where = f"--resume_from_checkpoint latest continues from {get_latest_checkpoint(output_dir)}"
-            print(f"\nStopped by SIGTERM after step {trainer.state.global_step}; {where}", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+            print(f"\nStopped by {number.name} after step {trainer.state.global_step}; {where}", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 def _is_complete(trainer: TunixTrainer) -> bool:

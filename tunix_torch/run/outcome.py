@@ -1,5 +1,7 @@
 """What follows the last step of a job: an evaluation, the adapter, curves, and a comparison of before and after."""
 
+from ..checkpoints.files import final_files
+from ..checkpoints.manifest import mark_unfinished, write_manifest
 from ..data.rows import answer_text, question_of
 from ..runtime import together
 from ..trainer import TunixTrainer
@@ -18,10 +20,15 @@ def write_final_files(trainer: TunixTrainer) -> None:
     last = evaluations(trainer)[-1]["step"]
     if trainer.eval_dataset is not None and (last != state.global_step or best not in (None, last)):
         trainer.evaluate()  # the last step was not one of eval_steps, or the best model is an earlier one
+    if together.is_first():
+        mark_unfinished(args.output_dir)
+    together.wait()
     trainer.save_model()
     trainer.save_state()
+    together.wait()
     if together.is_first():
         plot_training_curves(args.output_dir)
+        write_manifest(args.output_dir, final_files(args.output_dir))  # from here on the run is finished
         if trainer.eval_dataset is not None:
             print_comparison(trainer)
 

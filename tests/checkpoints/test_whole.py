@@ -1,0 +1,130 @@
+"""A checkpoint is whole or not there, whatever happens while it is written; damage is found before it is loaded."""
+
+import errno
+import os
+import shutil
+
+import pytest
+import torch
+from runs import run
+
+from tunix_torch.checkpoints.files import checkpoints_of, has_final_files, newest_checkpoint, why_not_whole
+from tunix_torch.checkpoints.manifest import BOTH, damage
+from tunix_torch.checkpoints.whole import UNFINISHED, rotate
+from tunix_torch.run.folder import resolve_checkpoint
+
+
+def flip(path):
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "truncate": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "flip": flip,
+    "zero": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "delete": lambda path: path.unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, tmp_path_factory):
+    """The folder of a run of four steps, with checkpoints of the second and the fourth."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(model_folder, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def adapter(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_every_damage_to_every_file_of_the_newest_checkpoint_is_passed_over_with_its_reason(folder, tmp_path, caplog):
+    newest = folder / "checkpoint-4"
+    kept = shutil.copytree(newest, tmp_path / "kept")
+    names = sorted(path.name for path in kept.iterdir())
+    assert len(names) * len(DAMAGES) >= 60 and {*BOTH, "optimizer.pt", "rng_state.pth"} <= set(names)
+    for name in names:
+        for kind, do in DAMAGES.items():
+            shutil.rmtree(newest)
+            shutil.copytree(kept, newest)
+            do(newest / name)
+            caplog.clear()
+            assert resolve_checkpoint("auto", folder) == str(folder / "checkpoint-2"), (name, kind)
+            (message,) = caplog.messages
+            assert message.startswith(f"{newest} is passed over: ") and "\n" not in message, (name, kind)
+            assert name in message or "manifest" in message, (name, kind, message)
+            with pytest.raises(ValueError, match="not a whole checkpoint folder: "):
+                resolve_checkpoint(str(newest), folder)
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_ends_where_it_would_have(model_folder, finished, folder):
+    flip(folder / "checkpoint-4" / "optimizer.pt")
+    (folder / BOTH[1]).unlink()  # it was killed while it wrote the final files
+    assert not has_final_files(folder)
+    run(model_folder, folder, resume_from_checkpoint="auto")
+    assert adapter(folder) == adapter(finished) and has_final_files(folder)
+    assert why_not_whole(folder / "checkpoint-4") is None
+
+
+def test_a_checkpoint_without_a_manifest_still_resumes(model_folder, finished, folder):
+    """Early versions wrote none."""
+    shutil.rmtree(folder / "checkpoint-4")
+    for name in BOTH:
+        (folder / name).unlink()
+        (folder / "checkpoint-2" / name).unlink()
+    (folder / "adapter_model.safetensors").unlink()
+    run(model_folder, folder, resume_from_checkpoint="latest")
+    assert adapter(folder) == adapter(finished)
+
+
+def test_a_changed_final_adapter_is_noticed(folder):
+    assert damage(folder) is None
+    flip(folder / "adapter_model.safetensors")
+    assert "adapter_model.safetensors has changed" in damage(folder)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("file write failed")])
+def test_a_disk_that_is_full_leaves_earlier_checkpoints_and_says_what_is_missing(
+    model_folder, tmp_path, monkeypatch, error
+):
+    save, count = torch.save, 0
+
+    def save_until_full(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count > 4:  # in the middle of the second checkpoint
+            raise error
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", save_until_full)
+    with pytest.raises(OSError, match=r"no space left in .*run: .* MB are free, and .* MB of a checkpoint"):
+        run(model_folder, tmp_path / "run")
+    assert [folder.name for folder in checkpoints_of(tmp_path / "run")] == ["checkpoint-2"]
+    assert newest_checkpoint(tmp_path / "run") is not None and not (tmp_path / "run" / UNFINISHED).exists()
+    monkeypatch.undo()
+    run(model_folder, tmp_path / "run", resume_from_checkpoint="auto")
+    run(model_folder, tmp_path / "other")
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "other")
+
+
+def test_the_checkpoints_of_the_latest_steps_are_kept_whatever_the_clock_says(tmp_path):
+    def left(limit, best=None):
+        for step in (2, 4, 10, 12):
+            (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
+            os.utime(tmp_path / f"checkpoint-{step}", (0, 1000 - step))  # the clock was set back
+        rotate(tmp_path, limit, None if best is None else str(tmp_path / best))
+        return [folder.name.removeprefix("checkpoint-") for folder in checkpoints_of(tmp_path)]
+
+    assert left(2) == ["12", "10"]
+    assert left(1, "checkpoint-4") == ["12", "4"]
+    assert left(3, "checkpoint-2") == ["12", "10", "2"]
+    assert left(0) == left(None) == ["12", "10", "4", "2"]
