@@ -44,6 +44,9 @@ CASES = {
     "token_mean": {"loss_aggregation": "token-mean", "micro_batch_size": 1, "num_iterations": 2},
     "accumulated": {"gradient_accumulation_steps": 2, "micro_batch_size": 4},
     "streamed": {},
+    "batch": {"scale_rewards": "batch", "top_entropy_quantile": 0.5, "use_adaptive_entropy": True, "entropy_coef": 0.1,
+              "entropy_target": 4.4, "mask_truncated_completions": True, "sampler_correction": "token_truncate"},
+    "gdpo": {"multi_objective_aggregation": "normalize_then_sum", "gradient_accumulation_steps": 2},
     "sft": {"use_grpo": False, "eval_strategy": "steps", "eval_steps": 2, "generation_max_length": 64},
 }
 GRPOConfig(output_dir=root)  # joins the processes
@@ -77,7 +80,7 @@ for case, settings in CASES.items():
     if together.index() == 0:
         torch.save(result, f"{root}/{case}.pt")
 """
-CASES = ("grpo", "resumed", "token_mean", "accumulated", "streamed", "sft")
+CASES = ("grpo", "resumed", "token_mean", "accumulated", "streamed", "batch", "gdpo", "sft")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +110,7 @@ def logged(result, name):
 def test_completions_are_those_of_one_process(results, case):
     one, two = results[1][case], results[2][case]
     assert (one["processes"], two["processes"]) == (1, 2)
-    each = {"resumed": STEPS - 2, "accumulated": 2 * STEPS, "sft": 0}.get(case, STEPS)
+    each = {"resumed": STEPS - 2, "accumulated": 2 * STEPS, "gdpo": 2 * STEPS, "sft": 0}.get(case, STEPS)
     assert len(two["completions"]) == len(one["completions"]) == each
     for ids, expected in zip(two["completions"], one["completions"], strict=True):
         assert torch.equal(ids, expected)
