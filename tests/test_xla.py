@@ -245,3 +245,39 @@ def test_layers_under_gradient_checkpointing_give_the_same_gradient():
     for name in expected:
         assert expected[name].abs().max() > 0
         torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "loss_type": "vespo",
+            "sampler_correction": "token_truncate",
+            "use_adaptive_entropy": True,
+            "entropy_coef": 0.02,
+            "entropy_target": 4.2,
+            "top_entropy_quantile": 0.4,
+            "mask_truncated_completions": True,
+            "num_iterations": 2,
+            "off_policy_mask_threshold": 0.05,
+        },
+        {
+            "loss_type": "sapo",
+            "sampler_correction": "sequence_mask",
+            "entropy_coef": 0.05,
+            "use_bias_correction_kl": True,
+            "scale_rewards": "batch",
+            "gradient_accumulation_steps": 2,
+            "overlong_buffer_length": 4,
+        },
+    ],
+    ids=["vespo", "sapo"],
+)
+@pytest.mark.thorough
+def test_other_losses_give_the_same_numbers_and_compile_nothing_after_the_second_step(model_folder, tmp_path, settings):
+    """With an adaptive entropy bonus too, whose weight is another number in each step."""
+    cpu, xla = (run_job(kind, model_folder, tmp_path / kind, save_strategy="no", **settings) for kind in ("cpu", "xla"))
+    for name in ("loss", "kl", "entropy", "entropy_coef", "sampling/importance_sampling_ratio/mean"):
+        assert logged(xla, name)[:5] == pytest.approx(logged(cpu, name)[:5], rel=1e-3, abs=1e-4), name
+    compilations = logged(xla, "compilations")
+    assert compilations[1] == compilations[-1] and xla["left_to_the_host"] == ["aten::_local_scalar_dense"]

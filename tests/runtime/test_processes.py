@@ -47,6 +47,9 @@ CASES = {
     "accumulated": {"gradient_accumulation_steps": 2, "micro_batch_size": 4},
     "streamed": {},
     "whole": {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    "batch": {"scale_rewards": "batch", "top_entropy_quantile": 0.5, "use_adaptive_entropy": True, "entropy_coef": 0.1,
+              "entropy_target": 4.4, "mask_truncated_completions": True, "sampler_correction": "token_truncate"},
+    "gdpo": {"multi_objective_aggregation": "normalize_then_sum", "gradient_accumulation_steps": 2},
     "sft": {"use_grpo": False, "eval_strategy": "steps", "eval_steps": 2, "generation_max_length": 64},
     "pairs": {"use_grpo": False, "eval_strategy": "steps", "eval_steps": 2, "preference_loss": "dpo"},
 }
@@ -85,7 +88,7 @@ for case, settings in CASES.items():
     if together.index() == 0:
         torch.save(result, f"{root}/{case}.pt")
 """
-CASES = ("grpo", "resumed", "token_mean", "accumulated", "streamed", "whole", "sft", "pairs")
+CASES = ("grpo", "resumed", "token_mean", "accumulated", "streamed", "whole", "batch", "gdpo", "sft", "pairs")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +118,7 @@ def logged(result, name):
 def test_completions_are_those_of_one_process(results, case):
     one, two = results[1][case], results[2][case]
     assert (one["processes"], two["processes"]) == (1, 2)
-    each = {"resumed": STEPS - 2, "accumulated": 2 * STEPS, "sft": 0, "pairs": 0}.get(case, STEPS)
+    each = {"resumed": STEPS - 2, "accumulated": 2 * STEPS, "gdpo": 2 * STEPS, "sft": 0, "pairs": 0}.get(case, STEPS)
     assert len(two["completions"]) == len(one["completions"]) == each
     for ids, expected in zip(two["completions"], one["completions"], strict=True):
         assert torch.equal(ids, expected)
