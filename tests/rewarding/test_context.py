@@ -137,6 +137,23 @@ def test_a_completion_that_can_not_be_judged_names_its_row(context, workers):
             call_rewards([giving_up], rows, ["2", "2", "4", "4"], None, where)
 
 
+def test_a_judge_of_evaluate_gets_the_tokens_too():
+    from tunix_torch.cli import evaluation
+
+    judged = evaluation.judge_batch(
+        [{"prompt": "?", "question": "?", "answer": "1"}], [1], [["1", "2"]], [[[3, 1], [4]]], "correctness", [NAME]
+    )
+    assert [completion.rewards[NAME] for completion in judged] == [2.0, 1.0]
+
+
+NAME = f"{__name__}.tokens_reward"
+
+
+def tokens_reward(completion_ids, log_metric):
+    log_metric("dropped", 1.0)
+    return [float(len(ids)) for ids in completion_ids]
+
+
 # ---- what a function returns ----
 
 

@@ -244,7 +244,31 @@ def test_tokenizers_must_be_as_many_as_functions_and_be_able_to_pad(folders, tok
     with pytest.raises(ValueError, match="reward_funcs='.*one': its tokenizer has neither a padding nor an EOS token"):
         Scorer([one], processing_classes=[bare])
     with pytest.raises(ValueError, match="reward_funcs: no tokenizer .*give it in reward_processing_classes"):
-        make_reward_model(small("qwen3", tokenizer), None, "reward_funcs", 1, 1)
+        make_reward_model(small("qwen3", tokenizer), None, "reward_funcs")
+
+
+def test_workers_call_functions_and_a_slow_model_is_named(folders, monkeypatch):
+    import contextlib
+    import time
+
+    from tunix_torch.rewarding import scorer as home
+
+    given, scorer = [], Scorer([str(folders / "one"), digits_reward], timeout=0.5)
+
+    @contextlib.contextmanager
+    def watched(functions, count):
+        given.append((functions, count))
+        yield None
+
+    monkeypatch.setattr(home, "reward_workers", watched)
+    with scorer.in_workers(3):
+        assert given == [([digits_reward], 3)]
+    rows, completions = [{"prompt": "1 + 1?"}], ["2", "a"]
+    assert scorer.score(rows, completions)[:, 1].tolist() == [1.0, 0.0]
+    model = scorer.functions[0]
+    monkeypatch.setattr(model, "scores", lambda ids: time.sleep(0.6) or [0.0] * len(ids))
+    with pytest.raises(ValueError, match="reward_timeout=0.5: 'one' takes longer than that"):
+        scorer.score(rows, completions)
 
 
 def test_a_model_is_no_judge(folders, model_folder, tmp_path):

@@ -215,14 +215,14 @@ def is_model_name(name: str) -> bool:
 
 
 def make_reward_model(
-    given: str | nn.Module, tokenizer: PreTrainedTokenizerBase | None, what: str, num_rows: int, num_tokens: int
+    given: str | nn.Module, tokenizer: PreTrainedTokenizerBase | None, what: str, **settings: Any
 ) -> RewardModel:
     """Make a reward function of what a user gave as a reward model.
 
     Args:
         given: a hub id, a folder, or a model.
         tokenizer: None: the one that lies where the model was loaded from.
-        what, num_rows, num_tokens: see `RewardModel`.
+        what, settings: see `RewardModel`.
 
     Raises:
         ValueError: the model or its tokenizer can't be loaded, or the model is no reward model.
@@ -233,7 +233,7 @@ def make_reward_model(
         hint = "give a model of Transformers, or a function (prompts, completions, **columns) -> list[float]"
         raise ValueError(f"{what}: a {type(model).__name__} without a config is no reward model; {hint}")
     _check_outputs(config, what, type(model).__name__)
-    return RewardModel(model, tokenizer or _tokenizer_of(model, what), what, num_rows, num_tokens)
+    return RewardModel(model, tokenizer or _tokenizer_of(model, what), what, **settings)
 
 
 def _check_outputs(config: PretrainedConfig, what: str, architecture: str | None) -> None:

@@ -58,8 +58,7 @@ class Scorer:
         timeout: seconds that all functions together may take for a batch; None: no limit.
         processing_classes: the tokenizers of reward models: one for each of `functions`, None for a function and where
             the model's own is meant; a single one where there is one function. None: each model's own.
-        num_rows: how many completions are scored at a time, at most.
-        num_tokens: how many tokens a prompt and its completion have, at most.
+        model_settings: further arguments of `RewardModel`.
 
     Raises:
         ValueError: one of the functions is no function and no reward model, or there is not one tokenizer for each.
@@ -71,14 +70,13 @@ class Scorer:
         weights: Sequence[float] | None = None,
         timeout: float | None = None,
         processing_classes: Tokenizers | None = None,
-        num_rows: int = 32,
-        num_tokens: int = 512,
+        **model_settings: Any,
     ) -> None:
         check_rewards(functions)
         listed = _listed(functions)
         tokenizers = _tokenizers(processing_classes, len(listed))
         self.functions: list[RewardFunc] = [
-            make_reward_model(f, tokenizer, _what(f), num_rows, num_tokens) if isinstance(f, str | nn.Module) else f
+            make_reward_model(f, tokenizer, _what(f), **model_settings) if isinstance(f, str | nn.Module) else f
             for f, tokenizer in zip(listed, tokenizers, strict=True)
         ]
         self.names = names_of(self.functions)
