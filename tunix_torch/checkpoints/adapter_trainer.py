@@ -83,6 +83,12 @@ class AdapterTrainer(WholeCheckpoints):
             return None
         return self.policy.copy()
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """The model is on its device, and weights that are tied are one tensor: `make_policy` saw to both.
+
+        `transformers.Trainer` would tie them again on XLA, which fails where PEFT has wrapped the embeddings.
+        """
+
     # ---- the beginning of a run ----
 
     def begin_run(self, checkpoint: str | None = None) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -192,9 +193,23 @@ def place(model: nn.Module) -> nn.Module:
     base = base_model(model)
     if base.config.get_text_config().tie_word_embeddings:
         _tie_embeddings(base)
+    _share_constants(model)
     if mesh.has_mesh():
         shard_model(model, base.config.get_text_config().num_key_value_heads)
     return model
+
+
+def _share_constants(model: nn.Module) -> None:
+    """Let layers that `modules_to_save` has copied use the constants of the originals, such as Gemma's embedding scale.
+
+    XLA gives equal scalars one place in its memory, and a compiled step must be able to tell its inputs apart.
+    """
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            for copied in wrapper.modules_to_save.values():
+                for own, other in zip(wrapper.original_module.modules(), copied.modules(), strict=True):
+                    constants = own._buffers.keys() & own._non_persistent_buffers_set
+                    other._buffers.update({name: own._buffers[name] for name in constants})
 
 
 def _tie_embeddings(base: PreTrainedModel) -> None:
