@@ -6,7 +6,9 @@ from trainers import digits_reward, lora_weights, make_trainer
 
 from tunix_torch.batch import PromptBatch
 from tunix_torch.learn.step import logps_without_gradient
+from tunix_torch.rollout.tokens import RowNumbers
 from tunix_torch.run.callbacks import MetricsFile
+from tunix_torch.runtime import together
 
 
 def watch_steps(trainer):
@@ -62,6 +64,22 @@ def test_what_is_sampled_at_once_is_what_accumulated_batches_sample(model_folder
             width = min(len(left), len(right))  # what is beyond is padding
             assert torch.equal(left[:width], right[:width])
         assert torch.equal(shared.rewards, accumulated.rewards)
+
+
+def test_rows_of_two_processes_have_the_numbers_that_one_process_gives_them(monkeypatch):
+    """Batch b of one process is batch b of the first process and then that of the second."""
+    alone = RowNumbers()
+    expected = [alone.take(7, 16, 8), alone.take(7, 8, 8), alone.take(8, 16, 8)]
+    assert expected == [list(range(16)), list(range(16, 24)), list(range(16))]
+    monkeypatch.setattr(together, "count", lambda: 2)
+    found = []
+    for process in (0, 1):
+        monkeypatch.setattr(together, "index", lambda process=process: process)
+        numbers = RowNumbers()
+        found.append([numbers.take(7, 8, 4), numbers.take(7, 4, 4), numbers.take(8, 8, 4)])
+    for whole, *halves in zip(expected, *found, strict=True):
+        joined = [half[i : i + 4] for i in range(0, len(halves[0]), 4) for half in halves]
+        assert [number for part in joined for number in part] == whole
 
 
 def test_passes_go_through_the_whole_rollout_before_they_begin_again(model_folder, tmp_path):

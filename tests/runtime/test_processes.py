@@ -45,6 +45,7 @@ CASES = {
     "resumed": {},
     "token_mean": {"loss_aggregation": "token-mean", "micro_batch_size": 1, "num_iterations": 2},
     "accumulated": {"gradient_accumulation_steps": 2, "micro_batch_size": 4},
+    "shared": {"steps_per_generation": 2},
     "streamed": {},
     "whole": {"sync_ref_model": True, "ref_model_sync_steps": 2},
     "batch": {"scale_rewards": "batch", "top_entropy_quantile": 0.5, "use_adaptive_entropy": True, "entropy_coef": 0.1,
@@ -75,7 +76,8 @@ for case, settings in CASES.items():
     sample = trainer.sample_completions_for_prompts
     def recording_sample(prompts):
         rollout = sample(prompts)
-        completions.append(together.gather_rows(rollout.completion_ids))
+        of_steps = rollout.completion_ids.chunk(args.steps_per_generation)
+        completions.append(torch.cat([together.gather_rows(ids) for ids in of_steps]))
         return rollout
     trainer.sample_completions_for_prompts = recording_sample
     trainer.train(resume_from_checkpoint=f"{root}/grpo/checkpoint-2" if case == "resumed" else None)
@@ -88,7 +90,19 @@ for case, settings in CASES.items():
     if together.index() == 0:
         torch.save(result, f"{root}/{case}.pt")
 """
-CASES = ("grpo", "resumed", "token_mean", "accumulated", "streamed", "whole", "batch", "gdpo", "sft", "pairs")
+CASES = (
+    "grpo",
+    "resumed",
+    "token_mean",
+    "accumulated",
+    "shared",
+    "streamed",
+    "whole",
+    "batch",
+    "gdpo",
+    "sft",
+    "pairs",
+)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +132,8 @@ def logged(result, name):
 def test_completions_are_those_of_one_process(results, case):
     one, two = results[1][case], results[2][case]
     assert (one["processes"], two["processes"]) == (1, 2)
-    each = {"resumed": STEPS - 2, "accumulated": 2 * STEPS, "gdpo": 2 * STEPS, "sft": 0, "pairs": 0}.get(case, STEPS)
+    each = {"resumed": STEPS - 2, "accumulated": 2 * STEPS, "shared": STEPS // 2, "gdpo": 2 * STEPS}
+    each = (each | {"sft": 0, "pairs": 0}).get(case, STEPS)
     assert len(two["completions"]) == len(one["completions"]) == each
     for ids, expected in zip(two["completions"], one["completions"], strict=True):
         assert torch.equal(ids, expected)

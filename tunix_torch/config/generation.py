@@ -15,6 +15,8 @@ OURS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "generation_max_length",
 }
+# What None means for these. A length and a temperature can't be left out.
+OFF = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 # Values that ask for what is done in any case: tokens are sampled, one by one, from one distribution.
 ALWAYS = {"do_sample": True, "num_beams": 1, "num_beam_groups": 1, "use_cache": True}
 
@@ -38,9 +40,7 @@ def read_generation_kwargs(value: Any) -> dict[str, Any]:
     result = {}
     for name, setting in (value or {}).items():
         if name in OURS:
-            # None is Transformers' word for off; for a length or a temperature there is no such thing.
-            off = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-            result[OURS[name]] = off.get(name) if setting is None else setting
+            result[OURS[name]] = OFF.get(name) if setting is None else setting
         elif name in ALWAYS:
             hint = f"must be {ALWAYS[name]}: a rollout samples every completion, token by token"
             require(setting == ALWAYS[name], f"generation_kwargs[{name!r}]", setting, hint)

@@ -34,7 +34,8 @@ class GRPOConfig(TrainingArguments):
     """Settings of `TunixTrainer`: those of `transformers.TrainingArguments`, and GRPO's.
 
     One optimizer step is one rollout batch: `per_device_train_batch_size` counts prompts (times
-    `gradient_accumulation_steps`), `max_steps` counts rollout batches.
+    `gradient_accumulation_steps`), `max_steps` counts rollout batches. With `steps_per_generation`, the batches of so
+    many steps are sampled at once.
 
     Raises:
         ValueError: a value is out of range, a combination can't work, or a name is unknown. The message says what would
