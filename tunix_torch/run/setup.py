@@ -81,7 +81,8 @@ def build_trainer(
     has_adapter = isinstance(model, PeftModel)
     if has_adapter and together.is_first():
         lora = f"rank {model_config.lora_rank}, alpha {model_config.lora_alpha:g}"
-        further = "" if args.reference == "base" else "; it is the reference policy, as it is now"
+        is_reference = args.needs_reference and args.reference == "start"
+        further = "; it is the reference policy, as it is now" if is_reference else ""
         print(f"{model_config.model_name}: an adapter ({lora}), trained further{further}")
     trainer = TunixTrainer(
         model,
