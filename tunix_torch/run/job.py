@@ -153,4 +153,5 @@ def _describe(trainer: TunixTrainer, model_name: str) -> None:
     others += f", {together.num_hosts()} hosts" if together.num_hosts() > 1 else ""
     print(f"{'GRPO' if trainer.args.use_grpo else 'SFT'} of {model_name} on {mesh.describe()}{others}")
     num_rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
-    print(f"{num_rows} training rows, {len(trainer.eval_dataset or [])} evaluation rows", flush=True)
+    kind = "packed" if trainer.args.packing else "training"
+    print(f"{num_rows} {kind} rows, {len(trainer.eval_dataset or [])} evaluation rows", flush=True)
