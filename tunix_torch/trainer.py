@@ -60,8 +60,8 @@ class TunixTrainer(AdapterTrainer):
         args: all settings.
         train_dataset, eval_dataset: rows with a prompt or question, and with an answer where a reward function or the
             judge takes one: a list of dicts, a `datasets.Dataset`, or whatever else `data/sources.py` takes. With
-            `args.max_steps`, `train_dataset` may be a `datasets.IterableDataset`. Of a `datasets.DatasetDict` the
-            splits train, and test or validation, are taken.
+            `args.max_steps`, `train_dataset` may be a stream. Of a `datasets.DatasetDict` the splits train, and test or
+            validation, are taken; of any other dict each data set is evaluated.
         processing_class, reward_processing_classes: tokenizers, of the model and of reward models; else their own.
         peft_config: the LoRA for a model that has none; by default of rank 16 on all projections.
         judge: the reward function that decides at evaluation: an answer is right where its value is at least 1. The

@@ -5,6 +5,7 @@ import itertools
 import math
 
 import datasets
+import pandas
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -15,6 +16,7 @@ from tunix_torch.data import prompts as data
 from tunix_torch.data.batches import Collator
 from tunix_torch.data.prompts import end_of_turn_id, prepare_rows, render_prompt
 from tunix_torch.data.rows import COMPLETION_IDS, PROMPT, PROMPT_IDS, answer_of, columns_of
+from tunix_torch.data.sources import training_rows
 from tunix_torch.model import tiny
 from tunix_torch.rewarding.columns import check_columns
 from tunix_torch.rewarding.scoring import call_rewards
@@ -196,6 +198,36 @@ def test_what_a_function_lacks_is_seen_before_it_is_called(tokenizer):
         bad = prepare_rows(kind([{**row, "completions": "x"} for row in ROWS]), tokenizer, 40)
         with pytest.raises(ValueError, match="column 'completions' of the data set: reward functions get something"):
             check_columns([needs], bad)
+
+
+NESTED = [
+    {
+        "prompt": f"{i}?",
+        "count": i,
+        "share": 0.1 * i,
+        "is": i == 1,
+        "meta": {"a": [1, i], "b": {"c": "x"}},
+        "list": [[i]],
+    }
+    for i in range(3)
+]
+
+
+@pytest.mark.parametrize("kind", [as_list, on_disk, as_stream, pandas.DataFrame])
+def test_all_columns_reach_reward_functions_as_they_stand_in_the_data(tokenizer, kind):
+    seen = {}
+
+    def reward(completions, **columns):
+        seen.update(columns)
+        return [0.0] * len(completions)
+
+    rows = training_rows(kind(NESTED))
+    ready = list(itertools.islice(prepare_rows(rows, tokenizer, 40, wrap_prompts=False), 3))
+    call_rewards([reward], ready, ["x"] * 6)
+    for name in NESTED[0]:
+        expected = [row[name] for row in NESTED for _ in range(2)]
+        assert seen[name] == expected and [type(value) for value in seen[name]] == list(map(type, expected)), name
+    assert seen["prompts"] == seen["prompt"], "a text that is not wrapped is the prompt as it stands in the data"
 
 
 # ---- overlong prompts ----

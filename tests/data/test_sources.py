@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import threading
 import types
 
 import datasets
@@ -253,6 +254,44 @@ def test_evaluation_takes_the_split_that_is_for_it_and_reads_a_stream_to_its_end
     for name in ("test", "validation"):
         assert list(evaluation_rows(datasets.DatasetDict({"train": train, name: test}))) == ROWS[:3]
     assert list(evaluation_rows(test.to_iterable_dataset())) == ROWS[:3]
+
+
+def test_each_of_several_evaluation_sets_is_rows_under_its_name(subtests):
+    one, two = datasets.Dataset.from_list(ROWS), datasets.Dataset.from_list(ROWS[:3])
+    for several in [
+        {"a": ROWS, "b": ROWS[:3]},
+        {"a": one, "b": two},
+        {"a": one.to_iterable_dataset(), "b": pandas.DataFrame(ROWS[:3])},
+        datasets.DatasetDict(a=one, b=two),
+        datasets.IterableDatasetDict(a=one.to_iterable_dataset(), b=two.to_iterable_dataset()),
+        {"test": one, "validation": two},
+    ]:
+        with subtests.test(several=several):
+            rows = evaluation_rows(several)
+            assert list(rows) == list(several) and [list(part) for part in rows.values()] == [ROWS, ROWS[:3]]
+    columns = {"prompt": [[{"role": "user", "content": "1 + 1?"}]], "extra": [{"a": 1}]}
+    assert evaluation_rows(columns) == [{"prompt": columns["prompt"][0], "extra": {"a": 1}}], "a dict of columns"
+
+
+class Counted(torch.utils.data.IterableDataset):
+    """A stream that holds what can't be pickled, as those that read a file or a socket do."""
+
+    def __init__(self, rows):
+        self.rows, self.lock = rows, threading.Lock()
+
+    def __iter__(self):
+        with self.lock:
+            yield from self.rows
+
+
+@pytest.mark.parametrize("stream", [Endless(), Counted(ROWS)], ids=["without an end", "with a lock"])
+def test_iterable_data_sets_of_pytorch_are_streams(stream):
+    rows = training_rows(stream)
+    assert isinstance(rows, datasets.IterableDataset)
+    for _ in range(2):
+        assert list(itertools.islice(rows, 10)) == ROWS
+    with pytest.raises(ValueError, match="train_dataset, row 2: a str, expected a dict"):
+        list(training_rows(Counted([ROWS[0], "1 + 1?"])))
 
 
 def split_into(*names):

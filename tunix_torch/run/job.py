@@ -163,4 +163,5 @@ def _describe(trainer: TunixTrainer, model_name: str) -> None:
     kind = "GRPO" if trainer.args.use_grpo else (trainer.args.preference_loss or "SFT").upper()
     print(f"{kind} of {model_name} on {mesh.describe()}{others}")
     num_rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
-    print(f"{num_rows} training rows, {len(trainer.eval_dataset or [])} evaluation rows", flush=True)
+    kind = "packed" if trainer.args.packing else "training"
+    print(f"{num_rows} {kind} rows, {len(trainer.eval_dataset or [])} evaluation rows", flush=True)
