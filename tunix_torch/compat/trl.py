@@ -9,7 +9,8 @@ of TRL 1.16 is in `FIELDS`, with what becomes of it; `docs/from_trl.md` is writt
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from transformers import (
 from ..config.grpo import GRPOConfig as OurConfig
 from ..config.services import blamed_on
 from ..config.settings import require
+from ..data.prompts import prepare_rows, token_counts
+from ..data.sources import training_rows
 from ..model.loading import load_model, load_tokenizer
 from ..rewarding.scoring import RewardFunc
 from ..runtime import together
@@ -197,7 +200,7 @@ def table_of_fields() -> str:
 
 
 # Settings of `tunix_torch.GRPOConfig` that have another default than what TRL does.
-AS_IN_TRL = {"advantage_epsilon": 1e-4, "system_message": "", "wrap_prompts": False, "max_prompt_length": None}
+AS_IN_TRL = {"advantage_epsilon": 1e-4, "system_message": "", "wrap_prompts": False, "max_prompt_length": 1024}
 # Fields of `transformers.TrainingArguments` that `to_ours` translates, or that mean something else there.
 TRANSLATED = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "bf16")
 # Arguments of TRL's trainer that are refused, with the reason.
@@ -260,6 +263,8 @@ def to_ours(args: "GRPOConfig") -> OurConfig:
             settings[field.name] = value
     settings |= {"output_dir": args.output_dir or "trainer_output", "report_to": args.report_to}
     settings |= {field.ours: getattr(args, name) for name, field in FIELDS.items() if field.ours}
+    if args.multi_objective_aggregation == "normalize_then_sum":
+        settings["scale_rewards"] = None  # it has scales of its own
     settings["train_sampling_strategy"] = "random" if args.shuffle_dataset else "sequential"
     settings["num_eval_completions"] = args.num_generations_eval or args.num_generations
     settings["eval_temperature"] = args.temperature
@@ -349,15 +354,16 @@ class GRPOTrainer(TunixTrainer):
             hint = "give a GRPOConfig of tunix_torch.compat.trl, or take tunix_torch.TunixTrainer"
             raise ValueError(f"args: a {type(args).__name__}; {hint}")
         set_seed(args.seed)
+        ours, processing_class = to_ours(args), processing_class or load_tokenizer(name)
         if isinstance(model, str | Path):
             model = _load(name, args, is_frozen=peft_config is not None)
         super().__init__(
             model,
             reward_funcs,
-            to_ours(args),
-            train_dataset,
+            ours,
+            _with_room_for_all(train_dataset, processing_class, ours),
             eval_dataset,
-            processing_class or load_tokenizer(name),
+            processing_class,
             peft_config,
             callbacks,
             reward_processing_classes=reward_processing_classes,
@@ -374,6 +380,18 @@ class GRPOTrainer(TunixTrainer):
     def reward_weights(self) -> torch.Tensor:
         """The weight of each reward function, (R,)."""
         return self.scorer.weights
+
+
+def _with_room_for_all(rows: Any, tokenizer: PreTrainedTokenizerBase, args: OurConfig) -> Any:
+    """Make `max_prompt_length` the length of the longest prompt, since TRL has no limit. Returns the rows with their
+    tokens. A stream, whose rows are not known yet, keeps the limit, and longer prompts are left out with a warning."""
+    rows = training_rows(rows)
+    if not isinstance(rows, Sized):
+        return rows
+    kwargs = {"chat_template_kwargs": args.chat_template_kwargs, "wrap_prompts": args.wrap_prompts}
+    rows = prepare_rows(rows, tokenizer, sys.maxsize, system_message=args.system_message, **kwargs)
+    args.max_prompt_length = max(1, *token_counts(rows))
+    return rows
 
 
 def _load(name: str, args: "GRPOConfig", is_frozen: bool) -> PreTrainedModel | PeftModel:

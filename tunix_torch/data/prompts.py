@@ -330,15 +330,19 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special
     return table["ids"][:]
 
 
+def token_counts(rows: list[Row] | datasets.Dataset, column: str = PROMPT_IDS) -> list[int]:
+    """How many tokens each row has in a column that `prepare_rows` has added."""
+    if isinstance(rows, datasets.Dataset):
+        table = rows.select_columns(column).with_format("arrow")[:]
+        return pyarrow.compute.list_value_length(table.column(column)).to_pylist()
+    return [len(row[column]) for row in rows]
+
+
 def _without_long_rows(
     rows: list[Row] | datasets.Dataset, column: str, setting: str, limit: int, overlong: str = "drop"
 ) -> list[Row] | datasets.Dataset:
     """The rows that have at most `limit` tokens in a column; see `prepare_rows` for the others."""
-    if isinstance(rows, datasets.Dataset):
-        table = rows.select_columns(column).with_format("arrow")[:]
-        lengths = pyarrow.compute.list_value_length(table.column(column)).to_pylist()
-    else:
-        lengths = [len(row[column]) for row in rows]
+    lengths = token_counts(rows, column)
     kept = [i for i, length in enumerate(lengths) if length <= limit]
     if len(kept) == len(lengths):
         return rows
