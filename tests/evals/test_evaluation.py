@@ -130,7 +130,7 @@ def test_each_of_several_data_sets_is_evaluated_under_its_name(model_folder, tmp
     assert given_later["eval_hard_reward"] == pytest.approx(one["eval_reward"], abs=1e-6)
 
 
-def test_the_best_model_may_be_that_of_a_reward_of_one_of_several_data_sets(model_folder, tmp_path):
+def test_the_best_model_may_be_that_of_a_reward_of_one_of_several_data_sets(model_folder, tmp_path, caplog):
     settings = {
         "metric_for_best_model": "hard_rewards/digits_reward/mean",
         "load_best_model_at_end": True,
@@ -139,9 +139,12 @@ def test_the_best_model_may_be_that_of_a_reward_of_one_of_several_data_sets(mode
         "save_strategy": "steps",
         "save_steps": 1,
         "save_total_limit": 2,
+        "early_stopping_patience": 9,
     }
     trainer = make(model_folder, tmp_path, digits_reward, ROWS, {"easy": ROWS, "hard": ROWS[:2]}, **settings)
-    trainer.train()
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "early stopping" not in caplog.text, "the other data set's evaluation is no reason to complain"
     name = "eval_hard_rewards/digits_reward/mean"
     logged = [row[name] for row in trainer.state.log_history if name in row]
     assert len(logged) == 2 and trainer.state.best_metric == max(logged)

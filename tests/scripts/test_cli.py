@@ -322,7 +322,7 @@ def test_config_example_holds_every_setting_with_its_default_and_runs(call, tmp_
         (["--lora_alpha", "inf"], ["lora_alpha=inf", "must be finite"]),
         (["--max_steps", "0"], ["max_steps=0", "at least 1"]),
         (["--save_steps", "0"], ["save_steps=0", "save_strategy='no'"]),
-        (["--metric_for_best_model", "eval_reward"], ["metric_for_best_model='eval_reward'", "accuracy, mean_length"]),
+        (["--metric_for_best_model", "eval_recall"], ["metric_for_best_model='eval_recall'", "accuracy, mean_length"]),
         (["--lr_scheduler_type", "greedy", "--eval_strategy", "no"], ["lr_scheduler_type='greedy'", "eval_strategy"]),
         (["--report_to", "mlflow"], ["report_to='mlflow'", "pip install mlflow"]),
     ],
@@ -357,7 +357,7 @@ def test_what_is_not_here_is_refused_with_one_line_without_a_network(flags, word
     [
         ("rows.jsonl", '{"question": "1", "answer": "1"}\n{"question"', ["line 2", "not valid JSON"]),
         ("rows.jsonl", '{"question": "1"}', ["rows.jsonl, row 1", "no completion", "no answer"]),
-        ("rows.jsonl", '{"text": "1"}', ["rows.jsonl, row 1", "no question", "it has text"]),
+        ("rows.jsonl", '{"words": "1"}', ["rows.jsonl, row 1", "no question", "it has words"]),
         ("rows.jsonl", '{"question": "\\ud800", "answer": "1"}', ["rows.jsonl, row 1", "surrogates"]),
         ("settings.json", '{"epsillon": 0.1}', ["epsillon", "did you mean 'epsilon'"]),
         ("settings.json", '{"epsilon": 0.1,\n}', ["line 2", "not valid JSON"]),
