@@ -227,7 +227,11 @@ def test_a_model_of_the_hub_that_cannot_be_had_is_one_line(monkeypatch):
         Scorer(["nobody/no-model"])
 
 
-def test_names_of_functions_are_no_models(folders):
+def test_names_of_functions_are_no_models(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("format", "mine"):
+        (tmp_path / name).mkdir()
+    assert [is_model_name(name) for name in ("format", "./format", "mine")] == [False, True, True]
     assert not is_model_name("correctness") and not is_model_name("tunix_torch.rewards.format_reward")
     assert is_model_name("organisation/model") and is_model_name(str(folders)) and is_model_name("bert-base-uncased")
 

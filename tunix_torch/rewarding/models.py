@@ -198,8 +198,12 @@ def name_of_model(model: nn.Module) -> str:
 
 
 def looks_like_model(name: str) -> bool:
-    """Whether a name is that of a folder, or has a slash, as paths and hub ids have and names of functions have not."""
-    return os.path.isdir(name) or "/" in name
+    """Whether a name has a slash, as paths and hub ids have and names of functions have not, or is that of a folder.
+
+    Where a folder has the name of one of this library's reward functions, the name is the function's; "./format" is the
+    folder's.
+    """
+    return "/" in name or (os.path.isdir(name) and name not in rewards.REWARDS | rewards.PRESET_REWARDS)
 
 
 def is_model_name(name: str) -> bool:
