@@ -109,6 +109,15 @@ def test_a_text_that_is_too_long_is_cut_and_said_so_once(tokenizer, caplog):
     assert len(reward([""], [""])) == 1
 
 
+def test_the_tokenizer_of_another_model_is_refused(tokenizer):
+    reward = RewardModel(small("qwen3", tokenizer), tokenizer)
+    tokenizer.add_tokens(["What is "])
+    with pytest.raises(
+        ValueError, match="it has 108 embeddings, and its tokenizer gives the token 108; give the model"
+    ):
+        reward(["What is 2 + 2?"], [""])
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "bert"])
 def test_fixed_shapes_change_no_score(kind, tokenizer, monkeypatch):
     from tunix_torch.rewarding import models

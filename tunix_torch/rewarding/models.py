@@ -85,10 +85,17 @@ class RewardModel:
         """The score of each of B completions.
 
         Raises:
-            ValueError: prompts are lists of messages, and the tokenizer has no chat template.
+            ValueError: prompts are lists of messages, and the tokenizer has no chat template; or the tokenizer gives a
+            token that the model does not know.
         """
         texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        largest, known = max(max(row, default=0) for row in ids), self.model.get_input_embeddings().weight.shape[0]
+        if largest >= known:
+            raise ValueError(
+                f"reward model {self.__name__!r}: it has {known} embeddings, and its tokenizer gives the token "
+                f"{largest}; give the model's own in reward_processing_classes"
+            )
         return self.scores([self._cut(row) for row in ids])
 
     def _text(self, prompt: str | list[dict[str, Any]], completion: str | list[dict[str, Any]]) -> str:
