@@ -109,6 +109,15 @@ def test_a_text_that_is_too_long_is_cut_and_said_so_once(tokenizer, caplog):
     assert len(reward([""], [""])) == 1
 
 
+def test_the_tokenizer_of_another_model_is_refused(tokenizer):
+    reward = RewardModel(small("qwen3", tokenizer), tokenizer)
+    tokenizer.add_tokens(["What is "])
+    with pytest.raises(
+        ValueError, match="it has 108 embeddings, and its tokenizer gives the token 108; give the model"
+    ):
+        reward(["What is 2 + 2?"], [""])
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "bert"])
 def test_fixed_shapes_change_no_score(kind, tokenizer, monkeypatch):
     from tunix_torch.rewarding import models
@@ -227,7 +236,11 @@ def test_a_model_of_the_hub_that_cannot_be_had_is_one_line(monkeypatch):
         Scorer(["nobody/no-model"])
 
 
-def test_names_of_functions_are_no_models(folders):
+def test_names_of_functions_are_no_models(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("format", "mine"):
+        (tmp_path / name).mkdir()
+    assert [is_model_name(name) for name in ("format", "./format", "mine")] == [False, True, True]
     assert not is_model_name("correctness") and not is_model_name("tunix_torch.rewards.format_reward")
     assert is_model_name("organisation/model") and is_model_name(str(folders)) and is_model_name("bert-base-uncased")
 

@@ -85,10 +85,17 @@ class RewardModel:
         """The score of each of B completions.
 
         Raises:
-            ValueError: prompts are lists of messages, and the tokenizer has no chat template.
+            ValueError: prompts are lists of messages, and the tokenizer has no chat template; or the tokenizer gives a
+            token that the model does not know.
         """
         texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        largest, known = max(max(row, default=0) for row in ids), self.model.get_input_embeddings().weight.shape[0]
+        if largest >= known:
+            raise ValueError(
+                f"reward model {self.__name__!r}: it has {known} embeddings, and its tokenizer gives the token "
+                f"{largest}; give the model's own in reward_processing_classes"
+            )
         return self.scores([self._cut(row) for row in ids])
 
     def _text(self, prompt: str | list[dict[str, Any]], completion: str | list[dict[str, Any]]) -> str:
@@ -198,8 +205,12 @@ def name_of_model(model: nn.Module) -> str:
 
 
 def looks_like_model(name: str) -> bool:
-    """Whether a name is that of a folder, or has a slash, as paths and hub ids have and names of functions have not."""
-    return os.path.isdir(name) or "/" in name
+    """Whether a name has a slash, as paths and hub ids have and names of functions have not, or is that of a folder.
+
+    Where a folder has the name of one of this library's reward functions, the name is the function's; "./format" is the
+    folder's.
+    """
+    return "/" in name or (os.path.isdir(name) and name not in rewards.REWARDS | rewards.PRESET_REWARDS)
 
 
 def is_model_name(name: str) -> bool:
