@@ -57,13 +57,17 @@ class AdapterTrainer(Trainer):
         self._step_inputs: list[dict[str, Any]] = []  # the batches that the optimizer step learns from
         self._metrics: dict[str, list[float]] = defaultdict(list)  # since the last log
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether anything is measured against a reference. Supervised fine-tuning does not copy a whole model for it."""
+        return self.args.beta > 0 and (self.args.use_grpo or self.policy.has_base)
+
     def _start(self) -> dict[str, Tensor] | None:
         """A copy of the policy as it is, for the reference; None where the reference is the model without its adapter,
         or there is none."""
-        args = self.args
-        if args.beta == 0 or args.reference == "base" or (self.policy.is_base() and not args.sync_ref_model):
+        if not self.needs_reference or self.args.reference == "base":
             return None
-        return self.policy.copy()
+        return None if self.policy.is_base() and not self.args.sync_ref_model else self.policy.copy()
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """The model is on its device, and weights that are tied are one tensor: `make_policy` saw to both.
@@ -102,7 +106,7 @@ class AdapterTrainer(Trainer):
 
     def _reference_of(self, checkpoint: str) -> dict[str, Tensor] | None:
         """The reference policy of the run that left a checkpoint; None: the model without its adapter, or none."""
-        if self.args.beta == 0:
+        if not self.needs_reference:
             return None
         reference, weights = load_reference(checkpoint, self.args.device), self.policy.weights()
         given = f"resume_from_checkpoint={checkpoint!r}"
