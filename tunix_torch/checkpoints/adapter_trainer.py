@@ -59,7 +59,7 @@ class AdapterTrainer(Trainer):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether anything is measured against a reference. Supervised fine-tuning does not copy a whole model for it."""
+        """Whether a reference is kept. Supervised fine-tuning needs none, and does not copy a whole model for it."""
         return self.args.beta > 0 and (self.args.use_grpo or self.policy.has_base)
 
     def _start(self) -> dict[str, Tensor] | None:
