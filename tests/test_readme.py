@@ -14,12 +14,14 @@ SUFFIXES = (".py", ".md", ".sh", ".json", ".yaml", ".toml", ".txt", ".png")
 # What a run, a command or a peer has, and not this repository.
 ELSEWHERE = {
     "config.json",
+    "generation_config.json",
     "long.json",
     "multirun/",
     "my_module.py",
     "outputs/",
     "previous/",
     "reasoning_training_data.json",
+    "run_config.json",
     "time.json",
     "time_to_accuracy.png",
     "training_curves.png",

@@ -204,6 +204,7 @@ def test_supervised_fine_tuning_trains_all_weights_too(folder, tmp_path):
     before = weights_of(trainer.model)
     trainer.train()
     assert not [name for name, weight in weights_of(trainer.model).items() if torch.equal(weight, before[name])]
+    assert trainer.reference is None
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[-1] < losses[0]
 

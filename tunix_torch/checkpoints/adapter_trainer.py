@@ -75,13 +75,18 @@ class AdapterTrainer(WholeCheckpoints):
         self._waiting: list[WaitingBatch] = []
         self._metrics: dict[str, list[float]] = defaultdict(list)  # since the last log
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a reference is kept. Supervised fine-tuning needs none, and does not copy a whole model for it."""
+        args = self.args
+        return args.needs_reference and (args.use_grpo or args.preference_loss is not None or self.policy.has_base)
+
     def _start(self) -> dict[str, Tensor] | None:
         """A copy of the policy as it is, for the reference; None where the reference is the model without its adapter,
         or there is none."""
-        args = self.args
-        if not args.needs_reference or args.reference == "base" or (self.policy.is_base() and not args.sync_ref_model):
+        if not self.needs_reference or self.args.reference == "base":
             return None
-        return self.policy.copy()
+        return None if self.policy.is_base() and not self.args.sync_ref_model else self.policy.copy()
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """The model is on its device, and weights that are tied are one tensor: `make_policy` saw to both.
@@ -129,7 +134,7 @@ class AdapterTrainer(WholeCheckpoints):
 
     def _reference_of(self, checkpoint: str) -> dict[str, Tensor] | None:
         """The reference policy of the run that left a checkpoint; None: the model without its adapter, or none."""
-        if not self.args.needs_reference:
+        if not self.needs_reference:
             return None
         reference, weights = load_reference(checkpoint, self.args.device), self.policy.weights()
         given = f"resume_from_checkpoint={checkpoint!r}"
