@@ -114,6 +114,7 @@ MAY_CHANGE = (
     "model_size",  # sets model_name
     "max_length",  # sets max_prompt_length
     "warmup_ratio",  # sets warmup_steps
+    "generation_kwargs",  # sets generation_top_k and the like
     "num_tpu_cores",
 )
 # Settings that may be added or removed, but not replaced: the best value of one metric means nothing for another.
