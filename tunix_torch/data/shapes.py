@@ -56,7 +56,7 @@ def normalize_row(
     seen = _with_standard_names(row, where, question_column, answer_column)
     if dataset is not None:
         _check_dataset(seen, where, dataset)
-    in_sides = lacks_prompt(seen, QUESTION_COLUMNS)
+    in_sides = lacks_prompt(seen, (*QUESTION_COLUMNS, "problem"))
     if in_sides:
         seen = seen | {"prompt": prompt_in_sides(seen, where)}
     column = _question_column(seen, where)
