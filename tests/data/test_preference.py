@@ -74,7 +74,7 @@ WRONG = [
     ({"prompt": "q", "chosen": "a"}, "no rejected; a preference has columns named chosen and rejected"),
     ({"prompt": "q", "rejected": "a", "chosen": None}, "no chosen; a preference has"),
     ({"chosen": "q a"}, "no rejected; a preference has"),
-    ({"prompt": "q"}, "no chosen; a preference has columns named chosen and rejected"),
+    ({"prompt": "q"}, "no chosen and no rejected; a preference has columns named chosen and rejected"),
     ({"prompt": "q", "chosen": "a", "rejected": " "}, "rejected is blank"),
     ({"prompt": "q", "chosen": "", "rejected": "a"}, "chosen is empty"),
     ({"prompt": "q", "chosen": 1, "rejected": "a"}, "chosen is a int, expected a text or a list of messages"),

@@ -49,7 +49,7 @@ JOBS = {
     },
     "orpo": {"use_grpo": False, "preference_loss": "orpo"},
     "teacher": {"teacher": "FOLDER", "generation_temperature": 1.5},
-    "base": {"teacher": "base", "gradient_checkpointing": True, "learning_rate": 0.0},
+    "base": {"teacher": "base", "gradient_checkpointing": True},
 }
 
 pytestmark = pytest.mark.xla

@@ -70,7 +70,13 @@ def _metrics_row(case: str, terms: PairTerms, theirs: dict[str, float]) -> Row:
     """The largest difference of any number that is logged, relative to the number where it is above 1."""
     gaps = {name: abs(value - theirs[name]) / max(1.0, abs(value)) for name, value in _metrics(terms).items()}
     worst = max(gaps, key=gaps.get)
-    return Row(case, "rewards and log-probabilities", gaps[worst], LOSSES, f"worst: {worst}")
+    return Row(case, "rewards, log-probabilities", gaps[worst], LOSSES, f"worst: {worst}")
+
+
+def _rewards_row(case: str, terms: PairTerms, chosen: Tensor, rejected: Tensor) -> Row:
+    """The largest difference of any reward, given TRL's of the chosen and of the rejected, (N,) each."""
+    ours, theirs = torch.stack((terms.chosen_rewards, terms.rejected_rewards)), torch.stack((chosen, rejected))
+    return Row(case, "rewards, log-probabilities", largest_difference(ours, theirs), LOSSES)
 
 
 def _own(kind: str, logps: Tensor, ref_logps: Tensor, mask: Tensor, smoothing: float = 0.0) -> tuple[PairTerms, Tensor]:
@@ -97,28 +103,19 @@ def _rows_of_trl() -> Iterator[Row]:
         losses, chosen, rejected = trl.simpo_losses(means[::2], means[1::2], BETA, GAMMA, smoothing)
         yield Row(case, "loss", largest_difference(terms.loss.detach(), losses.detach()), LOSSES)
         yield _gradient_row(case, gradient, torch.autograd.grad(losses.mean(), logps, retain_graph=True)[0] * mask)
-        rewards = torch.stack((terms.chosen_rewards, terms.rejected_rewards))
-        yield Row(
-            case, "rewards and log-probabilities", largest_difference(rewards, torch.stack((chosen, rejected))), LOSSES
-        )
+        yield _rewards_row(case, terms, chosen, rejected)
     terms, gradient = _own("orpo", logps, ref_logps, mask)
     losses, chosen, rejected = trl.odds_ratio_losses(means[::2], means[1::2], BETA)
-    losses = (
-        losses - means[::2]
-    )  # TRL takes this term's mean over all tokens, of prompts too; the paper over each row's
+    losses = losses - means[::2]  # TRL averages the likelihood over all tokens, of prompts too; the paper over a row's
     yield Row("TRL, orpo", "loss", largest_difference(terms.loss.detach(), losses.detach()), LOSSES)
     yield _gradient_row("TRL, orpo", gradient, torch.autograd.grad(losses.mean(), logps)[0] * mask)
-    rewards = torch.stack((terms.chosen_rewards, terms.rejected_rewards))
-    difference = largest_difference(rewards, torch.stack((chosen, rejected)))
-    yield Row("TRL, orpo", "rewards and log-probabilities", difference, LOSSES)
+    yield _rewards_row("TRL, orpo", terms, chosen, rejected)
 
     scores, teacher_scores, mask = make_scores()
     for temperature in (1.0, 0.7):
         case = f"TRL, reverse KL, temperature {temperature}"
-        ours, theirs = (
-            _reverse_kl(scores, teacher_scores, mask, temperature),
-            trl.sum_of_reverse_kl(scores, teacher_scores, mask, temperature),
-        )
+        given = (scores, teacher_scores, mask, temperature)
+        ours, theirs = _reverse_kl(*given), trl.sum_of_reverse_kl(*given)
         yield Row(case, "loss", abs(float(ours) - float(theirs)) / float(mask.sum()), LOSSES, "a token")
         yield _gradient_row(case, torch.autograd.grad(ours, scores)[0], torch.autograd.grad(theirs, scores)[0])
 
@@ -145,9 +142,8 @@ def _rows_of_tunix() -> Iterator[Row]:
             yield _gradient_row(case, gradient, their_gradient)
             names = ("rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy")
             names += ("log_probs/chosen", "log_probs/rejected")
-            yield _metrics_row(
-                case, terms, {ours: metrics[theirs] for ours, theirs in zip(METRICS, names, strict=True)}
-            )
+            metrics = {ours: metrics[theirs] for ours, theirs in zip(METRICS, names, strict=True)}
+            yield _metrics_row(case, terms, metrics)
 
     scores, teacher_scores, mask = make_scores()
     for temperature in (1.0, 0.7):

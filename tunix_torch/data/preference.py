@@ -63,26 +63,29 @@ def pair_of(row: Row) -> Pair:
     if not isinstance(question, str):
         _check_turns(question, "prompt", where)
     for side, text in zip(SIDES, (chosen, rejected), strict=True):
-        if not text.strip():
-            raise ValueError(f"{where}: {side} is blank")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            hint = "half of a pair of surrogates, which is no character; mend or leave out the row"
-            raise ValueError(
-                f"{where}: {side} has {text[error.start]!r} at character {error.start + 1}, {hint}"
-            ) from None
+        _check_text(text, side, where)
     if chosen == rejected:
         raise ValueError(f"{where}: chosen and rejected are equal, so neither is preferred; leave out the row")
     return Pair(question, chosen, rejected)
 
 
+def _check_text(text: str, side: str, where: str) -> None:
+    """Raise ValueError for a completion that is blank, or that UTF-8, and so a tokenizer, can't encode."""
+    if not text.strip():
+        raise ValueError(f"{where}: {side} is blank")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        place = f"{text[error.start]!r} at character {error.start + 1}"
+        hint = "half of a pair of surrogates, which is no character; mend or leave out the row"
+        raise ValueError(f"{where}: {side} has {place}, {hint}") from None
+
+
 def _sides(row: Row, where: str) -> tuple[Any, Any]:
     """The two sides: two texts, or two lists that are not empty."""
-    for side, other in (SIDES, SIDES[::-1]):
-        if row.get(side) is None:
-            there = f"it has {other}" if row.get(other) is not None else "nor a rejected"
-            raise ValueError(f"{where}: no {side}; a preference has columns named chosen and rejected, and {there}")
+    missing = [f"no {side}" for side in SIDES if row.get(side) is None]
+    if missing:
+        raise ValueError(f"{where}: {' and '.join(missing)}; a preference has columns named chosen and rejected")
     sides = [row[side] for side in SIDES]
     for side, value in zip(SIDES, sides, strict=True):
         if not isinstance(value, str | list | tuple | np.ndarray):

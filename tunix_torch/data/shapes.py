@@ -74,7 +74,7 @@ def normalize_row(
     seen = _with_standard_names(row, where, question_column, answer_column)
     if dataset is not None:
         _check_dataset(seen, where, dataset)
-    in_sides = lacks_prompt(seen, QUESTION_COLUMNS)
+    in_sides = lacks_prompt(seen, (*QUESTION_COLUMNS, "problem"))
     if in_sides:
         seen = seen | {"prompt": prompt_in_sides(seen, where)}
     if all(seen.get(side) is not None for side in SIDES):  # data sets of preferences may repeat one side as `messages`
