@@ -423,7 +423,15 @@ def test_the_quick_start_of_trl_runs(model_folder, tmp_path):
     """TRL's quick start has rows with a prompt only, and a reward function that takes completions and **kwargs."""
 
     def reward(completions, **kwargs):
-        assert kwargs.keys() == {"prompts", "prompt", "question"}
+        assert kwargs.keys() == {
+            "prompts",
+            "prompt",
+            "question",
+            "completion_ids",
+            "trainer_state",
+            "log_metric",
+            "log_extra",
+        }
         return [float(len(set(completion))) for completion in completions]
 
     rows = datasets.Dataset.from_dict({"prompt": [f"Say {i}." for i in range(8)]})
