@@ -209,7 +209,6 @@ def test_reward_weights_and_none(model_folder, tmp_path):
     [
         (lambda n: [1.0] * (n - 1), "returned 15 values for 16"),
         (lambda n: [float("nan")] * n, "returned nan"),
-        (lambda n: [None] * n, "no reward function judged"),
     ],
 )
 def test_broken_reward_functions_are_named(model_folder, tmp_path, values, message):

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tunix_torch import DataConfig, GRPOConfig, rewards
+from tunix_torch.rewarding import scoring
 from tunix_torch.rewarding.scoring import call_rewards, score_completions
 from tunix_torch.rewarding.workers import RewardWorkers
 from tunix_torch.run.setup import choose_rewards
@@ -201,9 +202,12 @@ def test_a_function_that_changes_its_columns_changes_them_for_itself_only():
     assert call_rewards([careless, right], ROWS, COMPLETIONS)[1] == [1.0, 0.0, 1.0, 1.0]
 
 
-def test_a_completion_that_nobody_judges_is_named():
-    with pytest.raises(ValueError, match="no reward function judged the completion '4'"):
-        score_completions([some], ROWS, COMPLETIONS)
+def test_completions_that_nobody_judges_have_no_reward_and_the_first_is_named_once(caplog, monkeypatch):
+    monkeypatch.setattr(scoring, "_said", set())
+    for _ in range(2):
+        table = score_completions([some], ROWS, COMPLETIONS)
+        assert table.isnan().any() and not table.isnan().all()
+    assert len(caplog.messages) == 1 and caplog.messages[0].endswith("a reward of 0. The first is '4'")
 
 
 def test_a_dotted_path_names_a_function(tmp_path, monkeypatch):

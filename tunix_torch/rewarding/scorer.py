@@ -101,6 +101,7 @@ class Scorer:
             processing_classes,
             num_rows=args.per_device_train_batch_size * args.num_completions_per_prompt,
             num_tokens=args.max_prompt_length + args.generation_max_length,
+            chat_template_kwargs=args.chat_template_kwargs,
         )
 
     def judge(self, given: RewardFunc | None) -> RewardFunc | None:
@@ -149,7 +150,7 @@ class Scorer:
             completion_ids, trainer_state: see `RewardContext`.
 
         Raises:
-            ValueError: see `call_rewards` and `table_of`.
+            ValueError: see `call_rewards`.
         """
         if not self.functions:  # a teacher alone is learned from
             return torch.zeros(len(completions), 0, dtype=torch.float64)

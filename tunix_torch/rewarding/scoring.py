@@ -3,6 +3,7 @@
 import concurrent.futures
 import functools
 import inspect
+import logging
 import math
 import threading
 import time
@@ -16,6 +17,8 @@ from ..data.rows import ANSWER_COLUMNS, NO_ANSWER, TURNS, WHERE, Row, columns_of
 from .context import GIVEN, TOKENS, RewardContext
 from .values import CompletionError, name_of, numbers_of
 from .workers import RewardWorkers, awaited, is_async
+
+logger = logging.getLogger(__name__)
 
 # A reward function, plain or async: (prompts, completions, **columns) -> one value a completion, or None where the
 # function does not apply to it. A function without **columns gets only the columns that it has parameters for, and of
@@ -117,7 +120,7 @@ def score_completions(
         (B, R) float64 in main memory, NaN where a function returned None.
 
     Raises:
-        ValueError: all functions returned None for a completion; see also `call_rewards`.
+        ValueError: see `call_rewards`.
     """
     return table_of(call_rewards(functions, rows, completions, timeout, workers), completions)
 
@@ -125,14 +128,28 @@ def score_completions(
 def table_of(values: Sequence[Sequence[float | None]], completions: Sequence[str]) -> Tensor:
     """R lists of B values as a table: (B, R) float64 in main memory, NaN for None.
 
-    Raises:
-        ValueError: a completion has no value but None.
+    A completion for which all functions returned None counts as one with a reward of 0, as in TRL, and the first such
+    one is named in a warning.
     """
     rewards = torch.tensor([[math.nan if v is None else v for v in column] for column in values], dtype=torch.float64).T
     unjudged = rewards.isnan().all(dim=1)
     if unjudged.any():
-        raise ValueError(f"no reward function judged the completion {completions[int(unjudged.int().argmax())]!r}")
+        warn_once(
+            "All reward functions returned None for a completion, which counts as a reward of 0. The first is "
+            f"{completions[int(unjudged.int().argmax())]!r:.200}"
+        )
     return rewards
+
+
+_said: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Log a warning, unless one that begins with the same sentence was logged before."""
+    sentence = message.partition(".")[0]
+    if sentence not in _said:
+        _said.add(sentence)
+        logger.warning("%s", message)
 
 
 def call_rewards(
