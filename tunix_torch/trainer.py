@@ -279,7 +279,7 @@ class TunixTrainer(AdapterTrainer):
         self._learned.append((first, last))
         if self.accelerator.sync_gradients:  # the last batch of the optimizer step
             firsts, lasts = zip(*self._learned, strict=True)
-            self.add_metrics(learning_metrics(add_up(firsts), add_up(lasts), args.beta > 0))
+            self.add_metrics(learning_metrics(add_up(firsts), add_up(lasts), args.beta))
             self._learned = []
         loss = device.scalar(last["loss"])
         device.sync()
@@ -337,7 +337,7 @@ class TunixTrainer(AdapterTrainer):
         rows = self.questions.to_evaluate(self.eval_dataset if eval_dataset is None else eval_dataset)
         if isinstance(rows, dict):
             return evaluate_each(self.evaluate, rows, metric_key_prefix)
-        of_run = self.questions.collator, self.judge, self.args, self.scorer, self.metrics_of_pairs
+        of_run = self.questions.collator, self.judge, self.args, self.scorer, self.further_metrics
         metrics, self.last_answers = evaluate_policy(
             self.model, self.sampler, self.processing_class, rows, *of_run, metric_key_prefix, self.state
         )

@@ -20,6 +20,7 @@ from ..config.scale import rows_per_generation
 from ..config.services import blamed_on
 from ..config.settings import require
 from ..data.rows import Row
+from ..evals.answers import Answers
 from ..learn.entropy import EntropyControl
 from ..learn.finite import check_finite, check_gradient_norm
 from ..learn.pairs import learn_given_rows, pair_metrics
@@ -275,8 +276,12 @@ class AdapterTrainer(WholeCheckpoints):
         self.add_metrics(metrics)
         return loss
 
-    def metrics_of_pairs(self, rows: Sequence[Row]) -> dict[str, float]:
-        """What an evaluation says about preference pairs; nothing where the run does not learn from pairs."""
+    def further_metrics(self, rows: Sequence[Row], samples: Answers | None) -> dict[str, float]:
+        """What an evaluation says besides: of preference pairs, where the run learns from pairs.
+
+        Args:
+            samples: k sampled answers to each row; None: there are none.
+        """
         if self.args.preference_loss is None:
             return {}
         return pair_metrics(self.model, rows, self.data_collator, self.args, self.as_reference)
@@ -317,7 +322,7 @@ class AdapterTrainer(WholeCheckpoints):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of each number that `add_metrics` was given since the last log."""
-        if "loss" in logs:
+        if "loss" in logs or "train_loss" in logs:  # the summary has what came after the last log of a step
             logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()} | self.entropy.metrics()
             self._metrics.clear()
         super().log(logs | device.counters(), start_time)

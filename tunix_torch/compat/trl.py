@@ -8,13 +8,15 @@ of TRL 1.16 is in `FIELDS`, with what becomes of it; `docs/from_trl.md` is writt
 
 import dataclasses
 import json
+import logging
 import math
 import sys
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import (
@@ -30,11 +32,18 @@ from ..config.grpo import GRPOConfig as OurConfig
 from ..config.services import blamed_on
 from ..config.settings import require
 from ..data.prompts import prepare_rows, token_counts
+from ..data.rows import Row
 from ..data.sources import training_rows
+from ..evals.answers import Answers
+from ..learn.weights import aggregation_weights
 from ..model.loading import load_model, load_tokenizer
+from ..rewarding.advantages import compute_group_advantages
+from ..rewarding.models import RewardModel
 from ..rewarding.scoring import RewardFunc
 from ..runtime import together
 from ..trainer import TunixTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -210,6 +219,7 @@ REFUSED_ARGUMENTS = {
     "rollout_func": "completions are sampled by this library; leave it out",
     "environment_factory": "there are no environments here; score completions by reward_funcs",
 }
+UNCLIPPED = ("cispo", "sapo", "vespo")  # loss types whose value depends on log-probabilities even where ratios are 1
 MAPPINGS = ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs", "transformers_continuous_batching_config")
 
 
@@ -355,6 +365,7 @@ class GRPOTrainer(TunixTrainer):
             raise ValueError(f"args: a {type(args).__name__}; {hint}")
         set_seed(args.seed)
         ours, processing_class = to_ours(args), processing_class or load_tokenizer(name)
+        _prepare_for_streams(ours, train_dataset)
         if isinstance(model, str | Path):
             model = _load(name, args, is_frozen=peft_config is not None)
         super().__init__(
@@ -377,9 +388,61 @@ class GRPOTrainer(TunixTrainer):
         return self.scorer.names
 
     @property
+    def reward_processing_classes(self) -> list[PreTrainedTokenizerBase | None]:
+        """The tokenizer of each reward model; None for a function."""
+        return [f.tokenizer if isinstance(f, RewardModel) else None for f in self.scorer.functions]
+
+    @property
+    def entropy_coef(self) -> float:
+        """The weight of the entropy bonus, as it is now."""
+        self.begin_run_if_needed()
+        return self.entropy.coef
+
+    @property
+    def ref_model(self) -> "ReferenceWeights | None":
+        """The weights of the reference policy; None where there is none, or it is the model without its adapter."""
+        self.begin_run_if_needed()
+        return None if self.reference is None else ReferenceWeights(self.reference)
+
+    def further_metrics(self, rows: Sequence[Row], samples: Answers | None) -> dict[str, float]:
+        """What `AdapterTrainer.further_metrics` gives, and `loss` where rewards and lengths of the samples decide it.
+
+        That is so without a KL penalty and an entropy bonus for the loss types that clip ratios: these are 1.
+        """
+        args, metrics = self.args, super().further_metrics(rows, samples)
+        if samples is None or args.beta > 0 or args.has_entropy_bonus or args.loss_type in UNCLIPPED:
+            return metrics
+        table = [[math.nan if v is None else v for v in of_one] for of_row in samples.rewards for of_one in of_row]
+        totals = (torch.tensor(table, dtype=torch.float64) * self.scorer.weights).nansum(dim=1)  # (B,)
+        lengths = torch.tensor([length for of_row in samples.lengths for length in of_row])
+        size, scaled = len(samples.lengths[0]), args.reward_scale != "none"
+        if size == 1:  # a completion alone is no better than its group
+            return metrics | {"loss": 0.0}
+        std = totals.std() if args.reward_scale == "batch" else None
+        advantages = compute_group_advantages(totals, size, args.algorithm, scaled, args.advantage_epsilon, std)
+        mask = torch.arange(args.generation_max_length) < lengths[:, None]
+        weights = aggregation_weights(mask, args.aggregation, args.generation_max_length)
+        return metrics | {"loss": -float((weights.sum(dim=1) * advantages).sum())}
+
+    @property
     def reward_weights(self) -> torch.Tensor:
         """The weight of each reward function, (R,)."""
         return self.scorer.weights
+
+
+class ReferenceWeights:
+    """The weights of a reference policy by the names of the parameters that they are copies of."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self.weights = weights
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All weights with their names."""
+        yield from self.weights.items()
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        """The weights of this name."""
+        return self.weights[name]
 
 
 def _with_room_for_all(rows: Any, tokenizer: PreTrainedTokenizerBase, args: OurConfig) -> Any:
@@ -392,6 +455,18 @@ def _with_room_for_all(rows: Any, tokenizer: PreTrainedTokenizerBase, args: OurC
     rows = prepare_rows(rows, tokenizer, sys.maxsize, system_message=args.system_message, **kwargs)
     args.max_prompt_length = max(1, *token_counts(rows))
     return rows
+
+
+def _prepare_for_streams(args: OurConfig, rows: Any) -> None:
+    """See that a stream is read by one process alone, as in TRL."""
+    if not isinstance(rows, datasets.IterableDataset):
+        return
+    dispatched = args.accelerator_config.dispatch_batches
+    hint = "Iterable datasets require `dispatch_batches=False`, since rows hold texts; leave it out"
+    require(not dispatched, "accelerator_config", {"dispatch_batches": dispatched}, hint)
+    if args.dataloader_num_workers:
+        logger.warning("dataloader_num_workers=%d: a stream is read by this process", args.dataloader_num_workers)
+        args.dataloader_num_workers = 0
 
 
 def _load(name: str, args: "GRPOConfig", is_frozen: bool) -> PreTrainedModel | PeftModel:

@@ -253,6 +253,8 @@ def _check_teacher(args: "GRPOConfig") -> None:
     require(args.use_grpo, "teacher", args.teacher, "judges what the policy samples: set use_grpo to True")
     hint = "with a teacher there is no KL penalty from the reference policy; leave it out, or 0"
     require(penalty in (0.0, type(args).kl_penalty_coef), "kl_penalty_coef", penalty, hint)
+    hint = "asks for rewards that differ, and a teacher gives none; leave it out"
+    require(not args.dynamic_sampling, "dynamic_sampling", True, hint)
     kept = args.save_batches
     require(not kept, "save_batches", kept, "a record has no teacher to be replayed with; leave it at 0")
 

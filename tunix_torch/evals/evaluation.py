@@ -35,7 +35,7 @@ def evaluate_policy(
     judge: RewardFunc | None,
     args: GRPOConfig,
     scorer: Scorer,
-    of_pairs: Callable[[Sequence[Row]], dict[str, float]],
+    further: Callable[[Sequence[Row], Answers | None], dict[str, float]],
     prefix: str = "eval",
     state: TrainerState | None = None,
 ) -> tuple[dict[str, float], Answers | None]:
@@ -48,7 +48,7 @@ def evaluate_policy(
             answered.
         scorer: has the reward functions whose values are reported. A function that takes a column which a row lacks is
             left out, with a warning.
-        of_pairs: further metrics of the rows, those of preference pairs.
+        further: gives more metrics, of the rows and of k sampled answers to each, if there are some.
         prefix: what the names of metrics begin with.
         state: of the trainer, for functions that take `trainer_state`.
 
@@ -63,7 +63,7 @@ def evaluate_policy(
         ValueError: see `call_rewards`.
     """
     metrics: dict[str, float] = {}
-    greedy, started = None, time.perf_counter()
+    greedy, samples, started = None, None, time.perf_counter()
     if judge is not None or (args.use_grpo and scorer.functions):
         reported = functions_to_report(scorer, rows)
         answer_rows = functools.partial(
@@ -91,7 +91,7 @@ def evaluate_policy(
             metrics |= {f"sampled/{name}": v for name, v in answer_metrics(samples, names, weights).items()}
     if not args.use_grpo and args.preference_loss is None:
         metrics["loss"] = completion_loss(model, rows, collator, args.per_device_eval_batch_size)
-    metrics |= of_pairs(rows)
+    metrics |= further(rows, samples)
     metrics["runtime"] = time.perf_counter() - started
     metrics = together.decided_by_first(lambda: metrics)  # early stopping depends on them, so all must have the same
     return {f"{prefix}_{name}": value for name, value in metrics.items()}, greedy

@@ -108,16 +108,19 @@ def add_up(numbers: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(of_batch[name] for of_batch in numbers) for name in numbers[0]}
 
 
-def learning_metrics(first: dict[str, float], last: dict[str, float], has_reference: bool) -> dict[str, float]:
+def learning_metrics(first: dict[str, float], last: dict[str, float], beta: float) -> dict[str, float]:
     """Return what is logged about the first and the last time that a batch was learned from.
 
     Args:
         first, last: the sums over micro-batches of what `learn_micro_batch` returned.
+        beta: the weight of the KL penalty; 0: there is no reference.
     """
     weight, tokens = max(last["weight"], 1e-12), max(last["tokens"], 1.0)
-    kl = {"kl": last["kl_loss"] / weight} if has_reference else {}
+    kl = {"kl": last["kl_loss"] / weight} if beta > 0 else {}
     if "teacher_kl" in last:
         kl["teacher_kl"] = last["teacher_kl"] / weight
+    if "kept_entropy" in last:  # the loss without the entropy bonus
+        kl["policy_loss"] = last["policy_loss"] + beta * last["kl_loss"]
     return kl | {
         "pg_loss": last["policy_loss"],
         **_ratio_metrics(last, weight),

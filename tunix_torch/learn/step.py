@@ -99,7 +99,10 @@ def learn_micro_batch(
     backward(loss)
     logps, mask = logps.detach(), batch.completion_mask
     gap = (logps - batch.sampler_logps) * mask
-    gap = gap.clamp(min=0.0) if args.corrects_sampler else gap.abs()  # truncation only raises log-probabilities
+    if not args.corrects_sampler:
+        gap = gap.abs()
+    else:  # truncation only raises log-probabilities, and a penalty may do anything
+        gap = gap.clamp(min=0.0) if args.repetition_penalty == 1 else torch.zeros_like(gap)
     numbers = {
         "loss": loss.detach(),
         **distance,
