@@ -15,6 +15,7 @@ import torch
 from trainers import digits_reward
 
 import tunix_torch.grpo
+import tunix_torch.learn.distillation
 import tunix_torch.learn.logprobs
 import tunix_torch.learn.step
 import tunix_torch.model.forward
@@ -188,7 +189,8 @@ def temperature_forgotten(monkeypatch, trainer):
     def forgetful(model, rows, temperature=1.0, *others):
         return right(model, rows, 1.0 if torch.is_grad_enabled() else temperature, *others)
 
-    monkeypatch.setattr(tunix_torch.learn.step, "token_logps", forgetful)
+    for module in (tunix_torch.learn.step, tunix_torch.learn.distillation):  # of the reference, and of the policy
+        monkeypatch.setattr(module, "token_logps", forgetful)
 
 
 def temperature_forgotten_in_old_ones(monkeypatch, trainer):

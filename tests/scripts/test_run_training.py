@@ -412,7 +412,7 @@ def test_wrong_settings_are_named_with_their_section(given, message):
         ("+experiment=full", "experiment='full': choose one of full_training, quick_test"),
         ("experiment=quick_test", "use +experiment=quick_test"),
         ("model.lora_rank=eight", "model.lora_rank='eight': expected int"),
-        ("model.lora_rank=0", "model.lora_rank=0: must be at least 1"),
+        ("model.lora_rank=-1", "model.lora_rank=-1: must be at least 1, or 0"),
         ("training=fast", "training='fast': choose one of default"),
         ("generation.temperature=0", "generation.temperature=0: must be above 0"),
         ("optimizer=5e", "optimizer='5e': choose one of default"),
