@@ -32,6 +32,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+# Most tokens mean nothing, so that, as in the models of the tests, a completion hardly ever ends by itself.
+VOCABULARY = 32768
 SIZE = {
     "hidden_size": 8,
     "intermediate_size": 32,
@@ -112,7 +114,9 @@ def make_tokenizer():
 
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(alphabet + specials)}
+    tokens = [*alphabet, *specials]
+    tokens += [f"<unused{i}>" for i in range(VOCABULARY - len(tokens))]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -128,7 +132,7 @@ def make_models(hub: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     tokenizer = make_tokenizer()
-    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids = {"vocab_size": VOCABULARY, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     for name, (kind, settings, is_reward) in MODELS.items():
         torch.manual_seed(0)
         labels = {"num_labels": 1} if is_reward else {}

@@ -171,6 +171,7 @@ def test_a_step_learns_from_the_log_probabilities_of_hugging_faces_own_forward(
     loss = trainer.training_step(trainer.model, inputs)
     mask = inputs["completion_mask"]
     tensors = {name: value for name, value in inputs.items() if name != "rows"}
+    del tensors["learned_mask"]
     batch = TrainBatch(**tensors, advantages=torch.zeros(8), token_weights=mask.float(), lengths=mask.sum(1))
     with torch.no_grad():
         logps = hugging_face_logps(trainer.model, batch)[0].numpy()

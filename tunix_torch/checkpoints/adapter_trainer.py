@@ -74,6 +74,8 @@ class AdapterTrainer(WholeCheckpoints):
         self._ahead: list[tuple[list[dict[str, Any]], Tensor | int | None]] = []
         # Batches that are sampled and not yet learned from, one for each pass, with their rewards (B, R).
         self._waiting: list[WaitingBatch] = []
+        if args.use_grpo and together.is_first():
+            warn_of_loss(args)
         self._metrics: dict[str, list[float]] = defaultdict(list)  # since the last log
 
     @property
@@ -175,8 +177,6 @@ class AdapterTrainer(WholeCheckpoints):
         if self.args.gradient_checkpointing:  # `transformers.Trainer` has just done it again, its own way
             recompute_layers(self.model, self.args.gradient_checkpointing_kwargs)
         self.begin_run(checkpoint)
-        if self.args.use_grpo and together.is_first():
-            warn_of_loss(self.args)
         return super()._inner_training_loop(*args, **kwargs)
 
     # ---- a run that is finished ----

@@ -19,6 +19,7 @@ from typing import Any
 import datasets
 import torch
 from peft import PeftConfig, PeftModel
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -381,6 +382,16 @@ class GRPOTrainer(TunixTrainer):
             full=peft_config is None and not isinstance(model, PeftModel),
         )
         self.optimizer, self.lr_scheduler = optimizers
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """See `transformers.Trainer`. A stream is read by one process, whatever training rows are read by."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        workers = self.args.dataloader_num_workers
+        self.args.dataloader_num_workers = 0 if isinstance(rows, datasets.IterableDataset) else workers
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_num_workers = workers
 
     @property
     def reward_func_names(self) -> list[str]:

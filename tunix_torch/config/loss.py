@@ -84,8 +84,8 @@ def warn_of_loss(args: "GRPOConfig") -> None:
     loss_type = loss_type_of(args)
     if args.sequence_level and loss_type in SUMMED:
         logger.warning(
-            "importance_sampling_level='sequence' with loss_type=%r: its sum over tokens weighs a sequence by its "
-            "length. GSPO has loss_type='grpo'.",
+            "importance_sampling_level='sequence' with loss_type=%r: the sum over tokens weights each sequence by "
+            "its completion length. GSPO has loss_type='grpo'.",
             loss_type,
         )
     elif loss_type == "luspo" and not args.sequence_level:

@@ -204,10 +204,15 @@ def answer(
         rewards = [[of_one[: len(reward_funcs)] for of_one in of_row] for of_row in by_row]
         answers = Answers(texts, right, lengths_of(tokens), rewards, metrics)
     everyones = together.gather(answers)
+    # What a process's functions have logged counts once for each of its rows.
+    logged = [
+        {name: [mean] * len(theirs.completions) for name, mean in means([theirs.metrics]).items()}
+        for theirs in everyones
+    ]
     return Answers(
         completions=[texts for theirs in everyones for texts in theirs.completions],
         right=[right for theirs in everyones for right in theirs.right],
         lengths=[lengths for theirs in everyones for lengths in theirs.lengths],
         rewards=[rewards for theirs in everyones for rewards in theirs.rewards],
-        metrics={name: [value] for name, value in means([theirs.metrics for theirs in everyones]).items()},
+        metrics={name: [mean] for name, mean in means(logged).items()},
     )

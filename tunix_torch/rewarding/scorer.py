@@ -237,6 +237,6 @@ def _tokenizers(given: Any, count: int) -> list[PreTrainedTokenizerBase | None]:
         return [None] * count
     tokenizers = list(given) if isinstance(given, list | tuple) else [given]
     if len(tokenizers) != count:
-        hint = "give a list with one for each, None for a function"
-        raise ValueError(f"reward_processing_classes: {len(tokenizers)} for {count} reward functions; {hint}")
+        hint = f"must match that of reward_funcs, {count}: give a list with one for each, None for a function"
+        raise ValueError(f"reward_processing_classes: their number, {len(tokenizers)}, {hint}")
     return tokenizers
