@@ -133,7 +133,8 @@ class TunixTrainer(AdapterTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """See `transformers.Trainer.train`. The workers that call reward functions live as long as it runs."""
-        with self.scorer.in_workers(self.args.reward_processes if self.args.use_grpo else 0):
+        workers = self.args.reward_processes if self.args.use_grpo else 0
+        with self.scorer.in_workers(workers), self.saving_when_rewards_fail():
             return super().train(*args, **kwargs)
 
     # ---- one step ----

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from runs import run
+from trainers import digits_reward, make_trainer
 
 from tunix_torch.checkpoints.files import checkpoints_of, has_final_files, newest_checkpoint, why_not_whole
 from tunix_torch.checkpoints.manifest import BOTH, damage
@@ -128,3 +129,26 @@ def test_the_checkpoints_of_the_latest_steps_are_kept_whatever_the_clock_says(tm
     assert left(1, "checkpoint-4") == ["12", "4"]
     assert left(3, "checkpoint-2") == ["12", "10", "2"]
     assert left(0) == left(None) == ["12", "10", "4", "2"]
+
+
+@pytest.mark.parametrize("where", ["training", "evaluation"])
+def test_what_was_learned_before_a_reward_failed_is_saved_and_resumed(model_folder, tmp_path, caplog, where):
+    """Nothing that was learned is lost; the step whose rewards failed is sampled again, and alike."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 100, "eval_strategy": "steps", "eval_steps": 2}
+
+    def reward(completions, trainer_state, **kwargs):
+        values = digits_reward(None, completions)
+        if failing and trainer_state.global_step == 2 and (len(completions) == 8) == (where == "evaluation"):
+            raise RuntimeError("the judge is away")
+        return values
+
+    failing = True
+    with pytest.raises(RuntimeError, match="the judge is away"):
+        make_trainer(model_folder, tmp_path / "a", reward, **settings).train()
+    assert "Scoring failed in step 3; " in caplog.text and "checkpoint-2 holds everything before" in caplog.text
+    failing = False
+    trainers = [make_trainer(model_folder, tmp_path / name, reward, **settings) for name in "ab"]
+    trainers[0].train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    trainers[1].train()
+    resumed, whole = ([p for p in t.model.parameters() if p.requires_grad] for t in trainers)
+    assert all(map(torch.equal, resumed, whole))

@@ -249,7 +249,10 @@ def test_tokenizers_must_be_as_many_as_functions_and_be_able_to_pad(folders, tok
     one = str(folders / "one")
     for count, given in ((1, [None, None]), (2, [tokenizer]), (2, tokenizer)):
         size = len(given) if isinstance(given, list) else 1
-        with pytest.raises(ValueError, match=f"reward_processing_classes: their number, {size}, must match that of reward_funcs, {count}"):
+        with pytest.raises(
+            ValueError,
+            match=f"reward_processing_classes: their number, {size}, must match that of reward_funcs, {count}",
+        ):
             Scorer([one, digits_reward][:count], processing_classes=given)
     assert Scorer([one], processing_classes=tokenizer).functions[0].tokenizer is tokenizer
     bare = tiny.make_tokenizer()

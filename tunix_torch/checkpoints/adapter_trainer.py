@@ -1,9 +1,10 @@
 """The part of the trainer that saves and resumes: what checkpoints hold, and what must not change during a run."""
 
+import contextlib
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from ..model.adapter import REFERENCE_FILE, load_reference, save_reference
 from ..model.checks import has_dropout, remove_dropout
 from ..model.forward import recompute_layers, reference_policy
 from ..model.policies import Policy, like, mix
+from ..rewarding.scorer import RAISED_BY_REWARDS
 from ..runtime import device, together
 from ..runtime.profiling import ProfileStep
 from .files import STATE_FILE, digest_of_files, is_finished
@@ -178,6 +180,24 @@ class AdapterTrainer(WholeCheckpoints):
             recompute_layers(self.model, self.args.gradient_checkpointing_kwargs)
         self.begin_run(checkpoint)
         return super()._inner_training_loop(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def saving_when_rewards_fail(self) -> Iterator[None]:
+        """When reward functions or the judge raise within this context, save what was learned before.
+
+        They are called between steps, so the weights are those of the last whole step. Where several processes have
+        rows of their own, the others wait for this one's rows, and nothing is saved.
+        """
+        try:
+            yield
+        except Exception as error:
+            step = self.state.global_step
+            if RAISED_BY_REWARDS in getattr(error, "__notes__", ()) and self.is_in_train and together.count() == 1:
+                if step > 0 and self.args.save_strategy != "no":
+                    self._save_checkpoint(self.model, None)
+                    saved = f"{self.args.output_dir}/checkpoint-{step} holds everything before"
+                    logger.warning("Scoring failed in step %d; %s, and resuming goes on from there.", step + 1, saved)
+            raise
 
     # ---- a run that is finished ----
 

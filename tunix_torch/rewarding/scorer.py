@@ -18,6 +18,7 @@ from .scoring import RewardFunc, call_rewards, name_of, names_of, table_of
 from .workers import RewardWorkers, reward_workers
 
 Rewards = RewardFunc | str | nn.Module | Sequence[RewardFunc | str | nn.Module]  # what `reward_funcs` takes
+RAISED_BY_REWARDS = "It was raised while reward functions or the judge were called."
 Tokenizers = PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None]  # and `reward_processing_classes`
 
 
@@ -204,7 +205,23 @@ def call_on_all_hosts(
 
     Raises:
         ValueError: see `call_rewards`.
+        Exception: what a function raises. Whatever is raised has the note `RAISED_BY_REWARDS`.
     """
+    try:
+        return _call_on_all_hosts(functions, rows, completions, timeout, workers, context)
+    except Exception as error:
+        error.add_note(RAISED_BY_REWARDS)
+        raise
+
+
+def _call_on_all_hosts(
+    functions: Sequence[RewardFunc],
+    rows: Sequence[Row],
+    completions: Sequence[str],
+    timeout: float | None,
+    workers: RewardWorkers | None,
+    context: RewardContext,
+) -> tuple[list[list[float | None]], dict[str, list[float]]]:
     started, values = time.monotonic(), {}
     for number, function in enumerate(functions):
         if isinstance(function, RewardModel):
