@@ -3,6 +3,7 @@
 import functools
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -98,6 +99,70 @@ def test_an_exception_passes_through(workers):
         call_rewards([broken], ROWS, COMPLETIONS, None, workers)
 
 
+def dies_once(completions, folder, **columns):
+    """A reward function whose process is killed at its first call, as by the machine for its memory."""
+    try:
+        Path(folder[0], "died").touch(exist_ok=False)
+    except FileExistsError:
+        return [1.0] * len(completions)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies(**columns):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_dies_is_replaced_once(tmp_path, caplog):
+    workers = RewardWorkers(2, [dies_once, dies, right])
+    try:
+        rows = [row | {"folder": str(tmp_path)} for row in ROWS]
+        values = call_rewards([dies_once, right], rows, COMPLETIONS, workers=workers)
+        assert values == [[1.0] * 6, [1.0, 0.0, 1.0, 1.0, 1.0, None]]
+        assert "has ended by itself" in caplog.text
+        with pytest.raises(
+            ValueError,
+            match="reward_processes=2: a process has ended by itself while 'dies' scored the 6 completions of 3 pr",
+        ):
+            call_rewards([dies], ROWS, COMPLETIONS, workers=workers)
+    finally:
+        workers.close()
+
+
+OWNER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from tunix_torch.rewarding.workers import RewardWorkers
+import os
+if __name__ == "__main__":
+    workers = RewardWorkers(2, [os.getcwd])
+    print(*(process.pid for process in workers._processes), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_processes_end_with_a_trainer_that_was_killed(tmp_path):
+    (tmp_path / "owner.py").write_text(OWNER)
+    owner = subprocess.Popen([sys.executable, tmp_path / "owner.py", str(ROOT)], stdout=subprocess.PIPE, text=True)
+    pids = [int(word) for word in owner.stdout.readline().split()]
+    assert len(pids) == 2
+    owner.kill()
+    owner.wait()
+    for _ in range(100):
+        left = [pid for pid in pids if Path(f"/proc/{pid}").exists() and "Z" not in state_of(pid)]
+        if not left:
+            break
+        time.sleep(0.1)
+    assert not left
+
+
+def state_of(pid):
+    """Return the state of a process: "R", "S", ...; "Z" where it has ended, or is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
 def test_every_reward_function_of_ours_can_be_sent():
     for preset in rewards.PRESETS:
         for function, _ in rewards.get_preset(preset):
@@ -138,7 +203,7 @@ def test_a_trainer_stops_in_time_and_leaves_no_process(model_folder, tmp_path):
     assert trained(rewards.format_reward, reward_processes=2) == trained(rewards.format_reward)
     with pytest.raises(ValueError, match="reward_timeout=0.2: 'stuck' takes longer"):
         trained(stuck, reward_processes=1, reward_timeout=0.2)  # `stuck` would take an hour
-    with pytest.raises(Exception, match="terminated abruptly"):
+    with pytest.raises(Exception, match="a process has ended by itself"):
         trained(deadly, reward_processes=1)
     assert multiprocessing.active_children() == before
 

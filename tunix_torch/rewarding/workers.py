@@ -5,10 +5,14 @@ import concurrent.futures
 import contextlib
 import functools
 import inspect
+import logging
 import multiprocessing
+import os
 import pickle
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Barrier
@@ -17,6 +21,8 @@ from typing import Any
 from ..runtime import together
 from .context import LOG_EXTRA, LOG_METRIC, STATE, RewardContext
 from .values import CompletionError, numbers_of
+
+logger = logging.getLogger(__name__)
 
 
 class RewardWorkers:
@@ -41,17 +47,30 @@ class RewardWorkers:
                 raise self._import_error(error) from None
             if interactive and b"__main__" in data:
                 raise self._import_error(f"{function!r:.80} is defined in an interactive session")
-        before = set(multiprocessing.active_children())
-        context = multiprocessing.get_context("spawn")
-        self._pool = concurrent.futures.ProcessPoolExecutor(count, context, _wait_for_all, (context.Barrier(count),))
-        # Sending a function to a process makes the process import it, whatever is called there.
-        arrived = [self._pool.submit(callable, function) for function in functions for _ in range(count)]
-        self._processes = set(multiprocessing.active_children()) - before
+        self._functions, self._starting, self._starts = functions, threading.Lock(), 0
         try:
-            for future in arrived:
-                future.result()
+            self._start()
         except BrokenProcessPool:
             raise self._import_error("a process that was to import it ended, see above") from None
+
+    def _start(self) -> None:
+        """Start the processes, and wait until all of them have imported the functions."""
+        before, context = set(multiprocessing.active_children()), multiprocessing.get_context("spawn")
+        arguments = (context.Barrier(self.count), os.getpid())
+        self._pool = concurrent.futures.ProcessPoolExecutor(self.count, context, _begin, arguments)
+        # Sending a function to a process makes the process import it, whatever is called there.
+        arrived = [self._pool.submit(callable, function) for function in self._functions for _ in range(self.count)]
+        self._processes = set(multiprocessing.active_children()) - before
+        self._starts += 1
+        for future in arrived:
+            future.result()
+
+    def _start_again(self, starts: int) -> None:
+        """Start new processes in place of those that had been started `starts` times, unless others have done so."""
+        with self._starting:
+            if self._starts == starts:
+                self.close()
+                self._start()
 
     def _import_error(self, reason: object) -> ValueError:
         return ValueError(
@@ -84,20 +103,31 @@ class RewardWorkers:
         num_rows = len(next(iter(columns.values())))
         group_size, bounds = num_rows // num_prompts, [num_prompts * i // self.count for i in range(self.count + 1)]
         slices = [slice(a * group_size, b * group_size) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
-        futures = [
-            self._pool.submit(
-                _call, function, {name: values[part] for name, values in columns.items()}, common.get(STATE), [*common]
-            )
-            for part in slices
-        ]
+
+        def begin() -> list[concurrent.futures.Future]:
+            rest = common.get(STATE), [*common]
+            parts = [{name: values[part] for name, values in columns.items()} for part in slices]
+            return [self._pool.submit(_call, function, part, *rest) for part in parts]
+
+        starts, futures = self._starts, begin()
 
         def join() -> Any:
-            joined: list[Any] = []
-            for part, future in zip(slices, futures, strict=True):
+            try:
+                results = _results_of(slices, futures)
+            except BrokenProcessPool:  # a process was killed, such as for its memory
+                logger.warning("A process that scores has ended by itself; %d new ones score these rows", self.count)
+                self._start_again(starts)
                 try:
-                    values, metrics, extra = future.result()
-                except CompletionError as error:  # its number is that in the part
-                    raise CompletionError(part.start + error.number, error.message) from error
+                    results = _results_of(slices, begin())
+                except BrokenProcessPool:
+                    name = getattr(function, "__name__", type(function).__name__)
+                    what = f"{name!r} scored the {num_rows} completions of {num_prompts} prompts"
+                    raise ValueError(
+                        f"reward_processes={self.count}: a process has ended by itself while {what}, and then another; "
+                        "the function may need more memory than there is, or end its process"
+                    ) from None
+            joined: list[Any] = []
+            for part, (values, metrics, extra) in zip(slices, results, strict=True):
                 context.add(metrics, extra)
                 if len(values) != part.stop - part.start:
                     return values
@@ -147,10 +177,29 @@ def is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def _wait_for_all(barrier: Barrier) -> None:
+def _results_of(slices: Sequence[slice], futures: Sequence[concurrent.futures.Future]) -> list[Any]:
+    """What each process has returned for its part of the rows."""
+    results = []
+    for part, future in zip(slices, futures, strict=True):
+        try:
+            results.append(future.result())
+        except CompletionError as error:  # its number is that in the part
+            raise CompletionError(part.start + error.number, error.message) from error
+    return results
+
+
+def _begin(barrier: Barrier, parent: int) -> None:
     """Run in each process before its first call: wait for the others, so that the pool has to start them all."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the trainer too, which closes the pool
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     barrier.wait()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that has started it is gone, however that ended: nobody else would."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _call(
