@@ -133,7 +133,7 @@ class TunixTrainer(AdapterTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """See `transformers.Trainer.train`. The workers that call reward functions live as long as it runs."""
-        workers = self.args.reward_processes if self.args.use_grpo else 0
+        workers, self._row_numbers = self.args.reward_processes if self.args.use_grpo else 0, RowNumbers()
         with self.scorer.in_workers(workers), self.saving_when_rewards_fail():
             return super().train(*args, **kwargs)
 
@@ -180,11 +180,12 @@ class TunixTrainer(AdapterTrainer):
         """Sample a group of completions for each of N prompts, score them, and compute what else the loss needs."""
         scored, batch = self._sample_and_score(prompts)
         if batch is None:  # with dynamic sampling
-            draw, pad_id = partial(self.questions.draw, row_numbers=self._row_numbers), self.sampler.pad_token_id
-            scored = replace_equal_groups(scored, draw, self._sample_and_score, self.args, pad_id)
+            draw, tokens = partial(self.questions.draw, row_numbers=self._row_numbers), self.sampler
+            how = self.args, tokens.pad_token_id, tokens.eos_token_ids
+            scored = replace_equal_groups(scored, draw, self._sample_and_score, *how)
             batch = self._begin_train_batch(scored.prompts, scored.rollout)
         self._rewards, metrics = scored.rewards, scored.metrics(self.scorer.names, self.sampler.eos_token_ids)
-        self.add_metrics(metrics | self.scorer.metrics)
+        self.add_metrics(metrics)
         warn_of_equal_rewards(metrics, self.state.global_step + 1, scored.texts[0])
         return self._with_rewards(batch, scored.totals)
 
@@ -203,7 +204,7 @@ class TunixTrainer(AdapterTrainer):
             texts = decode_completions(self.processing_class, ids, mask, self.sampler.eos_token_ids)
             rewards = self.compute_rewards_for_completions(prompts, texts, token_lists(ids, mask))  # (B, R)
         totals = self.scorer.totals(rewards, texts) - overlong_penalties(mask.sum(1), self.args)  # (B,)
-        return ScoredRollout(prompts, rollout, ids, mask, texts, rewards, totals, seconds), batch
+        return ScoredRollout(prompts, rollout, ids, mask, texts, rewards, totals, seconds, self.scorer.metrics), batch
 
     def make_train_batch(self, prompts: PromptBatch, rollout: Rollout, rewards: Tensor) -> TrainBatch:
         """Everything that the loss needs, from a rollout of N prompts and its total rewards, (B,) on the CPU."""

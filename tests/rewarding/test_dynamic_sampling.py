@@ -7,12 +7,13 @@ from trainers import digits_reward, first_batch, lora_weights, make_trainer
 
 from tunix_torch.batch import PromptBatch, Rollout
 from tunix_torch.model import tiny
-from tunix_torch.rewarding.dynamic import draw_rows, replace_equal_groups
+from tunix_torch.rewarding.dynamic import draw_rows, has_signal, replace_equal_groups
 from tunix_torch.rewarding.scored import ScoredRollout
 from tunix_torch.run.callbacks import MetricsFile
 from tunix_torch.runtime import together
 
 GROUPS, SIZE = 5, 3
+EOS = [-9]
 
 
 def make_round(number, useful, width=4):
@@ -35,8 +36,20 @@ def make_round(number, useful, width=4):
 class Args:
     device = torch.device("cpu")
 
-    def __init__(self, max_sampling_rounds):
+    def __init__(self, max_sampling_rounds, objective="sum_then_normalize", masked=False):
         self.max_sampling_rounds = max_sampling_rounds
+        self.multi_objective_aggregation, self.mask_truncated_completions = objective, masked
+
+
+def test_what_is_learned_from_decides_which_groups_have_a_signal():
+    scored = make_round(0, [2], width=4)
+    assert has_signal(scored, Args(1), EOS) == [False, False, True, False, False]
+    scored.rewards[:] = torch.tensor([[1.0]])
+    scored.rewards[3 * SIZE, 0] = 0.0  # totals of other functions may make up for it
+    assert has_signal(scored, Args(1, "normalize_then_sum"), EOS) == [False, False, False, True, False]
+    assert has_signal(scored, Args(1, masked=True), [-9]) == [False] * GROUPS, "none has ended, so none is learned from"
+    ended = scored.ids[2 * SIZE, 0].item()  # the one whose reward differs
+    assert has_signal(scored, Args(1, masked=True), [ended]) == [False, False, True, False, False]
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 9])
@@ -52,7 +65,7 @@ def test_groups_with_equal_rewards_give_way_in_order(most, useful):
         drawn.append(prompts)
         return next(left), None
 
-    found = replace_equal_groups(rounds[0], lambda count: rounds[0].prompts, sample, Args(most), pad_token_id=-1)
+    found = replace_equal_groups(rounds[0], lambda count: rounds[0].prompts, sample, Args(most), -1, EOS)
 
     places = {group: (0, group) for group in range(GROUPS)}  # recomputed: the group of which round has which place
     empty = [group for group in range(GROUPS) if group not in useful[0]]
@@ -87,7 +100,9 @@ def test_a_process_goes_on_while_another_one_has_places_left(monkeypatch):
     rounds = [make_round(n, range(GROUPS)) for n in range(3)]
     left, more = iter(rounds[1:]), iter([True, True, False])
     monkeypatch.setattr(together, "anyone", lambda told: next(more))
-    found = replace_equal_groups(rounds[0], lambda count: rounds[0].prompts, lambda p: (next(left), None), Args(9), -1)
+    found = replace_equal_groups(
+        rounds[0], lambda count: rounds[0].prompts, lambda p: (next(left), None), Args(9), -1, EOS
+    )
     assert found.costs["dynamic_sampling/rounds"] == 3
     assert torch.equal(found.ids, rounds[0].ids), "a full batch stays as it is"
 

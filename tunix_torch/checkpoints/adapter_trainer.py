@@ -64,7 +64,11 @@ class AdapterTrainer(WholeCheckpoints):
             [] if args.early_stopping_patience is None else [EarlyStoppingCallback(args.early_stopping_patience)]
         )
         profiling = [] if args.profile_step is None else [ProfileStep(args.profile_step)]
-        syncing = [SyncReference(self.sync_reference, args.ref_model_sync_steps)] if args.sync_ref_model else []
+        syncing = (
+            [SyncReference(self.sync_reference, args.ref_model_sync_steps, args.num_iterations)]
+            if args.sync_ref_model
+            else []
+        )
         own = [OwnIntervals(), *syncing, *(callbacks or []), *early_stopping, *profiling, EndGraphWithOptimizer()]
         super().__init__(model=policy.model, args=args, callbacks=own, **others)
         # For checkpoints that have lost their reference.
@@ -358,7 +362,9 @@ class AdapterTrainer(WholeCheckpoints):
         same = frozen is None or self._sums_of_frozen() == frozen
         assert same, f"frozen weights changed: only {self.policy.learns} may learn"
         self.put_optimizer("eval")
-        weights = {name: weight.detach().cpu() for name, weight in self.policy.to_save().items()}
+        copies: dict[int, Tensor] = {}  # tied weights are one tensor, which stays one
+        tensors = self.policy.to_save()
+        weights = {name: copies.setdefault(id(w), w.detach().cpu()) for name, w in tensors.items()}
         check_finite(weights, f"step {self.state.global_step}")
         if self.args.should_save:
             output_dir = output_dir or self.args.output_dir

@@ -24,13 +24,14 @@ class SyncReference(TrainerCallback):
     Args:
         sync: moves it.
         interval: optimizer steps.
+        each: optimizer steps in a step of the trainer (`num_iterations`), at whose end it moves.
     """
 
-    def __init__(self, sync: Callable[[], None], interval: int) -> None:
-        self.sync, self.interval = sync, interval
+    def __init__(self, sync: Callable[[], None], interval: int, each: int) -> None:
+        self.sync, self.interval, self.each = sync, interval, each
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.interval == 0:
+        if state.global_step * self.each // self.interval > (state.global_step - 1) * self.each // self.interval:
             self.sync()
 
 

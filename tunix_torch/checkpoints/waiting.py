@@ -14,9 +14,9 @@ WaitingBatch = tuple[TrainBatch, Tensor]  # with the rewards of its rows, (B, R)
 IN_MEMORY = ("lengths", "rewards")  # tensors of a `TrainBatch` that lie in main memory
 
 
-def _file(folder: str | Path) -> Path:
-    """Each process has batches of its own, and so a file of its own."""
-    return Path(folder) / f"waiting_batches_{together.index()}.pt"
+def _file(folder: str | Path, process: int | None = None) -> Path:
+    """Each process has batches of its own, and so a file of its own. None: this one's."""
+    return Path(folder) / f"waiting_batches_{together.index() if process is None else process}.pt"
 
 
 def save_waiting(waiting: Sequence[WaitingBatch], folder: str | Path) -> None:
@@ -27,15 +27,26 @@ def save_waiting(waiting: Sequence[WaitingBatch], folder: str | Path) -> None:
         for batch, _ in distinct
     ]
     order = [next(i for i, (known, _) in enumerate(distinct) if known is batch) for batch, _ in waiting]
-    torch.save({"batches": columns, "rewards": [r.clone() for _, r in distinct], "order": order}, _file(folder))
+    saved = {"batches": columns, "rewards": [r.clone() for _, r in distinct], "order": order}
+    torch.save(saved | {"processes": together.count()}, _file(folder))
 
 
 def load_waiting(folder: str | Path, device: torch.device) -> list[WaitingBatch]:
-    """Read what `save_waiting` wrote. The list is empty where the checkpoint has no such file."""
-    path = _file(folder)
-    if not path.is_file():
+    """Read what `save_waiting` wrote. The list is empty where the checkpoint has no such file.
+
+    Raises:
+        ValueError: other than so many processes as now have sampled the batches.
+    """
+    first = _file(folder, 0)
+    if not first.is_file():
         return []
-    saved = torch.load(path, weights_only=True)
+    processes = torch.load(first, weights_only=True)["processes"]
+    if processes != together.count():
+        raise ValueError(
+            f"resume_from_checkpoint={str(folder)!r}: {processes} process(es) have sampled batches that wait in it, "
+            f"and there are {together.count()}; start as many, or take a checkpoint from between two rollouts"
+        )
+    saved = torch.load(_file(folder), weights_only=True)
     batches = [
         TrainBatch(**{k: v if v is None or k in IN_MEMORY else v.to(device) for k, v in columns.items()})
         for columns in saved["batches"]

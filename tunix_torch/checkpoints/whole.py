@@ -57,6 +57,9 @@ class WholeCheckpoints(Trainer):
             if together.is_first():
                 shutil.rmtree(beside, ignore_errors=True)
         together.wait()
+        best = run / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step and best.exists():  # not where it was written, on any process
+            state.best_model_checkpoint = str(best)
         if args.push_to_hub:
             super()._push_from_checkpoint(str(run / name))
 

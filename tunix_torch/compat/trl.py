@@ -36,6 +36,7 @@ from ..data.prompts import prepare_rows, token_counts
 from ..data.rows import Row
 from ..data.sources import training_rows
 from ..evals.answers import Answers
+from ..evals.evaluation import functions_to_report
 from ..learn.weights import aggregation_weights
 from ..model.loading import load_model, load_tokenizer
 from ..rewarding.advantages import compute_group_advantages
@@ -424,7 +425,8 @@ class GRPOTrainer(TunixTrainer):
         if samples is None or args.beta > 0 or args.has_entropy_bonus or args.loss_type in UNCLIPPED:
             return metrics
         table = [[math.nan if v is None else v for v in of_one] for of_row in samples.rewards for of_one in of_row]
-        totals = (torch.tensor(table, dtype=torch.float64) * self.scorer.weights).nansum(dim=1)  # (B,)
+        weights = self.scorer.weights[functions_to_report(self.scorer, rows)]  # of the functions that were called
+        totals = (torch.tensor(table, dtype=torch.float64) * weights).nansum(dim=1)  # (B,)
         lengths = torch.tensor([length for of_row in samples.lengths for length in of_row])
         size, scaled = len(samples.lengths[0]), args.reward_scale != "none"
         if size == 1:  # a completion alone is no better than its group

@@ -89,7 +89,8 @@ class EntropyControl:
         if step_ends:
             totals = together.sum_numbers({name: sum(of[name] for of in self._sums) for name in names})
             self._sums = []
-            self.adapt(totals["kept_entropy"] / max(1.0, totals["kept_tokens"]))
+            if totals["kept_tokens"]:
+                self.adapt(totals["kept_entropy"] / totals["kept_tokens"])
 
     def adapt(self, entropy: float) -> None:
         """Adapt the weight after a step with this mean entropy of a token."""

@@ -87,7 +87,8 @@ def loss_numbers(
     elif loss_type != "sapo":
         numbers["high_clipped_weight"] = terms.high_clipped_weight
     if ratios is not None:
-        difference = (logps - batch.sampler_logps).abs() * batch.completion_mask
+        own = logps if batch.old_per_token_logps is None else batch.old_per_token_logps
+        difference = (own - batch.sampler_logps).abs() * batch.completion_mask
         numbers |= {"sampler_difference": difference.sum(), "sampler_ratio": (ratios * mask).sum()}
         numbers["ratio_tokens"] = mask.sum()
     if batch.entropy_weights is not None:
@@ -116,16 +117,17 @@ def learning_metrics(first: dict[str, float], last: dict[str, float], beta: floa
         beta: the weight of the KL penalty; 0: there is no reference.
     """
     weight, tokens = max(last["weight"], 1e-12), max(last["tokens"], 1.0)
+    difference = first.get("sampler_difference", first["sampler_gap"]) / max(first["tokens"], 1.0)
     kl = {"kl": last["kl_loss"] / weight} if beta > 0 else {}
     if "teacher_kl" in last:
         kl["teacher_kl"] = last["teacher_kl"] / weight
-    if "kept_entropy" in last:  # the loss without the entropy bonus
+    if "kept_entropy" in last and "teacher_kl" not in last:  # the loss without the entropy bonus
         kl["policy_loss"] = last["policy_loss"] + beta * last["kl_loss"]
     return kl | {
         "pg_loss": last["policy_loss"],
         **_ratio_metrics(last, weight),
         "entropy": last["entropy"] / tokens,
-        "sampling/sampling_logp_difference/mean": first.get("sampler_difference", first["sampler_gap"]) / tokens,
+        "sampling/sampling_logp_difference/mean": difference,
     }
 
 

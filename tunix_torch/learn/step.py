@@ -98,7 +98,8 @@ def learn_micro_batch(
         loss, distance = loss + args.distillation_coef * teacher_loss, {"teacher_kl": teacher_loss.detach()}
     backward(loss)
     logps, mask = logps.detach(), batch.completion_mask
-    gap = (logps - batch.sampler_logps) * mask
+    own = logps if batch.old_per_token_logps is None else batch.old_per_token_logps  # by the policy that sampled
+    gap = (own - batch.sampler_logps) * mask
     if not args.corrects_sampler:
         gap = gap.abs()
     else:  # truncation only raises log-probabilities, and a penalty may do anything

@@ -76,7 +76,11 @@ def _whole(model: PreTrainedModel | PeftModel, peft_config: LoraConfig | None, a
         raise ValueError(
             f"save_batches={args.save_batches}: records are replayed with a LoRA, and here all weights are trained"
         )
+    # Commands that ask the model look for these in its config, to ask it as it was trained.
     model.config.system_message = args.system_message
+    model.config.wrap_prompts = args.wrap_prompts
+    if args.chat_template_kwargs:
+        model.config.chat_template_kwargs = dict(args.chat_template_kwargs)
     return WholePolicy(model)
 
 

@@ -48,10 +48,10 @@ def compute_group_advantages(
     elif normalize and algorithm != "dr_grpo":
         centred = centred / ((centred.std(dim=1, keepdim=True) if std is None else std) + epsilon)
     # else a residue of rounding, divided by itself, would count in full
-    return torch.where(_all_equal(grouped), 0.0, centred).flatten().float()
+    return torch.where(all_equal(grouped), 0.0, centred).flatten().float()
 
 
-def _all_equal(grouped: Tensor) -> Tensor:
+def all_equal(grouped: Tensor) -> Tensor:
     """Whether the rewards of each group differ by no more than rounding: (N, G, ...) -> (N, 1, ...) bool. NaN counts as
     no reward."""
     least, most = (
@@ -101,7 +101,7 @@ def decoupled_advantages(rewards: Tensor, weights: Tensor, group_size: int, epsi
     count = (~grouped.isnan()).sum(dim=1, keepdim=True)  # (N, 1, R)
     centred = grouped - grouped.nanmean(dim=1, keepdim=True)
     std = (centred.square().nansum(dim=1, keepdim=True) / (count - 1)).sqrt()  # NaN where a row is alone
-    normalized = torch.where(_all_equal(grouped), 0.0 * grouped, centred / (std + epsilon))
+    normalized = torch.where(all_equal(grouped), 0.0 * grouped, centred / (std + epsilon))
     sums = (normalized * weights).nansum(dim=2).flatten()  # (B,)
     everyones = together.gather_rows(sums.masked_fill(rewards.isnan().all(dim=1), math.nan))
     return (sums / (everyones[~everyones.isnan()].std() + epsilon)).nan_to_num(0.0).float()

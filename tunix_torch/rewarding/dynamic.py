@@ -18,7 +18,8 @@ from ..batch import PromptBatch, Rollout
 from ..config.grpo import GRPOConfig
 from ..data.batches import join_prompts
 from ..runtime import together
-from .advantages import compute_group_advantages
+from .advantages import all_equal
+from .context import means
 from .scored import ScoredRollout
 
 _STREAM = 1  # tells these random numbers from those of `draw_uniforms`, whose seeds have one number less
@@ -40,6 +41,7 @@ def replace_equal_groups(
     sample: Callable[[PromptBatch], tuple[ScoredRollout, Any]],
     args: GRPOConfig,
     pad_token_id: int,
+    eos_ids: Sequence[int],
 ) -> ScoredRollout:
     """Replace the groups that have equal rewards, until there are none or `max_sampling_rounds` rounds were sampled.
 
@@ -56,11 +58,13 @@ def replace_equal_groups(
         sampled) and `sampled_tokens`. Their names begin with `dynamic_sampling/`.
     """
     scored, num_groups = scored.in_memory(), len(scored.prompts.rows)
-    signal, rounds, tokens, seconds = has_signal(scored), 1, int(scored.mask.sum()), scored.seconds
+    signal, rounds, tokens, seconds = has_signal(scored, args, eos_ids), 1, int(scored.mask.sum()), scored.seconds
+    logged = [{name: [value] for name, value in scored.logged.items()}]  # by the reward functions, in each round
     while rounds < args.max_sampling_rounds and together.anyone(not all(signal)):
         others = sample(draw(num_groups).to(args.device))[0].in_memory()
+        logged.append({name: [value] for name, value in others.logged.items()})
         rounds, tokens, seconds = rounds + 1, tokens + int(others.mask.sum()), seconds + others.seconds
-        useful = [num_groups + i for i, has in enumerate(has_signal(others)) if has]
+        useful = [num_groups + i for i, has in enumerate(has_signal(others, args, eos_ids)) if has]
         groups = [i if has or not useful else useful.pop(0) for i, has in enumerate(signal)]
         scored = choose_groups(scored, others, groups, pad_token_id)
         signal = [has or group >= num_groups for has, group in zip(signal, groups, strict=True)]
@@ -68,14 +72,24 @@ def replace_equal_groups(
     costs = together.sum_numbers(costs)
     costs |= {"rounds": rounds, "share_kept": costs["share_kept"] / costs["groups_sampled"]}
     costs = {f"dynamic_sampling/{name}": float(value) for name, value in costs.items()}
-    return replace(scored, seconds=seconds, costs=costs).on(args.device)
+    return replace(scored, seconds=seconds, costs=costs, logged=means(logged)).on(args.device)
 
 
-def has_signal(scored: ScoredRollout) -> list[bool]:
-    """For each group whether its total rewards differ, and not by rounding only."""
+def has_signal(scored: ScoredRollout, args: GRPOConfig, eos_ids: Sequence[int]) -> list[bool]:
+    """For each group whether something is learned from it: its rewards differ, and not by rounding only.
+
+    That means the totals, or with "normalize_then_sum" the rewards of a function. With `mask_truncated_completions` a
+    completion without an end token carries no loss, so one that has ended must differ from the others.
+    """
     num_groups = len(scored.prompts.rows)
-    advantages = compute_group_advantages(scored.totals, len(scored.totals) // num_groups)
-    return advantages.view(num_groups, -1).ne(0).any(dim=1).tolist()
+    values = scored.rewards if args.multi_objective_aggregation == "normalize_then_sum" else scored.totals[:, None]
+    grouped = values.view(num_groups, -1, values.shape[1])  # (N, G, R)
+    differs = ~all_equal(grouped)  # (N, 1, R)
+    if not args.mask_truncated_completions:
+        return differs.flatten(1).any(dim=1).tolist()
+    ended = (torch.isin(scored.ids, torch.tensor(eos_ids)) & scored.mask).any(dim=1).view(num_groups, -1, 1)
+    off = (grouped - grouped.nanmean(dim=1, keepdim=True)).nan_to_num(0.0) != 0
+    return (differs & off & ended).flatten(1).any(dim=1).tolist()
 
 
 def choose_groups(

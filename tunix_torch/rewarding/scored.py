@@ -23,6 +23,7 @@ class ScoredRollout:
     rewards: Tensor  # (B, R) float64, NaN where a function did not apply
     totals: Tensor  # (B,) float64
     seconds: float  # that sampling took
+    logged: dict[str, float] = field(default_factory=dict)  # numbers that reward functions have logged
     costs: dict[str, float] = field(default_factory=dict)  # what dynamic sampling logs about itself
 
     def in_memory(self) -> "ScoredRollout":
@@ -40,4 +41,4 @@ class ScoredRollout:
         group_size = len(self.ids) // len(self.prompts.rows)
         ids, mask, *numbers = map(together.gather_rows, (self.ids, self.mask, self.rewards, self.totals))
         speed = {"rollout_tokens_per_second": int(mask.sum()) / self.seconds}
-        return rollout_metrics(ids, mask, *numbers, names, group_size, eos_ids) | speed | self.costs
+        return rollout_metrics(ids, mask, *numbers, names, group_size, eos_ids) | speed | self.costs | self.logged

@@ -141,6 +141,8 @@ class RewardWorkers:
         for process in self._processes:
             process.kill()
         self._pool.shutdown(cancel_futures=True)
+        for process in self._processes:
+            process.join()
 
 
 @contextlib.contextmanager
