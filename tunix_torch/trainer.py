@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -65,7 +65,7 @@ class TunixTrainer(AdapterTrainer):
         processing_class, reward_processing_classes: tokenizers, of the model and of reward models; else their own.
         peft_config: the LoRA for a model that has none; by default of rank 16 on all projections.
         judge: the reward function that decides at evaluation: an answer is right where its value is at least 1. The
-            default is the first of `reward_funcs` that is no reward model.
+            default is the first of `reward_funcs` that is no reward model. False: rewards are reported only.
         full: train all weights of the model in float32, without a LoRA.
 
     Raises:
@@ -82,7 +82,7 @@ class TunixTrainer(AdapterTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        judge: RewardFunc | None = None,
+        judge: RewardFunc | Literal[False] | None = None,
         reward_processing_classes: Tokenizers | None = None,
         full: bool = False,
     ) -> None:

@@ -99,7 +99,7 @@ def test_a_step_learns_from_as_many_completions_as_in_trl(theirs, ours):
             "generation_batch_size=12: must be a multiple of per_device_train_batch_size=8",
         ),
         ({"generation_batch_size": 16, "steps_per_generation": 2}, "generation_batch_size=16: steps_per_generation=2"),
-        ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "steps_per_generation=3: and gradient_acc"),
+        ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "steps_per_generation=3: it or gradient_acc"),
         ({"loss_type": "ppo"}, "loss_type='ppo': choose one of"),
         ({"model_init_kwargs": "{dtype"}, "model_init_kwargs='{dtype': "),
     ],

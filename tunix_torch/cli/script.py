@@ -65,7 +65,10 @@ def values_of(names: Sequence[str], argv: Sequence[str]) -> dict[str, str]:
 
 
 def fail(message: str) -> NoReturn:
-    """End the script over a user's mistake: one line, exit code 2."""
+    """End the script over a user's mistake: one line of its own, exit code 2."""
+    if "tqdm" in sys.modules:  # a progress bar would share the line, and be drawn again after it
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 

@@ -222,6 +222,7 @@ REFUSED_ARGUMENTS = {
     "environment_factory": "there are no environments here; score completions by reward_funcs",
 }
 UNCLIPPED = ("cispo", "sapo", "vespo")  # loss types whose value depends on log-probabilities even where ratios are 1
+COUNTED_IN_STEPS = ("max_steps", "logging_steps", "save_steps", "eval_steps", "warmup_steps")  # of the optimizer
 MAPPINGS = ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs", "transformers_continuous_batching_config")
 
 
@@ -234,12 +235,12 @@ class _TRLArguments(TrainingArguments):
         for name in MAPPINGS:
             value = getattr(self, name)
             if isinstance(value, str):
-                with blamed_on(name, value, '; expected JSON, such as {"dtype": "float32"}'):
+                with blamed_on(name, value, "; expected names and values as JSON"):
                     setattr(self, name, json.loads(value))
-        ours = to_ours(self)
-        self.use_cpu, self.bf16_asked = ours.use_cpu, self.bf16
+        self.use_cpu, bf16 = to_ours(self).use_cpu, self.bf16
         self.bf16 = False  # no autocast: the type of the weights decides
         super().__post_init__()
+        self.bf16 = bf16
 
 
 GRPOConfig = dataclasses.make_dataclass(
@@ -281,7 +282,16 @@ def to_ours(args: "GRPOConfig") -> OurConfig:
     settings["num_eval_completions"] = args.num_generations_eval or args.num_generations
     settings["eval_temperature"] = args.temperature
     settings["per_device_eval_batch_size"] = max(1, args.per_device_eval_batch_size // settings["num_eval_completions"])
-    return OurConfig(**AS_IN_TRL | settings | _batches(args))
+    if args.load_best_model_at_end and args.metric_for_best_model in (None, "loss"):
+        settings |= {"metric_for_best_model": "reward", "greater_is_better": True}
+    require(not args.fp16, "fp16", True, "float16 is not trained in here; leave it out, or set bf16")
+    settings |= _batches(args)
+    names = {field.ours: name for name, field in FIELDS.items() if field.ours}
+    try:
+        return OurConfig(**AS_IN_TRL | settings)
+    except ValueError as error:  # by the name that the user has written
+        name, equals, rest = str(error).partition("=")
+        raise ValueError(f"{names.get(name, name)}{equals}{rest}") from error
 
 
 def _batches(args: "GRPOConfig") -> dict[str, Any]:
@@ -292,6 +302,12 @@ def _batches(args: "GRPOConfig") -> dict[str, Any]:
     """
     part, accumulated, processes = args.per_device_train_batch_size, args.gradient_accumulation_steps, together.count()
     group, parts, whole = args.num_generations, args.steps_per_generation, args.generation_batch_size
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations"):
+        require(getattr(args, name) >= 1, name, getattr(args, name), "must be at least 1")
+    for name in ("steps_per_generation", "generation_batch_size"):
+        require(
+            getattr(args, name) is None or getattr(args, name) >= 1, name, getattr(args, name), "must be at least 1"
+        )
     if whole is not None:
         require(parts is None, "generation_batch_size", whole, f"steps_per_generation={parts} says it too; give one")
         hint = f"must be a multiple of per_device_train_batch_size={part} times {processes} process(es)"
@@ -300,10 +316,10 @@ def _batches(args: "GRPOConfig") -> dict[str, Any]:
     parts = accumulated if parts is None else parts
     hint = f"per_device_train_batch_size={part} times steps_per_generation={parts} must be a multiple of it"
     require(group >= 1 and part * parts % group == 0, "num_generations", group, hint)
-    hint = f"and gradient_accumulation_steps={accumulated}: one must be a multiple of the other"
+    hint = f"it or gradient_accumulation_steps={accumulated} must be a multiple of the other one"
     require(parts % accumulated == 0 or accumulated % parts == 0, "steps_per_generation", parts, hint)
     of_a_step = part * min(parts, accumulated)  # completions that are learned from between two moments of the loop
-    hint = f"per_device_train_batch_size={part} times gradient_accumulation_steps={accumulated} must be a multiple"
+    hint = f"an optimizer step has {of_a_step} completions, which must be a multiple of it: groups are not cut here"
     require(of_a_step % group == 0, "num_generations", group, hint)
     fits = group % part == 0 or part % group == 0
     return {
@@ -311,8 +327,12 @@ def _batches(args: "GRPOConfig") -> dict[str, Any]:
         "gradient_accumulation_steps": max(1, accumulated // parts),
         "steps_per_generation": max(1, parts // accumulated),
         "micro_batch_size": part if fits and part < of_a_step else None,
-        "max_steps": -1 if args.max_steps < 0 else math.ceil(args.max_steps / args.num_iterations),
-    }
+    } | {name: _in_rollouts(getattr(args, name), args.num_iterations) for name in COUNTED_IN_STEPS}
+
+
+def _in_rollouts(steps: float | None, num_iterations: int) -> float | None:
+    """So many optimizer steps as a number of rollouts, on each of which the optimizer steps `num_iterations` times."""
+    return math.ceil(steps / num_iterations) if steps is not None and steps >= 1 and num_iterations > 1 else steps
 
 
 class GRPOTrainer(TunixTrainer):
@@ -379,6 +399,7 @@ class GRPOTrainer(TunixTrainer):
             processing_class,
             peft_config,
             callbacks,
+            judge=False,  # evaluations report rewards, since nothing says what is right
             reward_processing_classes=reward_processing_classes,
             full=peft_config is None and not isinstance(model, PeftModel),
         )
@@ -464,6 +485,7 @@ def _with_room_for_all(rows: Any, tokenizer: PreTrainedTokenizerBase, args: OurC
     rows = training_rows(rows)
     if not isinstance(rows, Sized):
         return rows
+    require(len(rows) > 0, "train_dataset", rows, "no rows")
     kwargs = {"chat_template_kwargs": args.chat_template_kwargs, "wrap_prompts": args.wrap_prompts}
     rows = prepare_rows(rows, tokenizer, sys.maxsize, system_message=args.system_message, **kwargs)
     args.max_prompt_length = max(1, *token_counts(rows))
@@ -485,9 +507,12 @@ def _prepare_for_streams(args: OurConfig, rows: Any) -> None:
 def _load(name: str, args: "GRPOConfig", is_frozen: bool) -> PreTrainedModel | PeftModel:
     """The model of this name, of the type that `model_init_kwargs` or `bf16` asks for, else float32."""
     kwargs = dict(args.model_init_kwargs or {})
-    dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "bfloat16" if args.bf16_asked and is_frozen else "float32"))
+    dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "bfloat16" if args.bf16 and is_frozen else "float32"))
     dtype = "float32" if args.cast_lm_head_to_fp32 else dtype
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if isinstance(dtype, str) and dtype != "auto":
+        known = isinstance(getattr(torch, dtype, None), torch.dtype)
+        require(known, "model_init_kwargs", args.model_init_kwargs, f"no such dtype as {dtype!r}; bfloat16, float32")
+        dtype = getattr(torch, dtype)
     for harmless in ("attn_implementation", "device_map"):  # the forward pass and the device are this library's own
         kwargs.pop(harmless, None)
     if not kwargs and dtype != "auto":

@@ -272,6 +272,8 @@ def completion_of(row: Row) -> str | list[Mapping[str, Any]]:
         return completion
     if not isinstance(completion, str):
         raise ValueError(f"{where}: the completion is a {type(completion).__name__}, expected a text")
+    if not completion.strip():
+        raise ValueError(f"{where}: the completion is blank, so there is nothing to learn; leave out the row")
     _check_encodable(completion, where, "the completion")
     return completion
 

@@ -38,6 +38,8 @@ def check_peft_config(config: PeftConfig | None) -> None:
     ):
         if getattr(config, name):
             raise ValueError(f"peft_config: {name}={getattr(config, name)!r}: not supported; {instead}")
+    if config.bias != "none":
+        raise ValueError(f"peft_config: bias={config.bias!r}: only the LoRA learns; leave it out")
     init = config.init_lora_weights
     if init not in (*KEEPS_BASE, *CHANGES_BASE_AGAIN):
         raise ValueError(

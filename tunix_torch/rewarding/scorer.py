@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -105,12 +105,16 @@ class Scorer:
             chat_template_kwargs=args.chat_template_kwargs,
         )
 
-    def judge(self, given: RewardFunc | None) -> RewardFunc | None:
+    def judge(self, given: RewardFunc | Literal[False] | None) -> RewardFunc | None:
         """The function that decides at evaluation: the given one, or else the first that is no reward model.
+
+        False: there is none, so evaluations report rewards only.
 
         Raises:
             ValueError: the given one is no function.
         """
+        if given is False:
+            return None
         check_rewards(given, "judge")
         functions = [function for function in self.functions if not isinstance(function, RewardModel)]
         return given or next(iter(functions), None)

@@ -47,7 +47,7 @@ class RewardWorkers:
                 raise self._import_error(error) from None
             if interactive and b"__main__" in data:
                 raise self._import_error(f"{function!r:.80} is defined in an interactive session")
-        self._functions, self._starting, self._starts = functions, threading.Lock(), 0
+        self._functions, self._starting, self._starts, self._closed = functions, threading.Lock(), 0, False
         try:
             self._start()
         except BrokenProcessPool:
@@ -68,8 +68,10 @@ class RewardWorkers:
     def _start_again(self, starts: int) -> None:
         """Start new processes in place of those that had been started `starts` times, unless others have done so."""
         with self._starting:
+            if self._closed:  # they ended because this was closed, while a call was under way
+                raise BrokenProcessPool
             if self._starts == starts:
-                self.close()
+                self._kill()
                 self._start()
 
     def _import_error(self, reason: object) -> ValueError:
@@ -115,8 +117,8 @@ class RewardWorkers:
             try:
                 results = _results_of(slices, futures)
             except BrokenProcessPool:  # a process was killed, such as for its memory
-                logger.warning("A process that scores has ended by itself; %d new ones score these rows", self.count)
                 self._start_again(starts)
+                logger.warning("A process that scores has ended by itself; %d new ones score these rows", self.count)
                 try:
                     results = _results_of(slices, begin())
                 except BrokenProcessPool:
@@ -138,6 +140,11 @@ class RewardWorkers:
 
     def close(self) -> None:
         """Kill the processes, even in the middle of a call."""
+        self._closed = True
+        with self._starting:  # until those that are being started are there
+            self._kill()
+
+    def _kill(self) -> None:
         for process in self._processes:
             process.kill()
         self._pool.shutdown(cancel_futures=True)
