@@ -197,7 +197,7 @@ def test_what_cannot_learn_here_is_refused(folder, tmp_path):
     tokenizer = tiny.make_tokenizer()
     for settings, words in (
         ({"trainable_token_indices": [3]}, r"trainable_token_indices=\[3\]: .*modules_to_save"),
-        ({"bias": "all"}, "only the LoRA can be trained, but .*bias"),
+        ({"bias": "all"}, "bias='all': only the LoRA learns"),
     ):
         base = AutoModelForCausalLM.from_pretrained(folder, attention_bias=True)
         with pytest.raises(ValueError, match=words):

@@ -78,7 +78,8 @@ def _whole(model: PreTrainedModel | PeftModel, peft_config: LoraConfig | None, a
         )
     # Commands that ask the model look for these in its config, to ask it as it was trained.
     model.config.system_message = args.system_message
-    model.config.wrap_prompts = args.wrap_prompts
+    if not args.wrap_prompts:
+        model.config.wrap_prompts = False
     if args.chat_template_kwargs:
         model.config.chat_template_kwargs = dict(args.chat_template_kwargs)
     return WholePolicy(model)
