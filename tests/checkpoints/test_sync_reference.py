@@ -9,6 +9,8 @@ from transformers import TrainerCallback
 from tunix_torch import GRPOConfig
 from tunix_torch.model.adapter import REFERENCE_FILE
 
+pytestmark = pytest.mark.thorough  # whole runs, each of many steps
+
 SYNC = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.25, "ref_model_sync_steps": 2, "max_steps": 5}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 

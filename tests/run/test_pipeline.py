@@ -10,6 +10,8 @@ from tunix_torch import DataConfig, GRPOConfig, ModelConfig, train
 from tunix_torch.cli.train import main
 from tunix_torch.model import tiny
 
+pytestmark = pytest.mark.thorough  # whole runs, each of many steps
+
 SMALL = {
     "max_steps": 3,
     "per_device_train_batch_size": 4,

@@ -20,6 +20,8 @@ from tunix_torch.config.saved import WHOLE_CONFIG_FILE, config_file
 from tunix_torch.run.export import export_merged
 from tunix_torch.run.folder import check_output_dir, find_system_message, newest_run
 
+pytestmark = pytest.mark.thorough  # whole runs, each of many steps
+
 WHOLE = {"lora_rank": 0, "system_message": "Think."}
 
 
