@@ -24,7 +24,8 @@ from ..data.rows import Row
 from ..evals.answers import Answers
 from ..learn.entropy import EntropyControl
 from ..learn.finite import check_finite, check_gradient_norm
-from ..learn.pairs import learn_given_rows, pair_metrics
+from ..learn.pairs import learn_pair_rows, pair_metrics
+from ..learn.sft import learn_rows
 from ..model.adapter import REFERENCE_FILE, load_reference, save_reference
 from ..model.checks import has_dropout, remove_dropout
 from ..model.forward import recompute_layers, reference_policy
@@ -198,8 +199,10 @@ class AdapterTrainer(WholeCheckpoints):
             step = self.state.global_step
             if RAISED_BY_REWARDS in getattr(error, "__notes__", ()) and self.is_in_train and together.count() == 1:
                 if step > 0 and self.args.save_strategy != "no":
-                    self._save_checkpoint(self.model, None)
-                    saved = f"{self.args.output_dir}/checkpoint-{step} holds everything before"
+                    folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+                    if not folder.exists():  # else the step has saved it already
+                        self._save_checkpoint(self.model, None)
+                    saved = f"{folder} holds everything before"
                     logger.warning("Scoring failed in step %d; %s, and resuming goes on from there.", step + 1, saved)
             raise
 
@@ -293,10 +296,11 @@ class AdapterTrainer(WholeCheckpoints):
             together.sum_gradients(self.model.parameters())
 
     def learn_given_rows(self, inputs: dict[str, Any]) -> Tensor:
-        """Forward and backward of a batch of rows that hold their completions, see `learn.pairs.learn_given_rows`.
-        Returns the batch's share of the loss of the optimizer step, detached."""
-        step = (inputs, self.batches_with(inputs), self.args)
-        loss, metrics = learn_given_rows(self.model, *step, self.backward, self.sum_gradients, self.as_reference)
+        """Forward and backward of a batch of rows that hold their completions: pairs with a `preference_loss`,
+        supervised fine-tuning without. Returns the batch's share of the loss of the optimizer step, detached."""
+        step = self.model, inputs, self.batches_with(inputs), self.args, self.backward, self.sum_gradients
+        of_pairs = self.args.preference_loss is not None
+        loss, metrics = learn_pair_rows(*step, self.as_reference) if of_pairs else learn_rows(*step)
         self.add_metrics(metrics)
         return loss
 
@@ -362,9 +366,10 @@ class AdapterTrainer(WholeCheckpoints):
         same = frozen is None or self._sums_of_frozen() == frozen
         assert same, f"frozen weights changed: only {self.policy.learns} may learn"
         self.put_optimizer("eval")
-        copies: dict[int, Tensor] = {}  # tied weights are one tensor, which stays one
         tensors = self.policy.to_save()
-        weights = {name: copies.setdefault(id(w), w.detach().cpu()) for name, w in tensors.items()}
+        # Tied weights are one tensor under several names. It is copied once, and stays one.
+        copies = {key: weight.detach().cpu() for key, weight in {id(w): w for w in tensors.values()}.items()}
+        weights = {name: copies[id(weight)] for name, weight in tensors.items()}
         check_finite(weights, f"step {self.state.global_step}")
         if self.args.should_save:
             output_dir = output_dir or self.args.output_dir

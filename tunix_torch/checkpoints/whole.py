@@ -43,6 +43,9 @@ class WholeCheckpoints(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             together.wait()  # until all processes have written their parts
+            best = run / f"checkpoint-{state.best_global_step}"
+            if state.best_global_step and (best.name == name or best.exists()):
+                state.best_model_checkpoint = str(best)  # where it is from now on, not where it was written
             if together.is_first():
                 self._finish(beside / name, run / name)
                 rotate(run, limit, state.best_model_checkpoint)
@@ -57,9 +60,6 @@ class WholeCheckpoints(Trainer):
             if together.is_first():
                 shutil.rmtree(beside, ignore_errors=True)
         together.wait()
-        best = run / f"checkpoint-{state.best_global_step}"
-        if state.best_global_step and best.exists():  # not where it was written, on any process
-            state.best_model_checkpoint = str(best)
         if args.push_to_hub:
             super()._push_from_checkpoint(str(run / name))
 
@@ -69,12 +69,7 @@ class WholeCheckpoints(Trainer):
 
     def _finish(self, written: Path, place: Path) -> None:
         """Give a checkpoint its manifest and its name."""
-        state = self.state
-        if state.best_global_step:  # the path that it has from now on
-            best = place.parent / f"checkpoint-{state.best_global_step}"
-            if best == place or best.exists():
-                state.best_model_checkpoint = str(best)
-        state.save_to_json(str(written / STATE_FILE))
+        self.state.save_to_json(str(written / STATE_FILE))
         write_manifest(written)
         if place.exists():  # a resumed run comes to this step again
             old = written.parent / "replaced"

@@ -19,7 +19,6 @@ from .logprobs import token_logps
 from .metrics import sum_up
 from .passes import Pass, in_passes
 from .preference import preference_terms
-from .sft import learn_rows
 
 AsReference = Callable[[], AbstractContextManager[None]]  # within its context the model is the reference policy
 
@@ -54,6 +53,13 @@ def logps_of_pairs(model: nn.Module, batch: TrainBatch, args: GRPOConfig) -> Ten
         return logps
 
     return torch.cat(in_passes(batch, args, compute))
+
+
+def _add_reference(model: nn.Module, batch: TrainBatch, args: GRPOConfig, as_reference: AsReference) -> None:
+    """Add the log-probabilities of the reference policy, where the loss needs it. It is within `as_reference`."""
+    if args.needs_reference:
+        with span("reference"), as_reference():
+            batch.ref_per_token_logps = logps_of_pairs(model, batch, args)
 
 
 @with_fast_layers
@@ -129,9 +135,7 @@ def learn_pair_rows(
     counts = {"pairs": sum(len(batch["prompt_ids"]) for batch in together_with)}
     counts = together.sum_numbers(counts | {"tokens": int(inputs["completion_mask"].sum())})
     batch = pair_batch(inputs, counts["pairs"])
-    if args.needs_reference:
-        with span("reference"), as_reference():
-            batch.ref_per_token_logps = logps_of_pairs(model, batch, args)
+    _add_reference(model, batch, args, as_reference)
     with span("learning"):
         own = sum_up(learn_pairs(model, batch, args, backward))  # here Python waits for the device
         sum_gradients()
@@ -141,23 +145,6 @@ def learn_pair_rows(
     loss = device.scalar(own["loss"] * together.count())
     device.sync()
     return loss, metrics
-
-
-def learn_given_rows(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    together_with: Sequence[dict[str, Any]],
-    args: GRPOConfig,
-    backward: Callable[[Tensor], None],
-    sum_gradients: Callable[[], None],
-    as_reference: AsReference,
-) -> tuple[Tensor, dict[str, float]]:
-    """Learn from rows that hold their completions: pairs with a `preference_loss`, supervised fine-tuning without.
-
-    The arguments and results are those of `learn_pair_rows`.
-    """
-    rows = (model, inputs, together_with, args, backward, sum_gradients)
-    return learn_rows(*rows) if args.preference_loss is None else learn_pair_rows(*rows, as_reference)
 
 
 @torch.no_grad()
@@ -176,9 +163,7 @@ def pair_metrics(
         part = list(mine[start : start + size])
         filled = collator(part + [part[-1]] * (size - len(part)))  # so that all have one shape
         batch = pair_batch(filled, 1, num_counted=len(part))
-        if args.needs_reference:
-            with as_reference():
-                batch.ref_per_token_logps = logps_of_pairs(model, batch, args)
+        _add_reference(model, batch, args, as_reference)
         _, numbers = pair_numbers(logps_of_pairs(model, batch, args), batch, args)
         totals.append(sum_up([numbers]))  # here Python waits for the device
     names = ("loss", "weight", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
