@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from trainers import digits_reward, ends_early, first_batch, gradients, lora_weights, make_trainer
 
 from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer
-from tunix_torch.learn import distillation
+from tunix_torch.learn import logprobs
 from tunix_torch.learn.distillation import reverse_kl, token_scores
 from tunix_torch.learn.logprobs import token_logps
 from tunix_torch.learn.passes import bucketed_rows, padded_rows, plain_rows, shared_prompts
@@ -112,7 +112,7 @@ def test_no_tensor_holds_the_logits_of_all_tokens_of_either_model(chunked, monke
     batch = make_batch(vocabulary=vocabulary)
     whole = token_scores(model, shared_prompts(batch), 1.0, teacher)[2]
     if chunked:
-        monkeypatch.setattr(distillation, "LOGITS_AT_ONCE", 8 * vocabulary)
+        monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", 8 * vocabulary)
     kept = []
     with (
         LargestOutput() as largest,

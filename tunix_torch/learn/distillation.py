@@ -9,10 +9,9 @@ What was sampled counts as given, so no gradient flows through the choice of tok
 import torch
 from torch import Tensor, nn
 
-from ..model.forward import base_model, logits
+from ..model.forward import logits
 from ..model.teacher import Teacher
-from ..runtime import device, mesh
-from .logprobs import LOGITS_AT_ONCE, token_logps, token_states
+from .logprobs import in_chunks, scores_of, token_logps, token_states
 from .passes import Pass
 
 
@@ -41,20 +40,12 @@ def token_scores(
     with teacher.teaching():
         their_hidden, _ = token_states(teacher.model, rows)
     hidden, ids = token_states(model, rows)
-    vocabulary = base_model(model).get_output_embeddings().weight.shape[0]
-    at_once = LOGITS_AT_ONCE // 2 * mesh.axis_size("fsdp") * mesh.axis_size("tp")  # since there are two models
-    columns = max(1, at_once // (len(ids) * vocabulary))
 
     def score(hidden: Tensor, their_hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logps = torch.log_softmax(logits(model, hidden) / temperature, dim=-1)  # (rows, columns, V)
         with torch.no_grad():
             teacher_logps = torch.log_softmax(teacher.logits(their_hidden) / temperature, dim=-1)
-        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            entropy = -(logps.exp() * logps).sum(-1)
-        return logps.gather(-1, ids[..., None])[..., 0], entropy, reverse_kl(logps, teacher_logps)
+        return *scores_of(logps, ids, entropy_gradient), reverse_kl(logps, teacher_logps)
 
-    parts = zip(hidden.split(columns, 1), their_hidden.split(columns, 1), ids.split(columns, 1), strict=True)
-    chunks = [device.recomputed(score, h.contiguous(), t.contiguous(), i) for h, t, i in parts]
-    results = [torch.cat(of_chunks, dim=1) for of_chunks in zip(*chunks, strict=True)]
-    logps, entropy, kl = (rows.in_place(r).masked_fill(~rows.batch.completion_mask, 0.0) for r in results)
+    logps, entropy, kl = in_chunks(model, rows, score, (hidden, their_hidden, ids), num_heads=2)
     return logps, entropy if entropy_gradient else entropy.detach(), kl

@@ -1,5 +1,7 @@
 """Log-probabilities of completions, (B, C), without ever holding (B, C, vocabulary) logits."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ def token_logps(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of every completion token under softmax(logits / temperature), differentiable.
 
-    The head is applied to chunks of tokens and recomputed in the backward pass.
+    The head is applied to chunks of tokens, see `in_chunks`.
 
     Args:
         rows: a micro-batch and how it is laid out, which changes the results by rounding only.
@@ -28,23 +30,48 @@ def token_logps(
         logps (B, C) float32, 0 where masked; entropy (B, C) float32 in nats, 0 where masked.
     """
     hidden, ids = token_states(model, rows)
-    vocabulary = base_model(model).get_output_embeddings().weight.shape[0]
-    # A chunk has whole columns, so that on a mesh each device keeps its rows. It is spread over all devices.
-    columns = max(1, LOGITS_AT_ONCE * mesh.axis_size("fsdp") * mesh.axis_size("tp") // (len(ids) * vocabulary))
 
     def score(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logps = torch.log_softmax(logits(model, hidden) / temperature, dim=-1)  # (rows, columns, V)
-        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            entropy = -(logps.exp() * logps).sum(-1)
-        return logps.gather(-1, ids[..., None])[..., 0], entropy
+        return scores_of(torch.log_softmax(logits(model, hidden) / temperature, dim=-1), ids, entropy_gradient)
 
-    chunks = [
-        device.recomputed(score, h.contiguous(), i) if torch.is_grad_enabled() else score(h.contiguous(), i)
-        for h, i in zip(hidden.split(columns, 1), ids.split(columns, 1), strict=True)
-    ]
-    results = [torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)]  # logps and entropy, shaped as ids
-    logps, entropy = (rows.in_place(r).masked_fill(~rows.batch.completion_mask, 0.0) for r in results)
+    logps, entropy = in_chunks(model, rows, score, (hidden, ids))
     return logps, entropy if entropy_gradient else entropy.detach()
+
+
+def scores_of(logps: Tensor, ids: Tensor, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Of the log-probabilities of all tokens, (..., V), those of the tokens `ids`, (...), and the entropy, (...)."""
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        entropy = -(logps.exp() * logps).sum(-1)
+    return logps.gather(-1, ids[..., None])[..., 0], entropy
+
+
+def in_chunks(
+    model: nn.Module, rows: Pass, score: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], num_heads: int = 1
+) -> list[Tensor]:
+    """Call `score` for one chunk of tokens after the other, so that few logits are held at a time.
+
+    Where there is a gradient, chunks are computed again in the backward pass.
+
+    Args:
+        inputs: tensors of a pass from `token_states`, hidden states (R, W, D) and at last the tokens (R, W).
+        score: gets a chunk of each of the inputs, and returns tensors that are shaped as the tokens.
+        num_heads: how many logits of a token it holds at a time.
+
+    Returns:
+        what `score` returned, each (B, C) in the places of the tokens, and 0 where masked.
+    """
+    *hidden, ids = inputs
+    vocabulary = base_model(model).get_output_embeddings().weight.shape[0]
+    # A chunk has whole columns, so that on a mesh each device keeps its rows. It is spread over all devices.
+    at_once = LOGITS_AT_ONCE // num_heads * mesh.axis_size("fsdp") * mesh.axis_size("tp")
+    columns = max(1, at_once // (len(ids) * vocabulary))
+    parts = zip(*(states.split(columns, 1) for states in hidden), ids.split(columns, 1), strict=True)
+    chunks = []
+    for *states, tokens in parts:
+        chunk = *(part.contiguous() for part in states), tokens
+        chunks.append(device.recomputed(score, *chunk) if torch.is_grad_enabled() else score(*chunk))
+    results = [torch.cat(of_chunks, dim=1) for of_chunks in zip(*chunks, strict=True)]
+    return [rows.in_place(result).masked_fill(~rows.batch.completion_mask, 0.0) for result in results]
 
 
 def token_states(model: nn.Module, rows: Pass) -> tuple[Tensor, Tensor]:
