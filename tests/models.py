@@ -5,6 +5,8 @@ from dataclasses import replace
 import torch
 from peft import LoraConfig
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -15,6 +17,7 @@ from transformers import (
     LlamaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
 )
 
 from tunix_torch.batch import TrainBatch
@@ -22,6 +25,7 @@ from tunix_torch.batch import completion_lengths as lengths_of
 from tunix_torch.learn import logprobs
 from tunix_torch.learn.passes import shared_prompts
 from tunix_torch.learn.weights import aggregation_weights
+from tunix_torch.model import tiny
 from tunix_torch.model.forward import base_model
 from tunix_torch.model.loading import LORA_TARGETS, add_lora
 
@@ -84,6 +88,28 @@ def make_model(family, seed=0, **overrides):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return model_class(config_class(**(COMMON | settings | overrides))).eval()
+
+
+def random_reward_model(tokenizer, num_labels=1, family="qwen3"):
+    """Make a float32 model with random weights that gives a text `num_labels` scores."""
+    model_class, config_class, settings = {
+        "bert": (BertForSequenceClassification, BertConfig, {}),
+        "qwen3": (Qwen3ForSequenceClassification, Qwen3Config, {"num_key_value_heads": 1, "head_dim": 16}),
+    }[family]
+    settings |= {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings |= {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        config = config_class(**settings, pad_token_id=tokenizer.pad_token_id, num_labels=num_labels)
+        return model_class(config).eval()
+
+
+def save_reward_model(folder, num_labels=1):
+    """Save a reward model with the tiny model's tokenizer; return the folder."""
+    tokenizer = tiny.make_tokenizer()
+    random_reward_model(tokenizer, num_labels).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def add_nontrivial_lora(model, seed=1, **settings):

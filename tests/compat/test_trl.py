@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import save_reward_model
 from peft import LoraConfig
-from transformers import HfArgumentParser, Qwen3Config, Qwen3ForSequenceClassification, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from tunix_torch.compat.trl import FIELDS, REFUSED_ARGUMENTS, GRPOConfig, GRPOTrainer, to_ours
-from tunix_torch.model import tiny
 from tunix_torch.model.loading import load_model
 
 ROWS = [{"prompt": f"Say {i}.", "n": i} for i in range(12)]
@@ -186,13 +186,7 @@ def test_missing_data_or_rewards_are_one_line(model_folder, tmp_path):
 @pytest.fixture(scope="module")
 def reward_model_folder(tmp_path_factory):
     """A reward model with random weights and the tiny model's tokenizer."""
-    folder, tokenizer = tmp_path_factory.mktemp("reward") / "model", tiny.make_tokenizer()
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    config = Qwen3Config(**sizes, **ids, num_key_value_heads=1, head_dim=8, num_labels=1)
-    Qwen3ForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return str(save_reward_model(tmp_path_factory.mktemp("reward") / "model"))
 
 
 def test_the_scripts_of_the_page_run(model_folder, reward_model_folder, tmp_path, monkeypatch):

@@ -4,16 +4,10 @@ import os
 
 import pytest
 import torch
+from models import random_reward_model, save_reward_model
 from runs import SMALL
 from trainers import digits_reward, make_trainer
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    Qwen3Config,
-    Qwen3ForSequenceClassification,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer, train
 from tunix_torch.model import tiny
@@ -21,16 +15,6 @@ from tunix_torch.rewarding.models import RewardModel, is_model_name, make_reward
 from tunix_torch.rewarding.scorer import Scorer
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ ending or '' }}\n{% endfor %}"
-
-
-def small(kind, tokenizer, num_labels=1):
-    torch.manual_seed(3)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "num_labels": num_labels}
-    if kind == "bert":
-        return BertForSequenceClassification(BertConfig(**sizes, max_position_embeddings=256)).eval()
-    config = Qwen3Config(**sizes, num_key_value_heads=1, head_dim=16, max_position_embeddings=256)
-    return Qwen3ForSequenceClassification(config).eval()
 
 
 @pytest.fixture
@@ -41,10 +25,9 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Folders of reward models with one output and with two."""
-    root, tokenizer = tmp_path_factory.mktemp("reward"), tiny.make_tokenizer()
+    root = tmp_path_factory.mktemp("reward")
     for name, labels in (("one", 1), ("two", 2)):
-        small("qwen3", tokenizer, labels).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+        save_reward_model(root / name, labels)
     return root
 
 
@@ -57,7 +40,7 @@ def alone(model, tokenizer, text):
 
 @pytest.mark.parametrize("kind", ["qwen3", "bert"])
 def test_scores_are_those_of_the_models_own_forward_alone(kind, tokenizer):
-    model = small(kind, tokenizer)
+    model = random_reward_model(tokenizer, family=kind)
     prompts = ["1 + 1 = ", "What is 2 + 3? "] * 20
     completions = [f"{'so ' * (i % 7)}{i}" for i in range(40)]
     expected = [alone(model, tokenizer, p + c) for p, c in zip(prompts, completions, strict=True)]
@@ -69,7 +52,7 @@ def test_scores_are_those_of_the_models_own_forward_alone(kind, tokenizer):
 def test_batches_hold_a_bounded_number_of_tokens(tokenizer, monkeypatch):
     from tunix_torch.rewarding import models
 
-    reward, shapes = RewardModel(small("qwen3", tokenizer), tokenizer), []
+    reward, shapes = RewardModel(random_reward_model(tokenizer), tokenizer), []
     whole = reward.scores([[5] * n for n in (3, 50, 7, 20, 100, 1)])
     forward = reward._forward
 
@@ -84,7 +67,7 @@ def test_batches_hold_a_bounded_number_of_tokens(tokenizer, monkeypatch):
 
 
 def test_messages_are_rendered_by_the_reward_models_own_template(tokenizer):
-    model = small("qwen3", tokenizer)
+    model = random_reward_model(tokenizer)
     tokenizer.chat_template = TEMPLATE
     prompt = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1?"}]
     completion = [{"role": "assistant", "content": "2"}]
@@ -99,7 +82,7 @@ def test_messages_are_rendered_by_the_reward_models_own_template(tokenizer):
 
 
 def test_a_text_that_is_too_long_is_cut_and_said_so_once(tokenizer, caplog):
-    model = small("qwen3", tokenizer)
+    model = random_reward_model(tokenizer)
     reward, text = RewardModel(model, tokenizer), "12 + 34 " * 200
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][:256]
     with torch.no_grad():
@@ -110,7 +93,7 @@ def test_a_text_that_is_too_long_is_cut_and_said_so_once(tokenizer, caplog):
 
 
 def test_the_tokenizer_of_another_model_is_refused(tokenizer):
-    reward = RewardModel(small("qwen3", tokenizer), tokenizer)
+    reward = RewardModel(random_reward_model(tokenizer), tokenizer)
     tokenizer.add_tokens(["What is "])
     with pytest.raises(
         ValueError, match="it has 108 embeddings, and its tokenizer gives the token 108; give the model"
@@ -123,7 +106,7 @@ def test_fixed_shapes_change_no_score(kind, tokenizer, monkeypatch):
     from tunix_torch.rewarding import models
 
     texts = [f"{'so ' * (9 * i)}{i}" for i in range(7)]
-    plain = RewardModel(small(kind, tokenizer), tokenizer)(texts, [""] * 7)
+    plain = RewardModel(random_reward_model(tokenizer, family=kind), tokenizer)(texts, [""] * 7)
     monkeypatch.setattr(models.device, "static_shapes", lambda: True)
     monkeypatch.setattr(models, "SHORTEST", 16)
     monkeypatch.setattr(models.mesh, "tokens_per_pass", lambda: 128)
@@ -134,7 +117,7 @@ def test_fixed_shapes_change_no_score(kind, tokenizer, monkeypatch):
         return forward(self, ids, width, height)
 
     monkeypatch.setattr(RewardModel, "_forward", watched)
-    fixed = RewardModel(small(kind, tokenizer), tokenizer, num_rows=4, num_tokens=200)
+    fixed = RewardModel(random_reward_model(tokenizer, family=kind), tokenizer, num_rows=4, num_tokens=200)
     rehearsed = set(shapes)
     assert rehearsed == {(4, 16), (4, 32), (2, 64), (1, 128), (1, 256)}
     assert fixed(texts, [""] * 7) == pytest.approx(plain, abs=1e-5)
@@ -205,7 +188,7 @@ def test_what_is_no_reward_model_is_one_line(folders, model_folder, tokenizer, t
     for name, files in (("no_weights", ["config.json"]), ("cut", ["config.json", "model.safetensors"])):
         for file in files:
             (tmp_path / name / file).write_bytes((folders / "one" / file).read_bytes()[:2000])
-    two = small("qwen3", tokenizer, 2)
+    two = random_reward_model(tokenizer, 2)
     for given, words in (
         (str(folders / "two"), "reward_funcs='.*two': its head has 2 outputs; a reward model is an AutoModelForSeq"),
         (two, "reward_funcs: its head has 2 outputs; a reward model is"),
@@ -260,7 +243,7 @@ def test_tokenizers_must_be_as_many_as_functions_and_be_able_to_pad(folders, tok
     with pytest.raises(ValueError, match="reward_funcs='.*one': its tokenizer has neither a padding nor an EOS token"):
         Scorer([one], processing_classes=[bare])
     with pytest.raises(ValueError, match="reward_funcs: no tokenizer .*give it in reward_processing_classes"):
-        make_reward_model(small("qwen3", tokenizer), None, "reward_funcs")
+        make_reward_model(random_reward_model(tokenizer), None, "reward_funcs")
 
 
 def test_workers_call_functions_and_a_slow_model_is_named(folders, monkeypatch):

@@ -7,10 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import Qwen3Config, Qwen3ForSequenceClassification
-
-from tunix_torch.model import tiny
+from models import save_reward_model
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "rewards.md"
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
@@ -18,20 +15,7 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE |
 
 @pytest.fixture
 def reward_model(tmp_path):
-    tokenizer = tiny.make_tokenizer()
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_labels=1,
-    )
-    Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "my-reward-model")
-    tokenizer.save_pretrained(tmp_path / "my-reward-model")
+    save_reward_model(tmp_path / "my-reward-model")
 
 
 @pytest.fixture

@@ -91,26 +91,13 @@ torch.save(result, "result.pt")
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory):
     """Run both hosts; return what each recorded, with the `graphs` that it compiled and ran, in their order."""
-    from transformers import Qwen3Config, Qwen3ForSequenceClassification
-
     from tunix_torch.model import tiny
 
     root, tokenizer = tmp_path_factory.mktemp("hosts"), tiny.make_tokenizer()
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     models.make_model("gemma3", vocab_size=len(tokenizer), **special).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_labels=1,
-    )
-    Qwen3ForSequenceClassification(config).save_pretrained(root / "reward")
-    tokenizer.save_pretrained(root / "reward")
+    models.save_reward_model(root / "reward")
     (root / "luck.py").write_text(REWARD)
     with socket.socket() as free:
         free.bind(("localhost", 0))
