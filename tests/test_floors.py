@@ -31,6 +31,7 @@ ROOMS = [
     "crosscheck",
     "cli",
     "export",
+    "replay",
 ]
 
 

@@ -154,7 +154,7 @@ class TunixTrainer(AdapterTrainer):
         if inputs is batches[0] and not self._waiting and len(batches) * self.args.steps_per_generation > 1:
             steps, how = self.rollout_with(batches), (self._advantages, self.args, self.sampler.pad_token_id)
             self._waiting = collect_together(steps, lambda prompts: (self.collect(prompts), self._rewards), *how)
-        return self.grpo_training_step(PromptBatch(**inputs).to(self.args.device))
+        return self.counted(self.grpo_training_step(PromptBatch(**inputs).to(self.args.device)))
 
     def _advantages(self, rewards: Tensor, totals: Tensor) -> Tensor:
         """The advantages of rows that have these rewards, (B, R), and totals, (B,): (B,) on the device."""
@@ -260,6 +260,7 @@ class TunixTrainer(AdapterTrainer):
             if iteration > 0:
                 self.optimizer_step()
             parts = self.learning_pass(part)
+            self.guard.learned(part, sum(numbers["loss"] for numbers in parts))
             self.entropy.learned(parts, step_ends=self.accelerator.sync_gradients)
             if iteration == 0:
                 first_pass = parts

@@ -1,7 +1,6 @@
 """What cannot work is refused before training, and numbers that are not finite are neither learned from nor saved."""
 
 import functools
-import math
 
 import pytest
 import torch
@@ -139,28 +138,6 @@ def test_schedule_free_optimizers_are_told_what_happens(model_folder, tmp_path, 
 
 
 # ---- numbers that are not finite ----
-
-
-@pytest.mark.parametrize("settings", [{}, {"use_grpo": False}, {"num_iterations": 2}, {"max_grad_norm": 0.0}])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_is_not_learned_from(model_folder, tmp_path, settings, value):
-    """Regression: one NaN in one gradient reached the weights and was saved; SFT even ended with exit code 0."""
-    settings = {"max_steps": 4, "generation_max_length": 64, "save_strategy": "steps", "save_steps": 1} | settings
-    trainer = make_trainer(model_folder, tmp_path, **settings)
-    weights, passes = [p for p in trainer.model.parameters() if p.requires_grad], []
-
-    def spoil(gradient):
-        passes.append(None)
-        if len(passes) == 1 + 2 * settings.get("num_iterations", 1):  # this is the first pass of step 3
-            gradient = gradient.contiguous().clone()
-            gradient.view(-1)[-1] = value
-        return gradient
-
-    weights[-1].register_hook(spoil)
-    with pytest.raises(FloatingPointError, match="step 3: .*lora_[AB].*not finite"):
-        trainer.train()
-    assert all(weight.isfinite().all() for weight in weights)
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_a_learning_rate_that_explodes_is_named_with_its_step(model_folder, tmp_path):

@@ -23,7 +23,7 @@ from ..config.settings import require
 from ..data.rows import Row
 from ..evals.answers import Answers
 from ..learn.entropy import EntropyControl
-from ..learn.finite import check_finite, check_gradient_norm
+from ..learn.finite import check_finite
 from ..learn.pairs import learn_pair_rows, pair_metrics
 from ..learn.sft import learn_rows
 from ..model.adapter import REFERENCE_FILE, load_reference, save_reference
@@ -226,19 +226,6 @@ class AdapterTrainer(WholeCheckpoints):
             logger.warning("%s. Nothing is trained; more steps or epochs would go on from there.", done)
         return TrainOutput(self.state.global_step, math.nan, {})
 
-    # ---- errors of other libraries, as errors of a setting ----
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        with blamed_on("optim", self.args.optim.value):
-            return super().create_optimizer(model)
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        name, kwargs = self.args.lr_scheduler_type.value, self.args.lr_scheduler_kwargs
-        with blamed_on("lr_scheduler_type", name, f" (lr_scheduler_kwargs={kwargs!r})"):
-            return super().create_scheduler(num_training_steps, optimizer)
-
     def init_hf_repo(self, token: str | None = None) -> None:
         hint = "; log in (hf auth login), or leave it out and upload the folder later"
         with blamed_on("push_to_hub", self.args.push_to_hub, hint):
@@ -258,6 +245,7 @@ class AdapterTrainer(WholeCheckpoints):
             self._rollout_inputs = [list(batches) for batches, _ in self._ahead]
         batches, num_items = self._ahead.pop(0)
         self._step_inputs = list(batches)
+        self.step_begins()
         return batches, num_items
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -283,18 +271,6 @@ class AdapterTrainer(WholeCheckpoints):
         first = self._rollout_inputs[0] if self._rollout_inputs else []
         return self._rollout_inputs if first and first[0] is batches[0] else [batches]
 
-    def backward(self, loss: Tensor) -> None:
-        """Compute the gradient of a loss and add it to the gradients of the parameters."""
-        self.accelerator.backward(loss)
-
-    def sum_gradients(self) -> None:
-        """Sum gradients over processes, once for each optimizer step.
-
-        DDP's own hooks do nothing here, since no forward pass goes through its wrapper.
-        """
-        if self.accelerator.sync_gradients:
-            together.sum_gradients(self.model.parameters())
-
     def learn_given_rows(self, inputs: dict[str, Any]) -> Tensor:
         """Forward and backward of a batch of rows that hold their completions: pairs with a `preference_loss`,
         supervised fine-tuning without. Returns the batch's share of the loss of the optimizer step, detached."""
@@ -302,7 +278,8 @@ class AdapterTrainer(WholeCheckpoints):
         of_pairs = self.args.preference_loss is not None
         loss, metrics = learn_pair_rows(*step, self.as_reference) if of_pairs else learn_rows(*step)
         self.add_metrics(metrics)
-        return loss
+        self.guard.learned(inputs, loss)
+        return self.counted(loss)
 
     def further_metrics(self, rows: Sequence[Row], samples: Answers | None) -> dict[str, float]:
         """What an evaluation says besides: of preference pairs, where the run learns from pairs.
@@ -313,30 +290,6 @@ class AdapterTrainer(WholeCheckpoints):
         if self.args.preference_loss is None:
             return {}
         return pair_metrics(self.model, rows, self.data_collator, self.args, self.as_reference)
-
-    def optimizer_step(self) -> None:
-        """Clip the gradient, step, and drop the gradient, as `transformers.Trainer` does after a batch."""
-        norm = self._clip_grad_norm(self.model) if self.args.max_grad_norm > 0 else None
-        self._get_grad_norm(self.model, norm)
-        self.optimizer.step()
-        device.sync()
-        self.model.zero_grad()
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:
-        """The norm of the gradient before clipping. It is checked before the optimizer steps.
-
-        Raises:
-            FloatingPointError: the norm is not finite.
-        """
-        norm = super()._get_grad_norm(model, grad_norm)
-        if device.planner() is None:
-            check_gradient_norm(float(norm), self.model, self.state.global_step + 1)
-        return norm
-
-    def put_optimizer(self, mode: str) -> None:
-        """Schedule-free optimizers hold other weights while they learn ("train") than they give in the end ("eval")."""
-        if callable(getattr(self.optimizer, mode, None)):
-            getattr(self.optimizer, mode)()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the estimate that Transformers makes leaves rollouts out
@@ -349,9 +302,14 @@ class AdapterTrainer(WholeCheckpoints):
             self._metrics[name].append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the mean of each number that `add_metrics` was given since the last log."""
+        """Log, with the mean of each number that `add_metrics` was given since the last log.
+
+        Of a step that was skipped some numbers are not finite. The means leave them out.
+        """
         if "loss" in logs or "train_loss" in logs:  # the summary has what came after the last log of a step
-            logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()} | self.entropy.metrics()
+            finite = {name: [v for v in values if math.isfinite(v)] for name, values in self._metrics.items()}
+            logs |= {name: sum(values) / len(values) for name, values in finite.items() if values}
+            logs |= self.entropy.metrics()
             self._metrics.clear()
         super().log(logs | device.counters(), start_time)
 
@@ -377,6 +335,7 @@ class AdapterTrainer(WholeCheckpoints):
             self.processing_class.save_pretrained(output_dir)
         if _internal_call and frozen is not None and self.reference is not None:  # a checkpoint
             reference = {name: weight.cpu() for name, weight in self.reference.items()}
+            check_finite(reference, f"step {self.state.global_step}, the reference policy")
             if self.args.should_save:
                 save_reference(reference, output_dir)
         if _internal_call and frozen is not None and self.args.should_save:
@@ -387,9 +346,7 @@ class AdapterTrainer(WholeCheckpoints):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         states = enumerate(self.optimizer.state_dict()["state"].values())
         moments = {f"{name} of optimizer state {i}": v for i, state in states for name, v in state.items()}
-        moments = {
-            name: v.cpu() for name, v in moments.items() if isinstance(v, Tensor)
-        }  # on the CPU nothing is compiled
+        moments = {name: v for name, v in moments.items() if isinstance(v, Tensor)}
         check_finite(moments, f"step {self.state.global_step}")
         with together.folder_to_write(output_dir) as folder:
             super()._save_optimizer_and_scheduler(folder)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
 
+from ..learn.optimizer_steps import OptimizerSteps
 from ..runtime import together
 from .files import STATE_FILE, checkpoints_of
 from .manifest import flush, write_manifest
@@ -16,8 +16,8 @@ from .manifest import flush, write_manifest
 UNFINISHED = "unfinished"  # the folder in output_dir where a checkpoint is written
 
 
-class WholeCheckpoints(Trainer):
-    """A `transformers.Trainer` whose checkpoints appear under their names only when all of them is on the disk.
+class WholeCheckpoints(OptimizerSteps):
+    """A trainer whose checkpoints appear under their names only when all of them is on the disk.
 
     With `save_total_limit` the checkpoints of the latest steps are kept, whatever their files' times are.
     """

@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "sample answers to questions with known answers, judge them, and sum up",
     "ask": "ask a model questions; see its reasoning as numbered steps, then its answer",
     "export": "merge an adapter into its base model: a plain Hugging Face model",
+    "replay": "compute a batch again that was not finite, and say which row and quantity was first",
     "plan": "plan a job for a TPU slice, on a machine without a TPU",
     "crosscheck": "compare this library's numbers with those of Google's Tunix on JAX",
 }

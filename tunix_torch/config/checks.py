@@ -33,6 +33,7 @@ COUNTS = (
     "num_iterations",
     "steps_per_generation",
     "max_sampling_rounds",
+    "max_skipped_steps",
     "stop_check_interval",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",

@@ -179,6 +179,11 @@ class GRPOConfig(TrainingArguments):
         1.0, "policy loss only on this share of a batch's tokens, those of highest entropy; 1: all"
     )
     disable_dropout: bool = setting(False, "switch off all dropout, that of the LoRA included")
+    max_skipped_steps: int = setting(
+        5,
+        "a step whose loss or gradient is not finite changes nothing, and its batch is kept in output_dir/bad_batches; "
+        "so many of them in a row stop the run with a checkpoint",
+    )
     micro_batch_size: int | None = setting(
         None,
         "completions in one learning pass: divides the group size or is a multiple of it; "

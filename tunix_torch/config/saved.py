@@ -65,6 +65,7 @@ MAY_CHANGE = (
     "report_to",
     "reward_timeout",
     "reward_processes",
+    "max_skipped_steps",
     "early_stopping_patience",
     "load_best_model_at_end",
     "restore_callback_states_from_checkpoint",

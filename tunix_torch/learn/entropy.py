@@ -101,6 +101,14 @@ class EntropyControl:
             self.coef = max(self.coef - args.entropy_coef_delta, args.entropy_coef_min)
         self.last_entropy = entropy
 
+    def kept(self) -> tuple[float, float]:
+        """The state, for `take_back`."""
+        return self.coef, self.last_entropy
+
+    def take_back(self, kept: tuple[float, float]) -> None:
+        """Have the state again that `kept` returned: a step was skipped."""
+        self.coef, self.last_entropy = kept
+
     def metrics(self) -> dict[str, float]:
         """What is logged: `entropy_coef`, where there is a bonus."""
         return {"entropy_coef": self.coef} if self.args.has_entropy_bonus else {}

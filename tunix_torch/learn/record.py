@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,18 +17,10 @@ FOLDER = "batches"  # the folder of the records, in a run's output_dir
 
 
 @dataclass
-class StepRecord:
-    """What went into a learning step, and what came out of its first pass. All tensors lie in main memory."""
+class Record:
+    """A batch, and what belongs to it. Subclasses say what. All tensors lie in main memory."""
 
     batch: TrainBatch
-    lora: dict[str, Tensor]  # the adapter before the step, by parameter name
-    logps: Tensor  # (B, C) float32, the policy's, 0 where masked
-    loss: Tensor  # () float32: policy_loss + beta * kl_loss
-    policy_loss: Tensor  # () float32
-    kl_loss: Tensor  # () float32, without beta
-    gradients: dict[str, Tensor]  # of the loss, before clipping, by parameter name
-    learning_rate: float
-    model_dtype: str  # of the base weights: "float32" or "bfloat16"
 
     def save(self, path: Path) -> None:
         """Write a safetensors file: tensors under `field` or `field.name`, the other fields in its metadata."""
@@ -47,13 +39,14 @@ class StepRecord:
         save_file(tensors, path, words)
 
     @classmethod
-    def load(cls, path: Path) -> "StepRecord":
-        """Read what `save` wrote.
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote. Fields that are no tensors are text.
 
         Raises:
             ValueError: the file is not such a record.
         """
-        values: dict[str, Any] = {}
+        # a dict without tensors has left nothing in the file
+        values: dict[str, Any] = {field.name: {} for field in fields(cls) if field.type == dict[str, Tensor]}
         try:
             with safe_open(path, framework="pt") as file:
                 values |= file.metadata() or {}
@@ -67,12 +60,28 @@ class StepRecord:
             raise ValueError(f"{path}: not a safetensors file: {error}") from error
         missing = {field.name for field in fields(cls)} - set(values)
         if missing:
-            raise ValueError(f"{path}: not a recorded step: it lacks {', '.join(sorted(missing))}")
+            raise ValueError(f"{path}: not a {cls.__name__}: it lacks {', '.join(sorted(missing))}")
         batch = values["batch"]
         batch.setdefault("lengths", completion_lengths(batch["completion_mask"]))  # early versions did not write them
         values["batch"] = TrainBatch(**batch)
-        values["learning_rate"] = float(values["learning_rate"])
-        return cls(**values)
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+
+@dataclass
+class StepRecord(Record):
+    """What went into a learning step, and what came out of its first pass."""
+
+    lora: dict[str, Tensor]  # the adapter before the step, by parameter name
+    logps: Tensor  # (B, C) float32, the policy's, 0 where masked
+    loss: Tensor  # () float32: policy_loss + beta * kl_loss
+    policy_loss: Tensor  # () float32
+    kl_loss: Tensor  # () float32, without beta
+    gradients: dict[str, Tensor]  # of the loss, before clipping, by parameter name
+    learning_rate: float
+    model_dtype: str  # of the base weights: "float32" or "bfloat16"
+
+    def __post_init__(self) -> None:
+        self.learning_rate = float(self.learning_rate)
 
 
 def keep_step(

@@ -24,6 +24,7 @@ RUN_FILES = (
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
+    "bad_batches",
     "batches",
     "chat_template.jinja",
     CONFIG_FILE,

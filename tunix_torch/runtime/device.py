@@ -133,6 +133,25 @@ def random_numbers_kept() -> Iterator[None]:
         xm.set_rng_state(state)
 
 
+def random_state() -> tuple[torch.Tensor, Any]:
+    """The states of PyTorch's random numbers on the CPU and on the device, for `set_random_state`."""
+    of_device = None
+    if KIND == "xla":
+        of_device = xm.get_rng_state()
+    elif KIND == "cuda":
+        of_device = torch.cuda.get_rng_state()
+    return torch.get_rng_state(), of_device
+
+
+def set_random_state(state: tuple[torch.Tensor, Any]) -> None:
+    """Draw the numbers again that came after a state of `random_state`."""
+    torch.set_rng_state(state[0])
+    if KIND == "xla":
+        xm.set_rng_state(state[1])
+    elif KIND == "cuda":
+        torch.cuda.set_rng_state(state[1])
+
+
 def optimization_barrier(tensor: torch.Tensor) -> torch.Tensor:
     """Keep XLA from merging the computation of a tensor into what follows. Returns the tensor.
 
