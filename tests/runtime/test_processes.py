@@ -53,6 +53,7 @@ CASES = {
     "gdpo": {"multi_objective_aggregation": "normalize_then_sum", "gradient_accumulation_steps": 2},
     "sft": {"use_grpo": False, "eval_strategy": "steps", "eval_steps": 2, "generation_max_length": 64},
     "pairs": {"use_grpo": False, "eval_strategy": "steps", "eval_steps": 2, "preference_loss": "dpo"},
+    "skipped": {"use_grpo": False, "generation_max_length": 64},
 }
 GRPOConfig(output_dir=root)  # joins the processes
 for case, settings in CASES.items():
@@ -80,6 +81,10 @@ for case, settings in CASES.items():
         completions.append(torch.cat([together.gather_rows(ids) for ids in of_steps]))
         return rollout
     trainer.sample_completions_for_prompts = recording_sample
+    if case == "skipped":  # the loss of the last process alone is not finite, in the third step
+        learned, is_last = trainer.guard.learned, together.index() == together.count() - 1
+        trainer.guard.learned = lambda batch, loss: learned(
+            batch, loss * float("nan") if is_last and trainer.state.global_step == 2 else loss)
     trainer.train(resume_from_checkpoint=f"{root}/grpo/checkpoint-2" if case == "resumed" else None)
     trainer.save_model()
     answers = trainer.last_answers and trainer.last_answers.completions
@@ -102,6 +107,7 @@ CASES = (
     "gdpo",
     "sft",
     "pairs",
+    "skipped",
 )
 
 
@@ -128,12 +134,17 @@ def logged(result, name):
     return [row[name] for row in result["log"] if name in row]
 
 
+def test_a_step_that_one_process_must_skip_is_skipped_by_all(results):
+    for number in (1, 2):
+        assert logged(results[number]["skipped"], "skipped_steps") == [1, 1, 1]  # the third, the fourth, the summary
+
+
 @cases
 def test_completions_are_those_of_one_process(results, case):
     one, two = results[1][case], results[2][case]
     assert (one["processes"], two["processes"]) == (1, 2)
     each = {"resumed": STEPS - 2, "accumulated": 2 * STEPS, "shared": STEPS // 2, "gdpo": 2 * STEPS}
-    each = (each | {"sft": 0, "pairs": 0}).get(case, STEPS)
+    each = (each | {"sft": 0, "pairs": 0, "skipped": 0}).get(case, STEPS)
     assert len(two["completions"]) == len(one["completions"]) == each
     for ids, expected in zip(two["completions"], one["completions"], strict=True):
         assert torch.equal(ids, expected)
@@ -155,7 +166,7 @@ def test_metrics_are_those_of_one_process(results, case):
     one, two = results[1][case], results[2][case]
     # Where steps share a rollout, each process has sampled its part of all of them before the next process's rows.
     extra = [{k: sorted(v) if case == "shared" else v for k, v in result["extra"].items()} for result in (one, two)]
-    assert extra[0] == extra[1] and bool(extra[0]) == (case not in ("sft", "pairs"))
+    assert extra[0] == extra[1] and bool(extra[0]) == (case not in ("sft", "pairs", "skipped"))
     names = {name for row in one["log"] for name in row}
     assert names == {name for row in two["log"] for name in row} and "loss" in names
     for name in names:

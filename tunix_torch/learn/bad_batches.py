@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 
@@ -85,13 +86,13 @@ def save_bad_batches(skipped: Decided, policy: Policy, args: GRPOConfig) -> list
 
 def _as_batch(given: TrainBatch | dict[str, Any], kind: str) -> tuple[TrainBatch, dict[str, Tensor]]:
     """What a step was to learn from, in main memory, and the layout of packed rows."""
-    layout = {}
+    layout, memory = {}, torch.device("cpu")  # on the device something would be compiled
     if isinstance(given, TrainBatch):
         batch = given
     elif kind == "pairs":
-        batch = pair_batch(given, len(given["prompt_ids"]))
+        batch = pair_batch(given, len(given["prompt_ids"]), place=memory)
     else:
-        batch = sft_batch(given, int(given["learned_mask"].sum()))
+        batch = sft_batch(given, int(given["learned_mask"].sum()), memory)
         layout = {name: given[name].cpu() for name in LAYOUT if name in given}
     columns = {field.name: getattr(batch, field.name) for field in fields(batch)}
     columns = {name: value if value is None else value.detach().cpu().clone() for name, value in columns.items()}

@@ -23,12 +23,15 @@ from .preference import preference_terms
 AsReference = Callable[[], AbstractContextManager[None]]  # within its context the model is the reference policy
 
 
-def pair_batch(inputs: dict[str, Any], num_pairs: int, num_counted: int | None = None) -> TrainBatch:
-    """Make a batch on the device of what `Collator` made of N pairs: G = 2, B = 2N, each chosen before its rejected.
+def pair_batch(
+    inputs: dict[str, Any], num_pairs: int, num_counted: int | None = None, place: torch.device | None = None
+) -> TrainBatch:
+    """Make a batch of what `Collator` made of N pairs: G = 2, B = 2N, each chosen before its rejected.
 
     A pair's weight in the loss, 1 / `num_pairs`, stands in `token_weights` at every token of both completions.
     `num_pairs` counts all pairs that the optimizer step learns from: those of accumulated batches and of other
     processes too. Of this batch the first `num_counted` pairs count, the others only fill its shape; None: all count.
+    Its tensors are on `place`; None: on this process's device.
     """
     lengths = completion_lengths(inputs["completion_mask"])
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
@@ -38,7 +41,8 @@ def pair_batch(inputs: dict[str, Any], num_pairs: int, num_counted: int | None =
     columns["token_weights"] = inputs["completion_mask"].float() / max(num_pairs, 1)
     if num_counted is not None:
         columns["token_weights"][2 * num_counted :] = 0.0
-    return TrainBatch(**{name: value.to(device.torch_device()) for name, value in columns.items()}, lengths=lengths)
+    place = device.torch_device() if place is None else place
+    return TrainBatch(**{name: value.to(place) for name, value in columns.items()}, lengths=lengths)
 
 
 @with_fast_layers

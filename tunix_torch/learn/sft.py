@@ -20,16 +20,20 @@ from .passes import Pass, in_passes, lay_out_packs, shared_prompts
 LAYOUT = ("segments", "offsets")  # what a batch of packs has besides the fields of a `TrainBatch`
 
 
-def sft_batch(inputs: dict[str, Any], num_tokens: int) -> TrainBatch:
-    """Make a batch on the device of what `Collator` made of rows: each prompt has one completion (G = 1, B = N).
+def sft_batch(inputs: dict[str, Any], num_tokens: int, place: torch.device | None = None) -> TrainBatch:
+    """Make a batch of what `Collator` made of rows: each prompt has one completion (G = 1, B = N).
 
     The loss is -sum(logps * token_weights): every token that is learned weighs the same, and those of prompts and of
     other people's turns weigh nothing. It is this batch's share of the mean over `num_tokens`, which counts all tokens
     that the optimizer step learns: those of accumulated batches and of other processes too.
+
+    Args:
+        place: where its tensors are; None: on this process's device.
     """
+    place = device.torch_device() if place is None else place
     lengths = completion_lengths(inputs["completion_mask"])
     others = ("rows", *LAYOUT)
-    tensors = {name: value.to(device.torch_device()) for name, value in inputs.items() if name not in others}
+    tensors = {name: value.to(place) for name, value in inputs.items() if name not in others}
     learned = tensors.pop("learned_mask")
     weights, none = learned.float() / max(num_tokens, 1), torch.zeros(len(learned), device=learned.device)
     return TrainBatch(**tensors, advantages=none, token_weights=weights, lengths=lengths)
