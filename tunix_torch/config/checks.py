@@ -9,13 +9,17 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from ..grpo import ALGORITHMS, KL_ESTIMATORS, LOSS_AGGREGATIONS, LOSS_TYPES
+from .data import DataConfig
 from .loss import CORRECTIONS, OBJECTIVES, REWARD_SCALES, check_loss
-from .settings import require
+from .model import ModelConfig
+from .settings import nearest, require
 
 if TYPE_CHECKING:
     from .grpo import GRPOConfig
 
 WITH_REFERENCE = ("dpo", "ipo")  # preference losses that compare the policy with the reference policy
+# What a resumed run has in common with the run that it continues, besides settings; see `checkpoints/same_run.py`.
+COMPARED_FACTS = ("training_data", "base_weights", "reward_functions", "processes")
 PREFERENCE_LOSSES = (*WITH_REFERENCE, "simpo", "orpo")
 
 
@@ -57,7 +61,6 @@ NOT_NEGATIVE = (
     "learning_rate",
     "max_grad_norm",
     "weight_decay",
-    "adam_epsilon",
     "warmup_steps",
     "eval_delay",
     "dataloader_num_workers",
@@ -77,6 +80,7 @@ POSITIVE = (
     "distillation_coef",
     "reward_timeout",
     "num_train_epochs",
+    "adam_epsilon",  # at 0 a gradient of 0, which a LoRA has in its first step, would be divided by 0
 )
 BOUNDS = (
     Bound(("max_steps",), lambda v: v == -1 or v >= 1, "must be at least 1, or -1: num_train_epochs decides"),
@@ -178,6 +182,7 @@ def check_values(args: "GRPOConfig") -> None:
     _check_teacher(args)
     _check_reference(args)
     _check_left_out(args)
+    _check_allowed_changes(args)
 
 
 def _check_intervals(args: "GRPOConfig") -> None:
@@ -273,6 +278,14 @@ def _check_reference(args: "GRPOConfig") -> None:
     require(args.reference != "base", "sync_ref_model", True, hint)
     hint = "records are replayed with the base model as the reference; leave save_batches out"
     require(not args.save_batches, "sync_ref_model", True, hint)
+
+
+def _check_allowed_changes(args: "GRPOConfig") -> None:
+    """Check that what a resumed run may change are names that it compares."""
+    configs = (ModelConfig, DataConfig, type(args))
+    known = [*COMPARED_FACTS, *(name for config in configs for name in config.__dataclass_fields__)]
+    for name in args.allow_changes or ():
+        require(name in known, "allow_changes", name, f"the name of no setting{nearest(name, known)}")
 
 
 def _check_left_out(args: "GRPOConfig") -> None:

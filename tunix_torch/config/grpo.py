@@ -209,6 +209,11 @@ class GRPOConfig(TrainingArguments):
         0, "processes that call the reward functions, each for some of the prompts: for slow ones; 0: this one"
     )
 
+    allow_changes: list[str] | None = setting(
+        None,
+        "what a resumed run may change although it changes what is learned: names of settings, training_data, "
+        "base_weights, reward_functions, processes; a line says what differs",
+    )
     save_batches: int = setting(
         0, "keep the first so many steps, inputs and results, in output_dir/batches for python -m crosscheck --from-run"
     )
