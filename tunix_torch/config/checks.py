@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import SchedulerType
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
@@ -161,12 +162,24 @@ def check_template_kwargs(value: object) -> None:
     require(own is None, name, value, f"{own!r} is given by the library itself; leave it out")
 
 
+def check_accelerator_config(value: Mapping[str, Any]) -> None:
+    """Check that a mapping has nothing but fields of `AcceleratorConfig`.
+
+    Raises:
+        ValueError: it has another name.
+    """
+    known = list(AcceleratorConfig.__dataclass_fields__)
+    for name in value:
+        require(name in known, "accelerator_config", dict(value), f"it has no {name!r}{nearest(name, known)}")
+
+
 def check_values(args: "GRPOConfig") -> None:
     """Check that each setting has a possible value, and that settings that exclude each other are not both given.
 
     Raises:
         ValueError: a setting is wrong. The message names the first such field, its value, and what would be right.
     """
+    require(args.output_dir != "", "output_dir", "", "expected a folder, such as ./outputs")
     for bound in BOUNDS:
         for name in bound.names:
             value = getattr(args, name)
@@ -183,6 +196,9 @@ def check_values(args: "GRPOConfig") -> None:
     _check_reference(args)
     _check_left_out(args)
     _check_allowed_changes(args)
+    for part in (args.optim_args or "").split(","):  # names and values as a text, such as "beta3=0.9,alpha=5"
+        number = part.partition("=")[2].strip().lower().lstrip("+-")
+        require(number not in ("nan", "inf", "infinity"), "optim_args", args.optim_args, "must be finite")
 
 
 def _check_intervals(args: "GRPOConfig") -> None:
