@@ -78,6 +78,24 @@ def test_what_changes_what_is_learned_is_refused_unless_it_is_allowed_by_name(
     assert later.state.global_step == 4 and "allow_changes" not in caplog.text
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "reduce_lr_on_plateau"])
+def test_a_change_that_is_allowed_is_in_force(schedule, model_folder, tmp_path):
+    """The states of optimizer and schedule hold the settings of the earlier run, which loading would bring back."""
+    how = {"lr_scheduler_type": schedule}
+    if schedule == "reduce_lr_on_plateau":
+        how |= {"eval_steps": 1, "eval_strategy": "steps"}
+    make(model_folder, tmp_path, **how).train()
+    changes = {"learning_rate": 2e-2, "adam_beta2": 0.9, "weight_decay": 0.1, "adam_epsilon": 1e-6}
+    changed = make(model_folder, tmp_path, **how, **changes, max_steps=4, allow_changes=list(changes))
+    changed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    rates = [row["learning_rate"] for row in changed.state.log_history if "learning_rate" in row]
+    expected = [1e-2, 5e-3, 1e-2, 5e-3] if schedule == "linear" else [1e-2, 1e-2, 2e-2, 2e-2]
+    assert rates == pytest.approx(expected)
+    for group in changed.optimizer.param_groups:
+        decay = group["weight_decay"]
+        assert (group["betas"], group["eps"], decay) in (((0.9, 0.9), 1e-6, 0.1), ((0.9, 0.9), 1e-6, 0.0))
+
+
 def test_what_the_first_run_had_beside_the_defaults_may_not_be_left_out(checkpoint, model_folder, tmp_path):
     make(model_folder, tmp_path, adam_beta2=0.9, data_seed=3, max_steps=1, save_steps=1).train()
     with pytest.raises(ValueError, match=r"^adam_beta2=0.999: .*would be resumed.* has 0.9"):

@@ -416,7 +416,8 @@ class AdapterTrainer(WholeCheckpoints):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load what `_save_optimizer_and_scheduler` wrote. On a mesh moments are split as their weights are."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with self.facts.in_force(self.optimizer, self.lr_scheduler):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             for weight, state in self.optimizer.state.items():
                 for moment in state.values():

@@ -1,10 +1,15 @@
 """What a resumed run must have in common with the run that left its checkpoint: settings, rows, rewards and weights."""
 
+import contextlib
 import functools
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ..config.files import load_config, write_whole
 from ..config.grpo import GRPOConfig
@@ -13,6 +18,8 @@ from ..data.fingerprint import fingerprint_of
 from ..runtime import together
 
 logger = logging.getLogger(__name__)
+
+OPTIMIZER = ("initial_lr", "betas", "eps", "weight_decay", "momentum")  # settings that its groups of weights hold
 
 
 class RunFacts:
@@ -31,6 +38,7 @@ class RunFacts:
     def __init__(self, args: GRPOConfig, rows: Any, base_weights: str | None) -> None:
         self.settings: dict[str, Any] | None = None
         self.reward_funcs: list[str] = []
+        self._changed: dict[str, tuple[Any, Any]] = {}  # what was allowed to change
         self._args, self._rows, self._base_weights = args, rows, base_weights
 
     @functools.cached_property
@@ -73,8 +81,35 @@ class RunFacts:
             what = "settings, data and weights can't be compared with those of the run that left it"
             logger.warning("%s has no %s: %s", checkpoint, RUN_FILE, what)
         refuse_changes(changed, checkpoint, self._args.allow_changes)
+        self._changed = changed
         if changed and together.is_first():
             shown = ", ".join(f"{name}={now!r} (was {then!r})" for name, (now, then) in changed.items())
             logger.warning(
                 "Resuming from %s with changes of what is learned, as allow_changes says: %s", checkpoint, shown
             )
+
+    @contextlib.contextmanager
+    def in_force(self, optimizer: Optimizer, scheduler: LRScheduler) -> Iterator[None]:
+        """When the block has loaded the state of optimizer and schedule, put into them the settings that were allowed
+        to change: the state holds those of the earlier run."""
+        if not self._changed:
+            yield
+            return
+        given = [
+            {name: value for name, value in group.items() if name in OPTIMIZER} for group in optimizer.param_groups
+        ]
+        by_step = isinstance(scheduler, LambdaLR)
+        rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        yield
+        loaded = [group["lr"] for group in optimizer.param_groups]
+        for group, own in zip(optimizer.param_groups, given, strict=True):
+            group.update(own)
+        if by_step:
+            scheduler.base_lrs = rates
+            factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            loaded = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
+        elif "learning_rate" in self._changed:  # a schedule that follows a metric goes on from the new rate
+            loaded = rates
+        for group, rate in zip(optimizer.param_groups, loaded, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = loaded
