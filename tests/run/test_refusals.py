@@ -15,6 +15,7 @@ from typing import get_args, get_type_hints
 import pytest
 from commands import refused
 from runs import SMALL, run
+from trainers import make_trainer
 
 from tunix_torch import DataConfig, GRPOConfig, ModelConfig
 from tunix_torch.checkpoints.files import checkpoints_of, newest_checkpoint
@@ -58,6 +59,13 @@ def test_nonsense_is_refused_before_anything_is_written(flags, words, call, mode
     flags = [*FLAGS, "--model_name", model_folder, "--output_dir", "out", *flags]
     refused(call(train, *flags), *words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.xla
+def test_where_shapes_are_fixed_a_width_of_prompts_must_fit(model_folder, tmp_path):
+    """Elsewhere a batch is as wide as its longest prompt."""
+    with pytest.raises(ValueError, match="^max_prompt_length=100000000000: .* GiB.* in all"):
+        make_trainer(model_folder, tmp_path, max_prompt_length=10**11)
 
 
 @pytest.mark.parametrize("ending, text", [("json", '{"%s": NaN}'), ("json", '{"%s": -Infinity}'), ("yaml", "%s: .nan")])
