@@ -6,14 +6,16 @@ import shutil
 
 import pytest
 import torch
+from commands import refused
 from datasets import Dataset, IterableDataset
-from runs import SMALL, run
+from runs import SMALL, files, run
 from safetensors.torch import load_file, save_file
 from trainers import digits_reward, ends_early
 from transformers import AutoModelForCausalLM
 
 from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer
 from tunix_torch.checkpoints.manifest import BOTH
+from tunix_torch.cli import train
 from tunix_torch.config.saved import RUN_FILE, check_same_run, settings_of
 from tunix_torch.data import fingerprint as of_rows
 from tunix_torch.data.batches import PromptStream
@@ -207,3 +209,21 @@ def test_every_checkpoint_lists_the_facts_in_its_manifest(checkpoint):
     assert {field.name for field in dataclasses.fields(GRPOConfig)} >= set(facts["settings"])
     assert RUN_FILE in json.loads((checkpoint / BOTH[0]).read_text())
     assert "16 rows" in facts["training_data"] and facts["reward_functions"] == ["digits_reward"]
+
+
+@pytest.mark.thorough
+def test_other_rows_under_the_same_name_are_refused_by_the_command(call, model_folder, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "1 + 1?", "answer": "2"}\n' * 8)
+    flags = (
+        "--use_grpo --batch_size 2 --max_completion_length 4 --report_to none --save_steps 1 --system_message=".split()
+    )
+    flags += ["--model_name", model_folder, "--data_path", path, "--output_dir", tmp_path / "out"]
+    assert call(train, *flags, "--max_steps", 1).returncode == 0
+    path.write_text('{"question": "1 + 2?", "answer": "3"}\n' * 8)
+    more = [*flags, "--max_steps", 2, "--resume_from_checkpoint", "auto"]
+    before = files(tmp_path / "out")
+    refused(call(train, *more), "training_data='8 rows, ", "allow_changes=training_data")
+    assert files(tmp_path / "out") == before
+    assert call(train, *more, "--allow_changes", "training_data").returncode == 0
+    assert (tmp_path / "out" / "checkpoint-2").is_dir() and not (tmp_path / "out" / "previous").exists()
