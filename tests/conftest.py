@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -95,3 +97,23 @@ def cache(tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("cache")
     os.symlink(model_folder, folder / tiny.folder_name())
     return str(folder)
+
+
+@pytest.fixture
+def call(monkeypatch, capfd, cache):
+    """`call(script, *arguments)` does what `commands.run` does, but in this process."""
+    from tunix_torch.cli.script import run_script
+
+    def call(module, *args, **environment):
+        # The flag --device sets TUNIX_DEVICE for the rest of the process, so monkeypatch restores it after the test.
+        for name, value in {"TUNIX_CACHE": cache, "TUNIX_DEVICE": os.environ["TUNIX_DEVICE"], **environment}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
+        code = 0
+        try:
+            run_script(module.main)
+        except SystemExit as exit:
+            code = exit.code
+        return subprocess.CompletedProcess(sys.argv, code, *capfd.readouterr())
+
+    return call

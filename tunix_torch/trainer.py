@@ -106,6 +106,7 @@ class TunixTrainer(AdapterTrainer):
         self.questions.prepare(processing_class, policy.num_embeddings, self.scorer.functions, self.judge)
         args.eval_on_start = args.eval_on_start and eval_dataset is not None
         super().__init__(policy, args, callbacks, processing_class=processing_class, **self.questions.for_trainer())
+        self.facts.reward_funcs = self.scorer.names
         self.first_answers: Answers | None = None  # the greedy answers at the first evaluation
         self.last_answers: Answers | None = None  # and at the newest one
         self._rewards = torch.empty(0, len(self.scorer.functions))  # (B, R) of the batch that is learned from

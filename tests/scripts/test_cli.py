@@ -13,58 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT, refused, run
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tunix_torch.cli import answering, ask, train
-from tunix_torch.cli.script import run_script
 from tunix_torch.config.flags import parse_job
 from tunix_torch.config.saved import settings_of
 
-ROOT = Path(__file__).parent.parent.parent
 SMALL = (
     "--max_steps 2 --batch_size 2 --max_completion_length 12 --max_prompt_length 48 --num_eval_rows 4 "
     "--per_device_eval_batch_size 4 --num_train_rows 16 --system_message="
 ).split()
-
-
-def run(script, *args, cwd=ROOT, cache=None, timeout=120, **environment):
-    inherited = {k: v for k, v in os.environ.items() if k not in ("USE_TORCH_XLA", "TORCH_DEVICE_BACKEND_AUTOLOAD")}
-    env = {**inherited, "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT), **environment}
-    if cache:
-        env["TUNIX_CACHE"] = cache
-    command = [str(ROOT / script)] if script.endswith(".sh") else [sys.executable, str(ROOT / script)]
-    return subprocess.run(
-        [*command, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
-    )
-
-
-@pytest.fixture
-def call(monkeypatch, capfd, cache):
-    """`call(script, *arguments)` does what `run` does, but in this process."""
-
-    def call(module, *args, **environment):
-        # The flag --device sets TUNIX_DEVICE for the rest of the process, so monkeypatch restores it after the test.
-        for name, value in {"TUNIX_CACHE": cache, "TUNIX_DEVICE": os.environ["TUNIX_DEVICE"], **environment}.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
-        code = 0
-        try:
-            run_script(module.main)
-        except SystemExit as exit:
-            code = exit.code
-        return subprocess.CompletedProcess(sys.argv, code, *capfd.readouterr())
-
-    return call
-
-
-def refused(result, *words):
-    """Check that a script ended with code 2 and one error line that has all these words, without a traceback."""
-    assert result.returncode == 2, result.stdout + result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,7 @@ from ..runtime import device, together
 from ..runtime.profiling import ProfileStep
 from .files import STATE_FILE, digest_of_files, is_finished
 from .resuming import EarlyStoppingCallback, EndGraphWithOptimizer, OwnIntervals, SyncReference
+from .same_run import RunFacts
 from .waiting import WaitingBatch, load_waiting, save_waiting
 from .whole import WholeCheckpoints
 
@@ -72,6 +73,7 @@ class AdapterTrainer(WholeCheckpoints):
         )
         own = [OwnIntervals(), *syncing, *(callbacks or []), *early_stopping, *profiling, EndGraphWithOptimizer()]
         super().__init__(model=policy.model, args=args, callbacks=own, **others)
+        self.facts = RunFacts(args, self.train_dataset, policy.base_weights)
         # For checkpoints that have lost their reference.
         self._given_reference = self._start() if policy.has_base and not args.sync_ref_model else None
         self._frozen: dict[str, float] | None = None  # a number for each frozen weight, once the run has begun
@@ -340,6 +342,7 @@ class AdapterTrainer(WholeCheckpoints):
                 save_reference(reference, output_dir)
         if _internal_call and frozen is not None and self.args.should_save:
             self.entropy.save(output_dir)
+            self.facts.save(output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -361,6 +364,7 @@ class AdapterTrainer(WholeCheckpoints):
         together.check_same(lambda: {f"files in {resume_from_checkpoint}": digest_of_files(resume_from_checkpoint)})
         if not Path(resume_from_checkpoint).is_dir():
             raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r}: no such folder")
+        self.facts.check(resume_from_checkpoint)
         self.policy.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -369,7 +373,8 @@ class AdapterTrainer(WholeCheckpoints):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load what `_save_optimizer_and_scheduler` wrote. On a mesh moments are split as their weights are."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with self.facts.in_force(self.optimizer, self.lr_scheduler):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             for weight, state in self.optimizer.state.items():
                 for moment in state.values():

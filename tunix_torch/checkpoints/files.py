@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from .manifest import damage
 
 STATE_FILE = "trainer_state.json"
@@ -36,7 +38,18 @@ def why_not_whole(folder: str | Path) -> str | None:
         json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"{STATE_FILE} can't be read: {error}"
-    return damage(folder)
+    return damage(folder) or _cut_short(folder)
+
+
+def _cut_short(folder: Path) -> str | None:
+    """Which file of weights ends before its end, in a few words; None: none does. It matters without a manifest."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass  # the header is read, and compared with the length of the file
+        except (OSError, SafetensorError) as error:
+            return f"{path.name} can't be read: {error}"
+    return None
 
 
 def is_whole(folder: str | Path) -> bool:
@@ -72,7 +85,8 @@ def newest_checkpoint(output_dir: str | Path, passed_over: Callable[[Path, str],
 def has_final_files(output_dir: str | Path) -> bool:
     """Whether a run wrote what it has trained there, and after that its state, and all is still what was written."""
     folder, others = Path(output_dir), ("tokenizer_config.json", STATE_FILE)
-    return any(not _missing(folder, (*layout, *others)) for layout in LAYOUTS) and damage(folder) is None
+    there = any(not _missing(folder, (*layout, *others)) for layout in LAYOUTS)
+    return there and damage(folder) is None and _cut_short(folder) is None
 
 
 def final_files(output_dir: str | Path) -> list[str]:

@@ -13,6 +13,7 @@ from ..runtime import together
 from .files import STATE_FILE, checkpoints_of
 from .manifest import flush, write_manifest
 
+FAILED_WRITES = ("inline_container", "PytorchStreamWriter")  # torch says this where it could not write
 UNFINISHED = "unfinished"  # the folder in output_dir where a checkpoint is written
 
 
@@ -51,9 +52,11 @@ class WholeCheckpoints(OptimizerSteps):
                 rotate(run, limit, state.best_model_checkpoint)
         except OSError as error:
             raise explained(error, beside) from error
-        except Exception as error:  # safetensors and torch have errors of their own for a full disk
-            if "No space left" in str(error) or "file write failed" in str(error):
-                raise explained(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), beside) from error
+        except Exception as error:  # safetensors and torch have errors of their own for a write that fails
+            full = any(words in str(error) for words in ("No space left", "file write failed"))
+            if full or any(words in str(error) for words in FAILED_WRITES):
+                number = errno.ENOSPC if full or _free(beside) < 2**20 else errno.EIO
+                raise explained(OSError(number, os.strerror(number)), beside) from error
             raise
         finally:
             self._written_in, args.save_total_limit = None, limit
@@ -96,18 +99,30 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
 
 
 def explained(error: OSError, folder: Path) -> OSError:
-    """The error of a write with a message that says where, and for a full disk how much is free and how much was there.
+    """The error of a write with a message that says where and, for a full disk, how much is missing.
 
     Args:
         folder: where the files were to be written.
     """
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    kept = "Checkpoints that were there before are whole; make room and resume"
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return error
-    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(there).free
-    return OSError(
-        error.errno,
-        f"no space left in {folder.parent}: {free / 2**20:,.1f} MB are free, and {written / 2**20:,.1f} MB of a "
-        "checkpoint were written when it ended. Checkpoints that were there before are whole; make room and resume",
-    )
+        reason = error.strerror or str(error)
+        return OSError(error.errno, f"a checkpoint can't be written in {folder.parent}: {reason}. {kept}")
+    written, free = _size(folder), _free(folder)
+    found = f"{_megabytes(free)} are free, and {_megabytes(written)} of a checkpoint were written when it ended"
+    earlier = checkpoints_of(folder.parent)
+    if earlier and (missing := _size(earlier[0]) - written - free) > 0:
+        found += f"; about {_megabytes(missing)} are missing"
+    return OSError(error.errno, f"no space left in {folder.parent}: {found}. {kept}")
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MB"

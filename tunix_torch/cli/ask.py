@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..config.model import TINY_NAME
 from ..config.settings import require
+from ..data.visible import visible
 from ..rewards import extract_answer, extract_reasoning
 from .script import Parser, called_as, check_output_file, choose_device, quiet_transformers
 
@@ -86,16 +87,16 @@ def reasoning_steps(completion: str) -> list[str]:
 def show(result: dict[str, object], show_prompt: bool) -> None:
     """Print a question with its answers."""
     question = result["question"]
-    print(f"\nQuestion: {question if isinstance(question, str) else question[-1]['content']}")
+    print(visible(f"\nQuestion: {question if isinstance(question, str) else question[-1]['content']}"))
     if show_prompt:
-        print(f"Prompt:\n{result['prompt']}")
+        print(visible(f"Prompt:\n{result['prompt']}"))
     for number, completion in enumerate(result["completions"], start=1):
         if len(result["completions"]) > 1:
             print(f"--- sample {number}")
         for i, step in enumerate(reasoning_steps(completion), start=1):
-            print(f"  {i}. {step}")
+            print(visible(f"  {i}. {step}"))
         final = extract_answer(completion)
-        print(f"Answer: {final}" if final is not None else "Answer: (none between <answer> tags)")
+        print(visible(f"Answer: {final}") if final is not None else "Answer: (none between <answer> tags)")
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..compat.agent_tunix import GRPOTrainingConfig, unknown_setting
 from ..config.model import TINY_NAME
+from ..data.visible import visible
 from ..run.curves import load_metrics
 from ..run.job import train
 
@@ -183,7 +184,7 @@ class App:
         if not self.sweep_dir:
             self.error_alone = error
         elif job.exit_code == 2:
-            print(f"error: {job.error}", file=sys.stderr)
+            print(f"error: {visible(job.error)}", file=sys.stderr)
         else:
             traceback.print_exc()
 

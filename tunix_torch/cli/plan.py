@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -61,7 +60,6 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     plan.check_traceable()
     if not ours.quick:
         compiler.check_installed()
-    logging.basicConfig(format="%(message)s")
     quiet_transformers()
     job = plan.job_of(rest, topology, any_mesh=ours.search)
 

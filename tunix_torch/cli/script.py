@@ -3,15 +3,18 @@
 import argparse
 import contextlib
 import importlib.util
+import logging
 import os
+import re
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..config.files import load_config
+from ..data.visible import visible
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,6 +29,13 @@ class Parser(argparse.ArgumentParser):
         form = argparse.RawDescriptionHelpFormatter
         described = description.replace("COMMAND", command)
         super().__init__(prog=command, description=described, formatter_class=form, allow_abbrev=False)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        """See `argparse`; but of an unknown argument only the name is shown, since its value may be a secret."""
+        result, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise ValueError(f"unknown argument {unknown[0].partition('=')[0]!r}")
+        return result
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -64,13 +74,28 @@ def values_of(names: Sequence[str], argv: Sequence[str]) -> dict[str, str]:
     return given
 
 
-def fail(message: str) -> NoReturn:
-    """End the script over a user's mistake: one line of its own, exit code 2."""
-    if "tqdm" in sys.modules:  # a progress bar would share the line, and be drawn again after it
-        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
-            bar.close()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+def fail(message: str, code: int = 2) -> NoReturn:
+    """End the script: one line of its own, and by default the exit code of a user's mistake."""
+    for bar in _bars():  # a progress bar would share the line, and be drawn again after it
+        bar.close()
+    print(f"error: {visible(' '.join(message.split()))}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _bars() -> list[Any]:
+    """The progress bars that are on the terminal. Where tqdm has not been imported there are none."""
+    return list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())) if "tqdm" in sys.modules else []
+
+
+class _ToTerminal(logging.StreamHandler):
+    """Shows a warning as its text alone, on a line of its own, without what would change the terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = visible(self.format(record))
+        if _bars():
+            sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
 
 def check_output_file(name: str, file: Path | None) -> None:
@@ -93,6 +118,8 @@ def run_script(main: Callable[[], None]) -> None:
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+    if not logging.getLogger().handlers:
+        logging.getLogger().addHandler(_ToTerminal())
     with contextlib.suppress(ValueError):  # only the main thread may
         signal.signal(signal.SIGINT, _interrupted)
     try:
@@ -101,13 +128,11 @@ def run_script(main: Callable[[], None]) -> None:
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("TUNIX_DEBUG") == "1":
             raise
-        if isinstance(error, ValueError):
-            fail(str(error))
         if isinstance(error, BrokenPipeError):  # whoever read the output has ended, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more as it ends
+            for file in (sys.stdout, sys.stderr):  # or Python would try once more as it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
             sys.exit(128 + signal.SIGPIPE)
-        print(f"\nerror: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        fail(re.sub(r"^\[Errno \d+\] ", "", str(error)), 2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

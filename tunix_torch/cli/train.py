@@ -1,6 +1,5 @@
 """Train a model: GRPO with --use_grpo, else supervised fine-tuning. Every setting is a flag; --config reads a file."""
 
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -29,6 +28,5 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     from ..config.flags import parse_job
     from ..run.job import train
 
-    logging.basicConfig(format="%(message)s")
     quiet_transformers()
     train(*parse_job(argv, command, f"{__doc__}\n{EXAMPLES}".replace("COMMAND", command)))

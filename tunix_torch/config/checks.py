@@ -2,20 +2,25 @@
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import SchedulerType
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from ..grpo import ALGORITHMS, KL_ESTIMATORS, LOSS_AGGREGATIONS, LOSS_TYPES
+from .data import DataConfig
 from .loss import CORRECTIONS, OBJECTIVES, REWARD_SCALES, check_loss
-from .settings import require
+from .model import ModelConfig
+from .settings import nearest, require
 
 if TYPE_CHECKING:
     from .grpo import GRPOConfig
 
 WITH_REFERENCE = ("dpo", "ipo")  # preference losses that compare the policy with the reference policy
+# What a resumed run has in common with the run that it continues, besides settings; see `checkpoints/same_run.py`.
+COMPARED_FACTS = ("training_data", "base_weights", "reward_functions", "processes")
 PREFERENCE_LOSSES = (*WITH_REFERENCE, "simpo", "orpo")
 
 
@@ -58,7 +63,6 @@ NOT_NEGATIVE = (
     "learning_rate",
     "max_grad_norm",
     "weight_decay",
-    "adam_epsilon",
     "warmup_steps",
     "eval_delay",
     "dataloader_num_workers",
@@ -78,6 +82,7 @@ POSITIVE = (
     "distillation_coef",
     "reward_timeout",
     "num_train_epochs",
+    "adam_epsilon",  # at 0 a gradient of 0, which a LoRA has in its first step, would be divided by 0
 )
 BOUNDS = (
     Bound(("max_steps",), lambda v: v == -1 or v >= 1, "must be at least 1, or -1: num_train_epochs decides"),
@@ -158,12 +163,24 @@ def check_template_kwargs(value: object) -> None:
     require(own is None, name, value, f"{own!r} is given by the library itself; leave it out")
 
 
+def check_accelerator_config(value: Mapping[str, Any]) -> None:
+    """Check that a mapping has nothing but fields of `AcceleratorConfig`.
+
+    Raises:
+        ValueError: it has another name.
+    """
+    known = list(AcceleratorConfig.__dataclass_fields__)
+    for name in value:
+        require(name in known, "accelerator_config", dict(value), f"it has no {name!r}{nearest(name, known)}")
+
+
 def check_values(args: "GRPOConfig") -> None:
     """Check that each setting has a possible value, and that settings that exclude each other are not both given.
 
     Raises:
         ValueError: a setting is wrong. The message names the first such field, its value, and what would be right.
     """
+    require(args.output_dir != "", "output_dir", "", "expected a folder, such as ./outputs")
     for bound in BOUNDS:
         for name in bound.names:
             value = getattr(args, name)
@@ -179,6 +196,10 @@ def check_values(args: "GRPOConfig") -> None:
     _check_teacher(args)
     _check_reference(args)
     _check_left_out(args)
+    _check_allowed_changes(args)
+    for part in (args.optim_args or "").split(","):  # names and values as a text, such as "beta3=0.9,alpha=5"
+        number = part.partition("=")[2].strip().lower().lstrip("+-")
+        require(number not in ("nan", "inf", "infinity"), "optim_args", args.optim_args, "must be finite")
 
 
 def _check_intervals(args: "GRPOConfig") -> None:
@@ -274,6 +295,14 @@ def _check_reference(args: "GRPOConfig") -> None:
     require(args.reference != "base", "sync_ref_model", True, hint)
     hint = "records are replayed with the base model as the reference; leave save_batches out"
     require(not args.save_batches, "sync_ref_model", True, hint)
+
+
+def _check_allowed_changes(args: "GRPOConfig") -> None:
+    """Check that what a resumed run may change are names that it compares."""
+    configs = (ModelConfig, DataConfig, type(args))
+    known = [*COMPARED_FACTS, *(name for config in configs for name in config.__dataclass_fields__)]
+    for name in args.allow_changes or ():
+        require(name in known, "allow_changes", name, f"the name of no setting{nearest(name, known)}")
 
 
 def _check_left_out(args: "GRPOConfig") -> None:

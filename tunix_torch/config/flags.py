@@ -61,8 +61,9 @@ def parse_job(
         list(argv), return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        name = unknown[0].partition("=")[0].removeprefix("--")
-        raise ValueError(f"unknown argument {unknown[0]!r}{nearest(name, [*names, *ALIASES]) if name else ''}")
+        flag = unknown[0].partition("=")[0]  # without the value, which may be a secret
+        name = flag.removeprefix("--")
+        raise ValueError(f"unknown argument {flag!r}{nearest(name, [*names, *ALIASES]) if name else ''}")
     return model_config, data_config, args
 
 

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from ..grpo import LOSS_AGGREGATIONS, LOSS_TYPES
 from ..runtime import device as process_device
 from ..runtime import mesh, together
 from ..runtime.choice import KINDS
-from .checks import WITH_REFERENCE, check_template_kwargs, check_values
+from .checks import WITH_REFERENCE, check_accelerator_config, check_template_kwargs, check_values
+from .files import load_config
 from .generation import read_generation_kwargs
 from .loss import loss_type_of
 from .settings import accept_aliases, check_types, require, setting
@@ -214,6 +216,11 @@ class GRPOConfig(TrainingArguments):
         0, "processes that call the reward functions, each for some of the prompts: for slow ones; 0: this one"
     )
 
+    allow_changes: list[str] | None = setting(
+        None,
+        "what a resumed run may change although it changes what is learned: names of settings, training_data, "
+        "base_weights, reward_functions, processes; a line says what differs",
+    )
     save_batches: int = setting(
         0, "keep the first so many steps, inputs and results, in output_dir/batches for python -m crosscheck --from-run"
     )
@@ -405,6 +412,12 @@ class GRPOConfig(TrainingArguments):
                     setattr(self, name, json.loads(value))
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{name}={value!r}: not valid JSON: {error}") from error
+        if isinstance(self.accelerator_config, str):
+            hint = "no such file; expected one with settings of Accelerate, or the settings as JSON"
+            require(Path(self.accelerator_config).is_file(), "accelerator_config", self.accelerator_config, hint)
+            self.accelerator_config = load_config(self.accelerator_config)
+        if isinstance(self.accelerator_config, dict):
+            check_accelerator_config(self.accelerator_config)
         value = self.lr_scheduler_kwargs
         hint = 'expected names and values, such as {"num_cycles": 2}'
         require(value is None or isinstance(value, dict), "lr_scheduler_kwargs", value, hint)

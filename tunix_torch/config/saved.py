@@ -2,19 +2,22 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .data import DataConfig
-from .files import write_whole
+from .files import load_config, write_whole
 from .grpo import GRPOConfig
 from .model import ModelConfig
 
 CONFIG_FILE = "config.json"
 # Where a run that trains a whole model keeps its settings, since `config.json` is that of the model.
 WHOLE_CONFIG_FILE = "run_config.json"
+# In a checkpoint's folder: the settings, and what else a run that goes on from it must have in common with it.
+RUN_FILE = "run.json"
 
 # Fields of transformers.TrainingArguments that people set; all fields of our own come on top.
 COMMON_FIELDS = (
@@ -125,6 +128,7 @@ MAY_BE_ADDED = ("metric_for_best_model", "greater_is_better")
 NOT_SAVED = (
     "local_rank",
     "resume_from_checkpoint",
+    "allow_changes",
     "logging_dir",
     "use_cpu",
     "dataloader_pin_memory",
@@ -174,26 +178,72 @@ def save_config(settings: dict[str, Any], path: str | Path) -> None:
     write_whole(path, json.dumps(settings, indent=2) + "\n")
 
 
-def check_same_run(settings: dict[str, Any], checkpoint: str | Path) -> None:
+def saved_settings(checkpoint: str | Path) -> dict[str, Any] | None:
+    """The settings of the run that left a checkpoint: those in the checkpoint, or else those of the run's folder.
+
+    None: neither has any, since an early version of `TunixTrainer` without `train` wrote it.
+
+    Raises:
+        ValueError: the file can't be read.
+    """
+    own, others = Path(checkpoint) / RUN_FILE, config_file(Path(checkpoint).parent)
+    if own.is_file():
+        return load_config(own)["settings"]
+    settings = load_config(others) if others.is_file() else {}
+    return settings if "learning_rate" in settings else None  # else it is the config of a whole model
+
+
+def changed_settings(now: dict[str, Any], earlier: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ in what changes what is learned, each as (now, earlier).
+
+    A setting that is missing on one side has its default. A group of settings of which one side has none at all is not
+    compared: who makes a `TunixTrainer` gives no `ModelConfig` and no `DataConfig`.
+    """
+    now, changed = json.loads(json.dumps(now, default=str)), {}
+    for config in (ModelConfig, DataConfig, GRPOConfig):
+        own = set(config.__dict__["__annotations__"])
+        if not (own & now.keys() and own & earlier.keys()):
+            continue
+        for name, default in ((field.name, _default_of(field)) for field in dataclasses.fields(config) if field.init):
+            if name in MAY_CHANGE or name in NOT_SAVED:
+                continue
+            here, there = now.get(name, default), earlier.get(name, default)
+            added = name in MAY_BE_ADDED and None in (here, there)
+            if here != there and not added:
+                changed[name] = here, there
+    return dict(sorted(changed.items()))
+
+
+def refuse_changes(changed: dict[str, tuple[Any, Any]], checkpoint: str | Path, allowed: Sequence[str] | None) -> None:
+    """Refuse what a resumed run would change of what is learned, unless the user has allowed it by name.
+
+    Args:
+        changed: each as (now, earlier).
+        allowed: the setting `allow_changes`.
+
+    Raises:
+        ValueError: something that is not allowed would change.
+    """
+    for name, (now, earlier) in changed.items():
+        if name not in (allowed or ()):
+            raise ValueError(
+                f"{name}={now!r}: the run that would be resumed from {checkpoint} has {earlier!r}; give that, go on "
+                f"with the change by allow_changes={name}, or begin a new run with resume_from_checkpoint=false (and "
+                f"model_name={checkpoint} to train it further)"
+            )
+
+
+def check_same_run(settings: dict[str, Any], checkpoint: str | Path, allowed: Sequence[str] | None = None) -> None:
     """Check that a resumed run has the settings with which it began, except those in `MAY_CHANGE`.
 
     A setting that is missing on either side has its default.
 
+    Args:
+        allowed: settings that may differ all the same.
+
     Raises:
         ValueError: a setting differs.
     """
-    path = config_file(Path(checkpoint).parent)
-    if not path.is_file():  # `train` did not start this run
-        return
-    fields = [field for config in (ModelConfig, DataConfig, GRPOConfig) for field in dataclasses.fields(config)]
-    defaults = {field.name: _default_of(field) for field in fields if field.init}
-    earlier = defaults | json.loads(path.read_text())
-    now = defaults | json.loads(json.dumps(settings))
-    for name in sorted(defaults.keys() - {*MAY_CHANGE, *NOT_SAVED}):
-        added = name in MAY_BE_ADDED and None in (now[name], earlier[name])
-        if now[name] != earlier[name] and not added:
-            raise ValueError(
-                f"{name}={now[name]!r}: the run that would be resumed from {checkpoint} has {earlier[name]!r}; "
-                "give that, or begin a new run with resume_from_checkpoint=false (and "
-                f"model_name={checkpoint} to train it further)"
-            )
+    earlier = saved_settings(checkpoint)
+    if earlier is not None:
+        refuse_changes(changed_settings(settings, earlier), checkpoint, allowed)

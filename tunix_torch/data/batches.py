@@ -51,12 +51,30 @@ class PromptStream(torch.utils.data.IterableDataset):
         self.rows, self.encode, self.overlong = rows, encode, overlong
         self.max_prompt_length, self.max_completion_length = max_prompt_length, max_completion_length
         self.num_rows = self.num_overlong = 0
+        self._first: list[Row] | None = None  # the first rows of the first epoch, once somebody has asked for them
+        self._rest: Iterator[Row] | None = None  # what follows them, until an iteration has taken it
+
+    def first_rows(self) -> list[Row]:
+        """The rows with which the stream begins, as they are in the data set. The next iteration has them too, without
+        reading them again: a stream from a generator may give each row once only."""
+        if self._first is None:
+            self.rows.set_epoch(0)
+            self._rest = iter(self.rows)
+            self._first = list(itertools.islice(self._rest, CHUNK))
+        return self._first
+
+    def _epoch(self, epoch: int) -> Iterator[Row]:
+        """The rows of an epoch, in its order."""
+        if epoch == 0 and self._rest is not None:
+            rest, self._rest = self._rest, None
+            return itertools.chain(self._first, rest)
+        self.rows.set_epoch(epoch)
+        return iter(self.rows)
 
     def __iter__(self) -> Iterator[Row]:
         self.num_rows = self.num_overlong = 0
         for epoch in itertools.count():
-            self.rows.set_epoch(epoch)
-            source, num_yielded_before = iter(self.rows), self.num_rows - self.num_overlong
+            source, num_yielded_before = self._epoch(epoch), self.num_rows - self.num_overlong
             while chunk := list(itertools.islice(source, CHUNK)):
                 numbers = range(self.num_rows + 1, self.num_rows + 1 + len(chunk))
                 for row in self.encode(chunk, numbers):

@@ -322,12 +322,17 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special
     if sum(map(len, texts)) < CACHED_CHARACTERS:
         return encode({"text": texts})["ids"]
     key = Hasher.hash([texts, tokenizer, add_special_tokens])
-    file = tiny.cache_folder() / "tokens" / f"{key}.arrow"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    table = datasets.Dataset.from_dict({"text": texts}).map(
-        encode, batched=True, remove_columns="text", cache_file_name=str(file), new_fingerprint=key, desc="Tokenising"
-    )
-    return table["ids"][:]
+    file = tiny.folder_in_cache("tokens") / f"{key}.arrow"
+    how = {"cache_file_name": str(file), "new_fingerprint": key, "desc": "Tokenising"}
+    try:
+        return datasets.Dataset.from_dict({"text": texts}).map(encode, batched=True, remove_columns="text", **how)[
+            "ids"
+        ][:]
+    except (pyarrow.ArrowException, OSError) as error:
+        hint = (
+            "if it is there, it is damaged: delete it; else the disk may be full, or may not be written (TUNIX_CACHE)"
+        )
+        raise ValueError(f"{file}: the cache of tokens can't be used: {error}; {hint}") from error
 
 
 def token_counts(rows: list[Row] | datasets.Dataset, column: str = PROMPT_IDS) -> list[int]:

@@ -66,8 +66,17 @@ def _hub_errors(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = "check the name, accept the licence on huggingface.co and run `hf auth login`, or give a local folder"
-        raise ValueError(f"model_name={name!r} could not be loaded: {reason} ({hint})") from error
+        raise ValueError(f"model_name={name!r} could not be loaded: {reason} ({_what_to_do(name)})") from error
+
+
+def _what_to_do(name: str) -> str:
+    """What may help where a model can't be loaded."""
+    if name == tiny.NAME or Path(name).name.startswith(tiny.FOLDER_PREFIX):
+        folder = tiny.cache_folder() / tiny.folder_name()
+        return f"the folder {str(folder if name == tiny.NAME else name)!r} is damaged; delete it, and it is made again"
+    if Path(name).is_dir():
+        return "the folder is damaged, or holds no model; write it again"
+    return "check the name, accept the licence on huggingface.co and run `hf auth login`, or give a local folder"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -110,7 +119,8 @@ def load_base_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedMo
 
 def _require_all(name: str, missing: Collection[str]) -> None:
     if missing:
-        raise ValueError(f"model_name={name!r}: {len(missing)} weights are missing, such as {min(missing)}")
+        lost = f"{len(missing)} weights are missing, such as {min(missing)}"
+        raise ValueError(f"model_name={name!r}: {lost} ({_what_to_do(name)})")
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -42,6 +42,7 @@ class Policy(ABC):
     # Whether the model without what learns is a policy too, which the reference can be without any copy.
     has_base: bool
     model: nn.Module
+    base_weights: str | None = None  # see `fingerprint.py`; None: checkpoints hold all weights
 
     @abstractmethod
     def weights(self) -> dict[str, nn.Parameter]:

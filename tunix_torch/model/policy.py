@@ -11,8 +11,10 @@ from ..config.model import ModelConfig
 from ..config.saved import settings_of
 from ..runtime import together
 from .checks import check_head, check_peft_config, check_tokenizer
+from .fingerprint import fingerprint_of
 from .forward import base_model, recompute_layers
 from .loading import add_lora, load_model, lora_config, place
+from .memory import check_lengths, check_rank
 from .policies import AdapterPolicy, Policy, WholePolicy
 
 
@@ -35,11 +37,13 @@ def make_policy(
         full: train all weights of the text model, without a LoRA.
 
     Raises:
-        ValueError: the tokenizer can neither pad nor end, the LoRA can't be trained or loaded again, a LoRA and `full`
-            are both given, the model's logits are not its head's, or the hosts of a mesh differ.
+        ValueError: the tokenizer can neither pad nor end, the LoRA can't be trained or loaded again, the LoRA or a
+            rollout can't fit into the memory, a LoRA and `full` are both given, the model's logits are not its head's,
+            or the hosts of a mesh differ.
     """
     if isinstance(model, str | Path):
         model = load_model(str(model))
+    check_lengths(model, args)
     check_tokenizer(tokenizer, model)
     set_seed(args.seed)  # before the LoRA draws its first weights
     policy = _whole(model, peft_config, args) if full else _adapter(model, peft_config)
@@ -50,6 +54,7 @@ def make_policy(
     if base_model(model).is_gradient_checkpointing:  # switched on by the user, or by an earlier trainer
         args.gradient_checkpointing = True
     together.check_same(lambda: settings_of(args) | together.surroundings() | _facts(model) | facts)
+    policy.base_weights = fingerprint_of(model, policy.to_save().values())
     place(model)
     if args.gradient_checkpointing:
         recompute_layers(model, args.gradient_checkpointing_kwargs)
@@ -61,7 +66,9 @@ def make_policy(
 def _adapter(model: PreTrainedModel | PeftModel, peft_config: LoraConfig | None) -> AdapterPolicy:
     if not isinstance(model, PeftModel):
         check_peft_config(peft_config)  # before it changes the model
-        model = add_lora(model, peft_config or lora_config(ModelConfig()))
+        peft_config = peft_config or lora_config(ModelConfig())
+        check_rank(model, peft_config)
+        model = add_lora(model, peft_config)
     elif peft_config is not None:
         raise ValueError("peft_config: the model has a LoRA already; leave peft_config out, or give the base model")
     return AdapterPolicy(model)

@@ -6,6 +6,8 @@ Hugging Face folder under the cache folder.
 """
 
 import ast
+import contextlib
+import fcntl
 import hashlib
 import inspect
 import json
@@ -14,10 +16,12 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
@@ -26,6 +30,9 @@ from ..config.model import TINY_NAME
 
 NAME = TINY_NAME
 FOLDER_PREFIX = "tunix-torch-tiny-"
+FILES = "files.json"  # in its folder: the checksum of every other file
+UNFINISHED = "unfinished-"  # what the names of folders begin with in which it is written
+SECONDS_TO_LOCK = 60  # a folder that is younger may not be locked yet
 
 CHARACTERS = "\n !\"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abcdefghijklmnopqrstuvwxyz{|}~"
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
@@ -258,24 +265,98 @@ def _code_of(function: Callable) -> str:
     return ast.unparse(tree)
 
 
+def folder_in_cache(*parts: str) -> Path:
+    """A folder below the cache folder, which is made if it is not there.
+
+    Raises:
+        ValueError: it can't be made.
+    """
+    folder = cache_folder().joinpath(*parts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(error) from error
+    return folder
+
+
+def _unwritable(error: Exception) -> ValueError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    hint = "set the environment variable TUNIX_CACHE to a folder that can, with 20 MB to spare"
+    return ValueError(f"the cache folder {str(cache_folder())!r} can't be written: {reason}; {hint}")
+
+
 def ensure_tiny_model() -> Path:
-    """The folder of the tiny model, which is made first if it is not there. An interrupted making leaves nothing."""
+    """The folder of the tiny model, which is made first if it is not there. An interrupted making leaves nothing.
+
+    Raises:
+        ValueError: the cache folder can't be written, or the model in it is damaged.
+    """
     folder = cache_folder() / folder_name()
+    _remove_unfinished()
     if folder.is_dir():
+        _check_files(folder)
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder_in_cache()
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed=WARM_START["seed"])
-    _warm_start(model, tokenizer)
-    unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
     try:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        try:
-            os.replace(unfinished, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with _unfinished_folder() as unfinished:  # before the work, so that a folder that can't be written is found now
+            _warm_start(model, tokenizer)
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            list_files(unfinished)
+            try:
+                os.replace(unfinished, folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster
+                    raise
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(error) from error
     return folder
+
+
+def list_files(folder: Path) -> None:
+    """Write the checksums of a folder's files into it, so that damage is found before the model is loaded."""
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    (folder / FILES).write_text(json.dumps(sums, indent=1) + "\n")
+
+
+def _check_files(folder: Path) -> None:
+    """Compare a folder's files with their checksums. Early versions wrote none."""
+    if not (folder / FILES).is_file():
+        return
+    name = FILES
+    try:
+        for name, known in json.loads((folder / FILES).read_text(encoding="utf-8")).items():
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != known:
+                raise ValueError("it has changed since it was written")
+    except (OSError, ValueError, AttributeError) as error:
+        hint = f"the folder {str(folder)!r} is damaged; delete it, and it is made again"
+        raise ValueError(f"model_name={NAME!r}: {name}: {error}; {hint}") from error
+
+
+@contextlib.contextmanager
+def _unfinished_folder() -> Iterator[Path]:
+    """A folder in the cache that is locked as long as this process writes there, and removed in the end."""
+    folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=cache_folder()))
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_unfinished() -> None:
+    """Remove the folders of processes that died while they wrote there: those that nobody has locked."""
+    for folder in cache_folder().glob(f"{UNFINISHED}*"):
+        with contextlib.suppress(OSError):  # it is locked, or gone, or may not be removed
+            if time.time() - folder.stat().st_mtime < SECONDS_TO_LOCK:
+                continue
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(descriptor)

@@ -78,9 +78,10 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
     checkpoint = together.decided_by_first(lambda: resolve_checkpoint(args.resume_from_checkpoint, output_dir))
     settings = settings_in_force(model_config, data_config, args)
     if checkpoint is not None:
-        check_same_run(settings, checkpoint)
+        check_same_run(settings, checkpoint, args.allow_changes)
     asked = SaveOnSignal(together.anyone)
     trainer = build_trainer(model_config, data_config, args, [asked])
+    trainer.facts.settings = settings
 
     here, finished = False, False
     if checkpoint is not None:

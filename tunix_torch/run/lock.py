@@ -23,12 +23,15 @@ def locked(output_dir: str | Path) -> Iterator[None]:
     says which host and process have it, for the message; one that was left by a process that is gone is taken over.
 
     Raises:
-        ValueError: another process has it.
+        ValueError: another process has it, or it can't be written.
     """
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ValueError(f"output_dir={str(output_dir)!r}: can't be written: {error.strerror}") from error
     try:
         holder = _holder(descriptor)
         try:

@@ -3,6 +3,7 @@
 from ..checkpoints.files import final_files
 from ..checkpoints.manifest import mark_unfinished, write_manifest
 from ..data.rows import answer_text, question_of
+from ..data.visible import visible
 from ..runtime import together
 from ..trainer import TunixTrainer
 from .curves import plot_training_curves
@@ -55,10 +56,10 @@ def print_comparison(trainer: TunixTrainer) -> None:
     changed = [i for i in range(len(last.right)) if first.right[i] != last.right[i]]
     for i in (changed or list(range(len(last.right))))[:NUM_SHOWN]:
         row = trainer.questions.evaluation[i]
-        print(f"\n{question_of(row)}  (answer: {answer_text(row)})")
+        print(visible(f"\n{question_of(row)}  (answer: {answer_text(row)})"))
         for label, answers in (("before", first), ("after", last)):
             if label == "before" and first is last:
                 continue  # a resumed run has not seen what was answered before
             verdict = "right" if answers.right[i][0] else "wrong"
             text = answers.completions[i][0].replace("\n", " \u23ce ")
-            print(f"  {label:<7}{verdict:<7}{text}")
+            print(f"  {label:<7}{verdict:<7}{visible(text)}")

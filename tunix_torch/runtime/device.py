@@ -8,6 +8,7 @@ import contextlib
 import os
 import resource
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 from .choice import choose
@@ -216,6 +217,19 @@ def peak_memory_bytes() -> int:
     if KIND == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_bytes() -> int | None:
+    """The memory of the device, or on a CPU of this machine or container; None: it is not known, as on a TPU."""
+    if is_tpu() or _planner is not None:
+        return None
+    if KIND == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # there is no such limit, or it is the word "max"
+            limits.append(int(Path(file).read_text()))
+    return min(limits)
 
 
 def memory_summary() -> str:
