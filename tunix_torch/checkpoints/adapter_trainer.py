@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -83,7 +82,6 @@ class AdapterTrainer(WholeCheckpoints):
         self._waiting: list[WaitingBatch] = []
         if args.use_grpo and together.is_first():
             warn_of_loss(args)
-        self._metrics: dict[str, list[float]] = defaultdict(list)  # since the last log
 
     @property
     def needs_reference(self) -> bool:
@@ -184,6 +182,7 @@ class AdapterTrainer(WholeCheckpoints):
         if self.args.gradient_checkpointing:  # `transformers.Trainer` has just done it again, its own way
             recompute_layers(self.model, self.args.gradient_checkpointing_kwargs)
         self.begin_run(checkpoint)
+        self.go_on_from(checkpoint)
         return super()._inner_training_loop(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -343,11 +342,6 @@ class AdapterTrainer(WholeCheckpoints):
 
     # ---- metrics ----
 
-    def add_metrics(self, numbers: dict[str, float]) -> None:
-        """Keep numbers of a step for the next log."""
-        for name, value in numbers.items():
-            self._metrics[name].append(value)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of each number that `add_metrics` was given since the last log."""
         if "loss" in logs or "train_loss" in logs:  # the summary has what came after the last log of a step
@@ -393,6 +387,7 @@ class AdapterTrainer(WholeCheckpoints):
         check_finite(moments, f"step {self.state.global_step}")
         with together.folder_to_write(output_dir) as folder:
             super()._save_optimizer_and_scheduler(folder)
+        self._save_means(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
         with together.folder_to_write(output_dir) as folder:

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
 
 from ..runtime import together
 from .files import STATE_FILE, checkpoints_of
-from .manifest import flush, write_manifest
+from .manifest import MANIFEST_FILE, damage, flush, write_manifest
+from .means import KeepsMeans
 
 UNFINISHED = "unfinished"  # the folder in output_dir where a checkpoint is written
 
 
-class WholeCheckpoints(Trainer):
-    """A `transformers.Trainer` whose checkpoints appear under their names only when all of them is on the disk.
+class WholeCheckpoints(KeepsMeans):
+    """A trainer whose checkpoints appear under their names only when all of them is on the disk.
 
     With `save_total_limit` the checkpoints of the latest steps are kept, whatever their files' times are.
     """
@@ -68,14 +69,33 @@ class WholeCheckpoints(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _finish(self, written: Path, place: Path) -> None:
-        """Give a checkpoint its manifest and its name."""
+        """Give a checkpoint its manifest and its name. If it is killed in between, `finish_writing` gives the name."""
         self.state.save_to_json(str(written / STATE_FILE))
         write_manifest(written)
         if place.exists():  # a resumed run comes to this step again
-            old = written.parent / "replaced"
-            os.rename(place, old)
+            os.rename(place, written.parent / "replaced")
         os.rename(written, place)
         flush(place.parent)
+
+    def _finalize_training(self, *args: Any) -> TrainOutput:
+        """See `transformers.Trainer`, which at the end deletes all checkpoints but the best where one is to be kept:
+        also the latest, from which a run that was stopped goes on."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args)
+        finally:
+            self.args.save_total_limit = limit
+
+
+def finish_writing(run: Path) -> None:
+    """Give a checkpoint its name that was written when its run was killed, and delete what was written of another."""
+    beside = run / UNFINISHED
+    for written in beside.glob("checkpoint-*"):
+        listed = (written / MANIFEST_FILE).is_file() and damage(written) is None
+        if listed and not (run / written.name).exists():
+            os.rename(written, run / written.name)
+            flush(run)
+    shutil.rmtree(beside, ignore_errors=True)
 
 
 def rotate(run: Path, limit: int | None, best: str | None) -> None:
@@ -91,8 +111,10 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
         if folder not in keep and len(keep) < (limit or len(folders)):
             keep.append(folder)
     for folder in folders:
-        if folder not in keep:
-            shutil.rmtree(folder, ignore_errors=True)
+        if folder not in keep:  # renamed first, so that no part of it is left under its name if that is interrupted
+            (run / UNFINISHED).mkdir(exist_ok=True)
+            os.rename(folder, run / UNFINISHED / f"old-{folder.name}")
+    shutil.rmtree(run / UNFINISHED, ignore_errors=True)
 
 
 def explained(error: OSError, folder: Path) -> OSError:

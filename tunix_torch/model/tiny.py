@@ -6,6 +6,7 @@ Hugging Face folder under the cache folder.
 """
 
 import ast
+import fcntl
 import hashlib
 import inspect
 import json
@@ -26,6 +27,7 @@ from ..config.model import TINY_NAME
 
 NAME = TINY_NAME
 FOLDER_PREFIX = "tunix-torch-tiny-"
+UNFINISHED_PREFIX = "unfinished-"  # of a folder in the cache that is being written
 
 CHARACTERS = "\n !\"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abcdefghijklmnopqrstuvwxyz{|}~"
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
@@ -259,16 +261,22 @@ def _code_of(function: Callable) -> str:
 
 
 def ensure_tiny_model() -> Path:
-    """The folder of the tiny model, which is made first if it is not there. An interrupted making leaves nothing."""
+    """The folder of the tiny model, which is made first if it is not there.
+
+    An interrupted making leaves nothing; what one left that was killed is removed by the next.
+    """
     folder = cache_folder() / folder_name()
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_unfinished(folder.parent)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed=WARM_START["seed"])
     _warm_start(model, tokenizer)
-    unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED_PREFIX, dir=folder.parent))
+    held = os.open(unfinished, os.O_RDONLY)
     try:
+        fcntl.flock(held, fcntl.LOCK_EX)  # ends with this process, however that ends
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         try:
@@ -277,5 +285,20 @@ def ensure_tiny_model() -> Path:
             if not folder.is_dir():  # else another process was faster
                 raise
     finally:
+        os.close(held)
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def _remove_unfinished(cache: Path) -> None:
+    """Remove folders that were being written by processes which are gone."""
+    for left in cache.glob(f"{UNFINISHED_PREFIX}*"):
+        held = os.open(left, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue  # another process writes it, or nothing can be locked here
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+        finally:
+            os.close(held)

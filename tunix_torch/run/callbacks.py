@@ -85,10 +85,7 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        path = Path(args.output_dir) / METRICS_FILE
-        if state.is_world_process_zero and (path.exists() or state.log_history):
-            rows = [{"step": row["step"], **row} for row in state.log_history]
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        rewrite_metrics(args.output_dir, state)
 
     def on_log(
         self,
@@ -101,6 +98,14 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero:
             with open(Path(args.output_dir) / METRICS_FILE, "a") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+def rewrite_metrics(output_dir: str | Path, state: TrainerState) -> None:
+    """Write a run's metrics anew, from the logs that its state holds."""
+    path = Path(output_dir) / METRICS_FILE
+    if state.is_world_process_zero and (path.exists() or state.log_history):
+        rows = [{"step": row["step"], **row} for row in state.log_history]
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 class ConsoleProgress(TrainerCallback):
