@@ -225,6 +225,11 @@ class AdapterTrainer(WholeCheckpoints):
             logger.warning("%s. Nothing is trained; more steps or epochs would go on from there.", done)
         return TrainOutput(self.state.global_step, math.nan, {})
 
+    def log_summary(self, folder: str | Path) -> None:
+        self.entropy = EntropyControl(self.args)
+        self.entropy.load(folder)
+        super().log_summary(folder)
+
     # ---- errors of other libraries, as errors of a setting ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -31,7 +31,11 @@ class KeepsMeans(Trainer):
     def add_metrics(self, numbers: dict[str, float]) -> None:
         """Keep numbers of a step for the next log."""
         for name, value in numbers.items():
-            self._metrics[sys.intern(name)].append(value)  # every log is kept, so names are kept once
+            self._metrics[name].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """See `transformers.Trainer`, which keeps every log: so names are kept once, which take more than numbers."""
+        super().log({sys.intern(name): value for name, value in logs.items()}, start_time)
 
     def _save_means(self, folder: str) -> None:
         """Write the sums into a checkpoint's folder. All processes take part.

@@ -1,8 +1,11 @@
 """Checkpoints that are whole or not there: written beside their place, listed in a manifest, and renamed into place."""
 
+import contextlib
 import errno
 import os
 import shutil
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +45,15 @@ class WholeCheckpoints(KeepsMeans):
         together.wait()
         self._written_in, args.save_total_limit = beside, None
         try:
-            super()._save_checkpoint(model, trial)
-            together.wait()  # until all processes have written their parts
-            best = run / f"checkpoint-{state.best_global_step}"
-            if state.best_global_step and (best.name == name or best.exists()):
-                state.best_model_checkpoint = str(best)  # where it is from now on, not where it was written
-            if together.is_first():
-                self._finish(beside / name, run / name)
-                rotate(run, limit, state.best_model_checkpoint)
-        except OSError as error:
-            raise explained(error, beside) from error
-        except Exception as error:  # safetensors and torch have errors of their own for a full disk
-            if "No space left" in str(error) or "file write failed" in str(error):
-                raise explained(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), beside) from error
-            raise
+            with explaining_full_disk(beside):
+                super()._save_checkpoint(model, trial)
+                together.wait()  # until all processes have written their parts
+                best = run / f"checkpoint-{state.best_global_step}"
+                if state.best_global_step and (best.name == name or best.exists()):
+                    state.best_model_checkpoint = str(best)  # where it is from now on, not where it was written
+                if together.is_first():
+                    self._finish(beside / name, run / name)
+                    rotate(run, limit, state.best_model_checkpoint)
         finally:
             self._written_in, args.save_total_limit = None, limit
             if together.is_first():
@@ -71,6 +69,7 @@ class WholeCheckpoints(KeepsMeans):
     def _finish(self, written: Path, place: Path) -> None:
         """Give a checkpoint its manifest and its name. If it is killed in between, `finish_writing` gives the name."""
         self.state.save_to_json(str(written / STATE_FILE))
+        _check_ends(written)
         write_manifest(written)
         if place.exists():  # a resumed run comes to this step again
             os.rename(place, written.parent / "replaced")
@@ -85,6 +84,14 @@ class WholeCheckpoints(KeepsMeans):
             return super()._finalize_training(*args)
         finally:
             self.args.save_total_limit = limit
+
+
+def _check_ends(folder: Path) -> None:
+    """Raises OSError where `torch.save` has not written all of a file: on a full disk it may leave the end out, and say
+    nothing (torch 2.9)."""
+    for path in (*folder.glob("*.pt"), *folder.glob("*.pth")):
+        if not zipfile.is_zipfile(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def finish_writing(run: Path) -> None:
@@ -117,19 +124,37 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
     shutil.rmtree(run / UNFINISHED, ignore_errors=True)
 
 
-def explained(error: OSError, folder: Path) -> OSError:
-    """The error of a write with a message that says where, and for a full disk how much is free and how much was there.
+class DiskFull(OSError):
+    """There is no room for a file; the message says where."""
+
+
+@contextlib.contextmanager
+def explaining_full_disk(folder: Path) -> Iterator[None]:
+    """Let an error of a full disk within this context say where, how much is free and how much was written.
 
     Args:
-        folder: where the files were to be written.
+        folder: where files are written.
+
+    Raises:
+        DiskFull: in place of the error.
     """
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return error
-    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(there).free
-    return OSError(
-        error.errno,
-        f"no space left in {folder.parent}: {free / 2**20:,.1f} MB are free, and {written / 2**20:,.1f} MB of a "
-        "checkpoint were written when it ended. Checkpoints that were there before are whole; make room and resume",
-    )
+    try:
+        yield
+    except Exception as error:  # safetensors, tokenizers and torch have errors of their own for a full disk
+        by_number = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        by_text = any(
+            text in str(error)
+            for text in ("No space left", "file write failed", "inline_container", "cannot be opened")
+        )
+        if isinstance(error, DiskFull) or not (by_number or by_text):
+            raise
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        unfinished = (
+            f", and {written / 2**20:,.1f} MB of a checkpoint were written" if folder.name == UNFINISHED else ""
+        )
+        raise DiskFull(
+            errno.ENOSPC,
+            f"no space left in {folder.parent if unfinished else folder}: {shutil.disk_usage(there).free / 2**20:,.1f} "
+            f"MB are free{unfinished}. Checkpoints that were there before are whole; make room, and resume",
+        ) from error

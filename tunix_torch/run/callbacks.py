@@ -108,6 +108,23 @@ def rewrite_metrics(output_dir: str | Path, state: TrainerState) -> None:
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def complete_metrics(output_dir: str | Path, state: TrainerState) -> None:
+    """Let a finished run keep what it logged after its last checkpoint; write its metrics anew where they are damaged."""
+    path = Path(output_dir) / METRICS_FILE
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    rows = []
+    for line in lines[:-1]:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    known = len(state.log_history)
+    if rows[:known] == state.log_history and all(row["step"] == state.global_step for row in rows[known:]):
+        state.log_history += rows[known:]
+    if rows != state.log_history or lines[len(rows) :] != [b""]:
+        rewrite_metrics(output_dir, state)
+
+
 class ConsoleProgress(TrainerCallback):
     """Shows a progress bar, and about twenty lines a run with the means of the steps since the line before."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sized
 from pathlib import Path
 
 from ..checkpoints.files import has_final_files
-from ..checkpoints.whole import finish_writing
+from ..checkpoints.whole import explaining_full_disk, finish_writing
 from ..compat.agent_tunix import GRPOTrainingConfig
 from ..config.data import DataConfig
 from ..config.grpo import GRPOConfig
@@ -16,7 +16,7 @@ from ..config.model import ModelConfig
 from ..config.saved import CONFIG_FILE, WHOLE_CONFIG_FILE, check_same_run, save_config
 from ..runtime import device, mesh, together
 from ..trainer import TunixTrainer
-from .callbacks import BeforeTraining, SaveOnSignal, rewrite_metrics
+from .callbacks import BeforeTraining, SaveOnSignal, complete_metrics
 from .curves import CURVES_FILE, plot_training_curves
 from .folder import check_output_dir, get_latest_checkpoint, names_folder, resolve_checkpoint, set_aside_previous_run
 from .lock import locked
@@ -47,7 +47,8 @@ def train(
     else:
         model_config, data_config, args = config, data_config or DataConfig(), args or GRPOConfig()
     check_output_dir(args.output_dir, model_config.model_name)
-    with _without_empty_folders(Path(args.output_dir)), _alone_in(args.output_dir):
+    folder = Path(args.output_dir)
+    with explaining_full_disk(folder), _without_empty_folders(folder), _alone_in(args.output_dir):
         return _train(model_config, data_config, args)
 
 
@@ -111,7 +112,7 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
     _train_until_stopped(trainer, checkpoint, asked)
     if finished:  # it was killed before its last files were there
         begin()
-        rewrite_metrics(output_dir, trainer.state)
+        complete_metrics(output_dir, trainer.state)
         trainer.log_summary(checkpoint)
     write_final_files(trainer)
     if together.is_first():
