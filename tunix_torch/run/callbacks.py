@@ -109,7 +109,7 @@ def rewrite_metrics(output_dir: str | Path, state: TrainerState) -> None:
 
 
 def complete_metrics(output_dir: str | Path, state: TrainerState) -> None:
-    """Let a finished run keep what it logged after its last checkpoint; write its metrics anew where they are damaged."""
+    """Keep what a finished run logged after its last checkpoint, and write its metrics anew if they are damaged."""
     path = Path(output_dir) / METRICS_FILE
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     rows = []
