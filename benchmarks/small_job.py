@@ -43,7 +43,12 @@ def command(output: Path, *flags: str, model: Path | None = None) -> list[str]:
         model: None: the embedded tiny one, whose warm start is short.
     """
     script = ["-m", "benchmarks.small_job"] if model is None else ["train.py", "--model_name", str(model)]
-    return [sys.executable, *script, *FLAGS, "--output_dir", str(output), *flags]
+    return [sys.executable, *script, *all_flags(output, *flags)]
+
+
+def all_flags(output: Path, *flags: str) -> list[str]:
+    """The flags of the job; later ones win."""
+    return [*FLAGS, "--output_dir", str(output), *flags]
 
 
 def main() -> None:

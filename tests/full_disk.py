@@ -1,10 +1,6 @@
-"""Jobs in processes for which a disk is full after a number of writes, or which are killed there.
-
-A process has loaded everything and waits; each job runs in a fork of it, which takes about a second.
-"""
+"""Jobs for which a disk is full after a number of writes, or which are killed at one; see `full_disk.c`."""
 
 import ctypes
-import json
 import os
 import shutil
 import subprocess
@@ -12,8 +8,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.forks import Forks
+
 SOURCE = Path(__file__).with_name("full_disk.c")
-ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -25,25 +22,21 @@ class Ended:
     text: str  # stdout and stderr
 
 
-class Forks:
-    """Starts jobs. Close it at the end."""
+class Disk:
+    """Runs jobs with a disk that may be full. Close it at the end.
+
+    Args:
+        scratch: a folder for the library and for what jobs print.
+    """
 
     def __init__(self, scratch: Path) -> None:
-        """`scratch`: a folder for the library and for what jobs print."""
         library = scratch / "full_disk.so"
         subprocess.run(
             ["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", library, SOURCE, "-ldl"], check=True
         )
-        self.scratch = scratch
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__)), str(scratch)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT)},
-        )
-        assert self.process.stdout.readline() == "ready\n"
+        self.log, self.count = scratch / "log.txt", scratch / "count"
+        path = os.pathsep.join(map(str, (Path(__file__).parent.parent, Path(__file__).parent)))
+        self.forks = Forks(os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": path})
 
     def run(self, folder: Path, flags: list[str], writes: int = -1, killed: bool = False) -> Ended:
         """Train by these flags.
@@ -53,14 +46,15 @@ class Forks:
             writes: how many succeed; -1: all.
             killed: the process is killed by SIGKILL at the next one, which otherwise fails as on a full disk.
         """
-        self.process.stdin.write(json.dumps([str(folder), flags, writes, killed]) + "\n")
-        self.process.stdin.flush()
-        status, count = json.loads(self.process.stdout.readline())
-        return Ended(status, count, (self.scratch / "log.txt").read_text())
+        self.log.unlink(missing_ok=True)
+        self.count.unlink(missing_ok=True)
+        args = [str(folder), str(writes), str(int(killed)), str(self.count), *flags]
+        status = self.forks.start("full_disk:train", args, self.log).wait()
+        return Ended(status, int(self.count.read_text()) if self.count.exists() else -1, self.log.read_text())
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        """End the process in which jobs begin."""
+        self.forks.close()
 
 
 def is_possible() -> bool:
@@ -68,48 +62,14 @@ def is_possible() -> bool:
     return shutil.which("gcc") is not None
 
 
-def _train(scratch: Path, folder: str, flags: list[str], writes: int, killed: bool) -> None:
-    """Run a job in this process, and end it as the command would end."""
-    from tunix_torch.cli.script import run_script
+def train() -> None:
+    """Train in a process that has the library, and write down the number of writes."""
     from tunix_torch.cli.train import main
 
-    log = os.open(scratch / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    disk = ctypes.CDLL(None)
-    disk.full_disk_set(folder.encode(), ctypes.c_long(writes), int(killed))
-    status = 0
+    folder, writes, killed, count, *flags = sys.argv[1:]
+    library = ctypes.CDLL(None)
+    library.full_disk_set(folder.encode(), ctypes.c_long(int(writes)), int(killed))
     try:
-        run_script(lambda: main(flags))
-    except SystemExit as end:
-        status = end.code or 0
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    (scratch / "count").write_text(str(disk.full_disk_count()))
-    os._exit(status)
-
-
-def _serve(scratch: Path) -> None:
-    from tunix_torch.cli.train import choose_device
-
-    choose_device([])
-    import tunix_torch.config.flags
-    import tunix_torch.run.curves
-    import tunix_torch.run.job  # noqa: F401
-
-    print("ready", flush=True)
-    for line in sys.stdin:
-        (scratch / "count").unlink(missing_ok=True)
-        child = os.fork()
-        if child == 0:
-            _train(scratch, *json.loads(line))
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        count = (scratch / "count").read_text() if (scratch / "count").exists() else -1
-        print(json.dumps([status, int(count)]), flush=True)
-
-
-if __name__ == "__main__":
-    _serve(Path(sys.argv[1]))
+        main(flags)
+    finally:
+        Path(count).write_text(str(library.full_disk_count()))
