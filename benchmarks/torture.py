@@ -168,6 +168,7 @@ class Job:
         last = self.output / f"checkpoint-{STEPS}"
         rows = [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
         batches = sorted((self.output / "batches").glob("*.safetensors"))
+        files = [path.name for place in (self.output, self.cache) for path in place.iterdir()]
         model = next(self.cache.glob("tunix-torch-tiny-*/model.safetensors"))
         return {
             "adapter": hashlib.sha256((self.output / "adapter_model.safetensors").read_bytes()).hexdigest(),
@@ -176,7 +177,7 @@ class Job:
             "batches": {path.name: _plain(load_file(path)) for path in batches},
             "metrics": [{k: v for k, v in row.items() if not k.endswith(TIMED)} for row in rows],
             "model": hashlib.sha256(model.read_bytes()).hexdigest(),
-            "files": sorted(path.name for place in (self.output, self.cache) for path in place.iterdir()),
+            "files": sorted(name for name in files if name != "previous"),  # there where nothing whole was: `restarts`
         }
 
 
