@@ -4,14 +4,13 @@ The process of a job has a library preloaded that lets its writes fail, as `full
 that the operating system gives, where Python, torch, safetensors and tokenizers meet them.
 """
 
-import json
 import shutil
 
 import pytest
 from full_disk import Disk, is_possible
+from runs import left_by
 
 from benchmarks.small_job import all_flags, make_model
-from benchmarks.torture import TIMED
 from tunix_torch.checkpoints.files import checkpoints_of, has_final_files, newest_checkpoint
 
 pytestmark = pytest.mark.skipif(not is_possible(), reason="gcc is not installed")
@@ -20,16 +19,6 @@ JOB = (
     "--max_steps 4 --save_strategy steps --save_steps 2 --save_total_limit 1 --eval_strategy steps --eval_steps 2 "
     "--disable_tqdm true --resume_from_checkpoint auto"
 ).split()
-
-
-def left_by(folder):
-    """What a job has left that does not depend on time."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "adapter": (folder / "adapter_model.safetensors").read_bytes(),
-        "metrics": [{name: v for name, v in row.items() if not name.endswith(TIMED)} for row in rows],
-        "files": sorted(path.name for path in folder.iterdir()),
-    }
 
 
 class Trials:
@@ -63,7 +52,8 @@ class Trials:
         assert finished or "Continuing from" in again.text or not self.saved, (writes, again.text)
         for name, what in left_by(self.folder).items():
             assert what == self.expected[name], f"{writes}: other {name}"
-        assert has_final_files(self.folder) and not (self.folder / "previous").exists(), writes
+        assert has_final_files(self.folder)
+        assert not (self.saved and (self.folder / "previous").exists()), f"{writes}: it began anew"
 
 
 @pytest.fixture(scope="module")
