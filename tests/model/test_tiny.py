@@ -2,8 +2,8 @@
 
 import fcntl
 import inspect
-import os
 import operator
+import os
 import re
 
 import pytest
