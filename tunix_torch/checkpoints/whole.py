@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import zipfile
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from ..runtime import together
@@ -46,7 +48,8 @@ class WholeCheckpoints(KeepsMeans):
         self._written_in, args.save_total_limit = beside, None
         try:
             with explaining_full_disk(beside):
-                super()._save_checkpoint(model, trial)
+                with _without_logs(state):  # `_finish` writes them
+                    super()._save_checkpoint(model, trial)
                 together.wait()  # until all processes have written their parts
                 best = run / f"checkpoint-{state.best_global_step}"
                 if state.best_global_step and (best.name == name or best.exists()):
@@ -68,7 +71,7 @@ class WholeCheckpoints(KeepsMeans):
 
     def _finish(self, written: Path, place: Path) -> None:
         """Give a checkpoint its manifest and its name. If it is killed in between, `finish_writing` gives the name."""
-        self.state.save_to_json(str(written / STATE_FILE))
+        _write_state(self.state, written / STATE_FILE)
         _check_ends(written)
         write_manifest(written)
         if place.exists():  # a resumed run comes to this step again
@@ -84,6 +87,31 @@ class WholeCheckpoints(KeepsMeans):
             return super()._finalize_training(*args)
         finally:
             self.args.save_total_limit = limit
+
+
+@contextlib.contextmanager
+def _without_logs(state: TrainerState) -> Iterator[None]:
+    """Within this context a trainer's state has no logs."""
+    logs, state.log_history = state.log_history, []
+    try:
+        yield
+    finally:
+        state.log_history = logs
+
+
+def _write_state(state: TrainerState, path: Path) -> None:
+    """Write what `TrainerState.save_to_json` would, a log a line.
+
+    That would take 5 KB of memory for each log that the run has written, and for each checkpoint.
+    """
+    with _without_logs(state):
+        before, empty, after = json.dumps(vars(state), indent=2, sort_keys=True).partition('"log_history": []')
+    assert empty, "a trainer's state has no logs"
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(f'{before}"log_history": [')
+        for i, log in enumerate(state.log_history):
+            file.write(f"{',' if i else ''}\n    {json.dumps(log, sort_keys=True)}")
+        file.write(f"{chr(10) + '  ' if state.log_history else ''}]{after}\n")
 
 
 def _check_ends(folder: Path) -> None:
