@@ -24,13 +24,7 @@ train: setup  ## the main job: a small Gemma learns arithmetic by GRPO (ARGS="--
 train-quick: setup  ## run_training.py for ten small steps (ARGS="model=gemma3_270m" adds settings; so below)
 	$(BIN)/python run_training.py +experiment=quick_test $(ARGS)
 
-train-show-torture: setup  ## a job killed by SIGKILL at 100 random moments ends as one that is not (ARGS="--kills 10"; with TUNIX_DEVICE=xla too)
-	TUNIX_DEVICE=$${TUNIX_DEVICE:-cpu} OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.torture $(ARGS)
-
-soak: setup  ## 10,000 steps of a small job: memory, files, threads, time of a step and disk stay as they are
-	TUNIX_DEVICE=cpu OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak $(ARGS)
-
-config: setup  ## the settings of run_training.py, of any command given as ARGS
+train-show-config: setup  ## the settings of run_training.py, of any command given as ARGS
 	$(BIN)/python run_training.py --cfg job $(ARGS)
 
 train-sweep: setup  ## the main job with three learning rates, and a table of what came out
@@ -70,6 +64,12 @@ crosscheck: setup  ## the same batches through Google's Tunix on JAX, TRL and th
 
 bench: setup  ## seconds a GRPO step beside TRL and Tunix, in turns (ARGS="--preset long --rounds 1")
 	$(BIN)/python -m benchmarks.grpo_step $(ARGS)
+
+torture: setup  ## a job killed by SIGKILL at 100 random moments ends as one that is not (ARGS="--kills 10"; TUNIX_DEVICE=xla too)
+	TUNIX_DEVICE=$${TUNIX_DEVICE:-cpu} OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.torture $(ARGS)
+
+soak: setup  ## 10,000 steps of a small job: memory, files, threads, time of a step and disk stay as they are
+	TUNIX_DEVICE=cpu OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak $(ARGS)
 
 config: setup  ## write conf/ and config_example.json anew from the defaults and recipes in tunix_torch/config/
 	TUNIX_DEVICE=cpu $(BIN)/python -m tunix_torch.compat.generate

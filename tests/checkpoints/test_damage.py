@@ -4,8 +4,8 @@ import os
 import shutil
 
 import pytest
+from damages import DAMAGES
 from runs import left_by
-from test_whole import DAMAGES
 
 from benchmarks.forks import Forks
 from benchmarks.small_job import all_flags, make_model

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from damages import DAMAGES, flip
 from runs import run
 from trainers import digits_reward, make_trainer
 
@@ -13,22 +14,6 @@ from tunix_torch.checkpoints.files import checkpoints_of, has_final_files, newes
 from tunix_torch.checkpoints.manifest import BOTH, damage
 from tunix_torch.checkpoints.whole import UNFINISHED, finish_writing, rotate
 from tunix_torch.run.folder import resolve_checkpoint
-
-
-def flip(path):
-    """Change one bit in the middle of a file."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-DAMAGES = {
-    "truncate": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "empty": lambda path: path.write_bytes(b""),
-    "flip": flip,
-    "zero": lambda path: path.write_bytes(bytes(path.stat().st_size)),
-    "delete": lambda path: path.unlink(),
-}
 
 
 @pytest.fixture(scope="module")
