@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup train train-quick train-show-config train-sweep evaluate check-device test test-all test-slow test-plans crosscheck bench config lint format \
+.PHONY: help setup train train-quick train-show-config train-sweep evaluate check-device test test-all test-slow test-plans crosscheck bench torture soak config lint format \
 	tensorboard clean
 .DEFAULT_GOAL := help
 
@@ -64,6 +64,12 @@ crosscheck: setup  ## the same batches through Google's Tunix on JAX, TRL and th
 
 bench: setup  ## seconds a GRPO step beside TRL and Tunix, in turns (ARGS="--preset long --rounds 1")
 	$(BIN)/python -m benchmarks.grpo_step $(ARGS)
+
+torture: setup  ## a job killed by SIGKILL at 100 random moments ends as one that is not (ARGS="--kills 10"; TUNIX_DEVICE=xla too)
+	TUNIX_DEVICE=$${TUNIX_DEVICE:-cpu} OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.torture $(ARGS)
+
+soak: setup  ## 10,000 steps of a small job: memory, files, threads, time of a step and disk stay as they are
+	TUNIX_DEVICE=cpu OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak $(ARGS)
 
 config: setup  ## write conf/ and config_example.json anew from the defaults and recipes in tunix_torch/config/
 	TUNIX_DEVICE=cpu $(BIN)/python -m tunix_torch.compat.generate

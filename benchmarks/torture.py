@@ -4,76 +4,161 @@
     python -m benchmarks.torture --kills 10 --seed 3
     TUNIX_DEVICE=xla python -m benchmarks.torture --kills 10
 
-The job trains a small model with a checkpoint after each step, an evaluation after every second one, and records of
-all batches. It is killed by SIGKILL at a moment that is drawn from all of the time that it takes, the making of the
-model's first checkpoint, the last files and the moments between them included, until it comes to its end; then the
-next job begins. All that a run leaves must be equal bit for bit to what a run leaves that was not killed: the adapter,
-the optimizer's state, the records with their completions, and the metrics without those that measure time. And a start
-must never begin anew where there was a whole checkpoint.
+The job makes the embedded tiny model in a cache of its own, by a short warm start, and trains it with a checkpoint
+after each step, an evaluation after every second one, and records of all batches. It is killed by SIGKILL. For each
+kill a phase of the job is drawn, then one of the times that the job comes to it, and then a moment within as long as it
+took in the job that was not killed: so phases that last a hundredth of a second are hit as often as imports, which take
+seconds. After as many kills as were drawn for it a job comes to its end, and the next one begins. On the CPU, starts
+that shall come further than imports are forks of a process that has imported everything, which saves most of the time.
+
+All that a job leaves must be equal bit for bit to what the job leaves that was not killed: the adapter, the optimizer's
+state, the records with their completions, the metrics without those that measure time, the model in the cache; and
+there must be no other files. No start may begin anew where there was a whole checkpoint.
 """
 
 import argparse
+import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from .forks import ROOT, Forks
+from .small_job import all_flags, command
+
 STEPS = 6
 FLAGS = (
-    f"--use_grpo --max_steps {STEPS} --save_steps 1 --save_total_limit 3 --eval_steps 2 --eval_on_start true "
-    f"--save_batches {STEPS} --per_device_train_batch_size 2 --num_completions_per_prompt 2 --generation_max_length 8 "
-    "--num_eval_rows 4 --max_prompt_length 40 --system_message= --report_to none --resume_from_checkpoint auto "
-    "--learning_rate 1e-2 --num_eval_completions 2"
+    f"--max_steps {STEPS} --save_strategy steps --save_steps 1 --save_total_limit 3 --eval_strategy steps "
+    f"--eval_steps 2 --eval_on_start true --save_batches {STEPS} --num_eval_completions 2 --logging_steps 1 "
+    "--resume_from_checkpoint auto"
 ).split()
 TIMED = ("_runtime", "_per_second", "_time", "seconds", "_memory", "compilations")
+PHASES = (
+    "imports",  # until the job holds its folder
+    "warm start",  # of the tiny model
+    "cache",  # the tiny model is written
+    "set up",  # until the first step, or the first evaluation
+    "evaluation",
+    "step",  # rollout, rewards, learning
+    "checkpoint",  # its files are written
+    "manifest",  # it is whole, and gets its name; earlier ones are deleted
+    "last files",  # adapter, state and curves
+)
+OFTEN = 1e-3  # seconds between two looks at a job
 
 
-def make_model(folder: Path) -> Path:
-    """A model of the tiny one's size with random weights, which needs no warm start."""
-    from tunix_torch.model import tiny
+@dataclass(frozen=True)
+class Kill:
+    """A moment at which a job is killed: in the so-manieth time that it comes to a phase, after a share of its time."""
 
-    tokenizer = tiny.make_tokenizer()
-    tiny.make_model(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    phase: str
+    time: int
+    share: float
+
+
+@dataclass
+class Watched:
+    """How a start of a job ended, and how long it was in its phases."""
+
+    status: int | None  # None: it was killed
+    killed_in: str | None = None
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
 
 
 class Job:
-    """A job with a folder of its own, that is started again and again by one command."""
+    """A job with folders of its own, that is started again and again by one command."""
 
-    def __init__(self, model: Path, output: Path) -> None:
-        self.output, self.log = output, output.with_suffix(".log")
-        self.command = [sys.executable, "train.py", *FLAGS, "--model_name", str(model), "--output_dir", str(output)]
-        self.seconds = 0.0  # of work until it came to its end
+    def __init__(self, folder: Path, forks: Forks | None = None) -> None:
+        """`forks`: where starts that need no imports are made; None: every start is the command."""
+        self.forks, self.output, self.cache, self.log = forks, folder / "run", folder / "cache", folder / "log.txt"
+        folder.mkdir()
         self.restarts = 0  # starts that began anew although there was a whole checkpoint
 
-    def start(self, kill_after: float | None = None) -> int | None:
-        """Run the command; the exit status, or None where it was killed after so many seconds of work."""
+    def start(self, kill: Kill | None = None, durations: dict[str, float] | None = None) -> Watched:
+        """Run the command once.
+
+        Args:
+            kill: when it is killed, if it comes there.
+            durations: how long each phase takes, in seconds; needed for a kill.
+        """
         from tunix_torch.checkpoints.files import newest_checkpoint
 
         had, aside = newest_checkpoint(self.output), len(self._set_aside())
-        with open(self.log, "a") as log:
-            process = subprocess.Popen(self.command, stdout=log, stderr=log, cwd=Path(__file__).parent.parent)
-            lock = self.output / "run.lock"  # it is there from the moment when the job begins to work
-            while process.poll() is None and not _is_of(lock, process.pid):
-                time.sleep(0.01)
-            began = time.perf_counter()
-            try:
-                status = process.wait(kill_after)
-                self.seconds = time.perf_counter() - began
-            except subprocess.TimeoutExpired:
+        self.log_before = self.log.stat().st_size if self.log.exists() else 0
+        watched, phase, since, due = Watched(None), None, 0.0, None
+        process = self._begin(forked=self.forks is not None and (kill is None or kill.phase != PHASES[0]))
+        while process.poll() is None:
+            now, moment = self.phase(process.pid), time.perf_counter()
+            if now == PHASES[0] and phase not in (None, now):
+                now = phase  # it has let its folder go, and ends
+            if now != phase:
+                if phase is not None:
+                    watched.seconds[phase].append(moment - since)
+                phase, since = now, moment
+                if kill is not None and kill.phase == now and len(watched.seconds[now]) == kill.time:
+                    due = moment + kill.share * durations[now]
+            if due is not None and moment >= due - OFTEN:
+                time.sleep(max(0, due - time.perf_counter()))
                 process.kill()
-                process.wait()
-                status = None
+                break
+            time.sleep(OFTEN)
+        watched.status = process.wait()
+        if watched.status == -9 and due is not None:
+            now = self.phase(process.pid)
+            watched.status, watched.killed_in = None, phase if now == PHASES[0] else now
+        elif phase is not None:
+            watched.seconds[phase].append(time.perf_counter() - since)
         self.restarts += had is not None and len(self._set_aside()) > aside
-        return status
+        return watched
+
+    def _begin(self, forked: bool) -> Any:
+        """Start the command: a `subprocess.Popen`, or what is like one."""
+        environment = {"TUNIX_CACHE": str(self.cache)}
+        if forked:
+            return self.forks.start("benchmarks.small_job:main", all_flags(self.output, *FLAGS), self.log, environment)
+        with open(self.log, "a") as log:
+            environment = os.environ | environment
+            return subprocess.Popen(command(self.output, *FLAGS), stdout=log, stderr=log, cwd=ROOT, env=environment)
+
+    def phase(self, process: int) -> str:
+        """Where the job is, by the files that it has written. They still say so when it has been killed."""
+        if not _holds(self.output / "run.lock", process):
+            return "imports"
+        if not self.is_cached():
+            return "cache" if any(self.cache.glob("unfinished-*")) else "warm start"
+        with open(self.log, "rb") as file:
+            file.seek(self.log_before)
+            if b"GRPO of " not in file.read():
+                return "set up"
+        if (self.output / "manifest.json").exists() or (self.output / f"checkpoint-{STEPS}").exists():
+            return "last files"
+        written = [path for path in (self.output / "unfinished").glob("checkpoint-*") if path.is_dir()]
+        if written:
+            return "manifest" if (written[0] / "manifest.json").exists() else "checkpoint"
+        return "evaluation" if self._evaluates() else "step"
+
+    def _evaluates(self) -> bool:
+        """Whether the last log is of a step that is evaluated next, or there is none."""
+        try:
+            text = (self.output / "metrics.jsonl").read_text()
+            row = json.loads(text.splitlines()[-1]) if text.endswith("\n") else {}
+        except FileNotFoundError:
+            return True
+        return "loss" in row and row["step"] % 2 == 0 and not (self.output / f"checkpoint-{row['step']}").exists()
+
+    def is_cached(self) -> bool:
+        """Whether the tiny model is made."""
+        return any(self.cache.glob("tunix-torch-tiny-*"))
 
     def _set_aside(self) -> list[Path]:
         return list((self.output / "previous").glob("*"))
@@ -83,17 +168,20 @@ class Job:
         last = self.output / f"checkpoint-{STEPS}"
         rows = [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
         batches = sorted((self.output / "batches").glob("*.safetensors"))
+        files = [path.name for place in (self.output, self.cache) for path in place.iterdir()]
+        model = next(self.cache.glob("tunix-torch-tiny-*/model.safetensors"))
         return {
-            "adapter": (self.output / "adapter_model.safetensors").read_bytes(),
+            "adapter": hashlib.sha256((self.output / "adapter_model.safetensors").read_bytes()).hexdigest(),
             "optimizer": _plain(torch.load(last / "optimizer.pt", weights_only=True)),
             "schedule": torch.load(last / "scheduler.pt", weights_only=True),
             "batches": {path.name: _plain(load_file(path)) for path in batches},
             "metrics": [{k: v for k, v in row.items() if not k.endswith(TIMED)} for row in rows],
-            "checkpoints": sorted(path.name for path in self.output.glob("checkpoint-*")),
+            "model": hashlib.sha256(model.read_bytes()).hexdigest(),
+            "files": sorted(name for name in files if name != "previous"),  # there where nothing whole was: `restarts`
         }
 
 
-def _is_of(lock: Path, process: int) -> bool:
+def _holds(lock: Path, process: int) -> bool:
     try:
         return json.loads(lock.read_text())["process"] == process
     except (OSError, ValueError):
@@ -109,29 +197,56 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
+def draw(generator: random.Random, reference: Watched, cached: bool) -> Kill:
+    """Draw a moment. One that a start never comes to, as it has resumed a later step, lets it come to its end."""
+    phase = generator.choice([name for name in PHASES if not (cached and name in ("warm start", "cache"))])
+    times = generator.randrange(max(1, len(reference.seconds[phase])))
+    return Kill(phase, min(times, generator.randrange(STEPS)), generator.random())
+
+
 def torture(kills: int, seed: int, folder: Path, say: Any = print) -> int:
     """Kill jobs so many times. Returns how many jobs ended otherwise than the one that was not killed."""
-    generator = random.Random(seed)
-    model = make_model(folder / "model")
-    reference = Job(model, folder / "reference")
-    assert reference.start() == 0, reference.log.read_text()
-    expected, duration = reference.result(), reference.seconds
-    done, number, wrong = 0, 0, 0
-    while done < kills:
+    generator, where = random.Random(seed), Counter()
+    whole = Job(folder / "reference")
+    reference = whole.start()
+    assert reference.status == 0, whole.log.read_text()
+    expected = whole.result()
+    durations = {phase: max(times, default=0.0) for phase, times in reference.seconds.items()}
+    shown = (f"{name} {len(times)} x {durations[name]:.3f}" for name, times in reference.seconds.items())
+    say(f"the job that is not killed, times and seconds: {', '.join(shown)}")
+    from tunix_torch.runtime import device
+
+    forks = None if device.is_accelerator() or device.traces_graphs() else Forks(os.environ)
+    number, wrong = 0, 0
+    while sum(where.values()) < kills:
         number += 1
-        job, killed = Job(model, folder / f"job-{number}"), 0
-        while (status := job.start(generator.uniform(0, duration))) is None:
-            killed += 1
-        done += killed
-        found = job.result() if status == 0 else {}
+        job, planned, killed = Job(folder / f"job-{number}", forks), generator.randint(1, 6), []
+        while True:
+            go_on = len(killed) < min(planned, kills - sum(where.values()))
+            watched = job.start(draw(generator, reference, job.is_cached()) if go_on else None, durations)
+            if watched.status is not None:
+                break
+            killed.append(watched.killed_in)
+            where[watched.killed_in] += 1
+        found = job.result() if watched.status == 0 else {}
         different = [name for name in expected if found.get(name) != expected[name]]
         wrong += bool(different) or job.restarts > 0
         verdict = f"differs in {', '.join(different)}" if different else "equal"
         began = f"; began anew {job.restarts} times" if job.restarts else ""
-        say(f"job {number}: {killed} kills, exit status {status}, {verdict}{began} ({done} of {kills} kills)")
-        if different and status != 0:
-            say(job.log.read_text()[-2000:])
-    say(f"{number - wrong} of {number} jobs, killed {done} times, ended as the one that was not killed")
+        at = f"killed in {', '.join(killed)}" if killed else "not killed"
+        say(f"job {number}: {at}; exit status {watched.status}, {verdict}{began} ({sum(where.values())} of {kills})")
+        for name in set(different) & {"files", "metrics"} if found else ():
+            other = (
+                [x for x in found[name] if x not in expected[name]],
+                [x for x in expected[name] if x not in found[name]],
+            )
+            say(f"{name}: {other[0]}, expected {other[1]}"[:3000])
+        if different and watched.status != 0:
+            say(job.log.read_text()[-3000:])
+    if forks is not None:
+        forks.close()
+    say("kills in each phase: " + ", ".join(f"{name} {where[name]}" for name in PHASES))
+    say(f"{number - wrong} of {number} jobs, killed {sum(where.values())} times, ended as the one that was not killed")
     return wrong
 
 

@@ -1,7 +1,9 @@
 """Run a small training job in this process, and read what it leaves on the disk."""
 
+import json
 from pathlib import Path
 
+from benchmarks.torture import TIMED
 from tunix_torch import DataConfig, GRPOConfig, ModelConfig, train
 
 SMALL = {
@@ -33,4 +35,14 @@ def files(folder):
         path: (path.stat().st_mtime_ns, path.read_bytes())
         for path in Path(folder).rglob("*")
         if path.is_file() and path.name != "run.lock"
+    }
+
+
+def left_by(folder):
+    """What a run has left in its folder, as far as it does not depend on time."""
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "adapter": (Path(folder) / "adapter_model.safetensors").read_bytes(),
+        "metrics": [{name: v for name, v in row.items() if not name.endswith(TIMED)} for row in rows],
+        "files": sorted(path.name for path in Path(folder).iterdir() if path.name != "previous"),
     }

@@ -6,29 +6,14 @@ import shutil
 
 import pytest
 import torch
+from damages import DAMAGES, flip
 from runs import run
 from trainers import digits_reward, make_trainer
 
 from tunix_torch.checkpoints.files import checkpoints_of, has_final_files, newest_checkpoint, why_not_whole
 from tunix_torch.checkpoints.manifest import BOTH, damage
-from tunix_torch.checkpoints.whole import UNFINISHED, rotate
+from tunix_torch.checkpoints.whole import UNFINISHED, finish_writing, rotate
 from tunix_torch.run.folder import resolve_checkpoint
-
-
-def flip(path):
-    """Change one bit in the middle of a file."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-DAMAGES = {
-    "truncate": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "empty": lambda path: path.write_bytes(b""),
-    "flip": flip,
-    "zero": lambda path: path.write_bytes(bytes(path.stat().st_size)),
-    "delete": lambda path: path.unlink(),
-}
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +100,45 @@ def test_a_disk_that_is_full_leaves_earlier_checkpoints_and_says_what_is_missing
     run(model_folder, tmp_path / "run", resume_from_checkpoint="auto")
     run(model_folder, tmp_path / "other")
     assert adapter(tmp_path / "run") == adapter(tmp_path / "other")
+
+
+def test_a_file_that_torch_has_not_written_to_its_end_is_no_part_of_a_checkpoint(model_folder, tmp_path, monkeypatch):
+    """Regression: where only the last bytes of a file found no room, `torch.save` said nothing, and the manifest listed
+    what there was."""
+    save = torch.save
+
+    def save_in_part(value, path):
+        save(value, path)
+        if os.path.basename(os.path.dirname(path)) == "checkpoint-4" and path.endswith("optimizer.pt"):
+            os.truncate(path, os.path.getsize(path) - 100)
+
+    monkeypatch.setattr(torch, "save", save_in_part)
+    with pytest.raises(OSError, match=r"no space left in .*run"):
+        run(model_folder, tmp_path / "run")
+    assert [folder.name for folder in checkpoints_of(tmp_path / "run")] == ["checkpoint-2"]
+
+
+def test_a_checkpoint_whose_run_was_killed_before_it_had_its_name_gets_it(model_folder, finished, folder):
+    unfinished = folder / UNFINISHED
+    unfinished.mkdir()
+    (folder / "checkpoint-4").rename(unfinished / "checkpoint-4")
+    kept = shutil.copytree(folder / "checkpoint-2", unfinished / "replaced")
+    finish_writing(folder)
+    assert why_not_whole(folder / "checkpoint-4") is None and not kept.exists()
+    unfinished.mkdir()
+    (folder / "checkpoint-4").rename(unfinished / "checkpoint-4")
+    flip(unfinished / "checkpoint-4" / "optimizer.pt")
+    finish_writing(folder)
+    assert [path.name for path in checkpoints_of(folder)] == ["checkpoint-2"] and not unfinished.exists()
+
+
+def test_the_latest_checkpoint_is_kept_beside_the_best(model_folder, tmp_path):
+    """Regression: at the end of training, also when a signal had ended it, transformers.Trainer deleted all but the
+    best one, where one was to be kept."""
+    best = {"save_total_limit": 1, "metric_for_best_model": "eval_reward", "greater_is_better": False}
+    trainer = run(model_folder, tmp_path / "run", eval_steps=2, **best)
+    names = {"checkpoint-4", os.path.basename(trainer.state.best_model_checkpoint)}
+    assert {path.name for path in checkpoints_of(tmp_path / "run")} == names
 
 
 def test_the_checkpoints_of_the_latest_steps_are_kept_whatever_the_clock_says(tmp_path):

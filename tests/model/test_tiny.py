@@ -1,7 +1,9 @@
 """The embedded default's tokenizer loses nothing, its arithmetic is right, and no test problem is trained on."""
 
+import fcntl
 import inspect
 import operator
+import os
 import re
 
 import pytest
@@ -196,3 +198,20 @@ def test_the_name_of_its_folder_changes_with_what_makes_it_and_with_nothing_else
         assert tiny.folder_name() == before
         changed.setattr(inspect, "getsource", lambda made: source(made).replace("128", "129"))
         assert tiny.folder_name() != before
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed_and_what_another_writes_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNIX_CACHE", str(tmp_path))
+    monkeypatch.setitem(tiny.WARM_START, "steps", 1)
+    left, held = tmp_path / f"{tiny.UNFINISHED}left", tmp_path / f"{tiny.UNFINISHED}held"
+    for folder in (left, held):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half of it")
+        os.utime(folder, (0, 0))
+    descriptor = os.open(held, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # as the process does that writes there
+        made = tiny.ensure_tiny_model()
+    finally:
+        os.close(descriptor)
+    assert sorted(tmp_path.iterdir()) == sorted([made, held])

@@ -90,4 +90,4 @@ def test_a_file_that_is_rewritten_is_the_old_or_the_new_one(tmp_path, monkeypatc
     monkeypatch.setattr("os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, "new")
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -85,7 +84,6 @@ class AdapterTrainer(WholeCheckpoints):
         self._waiting: list[WaitingBatch] = []
         if args.use_grpo and together.is_first():
             warn_of_loss(args)
-        self._metrics: dict[str, list[float]] = defaultdict(list)  # since the last log
 
     @property
     def needs_reference(self) -> bool:
@@ -186,6 +184,7 @@ class AdapterTrainer(WholeCheckpoints):
         if self.args.gradient_checkpointing:  # `transformers.Trainer` has just done it again, its own way
             recompute_layers(self.model, self.args.gradient_checkpointing_kwargs)
         self.begin_run(checkpoint)
+        self.go_on_from(checkpoint)
         return super()._inner_training_loop(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -227,6 +226,11 @@ class AdapterTrainer(WholeCheckpoints):
             done = f"The run is finished: {folder} holds its last step, {self.state.global_step}"
             logger.warning("%s. Nothing is trained; more steps or epochs would go on from there.", done)
         return TrainOutput(self.state.global_step, math.nan, {})
+
+    def log_summary(self, folder: str | Path) -> None:
+        self.entropy = EntropyControl(self.args)
+        self.entropy.load(folder)
+        super().log_summary(folder)
 
     def init_hf_repo(self, token: str | None = None) -> None:
         hint = "; log in (hf auth login), or leave it out and upload the folder later"
@@ -298,11 +302,6 @@ class AdapterTrainer(WholeCheckpoints):
 
     # ---- metrics ----
 
-    def add_metrics(self, numbers: dict[str, float]) -> None:
-        """Keep numbers of a step for the next log."""
-        for name, value in numbers.items():
-            self._metrics[name].append(value)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of each number that `add_metrics` was given since the last log.
 
@@ -353,6 +352,7 @@ class AdapterTrainer(WholeCheckpoints):
         check_finite(moments, f"step {self.state.global_step}")
         with together.folder_to_write(output_dir) as folder:
             super()._save_optimizer_and_scheduler(folder)
+        self._save_means(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
         with together.folder_to_write(output_dir) as folder:

@@ -50,8 +50,12 @@ def write_whole(path: str | Path, text: str) -> None:
     """Write a text so that at every moment the file holds either what it held before or all of the new text."""
     path = Path(path)
     beside = path.with_name(f"{path.name}.new")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise

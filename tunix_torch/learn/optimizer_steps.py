@@ -143,6 +143,14 @@ class OptimizerSteps(Trainer):
             logger.warning("%s", _describe(decided, self._bad_gradients, files))
         check_finite(self.policy.weights(), f"step {decided.step}")
 
+    def skipped_since_log(self) -> dict[str, Any]:
+        """What the next log needs to know of steps that were skipped, for a checkpoint."""
+        return {"count": self._skipped_since_log, "finite_losses": list(self._finite_losses.items())}
+
+    def skip_since_log(self, kept: dict[str, Any]) -> None:
+        """Go on with what `skipped_since_log` returned."""
+        self._skipped_since_log, self._finite_losses = kept["count"], dict(kept["finite_losses"])
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """See `transformers.Trainer`. After too many steps in a row that were skipped, save and stop.
 

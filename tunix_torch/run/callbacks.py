@@ -85,10 +85,7 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        path = Path(args.output_dir) / METRICS_FILE
-        if state.is_world_process_zero and (path.exists() or state.log_history):
-            rows = [{"step": row["step"], **row} for row in state.log_history]
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        rewrite_metrics(args.output_dir, state)
 
     def on_log(
         self,
@@ -101,6 +98,31 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero:
             with open(Path(args.output_dir) / METRICS_FILE, "a") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+def rewrite_metrics(output_dir: str | Path, state: TrainerState) -> None:
+    """Write a run's metrics anew, from the logs that its state holds."""
+    path = Path(output_dir) / METRICS_FILE
+    if state.is_world_process_zero and (path.exists() or state.log_history):
+        rows = [{"step": row["step"], **row} for row in state.log_history]
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def complete_metrics(output_dir: str | Path, state: TrainerState) -> None:
+    """Keep what a finished run logged after its last checkpoint, and write its metrics anew if they are damaged."""
+    path = Path(output_dir) / METRICS_FILE
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    rows = []
+    for line in lines[:-1]:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    known = len(state.log_history)
+    if rows[:known] == state.log_history and all(row["step"] == state.global_step for row in rows[known:]):
+        state.log_history += rows[known:]
+    if rows != state.log_history or lines[len(rows) :] != [b""]:
+        rewrite_metrics(output_dir, state)
 
 
 class ConsoleProgress(TrainerCallback):

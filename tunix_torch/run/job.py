@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sized
 from pathlib import Path
 
 from ..checkpoints.files import has_final_files
+from ..checkpoints.whole import explaining_full_disk, finish_writing
 from ..compat.agent_tunix import GRPOTrainingConfig
 from ..config.data import DataConfig
 from ..config.grpo import GRPOConfig
@@ -15,7 +16,7 @@ from ..config.model import ModelConfig
 from ..config.saved import CONFIG_FILE, WHOLE_CONFIG_FILE, check_same_run, save_config
 from ..runtime import device, mesh, together
 from ..trainer import TunixTrainer
-from .callbacks import BeforeTraining, SaveOnSignal
+from .callbacks import BeforeTraining, SaveOnSignal, complete_metrics
 from .curves import CURVES_FILE, plot_training_curves
 from .folder import check_output_dir, get_latest_checkpoint, names_folder, resolve_checkpoint, set_aside_previous_run
 from .lock import locked
@@ -46,7 +47,8 @@ def train(
     else:
         model_config, data_config, args = config, data_config or DataConfig(), args or GRPOConfig()
     check_output_dir(args.output_dir, model_config.model_name)
-    with _without_empty_folders(Path(args.output_dir)), _alone_in(args.output_dir):
+    folder = Path(args.output_dir)
+    with explaining_full_disk(folder), _without_empty_folders(folder), _alone_in(args.output_dir):
         return _train(model_config, data_config, args)
 
 
@@ -75,7 +77,7 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
     started = time.perf_counter()
     output_dir = Path(args.output_dir)
     config_file = output_dir / (WHOLE_CONFIG_FILE if model_config.trains_all else CONFIG_FILE)
-    checkpoint = together.decided_by_first(lambda: resolve_checkpoint(args.resume_from_checkpoint, output_dir))
+    checkpoint = together.decided_by_first(lambda: _checkpoint(args))
     settings = settings_in_force(model_config, data_config, args)
     if checkpoint is not None:
         check_same_run(settings, checkpoint, args.allow_changes)
@@ -109,13 +111,21 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
         ready = [lambda: together.decided_by_first(lambda: log_in(trainer)), begin]
         trainer.callback_handler.callbacks[:0] = map(BeforeTraining, ready)
     _train_until_stopped(trainer, checkpoint, asked)
-    if finished:
+    if finished:  # it was killed before its last files were there
         begin()
+        complete_metrics(output_dir, trainer.state)
+        trainer.log_summary(checkpoint)
     write_final_files(trainer)
     if together.is_first():
         seconds = time.perf_counter() - started
         print(f"\n{seconds:.0f} s, {device.memory_summary()}. {trainer.policy.what}, metrics and curves: {output_dir}")
     return trainer
+
+
+def _checkpoint(args: GRPOConfig) -> str | None:
+    """The checkpoint that the run goes on from; None: it is a new run."""
+    finish_writing(Path(args.output_dir))
+    return resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
 
 
 def _train_until_stopped(trainer: TunixTrainer, checkpoint: str | None, asked: SaveOnSignal) -> None:

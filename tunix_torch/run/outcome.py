@@ -1,7 +1,10 @@
 """What follows the last step of a job: an evaluation, the adapter, curves, and a comparison of before and after."""
 
+from pathlib import Path
+
 from ..checkpoints.files import final_files
 from ..checkpoints.manifest import mark_unfinished, write_manifest
+from ..checkpoints.whole import rotate
 from ..data.rows import answer_text, question_of
 from ..data.visible import visible
 from ..runtime import together
@@ -22,6 +25,7 @@ def write_final_files(trainer: TunixTrainer) -> None:
     if trainer.eval_dataset is not None and (last != state.global_step or best not in (None, last)):
         trainer.evaluate()  # the last step was not one of eval_steps, or the best model is an earlier one
     if together.is_first():
+        rotate(Path(args.output_dir), args.save_total_limit, state.best_model_checkpoint)  # if it was killed before
         mark_unfinished(args.output_dir)
     together.wait()
     trainer.save_model()
