@@ -30,7 +30,7 @@ from .learn.metrics import add_up, learning_metrics, sum_up, warn_of_equal_rewar
 from .learn.passes import rehearse
 from .learn.record import keep_step
 from .learn.step import learn, logps_without_gradient
-from .learn.weights import learned_tokens, step_weights
+from .learn.weights import learned_tokens, step_weights, without_dropped
 from .model.forward import reference_policy
 from .model.loading import eos_token_ids, load_tokenizer
 from .model.policy import make_policy
@@ -241,7 +241,7 @@ class TunixTrainer(AdapterTrainer):
 
     def _with_rewards(self, batch: TrainBatch, rewards: Tensor) -> TrainBatch:
         advantages = self.compute_group_advantages(rewards).to(self.args.device)
-        return replace(batch, advantages=advantages, rewards=rewards)
+        return replace(without_dropped(batch, rewards, self.args), advantages=advantages, rewards=rewards)
 
     def update(self, batch: TrainBatch, *later: TrainBatch) -> Tensor:
         """Learn from a batch in `num_iterations` passes, each in micro-batches. Passes after the first are over the

@@ -30,7 +30,7 @@ from ..model.adapter import REFERENCE_FILE, load_reference, save_reference
 from ..model.checks import has_dropout, remove_dropout
 from ..model.forward import recompute_layers, reference_policy
 from ..model.policies import Policy, like, mix
-from ..rewarding.scorer import RAISED_BY_REWARDS
+from ..rewarding.scorer import is_of_rewards
 from ..runtime import device, together
 from ..runtime.profiling import ProfileStep
 from .files import STATE_FILE, digest_of_files, is_finished
@@ -190,21 +190,35 @@ class AdapterTrainer(WholeCheckpoints):
     def saving_when_rewards_fail(self) -> Iterator[None]:
         """When reward functions or the judge raise within this context, save what was learned before.
 
-        They are called between steps, so the weights are those of the last whole step. Where several processes have
-        rows of their own, the others wait for this one's rows, and nothing is saved.
+        They are called between steps, so the weights are those of the last whole step. All processes raise together.
         """
         try:
             yield
         except Exception as error:
-            step = self.state.global_step
-            if RAISED_BY_REWARDS in getattr(error, "__notes__", ()) and self.is_in_train and together.count() == 1:
-                if step > 0 and self.args.save_strategy != "no":
-                    folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-                    if not folder.exists():  # else the step has saved it already
-                        self._save_checkpoint(self.model, None)
-                    saved = f"{folder} holds everything before"
-                    logger.warning("Scoring failed in step %d; %s, and resuming goes on from there.", step + 1, saved)
+            if is_of_rewards(error) and self.is_in_train:
+                error.add_note(self._saved_before_failure())
             raise
+
+    def _saved_before_failure(self) -> str:
+        """Save a checkpoint of the last step, if there was one. Returns how the run goes on, for a message."""
+        step = self.state.global_step
+        skip = "on_reward_error='skip_group' goes on without the groups for which a function fails"
+        if step == 0:
+            return f"No step was taken before. Mend the function and start again; {skip}"
+        if self.args.save_strategy == "no":
+            return f"save_strategy='no': nothing is saved of the {step} steps before. Checkpoints keep them; {skip}"
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if not together.anyone(folder.exists()):  # else the step has saved it already
+            try:
+                self._save_checkpoint(self.model, None)
+            except OSError as problem:  # such as a full disk, which must not hide why scoring failed
+                return f"No checkpoint could be written of step {step}: {problem}"
+        how = (
+            "Mend the function; --resume_from_checkpoint latest, or train(resume_from_checkpoint=True), goes on from it"
+        )
+        if together.is_first():
+            logger.warning("Scoring failed in step %d; %s holds everything before. %s", step + 1, folder, how)
+        return f"{folder} holds everything before step {step + 1}. {how}; {skip}"
 
     # ---- a run that is finished ----
 

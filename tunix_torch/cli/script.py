@@ -102,15 +102,20 @@ def run_script(main: Callable[[], None]) -> None:
         if os.environ.get("TUNIX_DEBUG") == "1":
             raise
         if isinstance(error, ValueError):
-            fail(str(error))
+            fail(_with_notes(error))
         if isinstance(error, BrokenPipeError):  # whoever read the output has ended, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more as it ends
             sys.exit(128 + signal.SIGPIPE)
-        print(f"\nerror: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"\nerror: {' '.join(_with_notes(error).split())}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _with_notes(error: Exception) -> str:
+    """What an error says, with the notes that were added to it, such as where a run goes on."""
+    return ". ".join(part.rstrip(".") for part in (str(error), *getattr(error, "__notes__", ())))
 
 
 def _interrupted(number: int, frame: object) -> NoReturn:

@@ -64,6 +64,8 @@ MAY_CHANGE = (
     "logging_strategy",
     "report_to",
     "reward_timeout",
+    "on_reward_error",
+    "max_reward_errors",
     "reward_processes",
     "early_stopping_patience",
     "load_best_model_at_end",

@@ -29,15 +29,16 @@ def rollout_metrics(
     Args:
         ids, mask: (B, C) int64 and bool.
         rewards: (B, R) float64, NaN where a function did not apply; `names` are those of the R functions.
-        totals: (B,) float64, the weighted totals.
+        totals: (B,) float64, the weighted totals; NaN in groups that were dropped, of which only the lengths count.
     """
     lengths = mask.sum(dim=1).double()  # (B,)
     ended = (torch.isin(ids, torch.tensor(eos_ids)) & mask).any(dim=1)
     grouped = totals.view(-1, group_size)
+    grouped = grouped[~grouped.isnan().any(dim=1)]
     metrics = {}
     if names:  # with a teacher there need not be any
         metrics |= {
-            "reward": totals.mean(),
+            "reward": grouped.mean(),
             "reward_std": grouped.std(dim=1).mean(),
             "frac_reward_zero_std": (grouped == grouped[:, :1]).all(dim=1).double().mean(),
         }
