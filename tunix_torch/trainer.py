@@ -26,7 +26,7 @@ from .data.prompts import decode_completions, token_lists
 from .evals.answers import Answers
 from .evals.evaluation import evaluate_each, evaluate_policy
 from .learn.invariants import check_first_pass
-from .learn.metrics import add_up, learning_metrics, sum_up, warn_of_equal_rewards
+from .learn.metrics import add_up, learning_metrics, sum_up
 from .learn.passes import rehearse
 from .learn.record import keep_step
 from .learn.step import learn, logps_without_gradient
@@ -186,7 +186,7 @@ class TunixTrainer(AdapterTrainer):
             batch = self._begin_train_batch(scored.prompts, scored.rollout)
         self._rewards, metrics = scored.rewards, scored.metrics(self.scorer.names, self.sampler.eos_token_ids)
         self.add_metrics(metrics)
-        warn_of_equal_rewards(metrics, self.state.global_step + 1, scored.texts[0])
+        self.collapse.note_equal_rewards(metrics, self.state.global_step + 1, scored.texts[0])
         return self._with_rewards(batch, scored.totals)
 
     def _sample_and_score(self, prompts: PromptBatch) -> tuple[ScoredRollout, TrainBatch | None]:

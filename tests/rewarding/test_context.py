@@ -137,8 +137,8 @@ def test_a_completion_that_can_not_be_judged_names_its_row(context, workers):
             (["2", "2", "4", "4"], 6, "2 + 2?", "4"),
         ):
             said = (
-                f"rows.jsonl, row {row}: '{hard}' is hard\nRaised while scoring: reward function 'giving_up' failed for "
-                f"rows.jsonl, row {row}: prompt '{question}', completion '{hard}'"
+                f"rows.jsonl, row {row}: '{hard}' is hard\nRaised while scoring: reward function 'giving_up' failed "
+                f"for rows.jsonl, row {row}: prompt '{question}', completion '{hard}'"
             )
             with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
                 call_rewards([giving_up], rows, completions, None, where)

@@ -1,10 +1,9 @@
 """The part of the trainer that saves and resumes: what checkpoints hold, and what must not change during a run."""
 
-import contextlib
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from ..config.services import blamed_on
 from ..config.settings import require
 from ..data.rows import Row
 from ..evals.answers import Answers
+from ..learn.collapse import CollapseWatch
 from ..learn.entropy import EntropyControl
 from ..learn.finite import check_finite, check_gradient_norm
 from ..learn.pairs import learn_pair_rows, pair_metrics
@@ -30,18 +30,17 @@ from ..model.adapter import REFERENCE_FILE, load_reference, save_reference
 from ..model.checks import has_dropout, remove_dropout
 from ..model.forward import recompute_layers, reference_policy
 from ..model.policies import Policy, like, mix
-from ..rewarding.scorer import is_of_rewards
 from ..runtime import device, together
 from ..runtime.profiling import ProfileStep
+from .failing import SavesBeforeFailing
 from .files import STATE_FILE, digest_of_files, is_finished
 from .resuming import EarlyStoppingCallback, EndGraphWithOptimizer, OwnIntervals, SyncReference
 from .waiting import WaitingBatch, load_waiting, save_waiting
-from .whole import WholeCheckpoints
 
 logger = logging.getLogger(__name__)
 
 
-class AdapterTrainer(WholeCheckpoints):
+class AdapterTrainer(SavesBeforeFailing):
     """A `transformers.Trainer` that trains what a policy says and nothing else, and writes it in the policy's layout.
 
     When a run begins, the trainer keeps two things. One is a number for each frozen weight, by which a change would be
@@ -70,7 +69,16 @@ class AdapterTrainer(WholeCheckpoints):
             if args.sync_ref_model
             else []
         )
-        own = [OwnIntervals(), *syncing, *(callbacks or []), *early_stopping, *profiling, EndGraphWithOptimizer()]
+        self.collapse = CollapseWatch()
+        own = [
+            OwnIntervals(),
+            self.collapse,
+            *syncing,
+            *(callbacks or []),
+            *early_stopping,
+            *profiling,
+            EndGraphWithOptimizer(),
+        ]
         super().__init__(model=policy.model, args=args, callbacks=own, **others)
         # For checkpoints that have lost their reference.
         self._given_reference = self._start() if policy.has_base and not args.sync_ref_model else None
@@ -185,40 +193,6 @@ class AdapterTrainer(WholeCheckpoints):
             recompute_layers(self.model, self.args.gradient_checkpointing_kwargs)
         self.begin_run(checkpoint)
         return super()._inner_training_loop(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def saving_when_rewards_fail(self) -> Iterator[None]:
-        """When reward functions or the judge raise within this context, save what was learned before.
-
-        They are called between steps, so the weights are those of the last whole step. All processes raise together.
-        """
-        try:
-            yield
-        except Exception as error:
-            if is_of_rewards(error) and self.is_in_train:
-                error.add_note(self._saved_before_failure())
-            raise
-
-    def _saved_before_failure(self) -> str:
-        """Save a checkpoint of the last step, if there was one. Returns how the run goes on, for a message."""
-        step = self.state.global_step
-        skip = "on_reward_error='skip_group' goes on without the groups for which a function fails"
-        if step == 0:
-            return f"No step was taken before. Mend the function and start again; {skip}"
-        if self.args.save_strategy == "no":
-            return f"save_strategy='no': nothing is saved of the {step} steps before. Checkpoints keep them; {skip}"
-        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-        if not together.anyone(folder.exists()):  # else the step has saved it already
-            try:
-                self._save_checkpoint(self.model, None)
-            except OSError as problem:  # such as a full disk, which must not hide why scoring failed
-                return f"No checkpoint could be written of step {step}: {problem}"
-        how = (
-            "Mend the function; --resume_from_checkpoint latest, or train(resume_from_checkpoint=True), goes on from it"
-        )
-        if together.is_first():
-            logger.warning("Scoring failed in step %d; %s holds everything before. %s", step + 1, folder, how)
-        return f"{folder} holds everything before step {step + 1}. {how}; {skip}"
 
     # ---- a run that is finished ----
 
@@ -359,6 +333,7 @@ class AdapterTrainer(WholeCheckpoints):
 
     def add_metrics(self, numbers: dict[str, float]) -> None:
         """Keep numbers of a step for the next log."""
+        self.collapse.note(numbers)
         for name, value in numbers.items():
             self._metrics[name].append(value)
 

@@ -1,6 +1,5 @@
 """The numbers that a step logs, under the names that TRL and Tunix use."""
 
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -10,9 +9,6 @@ from ..batch import TrainBatch
 from ..config.grpo import GRPOConfig
 from ..config.loss import loss_type_of
 from ..grpo import LossTerms
-from ..runtime import together
-
-logger = logging.getLogger(__name__)
 
 
 def rollout_metrics(
@@ -54,19 +50,6 @@ def rollout_metrics(
             metrics[f"rewards/{name}/mean"] = values.mean()
             metrics[f"rewards/{name}/std"] = values.std(correction=0)
     return {name: float(value) for name, value in metrics.items()}
-
-
-def warn_of_equal_rewards(metrics: dict[str, float], step: int, example: str) -> None:
-    """Say once, however many processes there are, what may be wrong where no group has completions of different
-    rewards; `example` is one of them."""
-    if metrics.get("frac_reward_zero_std") == 1.0 and together.is_first():
-        logger.warning(
-            "Step %d: within every group all rewards are equal, so there is nothing to learn from this batch. "
-            "The questions are too easy or too hard, the temperature is too low, or the reward functions do not "
-            "find what they look for in completions such as %.200r",
-            step,
-            example,
-        )
 
 
 def loss_numbers(

@@ -72,8 +72,8 @@ def without_dropped(batch: TrainBatch, totals: Tensor, args: GRPOConfig) -> Trai
     """The batch where rows whose total reward is NaN, (B,) on the CPU, have no token: they weigh nothing in loss,
     gradient, penalty and bonus, and the others weigh as if these rows were not there. No shape depends on them.
 
-    With `on_reward_error` "stop" there are none. Otherwise masks and weights are uploaded for every batch alike, so that
-    on XLA a batch with such rows has the graphs of all the others.
+    With `on_reward_error` "stop" there are none. Otherwise masks and weights are uploaded for every batch alike: on XLA
+    a batch with such rows has the graphs of all the others.
     """
     if not args.drops_failed_groups:
         return batch

@@ -1,9 +1,9 @@
 """Holds the reward functions of a run, with their names, weights and time limit, and the processes that call them."""
 
 import contextlib
-import time
 import logging
 import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 

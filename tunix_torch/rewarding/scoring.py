@@ -112,8 +112,8 @@ def table_of(
     if int(unjudged.sum()) == len(completions) - len(dropped) > 0:
         warn_once(
             f"All {len(values)} reward functions returned None for every completion of a batch. None means that a "
-            "function does not apply, so all rewards are 0 and nothing is learned from it. See that one of the functions "
-            "applies to rows of each kind in the data"
+            "function does not apply, so all rewards are 0 and nothing is learned from it. See that one of the "
+            "functions applies to rows of each kind in the data"
         )
     elif unjudged.any():
         warn_once(
