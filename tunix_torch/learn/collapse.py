@@ -1,6 +1,7 @@
 """Watches the numbers of each step for signs that a run has collapsed, and says each of them once, with what to try."""
 
 import logging
+import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from ..runtime import together
 
 logger = logging.getLogger(__name__)
 
-# Nats a token. A run that learns stays below 0.5 as a rule; learning rates of 0.1 and 1e6 gave 2 to 14 at once.
-MOST_KL = 2.0
+# Nats a token. A run that learns stays below 0.5 as a rule; learning rates of 0.1 and 1e6 gave 1.5 to 14 at once.
+MOST_KL = 1.0
 # Nats a token. The tiny model is at 0.04 where it solves nine of ten questions, and at 0.0008 after a rate of 1e6. At
 # 0.002 the likeliest token has a probability of 99.98%, so that a group of completions is one completion.
 LEAST_ENTROPY = 0.002
@@ -21,14 +22,15 @@ LEAST_ENTROPY = 0.002
 LEAST_LENGTH = 1.5
 # How often a completion may grow to its length where half of all are cut off by then. Reasoning grows too, but ends.
 MOST_GROWTH, MOST_CUT_OFF = 3.0, 0.5
-# A loss of given rows that is above this many times the first one. Diverging runs pass it at once, others never.
-MOST_LOSS = 3.0
+# A loss of given rows is too high above so many times the first one, and a little more, so many logs in a row.
+MOST_LOSS, MORE_LOSS, LOSS_LOGS = 1.4, 0.3, 3
 # Steps in a row: small batches have equal rewards now and then, and an estimate of the KL has a heavy tail.
 STEPS, KL_STEPS = 10, 5
 # At the end of a run so many steps in a row are enough, since no further ones can tell.
 STEPS_AT_END = 3
-# Steps whose mean is compared for trends. Over 10,000 steps of pure noise, means of 20 do not reach half of its range.
-WINDOW = 20
+# Steps whose mean is compared for trends, and by how many standard errors of such a mean the reward must have fallen:
+# over 10,000 steps of pure noise, the best and the worst mean are about 8 apart.
+WINDOW, ERRORS = 20, 12.0
 
 RATE = "a lower learning_rate (a tenth), or a smaller max_grad_norm"
 
@@ -124,10 +126,12 @@ class CollapseWatch(TrainerCallback):
         self._streaks: dict[str, Streak] = {}
         self._rewards: deque[float] = deque(maxlen=WINDOW)
         self._lengths: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # with the share that is cut off
-        self._best: tuple[float, int] | None = None  # the best mean of rewards, and its last step
+        # The best mean of rewards, its last step, and its standard error.
+        self._best: tuple[float, int, float] | None = None
         self._lowest_reward = float("inf")
         self._first_length: float | None = None  # the mean of the first window
         self._first_loss: float | None = None
+        self._high_losses: list[int] = []  # the steps of the newest logs whose loss is too high
         self._told_of_equal = False
         self._steps = 0
 
@@ -184,11 +188,12 @@ class CollapseWatch(TrainerCallback):
         if logs and "loss" in logs and not args.use_grpo:  # the loss of GRPO says nothing of this kind
             loss = logs["loss"]
             self._first_loss = loss if self._first_loss is None else self._first_loss
-            bound = MOST_LOSS * self._first_loss + 1.0
-            if loss > bound:
+            high = loss > MOST_LOSS * self._first_loss + MORE_LOSS
+            self._high_losses = [*self._high_losses, state.global_step] if high else []
+            if len(self._high_losses) >= LOSS_LOGS:
                 saw = f"the loss was {loss:.4g}, and {self._first_loss:.4g} at first"
                 means = "what the model knew is being overwritten"
-                self._say("loss", state.global_step, state.global_step, saw, means, RATE)
+                self._say("loss", self._high_losses[0], state.global_step, saw, means, RATE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -216,7 +221,7 @@ class CollapseWatch(TrainerCallback):
         self._say(sign.name, streak.first, streak.last, saw, sign.means, sign.hint)
 
     def _look_at_reward(self, reward: float | None, step: int) -> None:
-        """Look whether the reward has lost more than half of the way between its lowest and its best mean."""
+        """Look whether the reward has lost half of the way from its lowest to its best mean, and not by chance."""
         if reward is None:
             return
         self._rewards.append(reward)
@@ -225,9 +230,9 @@ class CollapseWatch(TrainerCallback):
             return
         now = sum(self._rewards) / WINDOW
         if self._best is None or now > self._best[0]:
-            self._best = now, step
-        best, when = self._best
-        if best - now > 0.5 * (best - self._lowest_reward) > 0.0:
+            self._best = now, step, statistics.stdev(self._rewards) / WINDOW**0.5
+        best, when, error = self._best
+        if best - now > max(0.5 * (best - self._lowest_reward), ERRORS * error):
             saw = f"the mean reward of {WINDOW} steps was {now:.4g}; up to step {when} it was {best:.4g}"
             means = "the policy has unlearned what it was paid for, or the questions have become harder"
             self._say("reward", step - WINDOW + 1, step, saw, means, f"{RATE}, or a larger kl_penalty_coef")

@@ -5,10 +5,20 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 logger = logging.getLogger(__name__)
 
-WARN_AFTER = 60.0  # seconds until the first warning; every later one comes after twice as long as the one before
+WARN_AFTER = 60.0  # seconds until the first warning; each later one comes after twice as long
+
+
+@dataclass(eq=False)
+class Call:
+    """A reward function that is running."""
+
+    name: str
+    began: float  # by `time.monotonic`
+    next_warning: float  # so many seconds later
 
 
 class Running:
@@ -20,34 +30,34 @@ class Running:
 
     def __init__(self, what: str) -> None:
         self.what = what
-        self._since: dict[object, tuple[str, float]] = {}  # their names, and when they were called
+        self._calls: list[Call] = []
         self._over = threading.Event()
 
     @contextlib.contextmanager
     def call_of(self, name: str) -> Iterator[None]:
         """Within this context the function of this name is running. Several threads may be in such contexts."""
-        key = object()
-        self._since[key] = name, time.monotonic()
+        call = Call(name, time.monotonic(), WARN_AFTER)
+        self._calls.append(call)
         try:
             yield
         finally:
-            del self._since[key]
+            self._calls.remove(call)
 
     def watch(self) -> None:
         """Warn, again and again, of functions that do not return, until `end` is called."""
-        pause = WARN_AFTER
-        while not self._over.wait(pause):
-            now = time.monotonic()
-            slow = [(name, now - began) for name, began in list(self._since.values()) if now - began >= WARN_AFTER]
-            for name, seconds in slow:
+        while not self._over.wait(WARN_AFTER / 8):
+            for call in list(self._calls):
+                seconds = time.monotonic() - call.began
+                if seconds < call.next_warning:
+                    continue
+                call.next_warning *= 2
                 logger.warning(
                     "Reward function %r has been running for %.3g s, for %s, and the run waits for it. If it hangs, "
                     "stop the run and mend it; reward_timeout ends the wait after so many seconds",
-                    name,
+                    call.name,
                     seconds,
                     self.what,
                 )
-            pause *= 2
 
     def end(self) -> None:
         """Stop watching."""
