@@ -51,7 +51,7 @@ class TrainBatch:
     sampler_logps: Tensor | None = None  # (B, C) float32, which `learn` compares with its own
     entropy_weights: Tensor | None = None  # (B, C) float32: the entropy bonus is sum(entropy * entropy_weights)
     policy_mask: Tensor | None = None  # (B, C) bool: the tokens that the policy loss counts; None: all with a weight
-    rewards: Tensor | None = None  # (B,) float64: the weighted totals that the advantages come from
+    rewards: Tensor | None = None  # (B,) float64: the totals that advantages come from; NaN: the group is dropped
 
     def tensors(self) -> list[Tensor]:
         """The tensors on the device, without those that are None."""

@@ -26,11 +26,11 @@ from .data.prompts import decode_completions, token_lists
 from .evals.answers import Answers
 from .evals.evaluation import evaluate_each, evaluate_policy
 from .learn.invariants import check_first_pass
-from .learn.metrics import add_up, learning_metrics, sum_up, warn_of_equal_rewards
+from .learn.metrics import add_up, learning_metrics, sum_up
 from .learn.passes import rehearse
 from .learn.record import keep_step
 from .learn.step import learn, logps_without_gradient
-from .learn.weights import learned_tokens, step_weights
+from .learn.weights import learned_tokens, step_weights, without_dropped
 from .model.forward import reference_policy
 from .model.loading import eos_token_ids, load_tokenizer
 from .model.policy import make_policy
@@ -187,7 +187,7 @@ class TunixTrainer(AdapterTrainer):
             batch = self._begin_train_batch(scored.prompts, scored.rollout)
         self._rewards, metrics = scored.rewards, scored.metrics(self.scorer.names, self.sampler.eos_token_ids)
         self.add_metrics(metrics)
-        warn_of_equal_rewards(metrics, self.state.global_step + 1, scored.texts[0])
+        self.collapse.note_equal_rewards(metrics, self.state.global_step + 1, scored.texts[0])
         return self._with_rewards(batch, scored.totals)
 
     def _sample_and_score(self, prompts: PromptBatch) -> tuple[ScoredRollout, TrainBatch | None]:
@@ -242,7 +242,7 @@ class TunixTrainer(AdapterTrainer):
 
     def _with_rewards(self, batch: TrainBatch, rewards: Tensor) -> TrainBatch:
         advantages = self.compute_group_advantages(rewards).to(self.args.device)
-        return replace(batch, advantages=advantages, rewards=rewards)
+        return replace(without_dropped(batch, rewards, self.args), advantages=advantages, rewards=rewards)
 
     def update(self, batch: TrainBatch, *later: TrainBatch) -> Tensor:
         """Learn from a batch in `num_iterations` passes, each in micro-batches. Passes after the first are over the

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 
 import numpy as np
 import pytest
@@ -131,10 +132,16 @@ def test_columns_of_the_data_do_not_hide_an_argument(context):
 def test_a_completion_that_can_not_be_judged_names_its_row(context, workers):
     rows = [{**row, "tunix/row": f"rows.jsonl, row {i}"} for i, row in enumerate(ROWS, 5)]
     for where in (None, workers):
-        with pytest.raises(ValueError, match="^rows.jsonl, row 5: '3' is hard$"):
-            call_rewards([giving_up], rows, COMPLETIONS, None, where)
-        with pytest.raises(ValueError, match="^rows.jsonl, row 6: '4' is hard$"):
-            call_rewards([giving_up], rows, ["2", "2", "4", "4"], None, where)
+        for completions, row, question, hard in (
+            (COMPLETIONS, 5, "1 + 1?", "3"),
+            (["2", "2", "4", "4"], 6, "2 + 2?", "4"),
+        ):
+            said = (
+                f"rows.jsonl, row {row}: '{hard}' is hard\nRaised while scoring: reward function 'giving_up' failed "
+                f"for rows.jsonl, row {row}: prompt '{question}', completion '{hard}'"
+            )
+            with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+                call_rewards([giving_up], rows, completions, None, where)
 
 
 def test_a_judge_of_evaluate_gets_the_tokens_too():
@@ -190,6 +197,7 @@ def test_numbers_of_any_kind_are_rewards(values):
         b"1111",
         {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0},
         {1.0, 2.0, 3.0, 4.0},
+        dict.fromkeys([1.0, 2.0, 3.0, 4.0]).keys(),
         ["1"] * 4,
         torch.zeros(4, 1),
         torch.ones(()),

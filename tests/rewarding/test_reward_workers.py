@@ -121,7 +121,8 @@ def test_a_process_that_dies_is_replaced_once(tmp_path, caplog):
         assert "has ended by itself" in caplog.text
         with pytest.raises(
             ValueError,
-            match="reward_processes=2: a process has ended by itself while 'dies' scored the 6 completions of 3 pr",
+            match="reward_processes=2: a process has ended by itself while 'dies' scored the 6 completions of 3 "
+            "prompts, and then another.* It did not get beyond the completions of row 1, row 2, row 3",
         ):
             call_rewards([dies], ROWS, COMPLETIONS, workers=workers)
     finally:

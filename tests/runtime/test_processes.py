@@ -32,6 +32,11 @@ def capitals_reward(prompts, completions, log_metric, log_extra, **columns):
     log_extra("length", [len(ids) for ids in columns["completion_ids"]])
     return [None if "e" in text else sum(c.isupper() for c in text) / 4 for text in completions]
 
+def picky_reward(prompts, completions, **columns):
+    if any(len(prompt) % 4 == 0 for prompt in prompts):
+        raise ValueError("not this prompt")
+    return digits_reward(prompts, completions)
+
 def trained(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
@@ -51,6 +56,7 @@ CASES = {
     "batch": {"scale_rewards": "batch", "top_entropy_quantile": 0.5, "use_adaptive_entropy": True, "entropy_coef": 0.1,
               "entropy_target": 4.4, "mask_truncated_completions": True, "sampler_correction": "token_truncate"},
     "gdpo": {"multi_objective_aggregation": "normalize_then_sum", "gradient_accumulation_steps": 2},
+    "dropped": {"on_reward_error": "skip_group", "max_reward_errors": 1.0, "scale_rewards": "batch"},
     "sft": {"use_grpo": False, "eval_strategy": "steps", "eval_steps": 2, "generation_max_length": 64},
     "pairs": {"use_grpo": False, "eval_strategy": "steps", "eval_steps": 2, "preference_loss": "dpo"},
     "skipped": {"use_grpo": False, "generation_max_length": 64},
@@ -68,6 +74,8 @@ for case, settings in CASES.items():
     if case == "streamed":
         rows = datasets.Dataset.from_list(rows).to_iterable_dataset().shuffle(seed=3, buffer_size=8)
     functions, eval_rows = [digits_reward, capitals_reward], tiny.arithmetic_rows("test", 7)
+    if case == "dropped":
+        functions[0] = picky_reward
     if case == "pairs":
         functions = None
         for i, row in enumerate(rows + eval_rows):
@@ -94,6 +102,19 @@ for case, settings in CASES.items():
     assert all(torch.equal(everyones[0][name], other[name]) for other in everyones for name in other)
     if together.index() == 0:
         torch.save(result, f"{root}/{case}.pt")
+
+def failing_reward(prompts, completions, trainer_state, **columns):
+    if trainer_state.global_step == 2 and together.index() == together.count() - 1:
+        raise ValueError("this process only")
+    return digits_reward(prompts, completions)
+
+args = GRPOConfig(output_dir=f"{root}/failed/{together.index()}", max_steps=4, save_strategy="steps", save_steps=100,
+                  per_device_train_batch_size=2, num_completions_per_prompt=2, generation_max_length=12,
+                  max_prompt_length=40, system_message="", report_to="none", disable_tqdm=True)
+try:
+    TunixTrainer(folder, failing_reward, args, tiny.arithmetic_rows("train", 64)).train()
+except ValueError as error:
+    torch.save([str(error), *error.__notes__], f"{root}/failed-{together.index()}.pt")
 """
 CASES = (
     "grpo",
@@ -105,6 +126,7 @@ CASES = (
     "whole",
     "batch",
     "gdpo",
+    "dropped",
     "sft",
     "pairs",
     "skipped",
@@ -182,6 +204,20 @@ def test_evaluation_answers_every_question_once(results):
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(results):
     for name, weight in results[2]["grpo"]["weights"].items():
         assert torch.equal(results[2]["resumed"]["weights"][name], weight), name
+
+
+def test_groups_were_dropped(results):
+    assert sum(logged(results[2]["dropped"], "rewards/skipped_groups")) > 0
+
+
+def test_a_reward_that_fails_in_one_process_stops_all_with_a_checkpoint(results):
+    folder = results[2]["folder"]
+    first, second = (torch.load(folder / f"failed-{process}.pt") for process in (0, 1))
+    assert first[0] == "process 1: ValueError: this process only" and second[0] == "this process only"
+    assert "Raised while scoring: reward function 'failing_reward' failed for data set, row" in second[1]
+    for said in (first, second):
+        assert "checkpoint-2 holds everything before step 3" in said[-1]
+    assert (folder / "failed" / "0" / "checkpoint-2" / "adapter_model.safetensors").is_file()
 
 
 def test_only_the_first_process_writes(results):

@@ -1,9 +1,8 @@
 """The part of the trainer that saves and resumes: what checkpoints hold, and what must not change during a run."""
 
-import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from ..config.services import blamed_on
 from ..config.settings import require
 from ..data.rows import Row
 from ..evals.answers import Answers
+from ..learn.collapse import CollapseWatch
 from ..learn.entropy import EntropyControl
 from ..learn.finite import check_finite
 from ..learn.pairs import learn_pair_rows, pair_metrics
@@ -29,19 +29,18 @@ from ..model.adapter import REFERENCE_FILE, load_reference, save_reference
 from ..model.checks import has_dropout, remove_dropout
 from ..model.forward import recompute_layers, reference_policy
 from ..model.policies import Policy, like, mix
-from ..rewarding.scorer import RAISED_BY_REWARDS
 from ..runtime import device, together
 from ..runtime.profiling import ProfileStep
+from .failing import SavesBeforeFailing
 from .files import STATE_FILE, digest_of_files, is_finished
 from .resuming import EarlyStoppingCallback, EndGraphWithOptimizer, OwnIntervals, SyncReference
 from .same_run import RunFacts
 from .waiting import WaitingBatch, load_waiting, save_waiting
-from .whole import WholeCheckpoints
 
 logger = logging.getLogger(__name__)
 
 
-class AdapterTrainer(WholeCheckpoints):
+class AdapterTrainer(SavesBeforeFailing):
     """A `transformers.Trainer` that trains what a policy says and nothing else, and writes it in the policy's layout.
 
     When a run begins, the trainer keeps two things. One is a number for each frozen weight, by which a change would be
@@ -70,7 +69,16 @@ class AdapterTrainer(WholeCheckpoints):
             if args.sync_ref_model
             else []
         )
-        own = [OwnIntervals(), *syncing, *(callbacks or []), *early_stopping, *profiling, EndGraphWithOptimizer()]
+        self.collapse = CollapseWatch()
+        own = [
+            OwnIntervals(),
+            self.collapse,
+            *syncing,
+            *(callbacks or []),
+            *early_stopping,
+            *profiling,
+            EndGraphWithOptimizer(),
+        ]
         super().__init__(model=policy.model, args=args, callbacks=own, **others)
         self.facts = RunFacts(args, self.train_dataset, policy.base_weights)
         # For checkpoints that have lost their reference.
@@ -187,26 +195,6 @@ class AdapterTrainer(WholeCheckpoints):
         self.go_on_from(checkpoint)
         return super()._inner_training_loop(*args, **kwargs)
 
-    @contextlib.contextmanager
-    def saving_when_rewards_fail(self) -> Iterator[None]:
-        """When reward functions or the judge raise within this context, save what was learned before.
-
-        They are called between steps, so the weights are those of the last whole step. Where several processes have
-        rows of their own, the others wait for this one's rows, and nothing is saved.
-        """
-        try:
-            yield
-        except Exception as error:
-            step = self.state.global_step
-            if RAISED_BY_REWARDS in getattr(error, "__notes__", ()) and self.is_in_train and together.count() == 1:
-                if step > 0 and self.args.save_strategy != "no":
-                    folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-                    if not folder.exists():  # else the step has saved it already
-                        self._save_checkpoint(self.model, None)
-                    saved = f"{folder} holds everything before"
-                    logger.warning("Scoring failed in step %d; %s, and resuming goes on from there.", step + 1, saved)
-            raise
-
     # ---- a run that is finished ----
 
     def is_finished(self, folder: str | Path) -> bool:
@@ -301,6 +289,10 @@ class AdapterTrainer(WholeCheckpoints):
         return 0  # the estimate that Transformers makes leaves rollouts out
 
     # ---- metrics ----
+
+    def add_metrics(self, numbers: dict[str, float]) -> None:
+        self.collapse.note(numbers)
+        super().add_metrics(numbers)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of each number that `add_metrics` was given since the last log.

@@ -132,10 +132,15 @@ def run_script(main: Callable[[], None]) -> None:
             for file in (sys.stdout, sys.stderr):  # or Python would try once more as it ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
             sys.exit(128 + signal.SIGPIPE)
-        fail(re.sub(r"^\[Errno \d+\] ", "", str(error)), 2 if isinstance(error, ValueError) else 1)
+        fail(re.sub(r"^\[Errno \d+\] ", "", _with_notes(error)), 2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _with_notes(error: Exception) -> str:
+    """What an error says, with the notes that were added to it, such as where a run goes on."""
+    return ". ".join(part.rstrip(".") for part in (str(error), *getattr(error, "__notes__", ())))
 
 
 def _interrupted(number: int, frame: object) -> NoReturn:

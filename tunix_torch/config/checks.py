@@ -98,6 +98,7 @@ BOUNDS = (
     Bound(("label_smoothing",), lambda v: 0 <= v < 0.5, "must be in [0, 0.5)"),
     Bound(("epsilon_c",), lambda v: v > 1, "must be above 1"),
     Bound(("ref_model_mixup_alpha",), lambda v: 0 <= v <= 1, "must be in [0, 1]"),
+    Bound(("max_reward_errors",), lambda v: 0 <= v <= 1, "must be in [0, 1]"),
     Bound(("adam_beta1", "adam_beta2"), lambda v: 0 <= v < 1, "must be in [0, 1)"),
 )
 
@@ -106,6 +107,7 @@ CHOICES = {
     "algorithm": ALGORITHMS,
     "reference": ("start", "base"),
     "overlong_prompts": ("drop", "raise"),
+    "on_reward_error": ("stop", "skip_group"),
     "kl_estimator": KL_ESTIMATORS,
     "loss_aggregation": (None, *LOSS_AGGREGATIONS),
     "loss_type": (None, *LOSS_TYPES),
@@ -195,6 +197,7 @@ def check_values(args: "GRPOConfig") -> None:
     _check_preferences(args)
     _check_teacher(args)
     _check_reference(args)
+    _check_reward_errors(args)
     _check_left_out(args)
     _check_allowed_changes(args)
     for part in (args.optim_args or "").split(","):  # names and values as a text, such as "beta3=0.9,alpha=5"
@@ -303,6 +306,17 @@ def _check_allowed_changes(args: "GRPOConfig") -> None:
     known = [*COMPARED_FACTS, *(name for config in configs for name in config.__dataclass_fields__)]
     for name in args.allow_changes or ():
         require(name in known, "allow_changes", name, f"the name of no setting{nearest(name, known)}")
+
+
+def _check_reward_errors(args: "GRPOConfig") -> None:
+    """Check that groups which are dropped exist, and that nothing needs them."""
+    share, how = args.max_reward_errors, args.on_reward_error
+    hint = "has an effect with on_reward_error='skip_group' only"
+    require(args.drops_failed_groups or share == type(args).max_reward_errors, "max_reward_errors", share, hint)
+    if args.drops_failed_groups:
+        require(args.use_grpo, "on_reward_error", how, "is about rollouts: set use_grpo")
+        hint = "records are replayed with all groups; leave save_batches out"
+        require(not args.save_batches, "on_reward_error", how, hint)
 
 
 def _check_left_out(args: "GRPOConfig") -> None:

@@ -211,7 +211,17 @@ class GRPOConfig(TrainingArguments):
     distillation_coef: float = setting(1.0, "weight of that KL in the loss")
 
     reward_weights: list[float] | None = setting(None, "weight of each reward function; none: 1 each, or the preset's")
-    reward_timeout: float | None = setting(None, "stop with an error when a reward function takes longer, in seconds")
+    reward_timeout: float | None = setting(
+        None, "a reward function that takes longer, in seconds, has failed; none: only a warning tells of slow ones"
+    )
+    on_reward_error: str = setting(
+        "stop",
+        "when a reward function fails: stop, with a checkpoint, or skip_group: learn nothing from the groups for which "
+        "it fails. At evaluation the run stops",
+    )
+    max_reward_errors: float = setting(
+        0.1, "with skip_group: stop when more than this share of the last 100 groups failed, or all groups of a step"
+    )
     reward_processes: int = setting(
         0, "processes that call the reward functions, each for some of the prompts: for slow ones; 0: this one"
     )
@@ -358,6 +368,11 @@ class GRPOConfig(TrainingArguments):
     def corrects_sampler(self) -> bool:
         """Whether the loss weighs by how far the policy that sampled is from the one that learns."""
         return self.sampler_correction != "none"
+
+    @property
+    def drops_failed_groups(self) -> bool:
+        """Whether groups whose rewards fail are left out of what is learned, and do not end the run."""
+        return self.on_reward_error == "skip_group"
 
     @property
     def has_entropy_bonus(self) -> bool:

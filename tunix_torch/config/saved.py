@@ -67,6 +67,8 @@ MAY_CHANGE = (
     "logging_strategy",
     "report_to",
     "reward_timeout",
+    "on_reward_error",
+    "max_reward_errors",
     "reward_processes",
     "max_skipped_steps",
     "early_stopping_patience",

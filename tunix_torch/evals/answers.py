@@ -10,7 +10,7 @@ from ..data.batches import Collator
 from ..data.prompts import decode_completions, token_lists
 from ..data.rows import Row
 from ..rewarding.context import RewardContext, means
-from ..rewarding.scorer import call_on_all_hosts
+from ..rewarding.scorer import call_on_all_hosts, raised_by_all
 from ..rewarding.scoring import RewardFunc, call_rewards
 from ..rollout.sampler import Sampler
 from ..rollout.tokens import SamplingParams, draw_uniforms
@@ -158,6 +158,31 @@ def is_right(value: float | None) -> bool:
     return value is not None and value >= RIGHT
 
 
+def _scored(
+    rows: Sequence[Row],
+    texts: list[list[str]],
+    tokens: list[list[list[int]]],
+    judge: RewardFunc | None,
+    reward_funcs: Sequence[RewardFunc],
+    timeout: float | None,
+    state: TrainerState | None,
+) -> Answers:
+    """This process's answers, with what the judge and the reward functions say of them. See `answer`."""
+    copies = len(texts[0])
+    functions = [*reward_funcs, *([] if judge is None or any(judge is f for f in reward_funcs) else [judge])]
+    context = RewardContext([ids for row in tokens for ids in row], state)
+    flat = [text for of_row in texts for text in of_row]
+    columns, metrics, _ = call_on_all_hosts(functions, rows, flat, timeout, None, context)
+    values = list(map(list, zip(*columns, strict=True)))  # B lists, with a value of each function
+    by_row = [values[i : i + copies] for i in range(0, len(values), copies)]
+    right: list[list[bool]] = []
+    if judge is not None:
+        decides = next(j for j, function in enumerate(functions) if function is judge)
+        right = [[is_right(of_one[decides]) for of_one in of_row] for of_row in by_row]
+    rewards = [[of_one[: len(reward_funcs)] for of_one in of_row] for of_row in by_row]
+    return Answers(texts, right, lengths_of(tokens), rewards, metrics)
+
+
 def answer(
     sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
@@ -186,23 +211,13 @@ def answer(
     """
     part = together.own_part(len(rows))
     mine, answers = rows[part], Answers([], [], [])
-    if mine:
-        size = max(batch_size, num_completions)
-        texts, tokens = sample_texts(
-            sampler, tokenizer, mine, params, collator, size, num_completions, seed, number=part.start
-        )
-        functions = [*reward_funcs, *([] if judge is None or any(judge is f for f in reward_funcs) else [judge])]
-        context = RewardContext([ids for row in tokens for ids in row], state)
-        flat = [text for of_row in texts for text in of_row]
-        columns, metrics = call_on_all_hosts(functions, mine, flat, timeout, None, context)
-        values = list(map(list, zip(*columns, strict=True)))  # B lists, with a value of each function
-        by_row = [values[i : i + num_completions] for i in range(0, len(values), num_completions)]
-        right: list[list[bool]] = []
-        if judge is not None:
-            decides = next(j for j, function in enumerate(functions) if function is judge)
-            right = [[is_right(of_one[decides]) for of_one in of_row] for of_row in by_row]
-        rewards = [[of_one[: len(reward_funcs)] for of_one in of_row] for of_row in by_row]
-        answers = Answers(texts, right, lengths_of(tokens), rewards, metrics)
+    with raised_by_all():
+        if mine:
+            size = max(batch_size, num_completions)
+            texts, tokens = sample_texts(
+                sampler, tokenizer, mine, params, collator, size, num_completions, seed, number=part.start
+            )
+            answers = _scored(mine, texts, tokens, judge, reward_funcs, timeout, state)
     everyones = together.gather(answers)
     # What a process's functions have logged counts once for each of its rows.
     logged = [

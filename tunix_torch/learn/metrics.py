@@ -1,6 +1,5 @@
 """The numbers that a step logs, under the names that TRL and Tunix use."""
 
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -10,9 +9,6 @@ from ..batch import TrainBatch
 from ..config.grpo import GRPOConfig
 from ..config.loss import loss_type_of
 from ..grpo import LossTerms
-from ..runtime import together
-
-logger = logging.getLogger(__name__)
 
 
 def rollout_metrics(
@@ -29,15 +25,16 @@ def rollout_metrics(
     Args:
         ids, mask: (B, C) int64 and bool.
         rewards: (B, R) float64, NaN where a function did not apply; `names` are those of the R functions.
-        totals: (B,) float64, the weighted totals.
+        totals: (B,) float64, the weighted totals; NaN in groups that were dropped, of which only the lengths count.
     """
     lengths = mask.sum(dim=1).double()  # (B,)
     ended = (torch.isin(ids, torch.tensor(eos_ids)) & mask).any(dim=1)
     grouped = totals.view(-1, group_size)
+    grouped = grouped[~grouped.isnan().any(dim=1)]
     metrics = {}
     if names:  # with a teacher there need not be any
         metrics |= {
-            "reward": totals.mean(),
+            "reward": grouped.mean(),
             "reward_std": grouped.std(dim=1).mean(),
             "frac_reward_zero_std": (grouped == grouped[:, :1]).all(dim=1).double().mean(),
         }
@@ -53,19 +50,6 @@ def rollout_metrics(
             metrics[f"rewards/{name}/mean"] = values.mean()
             metrics[f"rewards/{name}/std"] = values.std(correction=0)
     return {name: float(value) for name, value in metrics.items()}
-
-
-def warn_of_equal_rewards(metrics: dict[str, float], step: int, example: str) -> None:
-    """Say once, however many processes there are, what may be wrong where no group has completions of different
-    rewards; `example` is one of them."""
-    if metrics.get("frac_reward_zero_std") == 1.0 and together.is_first():
-        logger.warning(
-            "Step %d: within every group all rewards are equal, so there is nothing to learn from this batch. "
-            "The questions are too easy or too hard, the temperature is too low, or the reward functions do not "
-            "find what they look for in completions such as %.200r",
-            step,
-            example,
-        )
 
 
 def loss_numbers(

@@ -1,10 +1,12 @@
 """The weights of tokens: how much each counts in the loss of an optimizer step, and in its entropy bonus."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..batch import TrainBatch, completion_lengths
 from ..config.grpo import GRPOConfig
 from ..grpo import LOSS_AGGREGATIONS
 from ..runtime import together
@@ -64,6 +66,21 @@ def learned_tokens(ids: Tensor, mask: Tensor, eos_ids: Sequence[int], args: GRPO
         return mask
     ended = torch.isin(ids.cpu(), torch.tensor(eos_ids)) & mask
     return mask & ended.any(dim=1, keepdim=True)
+
+
+def without_dropped(batch: TrainBatch, totals: Tensor, args: GRPOConfig) -> TrainBatch:
+    """The batch where rows whose total reward is NaN, (B,) on the CPU, have no token: they weigh nothing in loss,
+    gradient, penalty and bonus, and the others weigh as if these rows were not there. No shape depends on them.
+
+    With `on_reward_error` "stop" there are none. Otherwise masks and weights are uploaded for every batch alike: on XLA
+    a batch with such rows has the graphs of all the others.
+    """
+    if not args.drops_failed_groups:
+        return batch
+    kept = ~totals.isnan()[:, None]  # (B, 1)
+    mask, learned = batch.completion_mask.cpu() & kept, (batch.token_weights.cpu() > 0) & kept  # here Python waits
+    weights = step_weights([mask], [learned], args)[0]
+    return replace(batch, completion_mask=mask.to(args.device), lengths=completion_lengths(mask), **weights)
 
 
 def step_weights(

@@ -82,7 +82,7 @@ def make_trainer(config: PretrainedConfig, model_config: ModelConfig, args: GRPO
     def no_reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
         return [0.0] * len(completions)
 
-    logging.getLogger("tunix_torch.learn.metrics").setLevel(logging.ERROR)  # it would warn that all rewards are equal
+    logging.getLogger("tunix_torch.learn.collapse").setLevel(logging.ERROR)  # it would warn that all rewards are equal
     args.system_message = ""
     args.reward_weights = None
     args.output_dir = os.path.join(tempfile.gettempdir(), "plan-tpu")  # required, though nothing is written to it

@@ -69,17 +69,20 @@ def step_advantages(rewards: Tensor, totals: Tensor, weights: Tensor, args: GRPO
 
     Args:
         rewards: (B, R) float64, NaN where a function does not apply. Only "normalize_then_sum" reads them.
-        totals: (B,) float64, the weighted sums of the rewards.
+        totals: (B,) float64, the weighted sums of the rewards; NaN in groups that were dropped.
         weights: (R,) float64, one for each reward function.
 
     Returns:
-        (B,) float32, see `compute_group_advantages`.
+        (B,) float32, see `compute_group_advantages`; 0 in groups that were dropped.
     """
     group_size, epsilon = args.num_completions_per_prompt, args.advantage_epsilon
     if args.multi_objective_aggregation == "normalize_then_sum":
         return decoupled_advantages(rewards, weights, group_size, epsilon)
     scale = args.reward_scale
-    std = together.gather_rows(totals).std() if scale == "batch" else None
+    std = None
+    if scale == "batch":
+        everyones = together.gather_rows(totals)
+        std = everyones[~everyones.isnan()].std()  # without groups that were dropped
     return compute_group_advantages(totals, group_size, args.algorithm, scale != "none", epsilon, std)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from .chat import AnswerCache, ChatServer, NoAnswerError
-from .values import CompletionError
+from .values import CompletionError, WholeCallError
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ class LLMJudge:
         async with httpx.AsyncClient(timeout=None, limits=limits) as client:
             await asyncio.gather(*map(ask, bodies))
         if refused:
-            raise ValueError(f"{self.__name__}: {refused[0]}")
+            raise WholeCallError(f"{self.__name__}: {refused[0]}")
 
     def _score(self, answer: str) -> float | _NoScore:
         """The score that an answer states, or why it states none."""

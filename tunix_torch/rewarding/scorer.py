@@ -1,6 +1,8 @@
 """Holds the reward functions of a run, with their names, weights and time limit, and the processes that call them."""
 
 import contextlib
+import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -13,12 +15,14 @@ from ..config.grpo import GRPOConfig
 from ..data.rows import Row
 from ..runtime import together
 from .context import RewardContext, means
+from .failures import RAISED_BY_REWARDS, ErrorBudget
 from .models import RewardModel, is_model_name, make_reward_model
-from .scoring import RewardFunc, call_rewards, name_of, names_of, table_of
+from .scoring import RewardFunc, call_and_drop, call_rewards, name_of, names_of, table_of
 from .workers import RewardWorkers, reward_workers
 
+logger = logging.getLogger(__name__)
+
 Rewards = RewardFunc | str | nn.Module | Sequence[RewardFunc | str | nn.Module]  # what `reward_funcs` takes
-RAISED_BY_REWARDS = "It was raised while reward functions or the judge were called."
 Tokenizers = PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None]  # and `reward_processing_classes`
 
 
@@ -57,6 +61,7 @@ class Scorer:
         functions: one function or reward model, a sequence of R of them, or None. Reward models are loaded.
         weights: one weight for each function; None: each has the weight 1.
         timeout: seconds that all functions together may take for a batch; None: no limit.
+        budget: groups whose rewards fail are dropped within this budget; None: a failure is an error.
         processing_classes: the tokenizers of reward models: one for each of `functions`, None for a function and where
             the model's own is meant; a single one where there is one function. None: each model's own.
         model_settings: further arguments of `RewardModel`.
@@ -71,6 +76,7 @@ class Scorer:
         weights: Sequence[float] | None = None,
         timeout: float | None = None,
         processing_classes: Tokenizers | None = None,
+        budget: ErrorBudget | None = None,
         **model_settings: Any,
     ) -> None:
         check_rewards(functions)
@@ -82,7 +88,8 @@ class Scorer:
         ]
         self.names = names_of(self.functions)
         self.weights = torch.tensor(weights or [1.0] * len(self.functions), dtype=torch.float64)  # (R,)
-        self.timeout = timeout
+        self.timeout, self.budget = timeout, budget
+        self._dropped: list[int] = []  # the completions of the newest batch whose groups were dropped
         self.metrics: dict[str, float] = {}  # what the functions have logged about the newest batch
         self.last_extra: dict[str, list[Any]] = {}  # and their columns, each with one value a completion
         self._workers: RewardWorkers | None = None
@@ -100,6 +107,7 @@ class Scorer:
             args.reward_weights,
             args.reward_timeout,
             processing_classes,
+            ErrorBudget(args.max_reward_errors, _rollouts_of_a_step(args)) if args.drops_failed_groups else None,
             num_rows=args.per_device_train_batch_size * args.num_completions_per_prompt,
             num_tokens=args.max_prompt_length + args.generation_max_length,
             chat_template_kwargs=args.chat_template_kwargs,
@@ -149,21 +157,50 @@ class Scorer:
         """The value of each function for each of B completions of N rows: (B, R) float64 in main memory, NaN for None.
 
         What the functions log is then in `metrics`, the mean of each number, and in `last_extra`. Where several
-        processes have completions of their own, both are about the completions of all.
+        processes have completions of their own, both are about the completions of all. With a budget, groups whose
+        rewards failed have NaN only, and `totals` has NaN for them.
 
         Args:
             completion_ids, trainer_state: see `RewardContext`.
 
         Raises:
-            ValueError: see `call_rewards`.
+            ValueError: see `call_rewards`; or more groups have failed than the budget allows.
         """
+        self._dropped = []
         if not self.functions:  # a teacher alone is learned from
             return torch.zeros(len(completions), 0, dtype=torch.float64)
         context = RewardContext(completion_ids, trainer_state)
-        values, metrics = call_on_all_hosts(self.functions, rows, completions, self.timeout, self._workers, context)
+        with raised_by_all():
+            called = call_on_all_hosts(
+                self.functions, rows, completions, self.timeout, self._workers, context, self.budget
+            )
+        values, metrics, failed = called
         self.metrics = means(together.gather(metrics))
         self._keep_extra(context.extra, len(completions))
-        return table_of(values, completions)
+        if self.budget is not None:
+            self._drop(failed, len(rows), len(completions), 0 if trainer_state is None else trainer_state.global_step)
+        rewards = table_of(values, completions, self._dropped)
+        rewards[self._dropped] = math.nan
+        return rewards
+
+    def _drop(self, failed: dict[int, str], num_groups: int, num_rows: int, step: int) -> None:
+        """Note and log which groups are dropped. All processes decide alike whether they are too many.
+
+        Raises:
+            ValueError: they are.
+        """
+        size = num_rows // num_groups
+        self._dropped = [row for group in sorted(failed) for row in range(group * size, (group + 1) * size)]
+        counts = together.sum_numbers({"failed": len(failed), "groups": num_groups})
+        self.metrics["rewards/skipped_groups"] = float(counts["failed"])
+        first = failed[min(failed)] if failed else "they are those of another process"
+        what = f"Step {step + 1}: the rewards of {len(failed)} of {num_groups} groups failed. The first: {first}"
+        if failed and (together.is_first() or together.count() > 1):
+            logger.warning("%s. on_reward_error='skip_group': nothing is learned from these", what)
+        too_many = self.budget.count(counts["failed"], counts["groups"])
+        if too_many is not None:
+            with noted():
+                raise ValueError(f"on_reward_error='skip_group': {too_many}. {what}")
 
     def _keep_extra(self, columns: dict[str, list[Any]], num_completions: int) -> None:
         """Keep the columns that functions have logged. A process that has logged none under a name has None there."""
@@ -180,7 +217,8 @@ class Scorer:
         return f"group {group} has rewards {self.names}: {of_group}"
 
     def totals(self, rewards: Tensor, completions: Sequence[str]) -> Tensor:
-        """The weighted sum of each row's rewards, without those that are NaN: (B, R) float64 -> (B,) float64.
+        """The weighted sum of each row's rewards, without those that are NaN: (B, R) float64 -> (B,) float64. It is NaN
+        in groups of the newest batch that were dropped.
 
         Raises:
             ValueError: a total is not finite.
@@ -190,7 +228,36 @@ class Scorer:
         if bad.any():
             text = completions[int(bad.int().argmax())]
             raise ValueError(f"reward_weights={self.weights.tolist()}: the weighted total of {text!r:.80} overflows")
+        totals[self._dropped] = math.nan
         return totals
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[None]:
+    """Whatever is raised within this context gets the note `RAISED_BY_REWARDS`, if it has none that begins so."""
+    try:
+        yield
+    except Exception as error:
+        if not is_of_rewards(error):
+            error.add_note(f"{RAISED_BY_REWARDS}by reward functions, reward models or the judge")
+        raise
+
+
+def is_of_rewards(error: Exception) -> bool:
+    """Whether an error was raised while completions were scored."""
+    return any(note.startswith(RAISED_BY_REWARDS) for note in getattr(error, "__notes__", ()))
+
+
+@contextlib.contextmanager
+def raised_by_all() -> Iterator[None]:
+    """What a process raises while it scores its completions within this context is raised by all, and noted."""
+    problem = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    with noted():
+        together.raise_together(problem)
 
 
 def call_on_all_hosts(
@@ -200,47 +267,51 @@ def call_on_all_hosts(
     timeout: float | None,
     workers: RewardWorkers | None,
     context: RewardContext,
-) -> tuple[list[list[float | None]], dict[str, list[float]]]:
+    budget: ErrorBudget | None = None,
+) -> tuple[list[list[float | None]], dict[str, list[float]], dict[int, str]]:
     """Call functions and reward models. A device computes the models, so every host calls them, one after the other;
     the first host calls the functions. The arguments are those of `call_rewards`.
 
+    Args:
+        budget: see `Scorer`. A reward model that raises is an error all the same: that is no fault of a row.
+
     Returns:
-        R lists of B values, and the numbers that functions have logged, alike on all hosts.
+        R lists of B values, the numbers that functions have logged, and for each group that failed what went wrong,
+        alike on all hosts.
 
     Raises:
         ValueError: see `call_rewards`.
-        Exception: what a function raises. Whatever is raised has the note `RAISED_BY_REWARDS`.
+        Exception: what a function raises.
     """
-    try:
-        return _call_on_all_hosts(functions, rows, completions, timeout, workers, context)
-    except Exception as error:
-        error.add_note(RAISED_BY_REWARDS)
-        raise
-
-
-def _call_on_all_hosts(
-    functions: Sequence[RewardFunc],
-    rows: Sequence[Row],
-    completions: Sequence[str],
-    timeout: float | None,
-    workers: RewardWorkers | None,
-    context: RewardContext,
-) -> tuple[list[list[float | None]], dict[str, list[float]]]:
-    started, values = time.monotonic(), {}
+    started, values, failed = time.monotonic(), {}, {}
+    most = 0.0 if budget is None else budget.left(len(rows))
     for number, function in enumerate(functions):
         if isinstance(function, RewardModel):
-            (values[number],) = call_rewards([function], rows, completions)
+            how = None, None, started, RewardContext()
+            if budget is None:
+                (values[number],) = call_rewards([function], rows, completions, *how, search=False)
+            else:
+                (values[number],), why = call_and_drop([function], rows, completions, *how, most, search=False)
+                failed |= why
             if timeout is not None and time.monotonic() > started + timeout:
                 raise ValueError(f"reward_timeout={timeout}: {name_of(function)!r} takes longer than that")
     others = [number for number in range(len(functions)) if number not in values]
 
-    def call() -> tuple[list[list[float | None]], dict[str, list[float]]]:
-        plain = [functions[number] for number in others]
-        return call_rewards(plain, rows, completions, timeout, workers, started, context), context.metrics
+    def call() -> tuple[list[list[float | None]], dict[str, list[float]], list[tuple[int, str]]]:
+        plain, how = [functions[number] for number in others], (timeout, workers, started, context)
+        if budget is None:
+            return call_rewards(plain, rows, completions, *how), context.metrics, []
+        called, why = call_and_drop(plain, rows, completions, *how, most)
+        return called, context.metrics, list(why.items())
 
-    called, metrics = together.decided_by_first(call)
+    called, metrics, why = together.decided_by_first(call)
     values |= dict(zip(others, called, strict=True))
-    return [values[number] for number in range(len(functions))], metrics
+    return [values[number] for number in range(len(functions))], metrics, dict(map(tuple, why)) | failed
+
+
+def _rollouts_of_a_step(args: GRPOConfig) -> int:
+    """How many rollouts an optimizer step learns from; where steps share a rollout, one."""
+    return 1 if args.steps_per_generation > 1 else args.gradient_accumulation_steps
 
 
 def _what(function: Any) -> str:

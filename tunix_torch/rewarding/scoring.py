@@ -1,22 +1,20 @@
-"""Calls reward functions with the columns that they take, and checks the values that they return."""
+"""Calls the reward functions of a batch: checks that they can be called, and says or drops what fails."""
 
-import concurrent.futures
-import functools
-import inspect
 import logging
 import math
-import threading
-import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data.rows import ANSWER_COLUMNS, NO_ANSWER, TURNS, WHERE, Row, columns_of, has_column, own_columns, prompt_of
+from ..data.rows import ANSWER_COLUMNS, NO_ANSWER, WHERE, Row, has_column, own_columns
+from .calling import Batch, Outcome, call_once, parameters_of
 from .context import GIVEN, TOKENS, RewardContext
-from .values import CompletionError, name_of, numbers_of
-from .workers import RewardWorkers, awaited, is_async
+from .failures import drop_failed, error_of
+from .values import name_of
+from .workers import RewardWorkers
 
 logger = logging.getLogger(__name__)
 
@@ -39,37 +37,9 @@ def names_of(functions: Sequence[RewardFunc]) -> list[str]:
     return names
 
 
-def _parameters(function: RewardFunc) -> tuple[set[str], set[str] | None]:
-    """The parameters that a reward function can't be called without, and all those that it takes.
-
-    The second is None where the function takes any name.
-
-    Raises:
-        ValueError: a parameter can be given by position only.
-    """
-    try:
-        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
-    except ValueError:  # some functions that are not written in Python have no signature
-        return set(), None
-    for p in parameters:
-        if p.kind == p.POSITIONAL_ONLY and p.default is p.empty:
-            raise ValueError(
-                f"reward function {name_of(function)!r} takes {p.name!r} by position; it is called by names"
-            )
-    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    taken, required = {p.name for p in by_name}, {p.name for p in by_name if p.default is p.empty}
-    if all(p.kind != p.VAR_KEYWORD for p in parameters):
-        return required, taken
-    wrapped = getattr(function, "__wrapped__", None)  # a decorator with **columns passes them on to this one
-    if wrapped is None:
-        return required, None
-    more_required, more = _parameters(wrapped)
-    return required | more_required.intersection(ANSWER_COLUMNS), None if more is None else taken | more
-
-
 def required_columns(function: RewardFunc) -> set[str]:
     """The columns of the data that a reward function can't be called without."""
-    return _parameters(function)[0] - {"prompts", "completions", *GIVEN}
+    return parameters_of(function)[0] - {"prompts", "completions", *GIVEN}
 
 
 def require_columns(
@@ -125,15 +95,27 @@ def score_completions(
     return table_of(call_rewards(functions, rows, completions, timeout, workers), completions)
 
 
-def table_of(values: Sequence[Sequence[float | None]], completions: Sequence[str]) -> Tensor:
+def table_of(
+    values: Sequence[Sequence[float | None]], completions: Sequence[str], dropped: Sequence[int] = ()
+) -> Tensor:
     """R lists of B values as a table: (B, R) float64 in main memory, NaN for None.
 
     A completion for which all functions returned None counts as one with a reward of 0, as in TRL, and the first such
-    one is named in a warning.
+    one is named in a warning. So is a whole batch of them, from which nothing can be learned.
+
+    Args:
+        dropped: the numbers of completions whose groups were dropped, of which nothing is said.
     """
     rewards = torch.tensor([[math.nan if v is None else v for v in column] for column in values], dtype=torch.float64).T
     unjudged = rewards.isnan().all(dim=1)
-    if unjudged.any():
+    unjudged[list(dropped)] = False
+    if int(unjudged.sum()) == len(completions) - len(dropped) > 0:
+        warn_once(
+            f"All {len(values)} reward functions returned None for every completion of a batch. None means that a "
+            "function does not apply, so all rewards are 0 and nothing is learned from it. See that one of the "
+            "functions applies to rows of each kind in the data"
+        )
+    elif unjudged.any():
         warn_once(
             "All reward functions returned None for a completion, which counts as a reward of 0. The first is "
             f"{completions[int(unjudged.int().argmax())]!r:.200}"
@@ -160,10 +142,12 @@ def call_rewards(
     workers: RewardWorkers | None = None,
     started: float | None = None,
     context: RewardContext | None = None,
+    search: bool = True,
 ) -> list[list[float | None]]:
     """Call R reward functions for B completions of N rows. Completions of one row stand side by side.
 
-    Async functions run at the same time as each other and as the plain ones.
+    Async functions run at the same time as each other and as the plain ones. A function that raises is called again for
+    each row alone, so that the error can name the completion.
 
     Args:
         timeout: seconds that the functions may take for the whole batch; None: no limit.
@@ -171,115 +155,69 @@ def call_rewards(
         started: when the time limit began to run, by `time.monotonic`, where several calls share it; None: now.
         context: the tokens and the trainer's state, and the place for what the functions log; None: nothing of this
             is known, and what they log is dropped.
+        search: False: a function that raises is not called again.
 
     Returns:
         R lists of B values, None where a function does not apply.
 
     Raises:
         ValueError: a row lacks a column that a function takes; or a function returned the wrong number of values, or a
-            value that is no finite number, or took longer than `timeout`; or it could not judge a completion and says
-            so by a `CompletionError`; or it logged what can't be logged. Any other exception of the function itself
-            passes through.
+            value that is no finite number, or took longer than `timeout`, or wanted to end the process by `SystemExit`
+            or its like; or it could not judge a completion and says so by a `CompletionError`; or it logged what can't
+            be logged. Any other exception of the function itself passes through. What a function raises gets a note
+            that names the function, the row, the prompt and the completion.
     """
     require_columns(functions, rows)
-    context = context or RewardContext()
-    columns, given = _argument_columns(rows, completions, context), context.given()
-    calls: list[Callable[[], Any]] = []
-    for function in functions:
-        required, taken = _parameters(function)
-        arguments = {name: list(column) for name, column in columns.items() if taken is None or name in taken}
-        if context.completion_ids is not None and TOKENS in arguments:
-            arguments[TOKENS] = [list(ids) for ids in context.completion_ids]
-        common = {name: value for name, value in given.items() if taken is None or name in taken}
-        if not arguments:
-            raise ValueError(
-                f"reward function {name_of(function)!r} takes neither prompts nor completions nor a column"
-            )
-        unknown = sorted(required.intersection(GIVEN) - arguments.keys() - common.keys())
-        if unknown:
-            hint = "which only a trainer knows; give the parameter a default"
-            raise ValueError(f"reward function {name_of(function)!r} takes {unknown[0]!r}, {hint}")
-        if workers is None or is_async(function):
-            calls.append(functools.partial(function, **arguments, **common))
-        else:
-            calls.append(workers.submit(function, len(rows), arguments, common, context))
-    try:
-        results = _results(functions, calls, timeout is not None or workers is not None, timeout, started)
-    except CompletionError as error:
-        number = error.number * len(rows) // len(completions)
-        raise ValueError(f"{rows[number].get(WHERE, f'row {number + 1}')}: {error}") from error
-    context.check_extra(len(completions))
-    return [_checked(function, values, completions) for function, values in zip(functions, results, strict=True)]
+    batch = Batch(rows, completions, context or RewardContext())
+    outcomes = call_once(functions, batch, timeout, workers, started)
+    for function, outcome in zip(functions, outcomes, strict=True):
+        if outcome is not None and outcome.failed:
+            again = partial(_again, function, timeout, workers) if search else None
+            raise error_of(function, batch, outcome, again)
+    batch.context.check_extra(len(completions))
+    return [outcome.values for outcome in outcomes]
 
 
-def _argument_columns(rows: Sequence[Row], completions: Sequence[str], context: RewardContext) -> dict[str, list[Any]]:
-    """All arguments of B values that a reward function may take."""
-    copies = len(completions) // len(rows)
-    row_of_each = [row for row in rows for _ in range(copies)]
-    tokens = {} if context.completion_ids is None else {TOKENS: context.completion_ids}
-    return columns_of(list(rows), copies) | {
-        **tokens,
-        "prompts": [prompt_of(row) for row in row_of_each],
-        "completions": [
-            [{"role": "assistant", "content": text}] if row.get(TURNS) else text
-            for row, text in zip(row_of_each, completions, strict=True)
-        ],
-    }
-
-
-def _checked(function: RewardFunc, values: Any, completions: Sequence[str]) -> list[float | None]:
-    """The values that a reward function returned, as floats. Raises ValueError unless each is finite or None."""
-    values = numbers_of(function, values)
-    if len(values) != len(completions):
-        counts = f"{len(values)} values for {len(completions)} completions"
-        raise ValueError(f"reward function {name_of(function)!r} returned {counts}")
-    for i, value in enumerate(values):
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"reward function {name_of(function)!r} returned {value!r} for {completions[i]!r}")
-    return values
-
-
-def _results(
+def call_and_drop(
     functions: Sequence[RewardFunc],
-    calls: Sequence[Callable[[], Any]],
-    threaded: bool,
+    rows: Sequence[dict[str, Any]],
+    completions: Sequence[str],
     timeout: float | None,
-    started: float | None,
-) -> list[Any]:
-    """Make the calls, and return their results.
+    workers: RewardWorkers | None,
+    started: float,
+    context: RewardContext,
+    most: float,
+    search: bool = True,
+) -> tuple[list[list[float | None]], dict[int, str]]:
+    """Call R reward functions as `call_rewards` does, and go on without the groups whose rewards fail.
 
-    An async function runs in a thread with an event loop of its own, because this thread may be running one already, as
-    a notebook does. With `threaded`, every function runs in a thread: Python can't stop a function at its time limit,
-    but it can stop waiting for a thread. Otherwise the plain functions run in this thread, one after the other.
+    Args:
+        most: with more failed groups than this the run stops, so no others are looked for.
+        search: False: a function that raises is not called again; its error is raised, as by `call_rewards`.
+
+    Returns:
+        R lists of B values, and for each group that failed what went wrong. Its values are meaningless.
+
+    Raises:
+        ValueError: a row lacks a column that a function takes, or a function logged what can't be logged.
     """
-    started = time.monotonic() if started is None else started
-    in_thread = [threaded or is_async(function) for function in functions]
-    futures = [_in_thread(call) if away else None for call, away in zip(calls, in_thread, strict=True)]
-    results: list[Any] = [None if away else call() for call, away in zip(calls, in_thread, strict=True)]
-    for j, future in enumerate(futures):
-        if future is None and inspect.isawaitable(results[j]):  # a plain function returned another one's awaitable
-            future = _in_thread(functools.partial(lambda awaitable: awaitable, results[j]))
-        if future is None:
-            continue
-        left = None if timeout is None else max(0.0, started + timeout - time.monotonic())
-        try:
-            results[j] = future.result(left)
-        except concurrent.futures.TimeoutError:
-            if future.done():  # the function itself raised a TimeoutError
-                raise
-            raise ValueError(f"reward_timeout={timeout}: {name_of(functions[j])!r} takes longer than that") from None
-    return results
+    require_columns(functions, rows)
+    batch, failed = Batch(rows, completions, context), {}
+    outcomes = call_once(functions, batch, timeout, workers, started, go_on=True)
+    values = []
+    for function, outcome in zip(functions, outcomes, strict=True):
+        kept, why = outcome.values, {}
+        if outcome.error is not None and not search:
+            raise error_of(function, batch, outcome, None)
+        if outcome.failed:
+            kept, why = drop_failed(function, batch, outcome, partial(_again, function, timeout, workers), most)
+        values.append(kept)
+        failed = why | failed
+    batch.context.check_extra(len(completions))
+    return values, failed
 
 
-def _in_thread(call: Callable[[], Any]) -> concurrent.futures.Future:
-    """Start a call in a thread that does not keep the process alive. A coroutine that it returns runs there too."""
-    future: concurrent.futures.Future = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(awaited(call()))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
+def _again(function: RewardFunc, timeout: float | None, workers: RewardWorkers | None, part: Batch) -> Outcome:
+    """What comes of a function where it is called for a part of a batch, within the whole time limit."""
+    (outcome,) = call_once([function], part, timeout, workers)
+    return outcome

@@ -21,6 +21,13 @@ class CompletionError(ValueError):
         return self.message
 
 
+class WholeCallError(ValueError):
+    """A call failed as a whole: it took too long, its process died, or a server refuses all of its requests.
+
+    The function is not called again only to find a completion that is to blame.
+    """
+
+
 def name_of(function: Callable[..., Any] | str) -> str:
     """The name of a reward function.
 

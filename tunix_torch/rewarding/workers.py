@@ -20,7 +20,7 @@ from typing import Any
 
 from ..runtime import together
 from .context import LOG_EXTRA, LOG_METRIC, STATE, RewardContext
-from .values import CompletionError, numbers_of
+from .values import CompletionError, WholeCallError, numbers_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ class RewardWorkers:
             if interactive and b"__main__" in data:
                 raise self._import_error(f"{function!r:.80} is defined in an interactive session")
         self._functions, self._starting, self._starts, self._closed = functions, threading.Lock(), 0, False
+        self._over = False  # these processes have ended, or are given up, and the next call starts others
+        self._given_up = 0  # whoever waits for processes that were started so many times, or less, shall wait no more
         try:
             self._start()
         except BrokenProcessPool:
@@ -62,6 +64,7 @@ class RewardWorkers:
         arrived = [self._pool.submit(callable, function) for function in self._functions for _ in range(self.count)]
         self._processes = set(multiprocessing.active_children()) - before
         self._starts += 1
+        self._over = False
         for future in arrived:
             future.result()
 
@@ -74,6 +77,12 @@ class RewardWorkers:
                 self._kill()
                 self._start()
 
+    def give_up(self) -> None:
+        """Kill the processes in the middle of their calls, such as one that hangs. The next call starts others."""
+        with self._starting:
+            self._over, self._given_up = True, self._starts
+            self._kill()
+
     def _import_error(self, reason: object) -> ValueError:
         return ValueError(
             f"reward_processes={self.count}: a reward function can't be called in another process ({reason}); define "
@@ -83,7 +92,7 @@ class RewardWorkers:
     def submit(
         self,
         function: Callable[..., Any],
-        num_prompts: int,
+        places: Sequence[str],
         columns: dict[str, list[Any]],
         common: dict[str, Any] | None = None,
         context: RewardContext | None = None,
@@ -91,7 +100,8 @@ class RewardWorkers:
         """Start the calls of a function, one in each process, each with a part of the rows.
 
         Args:
-            num_prompts: N; the rows are N groups of equal size, side by side. A group is never cut.
+            places: where each of N rows comes from, for messages. The completions are N groups of equal size, side by
+                side. A group is never cut.
             columns: the arguments of the function, each with one value a row.
             common: those of its arguments that are for all rows, as `RewardContext.given` names them. Each process gets
                 a copy of the trainer's state, and log functions of its own.
@@ -99,10 +109,11 @@ class RewardWorkers:
 
         Returns:
             a function that waits for the calls and returns their values joined. If a call did not return one value a
-            row, its values are returned alone, for the caller to reject.
+            row, its values are returned alone, for the caller to reject. Where a process ends by itself, it calls once
+            more in new ones, and raises a `WholeCallError` where one of those does.
         """
         common, context = common or {}, context or RewardContext()
-        num_rows = len(next(iter(columns.values())))
+        num_rows, num_prompts = len(next(iter(columns.values()))), len(places)
         group_size, bounds = num_rows // num_prompts, [num_prompts * i // self.count for i in range(self.count + 1)]
         slices = [slice(a * group_size, b * group_size) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
 
@@ -111,22 +122,32 @@ class RewardWorkers:
             parts = [{name: values[part] for name, values in columns.items()} for part in slices]
             return [self._pool.submit(_call, function, part, *rest) for part in parts]
 
+        if self._over:
+            self._start_again(self._starts)
         starts, futures = self._starts, begin()
 
         def join() -> Any:
             try:
                 results = _results_of(slices, futures)
             except BrokenProcessPool:  # a process was killed, such as for its memory
+                if starts <= self._given_up:
+                    raise
                 self._start_again(starts)
                 logger.warning("A process that scores has ended by itself; %d new ones score these rows", self.count)
+                again = []
                 try:
-                    results = _results_of(slices, begin())
+                    again = begin()
+                    results = _results_of(slices, again)
                 except BrokenProcessPool:
+                    self._over = True
+                    lost = [part for part, future in zip(slices, again, strict=False) if future.exception()] or slices
+                    rows = [row for part in lost for row in places[part.start // group_size : part.stop // group_size]]
                     name = getattr(function, "__name__", type(function).__name__)
                     what = f"{name!r} scored the {num_rows} completions of {num_prompts} prompts"
-                    raise ValueError(
+                    raise WholeCallError(
                         f"reward_processes={self.count}: a process has ended by itself while {what}, and then another; "
-                        "the function may need more memory than there is, or end its process"
+                        "the function may need more memory than there is, or end its process. It did not get beyond "
+                        f"the completions of {_listed(rows)}"
                     ) from None
             joined: list[Any] = []
             for part, (values, metrics, extra) in zip(slices, results, strict=True):
@@ -195,6 +216,12 @@ def _results_of(slices: Sequence[slice], futures: Sequence[concurrent.futures.Fu
         except CompletionError as error:  # its number is that in the part
             raise CompletionError(part.start + error.number, error.message) from error
     return results
+
+
+def _listed(places: Sequence[str], most: int = 8) -> str:
+    """Names in a row, those after the first few as their number."""
+    shown = ", ".join(places[:most])
+    return shown if len(places) <= most else f"{shown} and {len(places) - most} others"
 
 
 def _begin(barrier: Barrier, parent: int) -> None:

@@ -63,6 +63,19 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def raise_together(problem: Exception | None) -> None:
+    """Raise on every process when one of them has a problem, so that none waits for it. All must call this.
+
+    It is raised as it is where it arose, and elsewhere as a ValueError that names the process.
+    """
+    said = gather(None if problem is None else f"{type(problem).__name__}: {problem}")
+    if problem is not None:
+        raise problem
+    for number, message in enumerate(said):
+        if message is not None:
+            raise ValueError(f"process {number}: {message}")
+
+
 def gather_rows(tensor: Tensor) -> Tensor:
     """A CPU tensor with the rows of every process: (R, ...) of each -> (sum of R, ...)."""
     return torch.cat(gather(tensor))

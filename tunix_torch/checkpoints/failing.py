@@ -1,0 +1,49 @@
+"""Saves what was learned before rewards failed, and says how the run goes on from there."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..rewarding.scorer import is_of_rewards
+from ..runtime import together
+from .whole import WholeCheckpoints
+
+logger = logging.getLogger(__name__)
+
+
+class SavesBeforeFailing(WholeCheckpoints):
+    """A trainer that saves a checkpoint before it stops because rewards failed."""
+
+    @contextlib.contextmanager
+    def saving_when_rewards_fail(self) -> Iterator[None]:
+        """When reward functions or the judge raise within this context, save what was learned before.
+
+        They are called between steps, so the weights are those of the last whole step. All processes raise together.
+        """
+        try:
+            yield
+        except Exception as error:
+            if is_of_rewards(error) and self.is_in_train:
+                error.add_note(self._saved_before_failure())
+            raise
+
+    def _saved_before_failure(self) -> str:
+        """Save a checkpoint of the last step, if there was one. Returns how the run goes on, for a message."""
+        step = self.state.global_step
+        skip = "; on_reward_error='skip_group' would train on without the groups for which a function fails"
+        skip = "" if self.args.drops_failed_groups else skip
+        if step == 0:
+            return f"No step was taken before. Mend the function and start again{skip}"
+        if self.args.save_strategy == "no":
+            return f"save_strategy='no': nothing is saved of the {step} steps before{skip}"
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if not together.anyone(folder.exists()):  # else the step has saved it already
+            try:
+                self._save_checkpoint(self.model, None)
+            except OSError as problem:  # such as a full disk, which must not hide why scoring failed
+                return f"No checkpoint could be written of step {step}: {problem}"
+        how = "Mend the function, and resume: --resume_from_checkpoint latest, or train(resume_from_checkpoint=True)"
+        if together.is_first():
+            logger.warning("Scoring failed in step %d; %s holds everything before. %s", step + 1, folder, how)
+        return f"{folder} holds everything before step {step + 1}. {how}{skip}"
