@@ -24,9 +24,52 @@ ALL = REWARDS | PRESET_REWARDS
 
 # What mathematics, and the tags around it, are made of.
 PIECES = (
-    *("\\frac{", "\\frac12", "\\dfrac", "\\sqrt{", "\\sqrt[", "\\binom", "\\left(", "\\right)", "{", "}", "(", ")", "["),
-    *("]", "\\{", "\\}", "^", "_", "x", "e", "i", "\\pi", "\\log_", "\\sin ", "\\ln", "\\exp", "\\pm", "\\cup", "|", "!"),
-    *("\\begin{pmatrix}", "\\\\", "&", "\\end{pmatrix}", "\\text{ cm}", "\\boxed{", ".\\overline{3}", "\\$", "\\,", "$"),
+    *(
+        "\\frac{",
+        "\\frac12",
+        "\\dfrac",
+        "\\sqrt{",
+        "\\sqrt[",
+        "\\binom",
+        "\\left(",
+        "\\right)",
+        "{",
+        "}",
+        "(",
+        ")",
+        "[",
+    ),
+    *(
+        "]",
+        "\\{",
+        "\\}",
+        "^",
+        "_",
+        "x",
+        "e",
+        "i",
+        "\\pi",
+        "\\log_",
+        "\\sin ",
+        "\\ln",
+        "\\exp",
+        "\\pm",
+        "\\cup",
+        "|",
+        "!",
+    ),
+    *(
+        "\\begin{pmatrix}",
+        "\\\\",
+        "&",
+        "\\end{pmatrix}",
+        "\\text{ cm}",
+        "\\boxed{",
+        ".\\overline{3}",
+        "\\$",
+        "\\,",
+        "$",
+    ),
     *(" million", " km", "%", "°", " and ", "<", "\\in", "=", "+", "*", "/", "9", "2^", "10^{99}", "0.5", "1e5", "½"),
     *("1 1/2", "1,000,000", "f(x)", "x_1", "sin", "pi", "∞", "≤", "therefore ", "Step 1: ", "let me ", ". ", "\n"),
 )
@@ -39,7 +82,14 @@ def mathematics(rng, depth=0):
     one, other = mathematics(rng, depth + 1), mathematics(rng, depth + 1)
     forms = ["({})", "{{{}}}", "\\frac{{{}}}{{{}}}", "{}+{}", "{}-{}", "{}*{}", "{}/{}", "{}^{{{}}}", "\\sqrt{{{}}}"]
     forms += ["\\sqrt[{}]{{{}}}", "({},{})", "\\{{{},{}\\}}", "|{}|", "{}!", "\\sin({})", "\\log_{{{}}}({})", "\\pm {}"]
-    forms += ["\\binom{{{}}}{{{}}}", "{}={}", "[{},{})", "\\begin{{pmatrix}}{}&{}\\end{{pmatrix}}", "\\exp({})", "{} {}"]
+    forms += [
+        "\\binom{{{}}}{{{}}}",
+        "{}={}",
+        "[{},{})",
+        "\\begin{{pmatrix}}{}&{}\\end{{pmatrix}}",
+        "\\exp({})",
+        "{} {}",
+    ]
     return rng.choice(forms).format(one, other)
 
 
@@ -126,7 +176,9 @@ def test_answers_are_equal_where_they_have_one_value():
         (value, written), (another, also_written) = number(rng), number(rng)
         if rng.random() < 0.5:
             another = value
-            also_written = f"\\frac{{{value.numerator}}}{{{value.denominator}}}" if value.denominator > 1 else f"{value}.0"
+            also_written = (
+                f"\\frac{{{value.numerator}}}{{{value.denominator}}}" if value.denominator > 1 else f"{value}.0"
+            )
         equal = math_equal(written, also_written)
         assert equal == (value == another), (written, also_written)
         read = parse_number(one)

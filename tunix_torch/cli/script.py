@@ -69,8 +69,15 @@ def fail(message: str) -> NoReturn:
     if "tqdm" in sys.modules:  # a progress bar would share the line, and be drawn again after it
         for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
             bar.close()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+def one_line(message: str) -> str:
+    """A message as one line of letters that a terminal shows. Line ends and codes from a user's data are not printed
+    as they are."""
+    letters = " ".join(message.split())
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in letters)
 
 
 def check_output_file(name: str, file: Path | None) -> None:
@@ -106,7 +113,7 @@ def run_script(main: Callable[[], None]) -> None:
         if isinstance(error, BrokenPipeError):  # whoever read the output has ended, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more as it ends
             sys.exit(128 + signal.SIGPIPE)
-        print(f"\nerror: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"\nerror: {one_line(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -128,6 +128,9 @@ NOT_FOR_US = (
     "fsdp",
 )
 
+# Fields of `TrainingArguments` whose values it hands on to other libraries, or reads from a file, unchecked.
+PASSED_ON = ("accelerator_config", "ddp_backend", "ddp_timeout", "fsdp_config", "log_level", "parallelism_config")
+
 # Arguments of `apply_chat_template` that the library gives itself.
 OWN_TEMPLATE_ARGUMENTS = (
     "conversation",

@@ -1,6 +1,5 @@
 """`GRPOConfig`: every setting of `TunixTrainer`, on top of `transformers.TrainingArguments`."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from ..grpo import LOSS_AGGREGATIONS, LOSS_TYPES
 from ..runtime import device as process_device
 from ..runtime import mesh, together
 from ..runtime.choice import KINDS
-from .checks import WITH_REFERENCE, check_template_kwargs, check_values
+from .checks import PASSED_ON, WITH_REFERENCE, check_template_kwargs, check_values
+from .files import NotJSON, parse_json
 from .generation import read_generation_kwargs
 from .loss import loss_type_of
 from .settings import accept_aliases, check_types, require, setting
@@ -234,7 +234,7 @@ class GRPOConfig(TrainingArguments):
         check_values(self)
         self._resolve()
         together.join_hosts(*mesh.hosts())
-        super().__post_init__()
+        self._check_inherited()
         if self.follows_metric:  # by default these schedules take every metric for a loss
             mode = {"mode": "max" if self.greater_is_better else "min"}
             self.lr_scheduler_kwargs = mode | (self.lr_scheduler_kwargs or {})
@@ -397,14 +397,34 @@ class GRPOConfig(TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, str) and value.startswith("{"):
                 try:
-                    setattr(self, name, json.loads(value))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{name}={value!r}: not valid JSON: {error}") from error
+                    setattr(self, name, parse_json(value))
+                except NotJSON as error:
+                    raise ValueError(f"{name}={value!r}: {error}") from error
         value = self.lr_scheduler_kwargs
         hint = 'expected names and values, such as {"num_cycles": 2}'
         require(value is None or isinstance(value, dict), "lr_scheduler_kwargs", value, hint)
         if self.chat_template_kwargs is not None:
             check_template_kwargs(self.chat_template_kwargs)
+
+    def _check_inherited(self) -> None:
+        """Let `transformers.TrainingArguments` check and resolve its settings, and name them where its error does not.
+
+        Raises:
+            ValueError: a setting is not possible.
+        """
+        try:
+            super().__post_init__()
+        except Exception as error:  # of files that a setting names, of other libraries
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, ValueError) and any(name in reason for name in TrainingArguments.__dataclass_fields__):
+                raise ValueError(reason) from error
+            values = ((name, getattr(self, name)) for name in PASSED_ON)
+            given = [f"{name}={value!r:.80}" for name, value in values if value != type(self)._default(name)]
+            raise ValueError(f"{', '.join(given) or 'a setting of TrainingArguments'}: {reason}") from error
+
+    @classmethod
+    def _default(cls, name: str) -> Any:
+        return cls.__dataclass_fields__[name].default
 
     def _resolve(self) -> None:
         """Fill in the fields that follow from other fields."""
