@@ -1,4 +1,4 @@
-"""`requirements.lock` holds what `requirements.txt` asks for, with hashes, so that `make setup` is the same everywhere."""
+"""`requirements.lock` holds what `requirements.txt` asks for, with hashes, so that every `make setup` is the same."""
 
 import re
 from pathlib import Path

@@ -16,6 +16,7 @@ from .checks import PASSED_ON, WITH_REFERENCE, check_template_kwargs, check_valu
 from .files import NotJSON, parse_json
 from .generation import read_generation_kwargs
 from .loss import loss_type_of
+from .services import blamed_on_inherited
 from .settings import accept_aliases, check_types, require, setting
 
 SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # these follow `metric_for_best_model`
@@ -234,16 +235,8 @@ class GRPOConfig(TrainingArguments):
         check_values(self)
         self._resolve()
         together.join_hosts(*mesh.hosts())
-        self._check_inherited()
-        if self.follows_metric:  # by default these schedules take every metric for a loss
-            mode = {"mode": "max" if self.greater_is_better else "min"}
-            self.lr_scheduler_kwargs = mode | (self.lr_scheduler_kwargs or {})
-        if self.accelerator_config.dispatch_batches is None:
-            self.accelerator_config.dispatch_batches = False  # rows hold texts, which a process can't send to others
-        self._n_gpu = min(1, self.n_gpu)  # one process, one GPU: Trainer would split batches over all that it sees
-        # Trainer reads `device`, a property of TrainingArguments that our field replaces. With several processes
-        # Accelerate calls the CPU "cpu:0", which torch.load doesn't know, so it is "cpu" here.
-        self.device = torch.device("cpu") if self._setup_devices.type == "cpu" else self._setup_devices
+        with blamed_on_inherited(self, PASSED_ON):
+            self._resolve_inherited()
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `TrainingArguments.to_dict` does, but with the device as the word that was asked for."""
@@ -406,25 +399,18 @@ class GRPOConfig(TrainingArguments):
         if self.chat_template_kwargs is not None:
             check_template_kwargs(self.chat_template_kwargs)
 
-    def _check_inherited(self) -> None:
-        """Let `transformers.TrainingArguments` check and resolve its settings, and name them where its error does not.
-
-        Raises:
-            ValueError: a setting is not possible.
-        """
-        try:
-            super().__post_init__()
-        except Exception as error:  # of files that a setting names, of other libraries
-            reason = " ".join(str(error).split()) or type(error).__name__
-            if isinstance(error, ValueError) and any(name in reason for name in TrainingArguments.__dataclass_fields__):
-                raise ValueError(reason) from error
-            values = ((name, getattr(self, name)) for name in PASSED_ON)
-            given = [f"{name}={value!r:.80}" for name, value in values if value != type(self)._default(name)]
-            raise ValueError(f"{', '.join(given) or 'a setting of TrainingArguments'}: {reason}") from error
-
-    @classmethod
-    def _default(cls, name: str) -> Any:
-        return cls.__dataclass_fields__[name].default
+    def _resolve_inherited(self) -> None:
+        """Let `transformers.TrainingArguments` check and fill in its fields, then mend what would not fit here."""
+        super().__post_init__()
+        if self.follows_metric:  # by default these schedules take every metric for a loss
+            mode = {"mode": "max" if self.greater_is_better else "min"}
+            self.lr_scheduler_kwargs = mode | (self.lr_scheduler_kwargs or {})
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False  # rows hold texts, which a process can't send to others
+        self._n_gpu = min(1, self.n_gpu)  # one process, one GPU: Trainer would split batches over all that it sees
+        # Trainer reads `device`, a property of TrainingArguments that our field replaces. With several processes
+        # Accelerate calls the CPU "cpu:0", which torch.load doesn't know, so it is "cpu" here.
+        self.device = torch.device("cpu") if self._setup_devices.type == "cpu" else self._setup_devices
 
     def _resolve(self) -> None:
         """Fill in the fields that follow from other fields."""

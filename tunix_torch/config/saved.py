@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .data import DataConfig
-from .files import write_whole
+from .files import load_config, write_whole
 from .grpo import GRPOConfig
 from .model import ModelConfig
 
@@ -179,14 +180,14 @@ def check_same_run(settings: dict[str, Any], checkpoint: str | Path) -> None:
     A setting that is missing on either side has its default.
 
     Raises:
-        ValueError: a setting differs.
+        ValueError: a setting differs, or the file with the earlier ones can't be read.
     """
     path = config_file(Path(checkpoint).parent)
-    if not path.is_file():  # `train` did not start this run
+    if not os.path.lexists(path):  # `train` did not start this run
         return
     fields = [field for config in (ModelConfig, DataConfig, GRPOConfig) for field in dataclasses.fields(config)]
     defaults = {field.name: _default_of(field) for field in fields if field.init}
-    earlier = defaults | json.loads(path.read_text())
+    earlier = defaults | load_config(path)
     now = defaults | json.loads(json.dumps(settings))
     for name in sorted(defaults.keys() - {*MAY_CHANGE, *NOT_SAVED}):
         added = name in MAY_BE_ADDED and None in (now[name], earlier[name])

@@ -83,6 +83,11 @@ def normalize_row(
     question, turns, learn = seen[column], "", column if column in (MESSAGES, TEXT) else ""
     if learn == MESSAGES:
         question, turns = _check_conversation(question, where), MESSAGES
+    elif learn == TEXT and not isinstance(question, str):
+        raise ValueError(
+            f"{where}: the column {TEXT} is a {type(question).__name__}, expected a text; for messages there "
+            f"is {MESSAGES}"
+        )
     elif isinstance(question, str):
         check_encodable(question, where, "the text" if learn else "the question")
     else:

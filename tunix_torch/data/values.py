@@ -73,7 +73,7 @@ def rows_of_arrow(batches: Iterable[pyarrow.RecordBatch], schema: pyarrow.Schema
     for batch in batches:
         batch.validate(full=True)
         try:
-            rows = batch.to_pylist()
-        except (OverflowError, ValueError) as error:  # a date beyond the year 9999
+            rows = [plain_row(row, to_convert) for row in batch.to_pylist()]
+        except (OverflowError, ValueError) as error:  # a date beyond the year 9999, the number of no class
             raise pyarrow.ArrowInvalid(f"a value can't be read: {error}") from error
-        yield from (plain_row(row, to_convert) for row in rows)
+        yield from rows

@@ -14,6 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from .forward import adapters_in_use, base_model, own_layer
 
+ADAPTER_CONFIG = "adapter_config.json"
 REFERENCE_FILE = "reference.safetensors"  # in a checkpoint: the adapter of the reference policy, if it has one
 ROWS_AT_ONCE = 2**14  # of embeddings that are compared at a time
 
@@ -119,13 +120,30 @@ def check_same_lora(adapter: LoraConfig, folder: str | Path) -> None:
     Raises:
         ValueError: they would be scaled by another factor, or belong to another kind of LoRA.
     """
-    if not (Path(folder) / "adapter_config.json").is_file():
+    if not (Path(folder) / ADAPTER_CONFIG).is_file():
         return
-    saved = PeftConfig.from_pretrained(str(folder))
+    saved = read_lora(folder)
     for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
         given, there = getattr(adapter, name), getattr(saved, name, None)
         if given != there:
             raise ValueError(f"{name}={given!r}: the LoRA in {folder} has {there!r}; give that")
+
+
+def read_lora(folder: str | Path) -> LoraConfig:
+    """The LoRA that the adapter_config.json of a folder describes.
+
+    Raises:
+        ValueError: it can't be read, or describes no LoRA.
+    """
+    path = Path(folder) / ADAPTER_CONFIG
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # PEFT takes what the file holds as arguments, unchecked
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} can't be read: {reason}") from error
+    if not isinstance(config, LoraConfig) or not isinstance(config.base_model_name_or_path, str | None):
+        raise ValueError(f"{path} describes no LoRA")
+    return config
 
 
 def embedding_weights(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -20,6 +20,7 @@ from ..config.model import ModelConfig
 from ..runtime import device, mesh
 from ..runtime.sharding import shard_model
 from . import tiny
+from .adapter import ADAPTER_CONFIG, read_lora
 from .forward import base_model, own_layer
 
 logger = logging.getLogger(__name__)
@@ -142,10 +143,17 @@ def lora_config(config: ModelConfig) -> LoraConfig:
 
 
 def base_model_name(name: str) -> str:
-    """The base model that an adapter's folder names. Any other name is returned as it is."""
-    if not (Path(name) / "adapter_config.json").is_file():
+    """The base model that an adapter's folder names. Any other name is returned as it is.
+
+    Raises:
+        ValueError: the adapter's config can't be read, or names no base model.
+    """
+    if not (Path(name) / ADAPTER_CONFIG).is_file():
         return name
-    return LoraConfig.from_pretrained(name).base_model_name_or_path
+    base = read_lora(name).base_model_name_or_path
+    if not base:
+        raise ValueError(f"model_name={name!r}: its {ADAPTER_CONFIG} does not name the base model")
+    return base
 
 
 def load_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel | PeftModel:
