@@ -638,7 +638,7 @@ def test_stream_reads_no_more_than_is_drawn_and_its_window(tmp_path, monkeypatch
     monkeypatch.setattr("tunix_torch.data.sources.SHUFFLE_BUFFER", 10)
     path, pulled = write_rows(tmp_path / "a.jsonl", ROWS * 1000), []
     monkeypatch.setattr(
-        "tunix_torch.data.files.json.loads", lambda line: pulled.append(line) or {"question": "q", "answer": "1"}
+        "tunix_torch.data.files.parse_json", lambda line: pulled.append(line) or {"question": "q", "answer": "1"}
     )
     stream, _ = load_data(DataConfig(data_path=path, streaming=True), seed=0)
     assert len(pulled) <= 2

@@ -66,7 +66,7 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     known = TrainerState.__dataclass_fields__
     good = isinstance(state, dict) and state.keys() <= known.keys()
     good = good and _is_count(state.get("global_step")) and isinstance(state.get("stateful_callbacks"), dict)
-    rows = state.get("log_history") if good else None
+    rows = state.get("log_history", []) if good else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and _is_count(row.get("step")) for row in rows):
         raise ValueError(f"{path} is not the state of a run")
     return state
