@@ -15,6 +15,9 @@ READ_BY_TORCH, READ_BY_SAFETENSORS = (".pt", ".pth"), ".safetensors"
 READ_BY_RUNS = (*READ_BY_TORCH, READ_BY_SAFETENSORS, ".bin", ".pkl", ".json")
 
 
+COULD_RUN_CODE = "holds more than tensors and numbers, which could run code as it is read"
+
+
 def unreadable(folder: Path) -> str | None:
     """Which file a run would fail to read, and why, in a few words; None: it can read all.
 
@@ -23,20 +26,23 @@ def unreadable(folder: Path) -> str | None:
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         try:
             if path.suffix in READ_BY_TORCH:
-                _look_by_torch(path)
+                load_plain(path, mmap=True)
             elif path.suffix == READ_BY_SAFETENSORS:
                 with safe_open(path, framework="pt") as file:
                     file.keys()
         except UnpicklingError:
-            return f"{path.name} holds more than tensors and numbers, which could run code as it is read"
+            return f"{path.name} {COULD_RUN_CODE}"
         except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return f"{path.name} can't be read: {reason}"
     return None
 
 
-def _look_by_torch(path: Path) -> None:
-    """Unpickle what `torch.save` wrote, by the unpickler that makes tensors and numbers only.
+def load_plain(path: Path, mmap: bool = False) -> Any:
+    """What `torch.save` wrote, by the unpickler that makes tensors and numbers only; tensors are on the CPU.
+
+    Args:
+        mmap: read the tensors of the result when they are used.
 
     Raises:
         UnpicklingError: there is anything else in it.
@@ -47,7 +53,7 @@ def _look_by_torch(path: Path) -> None:
     if not zipfile.is_zipfile(path):
         raise ValueError("torch.save has not written it, or not all of it is there")
     with safe_globals():
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:

@@ -515,7 +515,9 @@ def _load(name: str, args: "GRPOConfig", is_frozen: bool) -> PreTrainedModel | P
         dtype = getattr(torch, dtype)
     for harmless in ("attn_implementation", "device_map"):  # the forward pass and the device are this library's own
         kwargs.pop(harmless, None)
+    hint = "code of the hub is not run; load the model yourself, and give that"
+    require(not kwargs.pop("trust_remote_code", False), "model_init_kwargs", args.model_init_kwargs, hint)
     if not kwargs and dtype != "auto":
         return load_model(name, dtype)
     with blamed_on("model_init_kwargs", args.model_init_kwargs):
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **kwargs)

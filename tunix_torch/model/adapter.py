@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -225,6 +225,15 @@ def save_reference(weights: dict[str, Tensor], checkpoint: str | Path) -> None:
 
 
 def load_reference(checkpoint: str | Path, device: torch.device) -> dict[str, Tensor] | None:
-    """The matrices that `save_reference` wrote; None where it wrote none."""
+    """The matrices that `save_reference` wrote; None where it wrote none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     file = Path(checkpoint) / REFERENCE_FILE
-    return {name: weight.to(device) for name, weight in load_file(file).items()} if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return {name: weight.to(device) for name, weight in load_file(file).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} can't be read: {error}") from error

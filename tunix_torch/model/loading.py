@@ -7,12 +7,13 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from peft.utils.other import ModulesToSaveWrapper
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -65,7 +66,12 @@ def _hub_errors(name: str) -> Iterator[None]:
     """Turn whatever goes wrong when a model is loaded into a ValueError of one line."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except UnpicklingError as error:
+        reason = "its weights are a pickle with more than tensors in it, which could run code; give it as safetensors"
+        raise ValueError(f"model_name={name!r} could not be loaded: {reason}") from error
+    except (
+        Exception
+    ) as error:  # what a damaged config or tokenizer makes Transformers and PEFT do is not foreseen there
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "check the name, accept the licence on huggingface.co and run `hf auth login`, or give a local folder"
         raise ValueError(f"model_name={name!r} could not be loaded: {reason} ({hint})") from error
@@ -79,7 +85,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     path = resolve_model_name(name)
     with _hub_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -97,11 +103,15 @@ def load_base_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedMo
     """
     path = resolve_model_name(name)
     with _hub_errors(name):
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         # sdpa has no soft-cap on attention scores, so Gemma 2 would be silently wrong with it
         attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
         model, loading = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or default_dtype(), attn_implementation=attention, output_loading_info=True
+            path,
+            dtype=dtype or default_dtype(),
+            attn_implementation=attention,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     _require_all(name, loading["missing_keys"])  # Transformers would fill them in at random
     if model.config.model_type not in TESTED_MODEL_TYPES:
