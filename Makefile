@@ -6,7 +6,7 @@ AUDIT := .venv-audit
 
 .PHONY: help setup train train-quick train-show-config train-sweep evaluate check-device test test-all test-slow test-plans crosscheck bench config lint format \
 	tensorboard clean
-.PHONY: fuzz lock audit
+.PHONY: fuzz lock audit  # of what comes from outside: input, packages
 .DEFAULT_GOAL := help
 
 help:  ## list the targets

@@ -84,7 +84,9 @@ def _parse_yaml(text: str, path: Path) -> object:
     from .yaml_loader import SettingsLoader
 
     try:
-        settings = yaml.load(text, SettingsLoader)
+        loader = SettingsLoader(text)
+        node = loader.get_single_node()
+        settings = {} if node is None else loader.construct_document(node)  # an empty file sets nothing
     except (
         yaml.YAMLError,
         ValueError,
