@@ -67,7 +67,7 @@ test-plans: setup  ## every recipe compiled for its slice, and the extrapolation
 	TUNIX_DEVICE=cpu $(BIN)/python -m pytest -m slow -s tests/preflight/test_preflight.py
 
 fuzz: setup  ## rows, settings, flags, answers and checkpoints at random, 10,000 cases each (CASES=500: fewer)
-	TUNIX_DEVICE=cpu TUNIX_FUZZ_CASES=$(or $(CASES),10000) $(BIN)/python -m pytest -m thorough tests/fuzz $(ARGS)
+	TUNIX_DEVICE=cpu TUNIX_FUZZ_CASES=$(or $(CASES),10000) $(BIN)/python -m pytest -s -m thorough tests/fuzz $(ARGS)
 
 $(AUDIT)/.installed: Makefile
 	test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
