@@ -1,10 +1,12 @@
-# Everything runs in .venv, which `make setup` creates; it does nothing when requirements.txt has not changed.
+# Everything runs in .venv, which `make setup` creates; it does nothing when the requirements have not changed.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
+AUDIT := .venv-audit
 
 .PHONY: help setup train train-quick train-show-config train-sweep evaluate check-device test test-all test-slow test-plans crosscheck bench torture soak config lint format \
 	tensorboard clean
+.PHONY: fuzz lock audit  # of what comes from outside: input, packages
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -12,10 +14,15 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## create .venv and install the pinned requirements (4 to 6 minutes, 9 GB)
 
-$(STAMP): requirements.txt
+# requirements.lock is for one platform; on any other, pip chooses what requirements.txt leaves open.
+HAS_LOCK := $(BIN)/python -c "import platform as p, sys; \
+	sys.exit((p.system(), p.machine(), sys.version_info[:2]) != ('Linux', 'x86_64', (3, 11)))"
+
+$(STAMP): requirements.txt requirements.lock
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or later is needed: make PYTHON=..."; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	if $(HAS_LOCK); then $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock; \
+	else $(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt; fi
 	touch $(STAMP)
 
 train: setup  ## the main job: a small Gemma learns arithmetic by GRPO (ARGS="--max_steps 20" adds flags)
@@ -58,6 +65,21 @@ test-slow: setup  ## whole jobs and every mesh, on the CPU and through XLA (abou
 
 test-plans: setup  ## every recipe compiled for its slice, and the extrapolation checked (an hour; later runs are cached)
 	TUNIX_DEVICE=cpu $(BIN)/python -m pytest -m slow -s tests/preflight/test_preflight.py
+
+fuzz: setup  ## rows, settings, flags, answers and checkpoints at random, 10,000 cases each (CASES=500: fewer)
+	TUNIX_DEVICE=cpu TUNIX_FUZZ_CASES=$(or $(CASES),10000) $(BIN)/python -m pytest -s -m thorough tests/fuzz $(ARGS)
+
+$(AUDIT)/.installed: Makefile
+	test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1
+	touch $@
+
+lock: $(AUDIT)/.installed  ## write requirements.lock anew after requirements.txt changed (ARGS=--upgrade: all to the newest)
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(AUDIT)/bin/uv pip compile --quiet --no-annotate --generate-hashes $(ARGS) \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_31 requirements.txt -o requirements.lock
+
+audit: $(AUDIT)/.installed  ## known vulnerabilities of the packages in requirements.lock, by PyPI's list; needs a network
+	$(AUDIT)/bin/pip-audit --strict --progress-spinner off --disable-pip --require-hashes -r requirements.lock
 
 crosscheck: setup  ## the same batches through Google's Tunix on JAX, TRL and this library (six minutes; ARGS="--cases gspo")
 	$(BIN)/python -m crosscheck $(ARGS)

@@ -72,6 +72,22 @@ def test_a_checkpoint_without_a_manifest_still_resumes(model_folder, finished, f
     assert adapter(folder) == adapter(finished)
 
 
+def test_a_folder_whose_name_only_looks_like_a_number_is_no_checkpoint(tmp_path):
+    """Regression: Python counts a superscript among the digits, and can't make a number of it."""
+    for name in ("checkpoint-2", "checkpoint-\u00b2", "checkpoint-\u0663", "checkpoint-", "checkpoint--1"):
+        (tmp_path / name).mkdir()
+    assert [folder.name for folder in checkpoints_of(tmp_path)] == ["checkpoint-2"]
+
+
+def test_a_file_that_was_not_written_is_not_read(folder):
+    """A run would take batches that wait, or a reference policy, from a file that someone put there."""
+    for name in ("waiting_batches_0.pt", "reference.safetensors", "scaler.pt"):
+        shutil.copy(folder / "checkpoint-4" / "optimizer.pt", folder / "checkpoint-4" / name)
+        assert why_not_whole(folder / "checkpoint-4") == f"{name} is not one of the files that were written"
+        (folder / "checkpoint-4" / name).unlink()
+    assert why_not_whole(folder / "checkpoint-4") is None
+
+
 def test_a_changed_final_adapter_is_noticed(folder):
     assert damage(folder) is None
     flip(folder / "adapter_model.safetensors")

@@ -61,11 +61,38 @@ def test_pretty_printed_json_object_is_refused_with_a_line(tmp_path):
         ("a.json", "[]", "no rows"),
         ("a.json", "[1, 2]", "row 1: expected an object"),
         ("a.jsonl", '"text"\n', "row 1: expected an object"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', "a.jsonl, line 2: not valid JSON: the name 'a' is there twice"),
+        ("a.json", "[" * 100_000, "a.json: not valid JSON: nested too deeply"),
+        ("a.jsonl", f'{{"a": {"9" * 5000}}}\n', "a.jsonl, line 1: not valid JSON: .*4300"),
     ],
 )
 def test_bad_files_are_one_clear_line(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message):
         load_rows(write(tmp_path / name, text))
+
+
+def test_a_damaged_arrow_file_is_one_line_and_does_not_end_the_process(tmp_path):
+    """Regression: an offset of a text that points beyond the texts was a segmentation fault."""
+    table, path = pyarrow.table({"question": ["a" * 63, "b"]}), tmp_path / "a.arrow"
+    with pyarrow.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+    content, offset = path.read_bytes(), (63).to_bytes(4, "little")  # where the second text begins
+    assert content.count(offset) == 1
+    path.write_bytes(content.replace(offset, b"\xff\xff\xff\x7f"))
+    with pytest.raises(ValueError, match="a.arrow': damaged"):
+        load_rows(str(path))
+
+
+def test_a_flipped_bit_in_parquet_is_noticed_where_there_are_checksums(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"question": ["six times twelve"]})
+    kept = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pyarrow.parquet.write_table(table, path, write_page_checksum=True, **kept)
+    content = path.read_bytes()
+    assert content.count(b"six times") == 1
+    path.write_bytes(content.replace(b"six times", b"sip times"))
+    with pytest.raises(ValueError, match="a.parquet': damaged"):
+        load_rows(str(path))
 
 
 def test_missing_file_is_named(tmp_path):
@@ -638,7 +665,7 @@ def test_stream_reads_no_more_than_is_drawn_and_its_window(tmp_path, monkeypatch
     monkeypatch.setattr("tunix_torch.data.sources.SHUFFLE_BUFFER", 10)
     path, pulled = write_rows(tmp_path / "a.jsonl", ROWS * 1000), []
     monkeypatch.setattr(
-        "tunix_torch.data.files.json.loads", lambda line: pulled.append(line) or {"question": "q", "answer": "1"}
+        "tunix_torch.data.files.parse_json", lambda line: pulled.append(line) or {"question": "q", "answer": "1"}
     )
     stream, _ = load_data(DataConfig(data_path=path, streaming=True), seed=0)
     assert len(pulled) <= 2

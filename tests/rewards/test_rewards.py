@@ -512,3 +512,12 @@ def test_example_prints_the_expected_rows():
     assert [row[0] for row in rows if row and row[0] in ("right", "malformed", "wrong", "rambling")] == (
         ["right", "malformed", "wrong", "rambling"] * 2
     )
+
+
+def test_a_whole_number_beyond_the_range_of_a_float_is_judged_exactly():
+    """Regression: it was an OverflowError. Beyond what Python writes as a text, it is refused."""
+    number = 10**400 + 1
+    for wanted, equal in ((number, 1.0), (number + 1, 0.0)):
+        assert correctness_reward(["?"], [f"<answer>{number}</answer>"], answer=[wanted]) == [equal]
+    with pytest.raises(ValueError, match="answer: a number of more than 4,000 digits"):
+        correctness_reward(["?"], ["<answer>1</answer>"], answer=[10**5000])

@@ -239,8 +239,9 @@ def test_a_run_that_has_not_ended_names_its_checkpoint(tmp_path, command):
     checkpoint = tmp_path / "unended" / "checkpoint-3"
     checkpoint.parent.mkdir()
     (tmp_path / "run").rename(checkpoint)
-    for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json"):
-        (checkpoint / name).write_text("{}")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.save({}, checkpoint / name)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 3, "stateful_callbacks": {}}')
     refused(command(tmp_path / "unended", "--merged", tmp_path / "merged"), "has not ended", "checkpoint-3")
     assert command(checkpoint, "--merged", tmp_path / "merged")[0] == 0
 

@@ -54,6 +54,9 @@ def test_a_number_with_an_exponent_is_a_number_in_yaml(tmp_path):
         ("a.yml", "7\n", "a.yml: expected names and values"),
         ("a.json", '{"seed": 1,\n}', "a.json, line 2: not valid JSON"),
         ("a.json", "[1]", "a.json: expected names and values"),
+        ("a.json", '{"seed": 1, "seed": 2}', "a.json: not valid JSON: the name 'seed' is there twice"),
+        ("a.yaml", "1: 2\n", "a.yaml: expected names and values"),
+        ("a.yaml", "seed: \x00\n", "a.yaml: not valid YAML: "),
         ("b.json", None, "b.json': no such file"),
     ],
 )

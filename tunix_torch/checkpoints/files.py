@@ -1,16 +1,14 @@
 """Finds the newest whole checkpoint of a run, and tells whether a run is finished."""
 
 import hashlib
-import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from .contents import STATE_FILE, evaluations_waited, read_state, unreadable
+from .manifest import damage, not_listed
 
-from .manifest import damage
-
-STATE_FILE = "trainer_state.json"
 # The files of what is saved: those of an adapter, of a whole model, or of one whose weights lie in several files.
 LAYOUTS = (
     ("adapter_config.json", "adapter_model.safetensors"),
@@ -26,8 +24,8 @@ def _missing(folder: Path, names: Sequence[str]) -> list[str]:
 def why_not_whole(folder: str | Path) -> str | None:
     """Why a run can't be resumed from a folder, in a few words; None: it can.
 
-    A checkpoint has all the files that resuming reads, and their content is what its manifest says. One that an early
-    version wrote has no manifest; then the files must be there, and the last one that was written must be readable.
+    A checkpoint has all the files that resuming reads, their content is what its manifest says, and there is no other
+    file that would be read. One that an early version wrote has no manifest. In either case the files must be readable.
     """
     folder = Path(folder)
     missing = min((_missing(folder, layout) for layout in LAYOUTS), key=len)
@@ -35,21 +33,13 @@ def why_not_whole(folder: str | Path) -> str | None:
     if missing:
         return f"{missing[0]} is missing"
     try:
-        json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        reason = damage(folder) or not_listed(folder)
+        if reason is None:
+            evaluations_waited(read_state(folder))
+            reason = unreadable(folder)
     except (OSError, ValueError) as error:
-        return f"{STATE_FILE} can't be read: {error}"
-    return damage(folder) or _cut_short(folder)
-
-
-def _cut_short(folder: Path) -> str | None:
-    """Which file of weights ends before its end, in a few words; None: none does. It matters without a manifest."""
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass  # the header is read, and compared with the length of the file
-        except (OSError, SafetensorError) as error:
-            return f"{path.name} can't be read: {error}"
-    return None
+        return " ".join(str(error).split())
+    return reason
 
 
 def is_whole(folder: str | Path) -> bool:
@@ -62,7 +52,7 @@ def checkpoints_of(output_dir: str | Path) -> list[Path]:
     numbered = [
         (int(folder.name.removeprefix("checkpoint-")), folder)
         for folder in Path(output_dir).glob("checkpoint-*")
-        if folder.name.removeprefix("checkpoint-").isdigit() and folder.is_dir()
+        if re.fullmatch("checkpoint-[0-9]{1,18}", folder.name) and folder.is_dir()
     ]
     return [folder for _, folder in sorted(numbered, reverse=True)]
 
@@ -86,7 +76,7 @@ def has_final_files(output_dir: str | Path) -> bool:
     """Whether a run wrote what it has trained there, and after that its state, and all is still what was written."""
     folder, others = Path(output_dir), ("tokenizer_config.json", STATE_FILE)
     there = any(not _missing(folder, (*layout, *others)) for layout in LAYOUTS)
-    return there and damage(folder) is None and _cut_short(folder) is None
+    return there and damage(folder) is None and unreadable(folder) is None
 
 
 def final_files(output_dir: str | Path) -> list[str]:
@@ -101,12 +91,13 @@ def is_finished(folder: str | Path, num_steps: int, patience: int | None = None)
     Args:
         num_steps: how many steps the run has.
         patience: `early_stopping_patience`, the number of evaluations without improvement after which a run stops.
+
+    Raises:
+        ValueError: the folder holds no state of a run.
     """
-    state = json.loads((Path(folder) / STATE_FILE).read_text())
-    stopping = state["stateful_callbacks"].get("EarlyStoppingCallback", [])  # a list where there are several
-    stopping = stopping if isinstance(stopping, list) else [stopping]
-    waited = max((callback["attributes"]["early_stopping_patience_counter"] for callback in stopping), default=0)
-    return state["global_step"] >= num_steps or waited >= (math.inf if patience is None else patience)
+    state = read_state(folder)
+    enough = math.inf if patience is None else patience
+    return state["global_step"] >= num_steps or evaluations_waited(state) >= enough
 
 
 def digest_of_files(folder: str | Path) -> str:

@@ -10,8 +10,10 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ..config.files import write_whole
+from .contents import READ_BY_RUNS
 
 MANIFEST_FILE = "manifest.json"
 CHECKSUM_FILE = "manifest.sha256"
@@ -58,7 +60,7 @@ def damage(folder: str | Path) -> str | None:
         text = (folder / MANIFEST_FILE).read_bytes()
         if hashlib.sha256(text).hexdigest() != (folder / CHECKSUM_FILE).read_text(encoding="ascii").strip():
             return f"{MANIFEST_FILE} or {CHECKSUM_FILE} has changed since it was written"
-        entries = json.loads(text)
+        entries = _entries(text)
         for name, entry in entries.items():
             path = folder / name
             if not path.is_file():
@@ -67,9 +69,40 @@ def damage(folder: str | Path) -> str | None:
                 return f"{name} has {path.stat().st_size:,} bytes, and {entry['bytes']:,} were written"
             if _checksum(path) != entry["sha256"]:
                 return f"{name} has changed since it was written"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"it can't be read: {error}"
     return None
+
+
+def not_listed(folder: str | Path) -> str | None:
+    """Which file a run would read that its manifest does not list, in a few words; None: there is none, or no manifest.
+
+    Args:
+        folder: one whose manifest lists all files, and in which `damage` finds nothing.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST_FILE).is_file():
+        return None
+    entries = _entries((folder / MANIFEST_FILE).read_bytes())
+    there = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix in READ_BY_RUNS)
+    added = next((name for name in there if name not in entries and name not in BOTH), None)
+    return None if added is None else f"{added} is not one of the files that were written"
+
+
+def _entries(text: bytes) -> dict[str, dict[str, Any]]:
+    """The files that a manifest lists.
+
+    Raises:
+        ValueError: it is none, or lists a file outside its folder.
+    """
+    entries = json.loads(text)
+    good = isinstance(entries, dict) and all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() and ".." not in Path(name).parts
+        for name, entry in entries.items()
+    )
+    if not good or any(Path(name).is_absolute() for name in entries):
+        raise ValueError(f"{MANIFEST_FILE} is no list of the folder's files")
+    return entries
 
 
 def flush(path: Path) -> None:

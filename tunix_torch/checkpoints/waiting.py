@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..batch import TrainBatch
 from ..runtime import together
+from .contents import COULD_RUN_CODE, load_plain
 
 WaitingBatch = tuple[TrainBatch, Tensor]  # with the rewards of its rows, (B, R) float64
 IN_MEMORY = ("lengths", "rewards")  # tensors of a `TrainBatch` that lie in main memory
@@ -31,22 +34,31 @@ def save_waiting(waiting: Sequence[WaitingBatch], folder: str | Path) -> None:
     torch.save(saved | {"processes": together.count()}, _file(folder))
 
 
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return load_plain(file)
+    except UnpicklingError as error:
+        raise ValueError(f"{file} {COULD_RUN_CODE}") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{file} can't be read: {' '.join(str(error).split())}") from error
+
+
 def load_waiting(folder: str | Path, device: torch.device) -> list[WaitingBatch]:
     """Read what `save_waiting` wrote. The list is empty where the checkpoint has no such file.
 
     Raises:
-        ValueError: other than so many processes as now have sampled the batches.
+        ValueError: other than so many processes as now have sampled the batches, or a file is damaged.
     """
     first = _file(folder, 0)
     if not first.is_file():
         return []
-    processes = torch.load(first, weights_only=True)["processes"]
+    processes = _read(first)["processes"]
     if processes != together.count():
         raise ValueError(
             f"resume_from_checkpoint={str(folder)!r}: {processes} process(es) have sampled batches that wait in it, "
             f"and there are {together.count()}; start as many, or take a checkpoint from between two rollouts"
         )
-    saved = torch.load(_file(folder), weights_only=True)
+    saved = _read(_file(folder))
     batches = [
         TrainBatch(**{k: v if v is None or k in IN_MEMORY else v.to(device) for k, v in columns.items()})
         for columns in saved["batches"]

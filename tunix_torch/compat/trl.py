@@ -7,7 +7,6 @@ of TRL 1.16 is in `FIELDS`, with what becomes of it; `docs/from_trl.md` is writt
 """
 
 import dataclasses
-import json
 import logging
 import math
 import sys
@@ -29,6 +28,7 @@ from transformers import (
     set_seed,
 )
 
+from ..config.files import parse_json
 from ..config.grpo import GRPOConfig as OurConfig
 from ..config.services import blamed_on
 from ..config.settings import require
@@ -236,7 +236,7 @@ class _TRLArguments(TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, str):
                 with blamed_on(name, value, "; expected names and values as JSON"):
-                    setattr(self, name, json.loads(value))
+                    setattr(self, name, parse_json(value))
         self.use_cpu, bf16 = to_ours(self).use_cpu, self.bf16
         self.bf16 = False  # no autocast: the type of the weights decides
         super().__post_init__()
@@ -515,7 +515,9 @@ def _load(name: str, args: "GRPOConfig", is_frozen: bool) -> PreTrainedModel | P
         dtype = getattr(torch, dtype)
     for harmless in ("attn_implementation", "device_map"):  # the forward pass and the device are this library's own
         kwargs.pop(harmless, None)
+    hint = "code of the hub is not run; load the model yourself, and give that"
+    require(not kwargs.pop("trust_remote_code", False), "model_init_kwargs", args.model_init_kwargs, hint)
     if not kwargs and dtype != "auto":
         return load_model(name, dtype)
     with blamed_on("model_init_kwargs", args.model_init_kwargs):
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **kwargs)

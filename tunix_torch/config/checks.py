@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import SchedulerType
 from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from ..grpo import ALGORITHMS, KL_ESTIMATORS, LOSS_AGGREGATIONS, LOSS_TYPES
@@ -121,6 +121,7 @@ CHOICES = {
     "eval_strategy": [choice.value for choice in IntervalStrategy],
     "logging_strategy": [choice.value for choice in IntervalStrategy],
     "save_strategy": [choice.value for choice in SaveStrategy],
+    "hub_strategy": [choice.value for choice in HubStrategy],
 }
 
 # Fields of `TrainingArguments` that have no effect here, since the forward pass of `transformers.Trainer` is not used.
@@ -134,6 +135,17 @@ NOT_FOR_US = (
     "auto_find_batch_size",
     "deepspeed",
     "fsdp",
+)
+
+# Fields of `TrainingArguments` whose values it hands on to other libraries, or reads from a file, unchecked.
+PASSED_ON = (
+    "accelerator_config",
+    "debug",
+    "ddp_backend",
+    "ddp_timeout",
+    "fsdp_config",
+    "log_level",
+    "parallelism_config",
 )
 
 # Arguments of `apply_chat_template` that the library gives itself.

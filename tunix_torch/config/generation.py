@@ -1,9 +1,9 @@
 """`generation_kwargs`: settings of generation under the names that Transformers has for them, translated to ours."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from .files import NotJSON, parse_json
 from .settings import nearest, require
 
 # Each name in Transformers' `GenerationConfig` with our setting of the same meaning.
@@ -32,9 +32,9 @@ def read_generation_kwargs(value: Any) -> dict[str, Any]:
     """
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"generation_kwargs={value!r}: not valid JSON: {error}") from error
+            value = parse_json(value)
+        except NotJSON as error:
+            raise ValueError(f"generation_kwargs={value!r}: {error}") from error
     hint = 'expected names and values, such as {"top_k": 50}'
     require(value is None or isinstance(value, Mapping), "generation_kwargs", value, hint)
     result = {}

@@ -1,6 +1,5 @@
 """`GRPOConfig`: every setting of `TunixTrainer`, on top of `transformers.TrainingArguments`."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +13,11 @@ from ..grpo import LOSS_AGGREGATIONS, LOSS_TYPES
 from ..runtime import device as process_device
 from ..runtime import mesh, together
 from ..runtime.choice import KINDS
-from .checks import WITH_REFERENCE, check_accelerator_config, check_template_kwargs, check_values
-from .files import load_config
+from .checks import PASSED_ON, WITH_REFERENCE, check_accelerator_config, check_template_kwargs, check_values
+from .files import NotJSON, load_config, parse_json
 from .generation import read_generation_kwargs
 from .loss import loss_type_of
+from .services import blamed_on_inherited
 from .settings import accept_aliases, check_types, require, setting
 
 SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # these follow `metric_for_best_model`
@@ -256,16 +256,8 @@ class GRPOConfig(TrainingArguments):
         check_values(self)
         self._resolve()
         together.join_hosts(*mesh.hosts())
-        super().__post_init__()
-        if self.follows_metric:  # by default these schedules take every metric for a loss
-            mode = {"mode": "max" if self.greater_is_better else "min"}
-            self.lr_scheduler_kwargs = mode | (self.lr_scheduler_kwargs or {})
-        if self.accelerator_config.dispatch_batches is None:
-            self.accelerator_config.dispatch_batches = False  # rows hold texts, which a process can't send to others
-        self._n_gpu = min(1, self.n_gpu)  # one process, one GPU: Trainer would split batches over all that it sees
-        # Trainer reads `device`, a property of TrainingArguments that our field replaces. With several processes
-        # Accelerate calls the CPU "cpu:0", which torch.load doesn't know, so it is "cpu" here.
-        self.device = torch.device("cpu") if self._setup_devices.type == "cpu" else self._setup_devices
+        with blamed_on_inherited(self, PASSED_ON):
+            self._resolve_inherited()
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `TrainingArguments.to_dict` does, but with the device as the word that was asked for."""
@@ -424,9 +416,9 @@ class GRPOConfig(TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, str) and value.startswith("{"):
                 try:
-                    setattr(self, name, json.loads(value))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{name}={value!r}: not valid JSON: {error}") from error
+                    setattr(self, name, parse_json(value))
+                except NotJSON as error:
+                    raise ValueError(f"{name}={value!r}: {error}") from error
         if isinstance(self.accelerator_config, str):
             hint = "no such file; expected one with settings of Accelerate, or the settings as JSON"
             require(Path(self.accelerator_config).is_file(), "accelerator_config", self.accelerator_config, hint)
@@ -438,6 +430,19 @@ class GRPOConfig(TrainingArguments):
         require(value is None or isinstance(value, dict), "lr_scheduler_kwargs", value, hint)
         if self.chat_template_kwargs is not None:
             check_template_kwargs(self.chat_template_kwargs)
+
+    def _resolve_inherited(self) -> None:
+        """Let `transformers.TrainingArguments` check and fill in its fields, then mend what would not fit here."""
+        super().__post_init__()
+        if self.follows_metric:  # by default these schedules take every metric for a loss
+            mode = {"mode": "max" if self.greater_is_better else "min"}
+            self.lr_scheduler_kwargs = mode | (self.lr_scheduler_kwargs or {})
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False  # rows hold texts, which a process can't send to others
+        self._n_gpu = min(1, self.n_gpu)  # one process, one GPU: Trainer would split batches over all that it sees
+        # Trainer reads `device`, a property of TrainingArguments that our field replaces. With several processes
+        # Accelerate calls the CPU "cpu:0", which torch.load doesn't know, so it is "cpu" here.
+        self.device = torch.device("cpu") if self._setup_devices.type == "cpu" else self._setup_devices
 
     def _resolve(self) -> None:
         """Fill in the fields that follow from other fields."""

@@ -244,7 +244,7 @@ def check_same_run(settings: dict[str, Any], checkpoint: str | Path, allowed: Se
         allowed: settings that may differ all the same.
 
     Raises:
-        ValueError: a setting differs.
+        ValueError: a setting differs, or the file with the earlier ones can't be read.
     """
     earlier = saved_settings(checkpoint)
     if earlier is not None:

@@ -1,8 +1,10 @@
 """Checks that the packages of `report_to` are installed, and names the setting when other people's code fails."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 
+from transformers import TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from .settings import require
@@ -23,6 +25,27 @@ def blamed_on(name: str, value: object, hint: str = "") -> Iterator[None]:
     except Exception as error:
         said = str(error).strip().rstrip(".") or type(error).__name__
         raise ValueError(f"{name}={value!r}: {said}{hint}") from error
+
+
+@contextlib.contextmanager
+def blamed_on_inherited(args: TrainingArguments, suspects: Sequence[str]) -> Iterator[None]:
+    """Turn any exception of Transformers over its own settings into one line that names a setting.
+
+    Args:
+        suspects: the fields that are named, where they were given, when the message names none itself.
+
+    Raises:
+        ValueError: the code within this context raised something.
+    """
+    try:
+        yield
+    except Exception as error:  # of files that a setting names, of other libraries
+        reason, fields = " ".join(str(error).split()) or type(error).__name__, type(args).__dataclass_fields__
+        if isinstance(error, ValueError) and any(re.search(rf"\b{name}\b", reason) for name in fields):
+            raise ValueError(reason) from error
+        given = [name for name in suspects if getattr(args, name) != fields[name].default]
+        named = ", ".join(f"{name}={getattr(args, name)!r:.80}" for name in given) or "a setting of TrainingArguments"
+        raise ValueError(f"{named}: {reason}") from error
 
 
 def check_reporting(names: Sequence[str]) -> None:

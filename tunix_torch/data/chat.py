@@ -6,7 +6,6 @@ turn. So what the template adds to a turn (an empty thought, the token that ends
 exactly where the model has to write it itself, and belongs to the prompt where the template writes it for the model.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..config.checks import check_template_kwargs
+from ..config.files import NotJSON, parse_json
 from .rows import Row
 
 KWARGS = "chat_template_kwargs"  # the column of a row's own names and values for the template
@@ -137,8 +137,8 @@ def own_template_kwargs(row: Row) -> dict[str, Any]:
         return {}
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
+            value = parse_json(value)
+        except NotJSON:
             pass  # it is still a text, which the check below refuses
     check_template_kwargs(value)
     return {name: part for name, part in value.items() if part is not None}

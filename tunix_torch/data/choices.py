@@ -1,13 +1,13 @@
 """Reads the choices of a multiple-choice question, and finds out which of them the answer is."""
 
 import itertools
-import json
 import numbers
 import re
 from typing import Any
 
 import numpy as np
 
+from ..config.files import NotJSON, parse_json
 from .expected import answer_in
 from .rows import Row
 
@@ -30,8 +30,8 @@ def choices_of(row: Row, where: str) -> list[tuple[str, str]]:
     choices = row[name]
     if isinstance(choices, str) and choices.lstrip()[:1] in ("[", "{"):  # a list in JSON, as CSV files have it
         try:
-            choices = json.loads(choices)
-        except json.JSONDecodeError:
+            choices = parse_json(choices)
+        except NotJSON:
             raise ValueError(f"{where}: {name}={choices!r:.60}: a text, expected a list, or one in JSON") from None
     if isinstance(choices, np.ndarray | tuple):
         choices = list(choices)

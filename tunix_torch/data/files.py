@@ -3,7 +3,6 @@
 import csv
 import functools
 import io
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
+from ..config.files import NotJSON, parse_json
 from .rows import Row
 from .values import rows_of_arrow
 
@@ -46,8 +46,9 @@ def read_file(path: Path, setting: str) -> Iterator[Row]:
             yield row
     except UnicodeDecodeError as error:
         raise ValueError(f"{setting}={str(path)!r}: not UTF-8: {error}{hint}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}{hint}") from error
+    except NotJSON as error:
+        line = f", line {error.line}" if error.line else ""
+        raise ValueError(f"{path}{line}: {error}{hint}") from error
     except (pyarrow.ArrowException, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{setting}={str(path)!r}: damaged, or no {end} file, after row {number}: {reason}") from error
@@ -70,25 +71,24 @@ def _read_json(path: Path) -> Iterator[Any]:
     whole, whole_error = None, None
     with open_text(path) as file:
         try:
-            whole = json.loads(file.read())
-        except json.JSONDecodeError as error:
+            whole = parse_json(file.read())
+        except NotJSON as error:
             whole_error = error
     yield from whole if isinstance(whole, list) else _read_json_lines(path, whole_error)
 
 
-def _read_json_lines(path: Path, whole_error: json.JSONDecodeError | None = None) -> Iterator[Any]:
+def _read_json_lines(path: Path, whole_error: NotJSON | None = None) -> Iterator[Any]:
     """Read one object a line. Where the first line is none, `whole_error` says why the file as a whole is no JSON."""
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = parse_json(line)
+            except NotJSON as error:
                 if whole_error is not None and number == 1:
                     raise whole_error from None
-                error.lineno = number
-                raise
+                raise NotJSON(error.reason, number) from None
             yield row
 
 
@@ -112,7 +112,7 @@ def _read_csv(path: Path, dialect: str = "excel") -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
         yield from rows_of_arrow(file.iter_batches(batch_size=1000), file.schema_arrow)
 
 

@@ -42,7 +42,7 @@ from .rows import (
     Row,
     prompt_of,
 )
-from .shapes import completion_of, normalize_row
+from .shapes import check_encodable, completion_of, normalize_row
 from .values import features_to_convert, plain_row
 
 logger = logging.getLogger(__name__)
@@ -215,6 +215,9 @@ class _Encoder:
                 written.append(self._write(row, question, completion, end_of_turn))
             except ValueError as error:
                 raise ValueError(f"{row[WHERE]}: {error}") from error
+            check_encodable(written[-1].prompt[0], row[WHERE], "the prompt")  # with choices, and fields of messages
+            for piece, _ in written[-1].pieces:
+                check_encodable(piece, row[WHERE], "what follows the prompt")
         texts = [row.prompt for row in written]
         plain = _token_ids(tokenizer, [text for text, special in texts if special], add_special_tokens=True)
         ready = _token_ids(tokenizer, [text for text, special in texts if not special], add_special_tokens=False)

@@ -83,8 +83,13 @@ def normalize_row(
     question, turns, learn = seen[column], "", column if column in (MESSAGES, TEXT) else ""
     if learn == MESSAGES:
         question, turns = _check_conversation(question, where), MESSAGES
+    elif learn == TEXT and not isinstance(question, str):
+        raise ValueError(
+            f"{where}: the column {TEXT} is a {type(question).__name__}, expected a text; for messages there "
+            f"is {MESSAGES}"
+        )
     elif isinstance(question, str):
-        _check_encodable(question, where, "the text" if learn else "the question")
+        check_encodable(question, where, "the text" if learn else "the question")
     else:
         question = check_messages(question, where)[-1]["content"]
         turns = "" if in_sides else question_column or column
@@ -132,7 +137,7 @@ def _check_dataset(row: Row, where: str, dataset: str) -> None:
         raise ValueError(f"{where}: no row of dataset='gsm8k': no '####' before the final answer")
 
 
-def _check_encodable(text: str, where: str, what: str) -> None:
+def check_encodable(text: str, where: str, what: str) -> None:
     """Raise ValueError for a text that UTF-8, and so a tokenizer, can't encode."""
     try:
         text.encode("utf-8")
@@ -215,7 +220,7 @@ def _check_each_message(messages: Any, where: str, what: str) -> list[Mapping[st
             raise ValueError(f"{at} has no text: its content is a {type(content).__name__}")
         if message["role"] == "user" and not content.strip():
             raise ValueError(f"{at} is blank")
-        _check_encodable(content, where, f"message {number} of {what}")
+        check_encodable(content, where, f"message {number} of {what}")
     return list(messages)
 
 
@@ -233,7 +238,7 @@ def _expected_answer(row: Row, choices: list[tuple[str, str]]) -> tuple[Any, str
     if choices and answer is not None:
         answer = label_of(answer, choices, name)
     elif isinstance(answer, str):
-        _check_encodable(answer, "no answer", "the text")
+        check_encodable(answer, "no answer", "the text")
         reasoning, answer = split_marked_answer(answer)
     if answer is None or (isinstance(answer, str) and (not answer.strip() or answer.rstrip().endswith("####"))):
         boxed = ", or \\boxed{...} in the solution" if "solution" in row else ""
@@ -274,7 +279,7 @@ def completion_of(row: Row) -> str | list[Mapping[str, Any]]:
         raise ValueError(f"{where}: the completion is a {type(completion).__name__}, expected a text")
     if not completion.strip():
         raise ValueError(f"{where}: the completion is blank, so there is nothing to learn; leave out the row")
-    _check_encodable(completion, where, "the completion")
+    check_encodable(completion, where, "the completion")
     return completion
 
 

@@ -50,13 +50,30 @@ def plain_row(row: Row, features: dict[str, Any]) -> Row:
 
 
 def rows_of_arrow(batches: Iterable[pyarrow.RecordBatch], schema: pyarrow.Schema) -> Iterator[Row]:
-    """Rows of Arrow batches, with values as `plain_row` converts them."""
+    """Rows of Arrow batches, with values as `plain_row` converts them.
+
+    Raises:
+        pyarrow.ArrowInvalid: a column's name is there twice, a batch or the description of a column is damaged, or
+            Python can't hold a value. Without the check, reading values of a damaged batch would end the process.
+    """
+    twice = [name for name in dict.fromkeys(schema.names) if schema.names.count(name) > 1]
+    if twice:
+        raise pyarrow.ArrowInvalid(f"the column {twice[0]!r} is there {schema.names.count(twice[0])} times")
     features = {}
     for field in schema:
         try:
-            features |= datasets.Features.from_arrow_schema(pyarrow.schema([field], schema.metadata))
+            datasets.Features.from_arrow_schema(pyarrow.schema([field]))
         except ValueError:  # `datasets` doesn't know this type, so it is neither a class nor a number
             continue
+        try:
+            features |= datasets.Features.from_arrow_schema(pyarrow.schema([field], schema.metadata))
+        except Exception as error:  # the description is JSON in the file, of which `datasets` checks nothing
+            raise pyarrow.ArrowInvalid(f"the description of the column {field.name!r} is damaged: {error}") from error
     to_convert = features_to_convert(features)
     for batch in batches:
-        yield from (plain_row(row, to_convert) for row in batch.to_pylist())
+        batch.validate(full=True)
+        try:
+            rows = [plain_row(row, to_convert) for row in batch.to_pylist()]
+        except (OverflowError, ValueError) as error:  # a date beyond the year 9999, the number of no class
+            raise pyarrow.ArrowInvalid(f"a value can't be read: {error}") from error
+        yield from rows

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .forward import adapters_in_use, base_model, own_layer
 
+ADAPTER_CONFIG = "adapter_config.json"
 REFERENCE_FILE = "reference.safetensors"  # in a checkpoint: the adapter of the reference policy, if it has one
 ROWS_AT_ONCE = 2**14  # of embeddings that are compared at a time
 
@@ -119,13 +120,30 @@ def check_same_lora(adapter: LoraConfig, folder: str | Path) -> None:
     Raises:
         ValueError: they would be scaled by another factor, or belong to another kind of LoRA.
     """
-    if not (Path(folder) / "adapter_config.json").is_file():
+    if not (Path(folder) / ADAPTER_CONFIG).is_file():
         return
-    saved = PeftConfig.from_pretrained(str(folder))
+    saved = read_lora(folder)
     for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
         given, there = getattr(adapter, name), getattr(saved, name, None)
         if given != there:
             raise ValueError(f"{name}={given!r}: the LoRA in {folder} has {there!r}; give that")
+
+
+def read_lora(folder: str | Path) -> LoraConfig:
+    """The LoRA that the adapter_config.json of a folder describes.
+
+    Raises:
+        ValueError: it can't be read, or describes no LoRA.
+    """
+    path = Path(folder) / ADAPTER_CONFIG
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # PEFT takes what the file holds as arguments, unchecked
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} can't be read: {reason}") from error
+    if not isinstance(config, LoraConfig) or not isinstance(config.base_model_name_or_path, str | None):
+        raise ValueError(f"{path} describes no LoRA")
+    return config
 
 
 def embedding_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -207,6 +225,15 @@ def save_reference(weights: dict[str, Tensor], checkpoint: str | Path) -> None:
 
 
 def load_reference(checkpoint: str | Path, device: torch.device) -> dict[str, Tensor] | None:
-    """The matrices that `save_reference` wrote; None where it wrote none."""
+    """The matrices that `save_reference` wrote; None where it wrote none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     file = Path(checkpoint) / REFERENCE_FILE
-    return {name: weight.to(device) for name, weight in load_file(file).items()} if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return {name: weight.to(device) for name, weight in load_file(file).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} can't be read: {error}") from error

@@ -7,12 +7,13 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from peft.utils.other import ModulesToSaveWrapper
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ from ..config.model import ModelConfig
 from ..runtime import device, mesh
 from ..runtime.sharding import shard_model
 from . import tiny
+from .adapter import ADAPTER_CONFIG, read_lora
 from .forward import base_model, own_layer
 
 logger = logging.getLogger(__name__)
@@ -64,7 +66,12 @@ def _hub_errors(name: str) -> Iterator[None]:
     """Turn whatever goes wrong when a model is loaded into a ValueError of one line."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except UnpicklingError as error:
+        reason = "its weights are a pickle with more than tensors in it, which could run code; give it as safetensors"
+        raise ValueError(f"model_name={name!r} could not be loaded: {reason}") from error
+    except (
+        Exception
+    ) as error:  # what a damaged config or tokenizer makes Transformers and PEFT do is not foreseen there
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"model_name={name!r} could not be loaded: {reason} ({_what_to_do(name)})") from error
 
@@ -87,7 +94,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     path = resolve_model_name(name)
     with _hub_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -105,11 +112,15 @@ def load_base_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedMo
     """
     path = resolve_model_name(name)
     with _hub_errors(name):
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         # sdpa has no soft-cap on attention scores, so Gemma 2 would be silently wrong with it
         attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
         model, loading = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or default_dtype(), attn_implementation=attention, output_loading_info=True
+            path,
+            dtype=dtype or default_dtype(),
+            attn_implementation=attention,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     _require_all(name, loading["missing_keys"])  # Transformers would fill them in at random
     if model.config.model_type not in TESTED_MODEL_TYPES:
@@ -152,10 +163,17 @@ def lora_config(config: ModelConfig) -> LoraConfig:
 
 
 def base_model_name(name: str) -> str:
-    """The base model that an adapter's folder names. Any other name is returned as it is."""
-    if not (Path(name) / "adapter_config.json").is_file():
+    """The base model that an adapter's folder names. Any other name is returned as it is.
+
+    Raises:
+        ValueError: the adapter's config can't be read, or names no base model.
+    """
+    if not (Path(name) / ADAPTER_CONFIG).is_file():
         return name
-    return LoraConfig.from_pretrained(name).base_model_name_or_path
+    base = read_lora(name).base_model_name_or_path
+    if not base:
+        raise ValueError(f"model_name={name!r}: its {ADAPTER_CONFIG} does not name the base model")
+    return base
 
 
 def load_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel | PeftModel:

@@ -2,8 +2,10 @@
 
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -55,7 +57,7 @@ def load_whole(model: PreTrainedModel, folder: str | Path) -> None:
     given = f"model: {folder} holds no weights of this {type(model).__name__}"
     try:
         saved, found = type(model).from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ValueError(f"{given}: {str(error).strip().splitlines()[0]}") from error
     state, values = model.state_dict(keep_vars=True), saved.state_dict()
     other = [name for name in state if name not in values or values[name].shape != state[name].shape]

@@ -63,7 +63,7 @@ def model_config(model_name: str) -> PretrainedConfig:
     if model_name == tiny.NAME:
         return tiny.make_model(tiny.make_tokenizer()).config
     if (Path(model_name) / "config.json").is_file():
-        return AutoConfig.from_pretrained(model_name).get_text_config()
+        return AutoConfig.from_pretrained(model_name, trust_remote_code=False).get_text_config()
     known = known_name(model_name)
     if known is None:
         raise ValueError(

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -266,13 +267,21 @@ def _load(name: str, what: str) -> PreTrainedModel:
     elif name.startswith((".", "/", "~")):
         raise ValueError(f"{what}: no such folder")
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         _check_outputs(config, what, next(iter(config.architectures or []), None))
         # sdpa has no soft-cap on attention scores, so Gemma 2 would be silently wrong with it
         attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
         model, loading = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, dtype=default_dtype(), attn_implementation=attention, output_loading_info=True
+            name,
+            config=config,
+            dtype=default_dtype(),
+            attn_implementation=attention,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
+    except UnpicklingError as error:
+        reason = "its weights are a pickle with more than tensors in it, which could run code; give it as safetensors"
+        raise ValueError(f"{what} could not be loaded: {reason}") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if str(error).startswith(what):
             raise
@@ -290,7 +299,7 @@ def _tokenizer_of(model: PreTrainedModel, what: str) -> PreTrainedTokenizerBase:
     try:
         if not place:
             raise OSError("the model was not loaded from anywhere")
-        return AutoTokenizer.from_pretrained(place)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{what}: no tokenizer ({reason}); give it in reward_processing_classes") from error

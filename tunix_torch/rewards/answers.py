@@ -20,6 +20,7 @@ ANSWER_TAGS = ("<answer>", "</answer>")
 # A longer text is not read as a number. The limit is above any number that a person writes, below Python's limit on the
 # digits of int(), and bounds the time of every regular expression here.
 MAX_NUMBER_CHARS = 200
+MAX_ANSWER_BITS = 14_000  # of a whole number as an expected answer: 4,214 digits. Python writes at most 4,300 as text.
 # Digits with or without thousands separators, or a decimal without a whole part, as ".5".
 DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 
@@ -217,7 +218,7 @@ def answer_text(answer: object) -> str | None:
     An exponent is written out where that takes fewer than MAX_NUMBER_CHARS digits.
 
     Raises:
-        ValueError: the answer is anything else, such as a list or NaN.
+        ValueError: the answer is anything else, such as a list or NaN, or has more digits than MAX_ANSWER_BITS make.
 
     >>> answer_text("72"), answer_text(72), answer_text(145.0), answer_text(1e-05), answer_text(None)
     ('72', '72', '145.0', '0.00001', None)
@@ -226,7 +227,10 @@ def answer_text(answer: object) -> str | None:
         return answer
     if not isinstance(answer, (numbers.Real, decimal.Decimal)):
         raise ValueError(f"answer={answer!r:.60}: is a {type(answer).__name__}, expected a text, a number or None")
-    if not math.isfinite(answer):
+    if isinstance(answer, numbers.Rational):  # which may be too large for a float, and so for math.isfinite
+        if max(abs(int(answer.numerator)), int(answer.denominator)).bit_length() > MAX_ANSWER_BITS:
+            raise ValueError("answer: a number of more than 4,000 digits; give it as a text, which is compared as one")
+    elif not math.isfinite(answer):
         raise ValueError(f"answer={answer}: expected a finite number, a text or None")
     text = str(answer)
     if isinstance(answer, bool) or "e" not in text.casefold():

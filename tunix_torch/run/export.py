@@ -86,7 +86,9 @@ def export_merged(
         tokenizer.save_pretrained(unfinished)
         del adapter, model  # two models at once might not fit
 
-        model, loading = AutoModelForCausalLM.from_pretrained(unfinished, dtype="auto", output_loading_info=True)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            unfinished, dtype="auto", output_loading_info=True, trust_remote_code=False
+        )
         assert not loading["missing_keys"] and not loading["unexpected_keys"], loading
         assert model.dtype == written_dtype, f"written as {written_dtype}, but loaded as {model.dtype}"
         difference = _largest_difference(probe_logits(model), expected)
@@ -188,7 +190,7 @@ def _merge(adapter: PeftModel, output_dir: Path) -> PreTrainedModel:
 
 def _stored_dtype(name: str) -> torch.dtype:
     """The type that a model's config names. Without one it is float32, which loses nothing."""
-    config = AutoConfig.from_pretrained(resolve_model_name(name))
+    config = AutoConfig.from_pretrained(resolve_model_name(name), trust_remote_code=False)
     return config.dtype or config.get_text_config().dtype or torch.float32
 
 

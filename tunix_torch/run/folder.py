@@ -1,6 +1,5 @@
 """Finds what a run left in its folder: checkpoints, files to set aside, the newest adapter, its instruction."""
 
-import json
 import logging
 import os
 import shutil
@@ -11,6 +10,8 @@ from typing import Any
 from ..checkpoints.files import newest_checkpoint, why_not_whole
 from ..checkpoints.manifest import CHECKSUM_FILE, MANIFEST_FILE
 from ..checkpoints.whole import UNFINISHED
+from ..config.checks import check_template_kwargs
+from ..config.files import load_config
 from ..config.grpo import SYSTEM_MESSAGE
 from ..config.saved import CONFIG_FILE, WHOLE_CONFIG_FILE
 from ..model import tiny
@@ -148,11 +149,21 @@ def _settings_near(model_path: str) -> dict[str, Any]:
     """The config.json of a model's folder, or of the run that the folder belongs to; the first that has prompts' ones.
 
     That is one with a `system_message`, which every run's config has, and a merged model's.
+
+    Raises:
+        ValueError: the file can't be read.
     """
     for folder in (Path(model_path), Path(model_path).parent):
         if (folder / "config.json").is_file():
-            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if settings.get("system_message") is not None:
+            settings = load_config(folder / "config.json")
+            message = settings.get("system_message")
+            if message is not None:
+                if not isinstance(message, str) or not isinstance(settings.get("wrap_prompts", True), bool):
+                    raise ValueError(
+                        f"{folder / 'config.json'}: system_message or wrap_prompts is not what a run wrote"
+                    )
+                if settings.get("chat_template_kwargs") is not None:
+                    check_template_kwargs(settings["chat_template_kwargs"])
                 return settings
     return {}
 

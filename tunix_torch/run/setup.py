@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from .. import rewards
@@ -20,6 +20,7 @@ from ..data.preference import pair_of
 from ..data.rows import Row, has_column
 from ..data.shapes import completion_of
 from ..data.sources import load_data
+from ..model.adapter import read_lora
 from ..model.loading import base_model_name, load_model, load_tokenizer, lora_config, torch_dtype
 from ..rewarding.models import looks_like_model
 from ..rewarding.scoring import RewardFunc, name_of, require_columns
@@ -148,7 +149,7 @@ def settings_in_force(model_config: ModelConfig, data_config: DataConfig, args: 
     """
     name = model_config.model_name
     if base_model_name(name) != name:
-        adapter = LoraConfig.from_pretrained(name)
+        adapter = read_lora(name)
         model_config.take_from_adapter(adapter.r, adapter.lora_alpha, adapter.lora_dropout)
     choose_rewards(data_config, args)
     return settings_of(model_config, data_config, args)
