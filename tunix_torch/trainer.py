@@ -122,8 +122,7 @@ class TunixTrainer(AdapterTrainer):
         Raises:
             ValueError: no reward function, weights that don't match them, or fewer rows than one step needs.
         """
-        names = self.questions.evaluation_names
-        self.args.check_best_metric(self.judge is not None, self.scorer.names, names)
+        self.args.check_best_metric(self.judge is not None, self.scorer.names, self.questions.evaluation_names)
         self.scorer.check(needed=self.args.use_grpo and self.args.teacher is None)
         check_scale(self.args, self.questions.sizes[0])
 
