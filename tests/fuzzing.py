@@ -1,7 +1,7 @@
 """What the tests with random input share: cases by number, a limit on the time of each, texts and values that hurt.
 
-A case is made from the name of its surface and its number alone, so a failure is repeated by its number:
-`TUNIX_FUZZ_ONLY=123`. How many cases a surface has is `TUNIX_FUZZ_CASES`; `make fuzz` sets it to 10,000.
+A case is made from the name of its surface and its number alone, so a failure is repeated by its number, or several by
+theirs: `TUNIX_FUZZ_ONLY=123,456`. How many cases a surface has is `TUNIX_FUZZ_CASES`; `make fuzz` sets it to 10,000.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def fuzz(surface, check, share=1.0, at_most=10):
         how many cases came to each word.
     """
     outcomes, failures = {}, []
-    numbers = range(max(1, round(CASES * share))) if ONLY is None else [int(ONLY)]
+    numbers = range(max(1, round(CASES * share))) if ONLY is None else list(map(int, ONLY.split(",")))
     for number in numbers:
         try:
             with limited():
