@@ -41,17 +41,15 @@ def limited():
         faulthandler.cancel_dump_traceback_later()
 
 
-def fuzz(surface, check, share=1.0, at_most=10):
+def fuzz(surface, check, kinds=1, share=1.0, at_most=10):
     """Call `check(random)` for each case, and report all that fail.
 
     `check` returns a word for what became of the case, such as "accepted" or "refused".
 
     Args:
+        kinds: how many such words there are, all of which must come up, or the cases would test too little.
         share: of all cases, the part that this call does.
         at_most: stop after so many failures.
-
-    Returns:
-        how many cases came to each word.
     """
     outcomes, failures = {}, []
     numbers = range(max(1, round(CASES * share))) if ONLY is None else list(map(int, ONLY.split(",")))
@@ -67,7 +65,7 @@ def fuzz(surface, check, share=1.0, at_most=10):
                 break
     print(f"\n{surface}: {sum(outcomes.values())} of {len(numbers)} cases as they should be: {outcomes}")
     assert not failures, f"{len(failures)} cases failed\n" + "\n".join(failures)
-    return outcomes
+    assert len(outcomes) == kinds or len(numbers) < 100, outcomes
 
 
 def check_refusal(error, *words):

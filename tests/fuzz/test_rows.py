@@ -180,7 +180,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
         assert same(found, rows), f"{found!r:.300} is not {rows!r:.300}"
         return "read"
 
-    assert len(fuzz("written rows", check)) == 2
+    fuzz("written rows", check, kinds=2)
 
 
 def strict(content):
@@ -232,7 +232,7 @@ def test_a_damaged_file_is_refused_or_means_what_it_says(tmp_path):
             assert all(list(made) == names and all(isinstance(v, str) for v in made.values()) for made in found)
         return "read"
 
-    assert len(fuzz("damaged rows", check)) == 2
+    fuzz("damaged rows", check, kinds=2)
 
 
 def test_rows_become_prompts_and_answers_or_are_refused(tmp_path, tokenizer):
@@ -272,4 +272,4 @@ def test_rows_become_prompts_and_answers_or_are_refused(tmp_path, tokenizer):
             return "rewarded"
         return "prepared"
 
-    assert len(fuzz("prepared rows", check)) == 4
+    fuzz("prepared rows", check, kinds=4)

@@ -196,7 +196,7 @@ def test_a_config_file_means_what_it_says_or_is_refused(tmp_path):
                     check_meaning(configs, name, wanted)
         return "read"
 
-    assert len(fuzz("config files", check)) == 2
+    fuzz("config files", check, kinds=2)
 
 
 def test_aliases_that_multiply_do_not_hang(tmp_path):
@@ -241,4 +241,4 @@ def test_flags_mean_what_they_say_or_are_refused():
                     check_meaning(configs, name, wanted)
         return "read"
 
-    assert len(fuzz("flags", check)) == 2
+    fuzz("flags", check, kinds=2)
