@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class OptimizerSteps(Trainer):
         self._skipped_since_log = 0  # steps
         self._skipped_in_a_row = 0  # up to the newest step
         self._finite_losses: dict[int, bool] = {}  # of each step since the last log
-        self._before: dict[str, Any] = {}  # what the newest step found, besides what the optimizer changes
+        self._take_back: list[Callable[[], None]] = []  # undo what the newest step changes besides the optimizer
         self._bad_gradients: list[str] = []  # of the newest step, where operations run at once
         super().__init__(**arguments)
 
@@ -87,9 +88,11 @@ class OptimizerSteps(Trainer):
 
     def step_begins(self) -> None:
         """Keep what a step changes besides the weights, in case it is skipped."""
-        self._before = {"entropy": self.entropy.kept()}
+        if self.has_dropout or self.args.use_adaptive_entropy:  # else nothing is to be taken back of the step before
+            self.settle()
+        self._take_back = [partial(self.entropy.take_back, self.entropy.kept())]
         if self.has_dropout:  # else nothing draws from these generators
-            self._before["random"] = device.random_state()
+            self._take_back.append(partial(device.set_random_state, device.random_state()))
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip the gradient and return its norm before. One that is not finite is left as it is, to be looked at."""
@@ -135,9 +138,8 @@ class OptimizerSteps(Trainer):
             return
         self._skipped_in_a_row += 1
         self._skipped_since_log += 1
-        self.entropy.take_back(self._before["entropy"])
-        if "random" in self._before:
-            device.set_random_state(self._before["random"])
+        for take_back in self._take_back:
+            take_back()
         files = save_bad_batches(decided, self.policy, self.args)
         if together.is_first():
             logger.warning("%s", _describe(decided, self._bad_gradients, files))
