@@ -10,6 +10,7 @@ from trainers import lora_weights, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunix_torch.checkpoints.files import is_whole
+from tunix_torch.checkpoints.manifest import BOTH
 from tunix_torch.model.adapter import REFERENCE_FILE, adapter_weights, changes_nothing
 from tunix_torch.model.attention import attention_masks, prompt_positions
 from tunix_torch.model.forward import base_model, hidden_states, logits, reference_policy, text_config
@@ -120,8 +121,8 @@ def test_a_checkpoint_of_the_adapter_alone_has_its_reference_too(trained, tmp_pa
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_only_model": True}
     make_trainer(trained, tmp_path / "whole", **settings).train()
     checkpoint = tmp_path / "whole" / "checkpoint-2"
-    if lost:
-        (checkpoint / REFERENCE_FILE).unlink()
+    for name in (REFERENCE_FILE, *BOTH) if lost else ():  # as an early version left it
+        (checkpoint / name).unlink()
     resumed = make_trainer(trained, tmp_path / "resumed", **settings)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     start = adapter_weights(load_model(trained), "default")

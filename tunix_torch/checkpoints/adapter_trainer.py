@@ -32,7 +32,7 @@ from ..model.policies import Policy, like, mix
 from ..runtime import device, together
 from ..runtime.profiling import ProfileStep
 from .failing import SavesBeforeFailing
-from .files import STATE_FILE, digest_of_files, is_finished, why_not_whole
+from .files import STATE_FILE, digest_of_files, is_finished, why_damaged
 from .resuming import EarlyStoppingCallback, EndGraphWithOptimizer, OwnIntervals, SyncReference
 from .same_run import RunFacts
 from .waiting import WaitingBatch, load_waiting, save_waiting
@@ -356,10 +356,9 @@ class AdapterTrainer(SavesBeforeFailing):
         together.check_same(lambda: {f"files in {resume_from_checkpoint}": digest_of_files(resume_from_checkpoint)})
         if not Path(resume_from_checkpoint).is_dir():
             raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r}: no such folder")
-        reason = why_not_whole(resume_from_checkpoint)
-        hint = f"resume_from_checkpoint={resume_from_checkpoint!r}: not a whole checkpoint folder"
+        reason = why_damaged(resume_from_checkpoint)
         if reason is not None:
-            raise ValueError(f"{hint}: {reason}")
+            raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r}: {reason}")
         self.facts.check(resume_from_checkpoint)
         self.policy.load(resume_from_checkpoint)
 

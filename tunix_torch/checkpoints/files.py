@@ -32,6 +32,15 @@ def why_not_whole(folder: str | Path) -> str | None:
     missing += _missing(folder, ("optimizer.pt", "scheduler.pt", STATE_FILE))
     if missing:
         return f"{missing[0]} is missing"
+    return why_damaged(folder)
+
+
+def why_damaged(folder: str | Path) -> str | None:
+    """Why nothing may be loaded from a checkpoint, in a few words; None: what is there is what was written.
+
+    A checkpoint that was saved with `save_only_model` has no optimizer, and may be without damage all the same.
+    """
+    folder = Path(folder)
     try:
         reason = damage(folder) or not_listed(folder)
         if reason is None:
