@@ -88,6 +88,15 @@ def test_a_file_that_was_not_written_is_not_read(folder):
     assert why_not_whole(folder / "checkpoint-4") is None
 
 
+def test_a_manifest_that_is_no_file_is_not_taken_for_none(folder):
+    """Regression: with a folder in the place of one of its files, and without the other, nothing was compared."""
+    newest = folder / "checkpoint-4"
+    for name in BOTH:
+        (newest / name).unlink()
+    (newest / BOTH[1]).mkdir()
+    assert why_not_whole(newest) == f"{BOTH[0]} is missing"
+
+
 def test_a_changed_final_adapter_is_noticed(folder):
     assert damage(folder) is None
     flip(folder / "adapter_model.safetensors")

@@ -51,9 +51,9 @@ def mark_unfinished(folder: str | Path) -> None:
 def damage(folder: str | Path) -> str | None:
     """What is wrong with a folder by its manifest, in a few words; None: nothing, or there is no manifest."""
     folder = Path(folder)
-    there = [(folder / name).is_file() for name in BOTH]
-    if not any(there):
+    if not any(os.path.lexists(folder / name) for name in BOTH):  # nor a folder or a link that leads nowhere
         return None
+    there = [(folder / name).is_file() for name in BOTH]
     if not all(there):
         return f"{BOTH[there.index(False)]} is missing"
     try:
