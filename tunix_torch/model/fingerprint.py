@@ -5,6 +5,7 @@ in bfloat16: they are compared as they are in bfloat16.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable
 
 import torch
@@ -12,10 +13,15 @@ from torch import Tensor, nn
 
 BLOCK = 1024  # of a large tensor, blocks of so many consecutive numbers are read
 MOST_BLOCKS = 64
+_OF_ADAPTERS = re.compile(r"\.(lora_\w+|modules_to_save)\.")  # what PEFT calls the tensors of adapters
+_OF_PEFT = re.compile(r"^base_model\.model\.|(?<=\.)(base_layer|original_module)\.")  # what it adds to other names
 
 
 def fingerprint_of(model: nn.Module, but_for: Iterable[Tensor]) -> str | None:
     """The number of a model's tensors and a hash of their names, shapes and numbers; None: there are no such tensors.
+
+    The names are those of the base model, and an adapter's tensors are left out, whatever adapters there are: these are
+    compared by their own settings.
 
     Of a tensor with more than 65,536 numbers only that many are read, in blocks that are spread over all of it, so
     that the largest models take a second.
@@ -24,7 +30,11 @@ def fingerprint_of(model: nn.Module, but_for: Iterable[Tensor]) -> str | None:
         but_for: tensors that are left out, since checkpoints hold them.
     """
     left_out = set(map(id, but_for))
-    tensors = {name: x for name, x in model.state_dict(keep_vars=True).items() if id(x) not in left_out}
+    tensors = {
+        _OF_PEFT.sub("", name): tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if id(tensor) not in left_out and not _OF_ADAPTERS.search(name)
+    }
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tuple(tensor.shape)} ".encode())
