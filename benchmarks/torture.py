@@ -17,6 +17,7 @@ there must be no other files. No start may begin anew where there was a whole ch
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -142,7 +143,9 @@ class Job:
                 return "set up"
         if (self.output / "manifest.json").exists() or (self.output / f"checkpoint-{STEPS}").exists():
             return "last files"
-        written = [path for path in (self.output / "unfinished").glob("checkpoint-*") if path.is_dir()]
+        written = []
+        with contextlib.suppress(FileNotFoundError):  # it is removed at this moment
+            written = [path for path in (self.output / "unfinished").glob("checkpoint-*") if path.is_dir()]
         if written:
             return "manifest" if (written[0] / "manifest.json").exists() else "checkpoint"
         return "evaluation" if self._evaluates() else "step"

@@ -131,6 +131,14 @@ def test_the_ruin_of_a_fine_tuning_is_said_too(model_folder, tmp_path):
     taught.train()
     assert not taught.collapse.said
     taught.save_model()
-    ruined = make_trainer(str(tmp_path / "a"), tmp_path / "b", None, max_steps=6, learning_rate=30.0, **settings)
+    ruined = make_trainer(
+        str(tmp_path / "a"),
+        tmp_path / "b",
+        None,
+        max_steps=6,
+        learning_rate=30.0,
+        lr_scheduler_type="constant",
+        **settings,
+    )
     ruined.train()
     assert "loss" in ruined.collapse.said

@@ -190,7 +190,10 @@ def saved_settings(checkpoint: str | Path) -> dict[str, Any] | None:
     """
     own, others = Path(checkpoint) / RUN_FILE, config_file(Path(checkpoint).parent)
     if own.is_file():
-        return load_config(own)["settings"]
+        settings = load_config(own).get("settings")
+        if not isinstance(settings, dict):
+            raise ValueError(f"{own} is not what a run writes: settings={settings!r:.60}")
+        return settings
     settings = load_config(others) if others.is_file() else {}
     return settings if "learning_rate" in settings else None  # else it is the config of a whole model
 

@@ -48,10 +48,10 @@ class StepGuard:
     the schedule, and the counters of the optimizer.
 
     Args:
-        schedule: returns the schedule of the learning rate.
+        schedule: returns the schedule of the learning rate, or None where there is none.
     """
 
-    def __init__(self, schedule: Callable[[], Schedule]) -> None:
+    def __init__(self, schedule: Callable[[], Schedule | None]) -> None:
         self._schedule = schedule
         self._losses: list[Tensor] = []
         self._batches: list[Any] = []
@@ -83,7 +83,8 @@ class StepGuard:
         taken = self._taken
         if taken is None:  # somebody steps the optimizer by hand
             return
-        taken.schedule = self._schedule().state_dict()
+        schedule = self._schedule()
+        taken.schedule = None if schedule is None else schedule.state_dict()
         taken.options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
         if device.traces_graphs():
@@ -127,6 +128,7 @@ class StepGuard:
         good = math.isfinite(norm) and math.isfinite(loss) and taken.good is not False
         if not good and taken.schedule is not None:
             self._schedule().load_state_dict(taken.schedule)
+        if not good and taken.options is not None:
             for group, options in zip(optimizer.param_groups, taken.options, strict=True):
                 group.update(options)
         if not good and taken.moments is not None:
