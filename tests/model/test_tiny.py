@@ -207,7 +207,6 @@ def test_what_a_killed_process_left_in_the_cache_is_removed_and_what_another_wri
     for folder in (left, held):
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"half of it")
-        os.utime(folder, (0, 0))
     descriptor = os.open(held, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # as the process does that writes there

@@ -193,6 +193,8 @@ class AdapterTrainer(SavesBeforeFailing):
             recompute_layers(self.model, self.args.gradient_checkpointing_kwargs)
         self.begin_run(checkpoint)
         self.go_on_from(checkpoint)
+        if self.args.save_strategy != "no":
+            self.facts.know_rows()
         return super()._inner_training_loop(*args, **kwargs)
 
     # ---- a run that is finished ----
@@ -207,6 +209,8 @@ class AdapterTrainer(SavesBeforeFailing):
         self.state = TrainerState.load_from_json(str(Path(folder) / STATE_FILE))
         self.state.is_world_process_zero = self.is_world_process_zero()
         self.state.is_local_process_zero = self.is_local_process_zero()
+        self.load_means(folder)
+        self.check_steps_were_taken(self.state.global_step)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
         self.is_in_train = False

@@ -46,6 +46,10 @@ class RunFacts:
         """Only a run that saves or resumes needs it."""
         return fingerprint_of(self._rows)
 
+    def know_rows(self) -> None:
+        """Look at the rows now: of a stream, before it is read."""
+        _ = self._training_data
+
     def _others(self) -> dict[str, Any]:
         """What is compared besides settings. None: it is not known."""
         return {

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from ..rewarding.values import RAISED_BY_REWARDS
 from ..runtime import together
 from .files import STATE_FILE, checkpoints_of
 from .manifest import MANIFEST_FILE, damage, flush, write_manifest
@@ -41,6 +42,7 @@ class WholeCheckpoints(KeepsMeans):
         Raises:
             OSError: it can't be written, for which the message gives the reason. What was there before stays.
         """
+        self.settle()  # or the schedule might count a step that was skipped
         args, state = self.args, self.state
         run, limit = Path(self._get_output_dir(trial)), args.save_total_limit
         beside, name = run / UNFINISHED, f"checkpoint-{state.global_step}"
@@ -174,6 +176,8 @@ def explaining_full_disk(folder: Path) -> Iterator[None]:
     except DiskFull:
         raise
     except Exception as error:  # safetensors, tokenizers and torch have errors of their own for a write that fails
+        if _is_of_elsewhere(error, folder):
+            raise
         number = _number_of(error, folder)
         kept = "Checkpoints that were there before are whole; make room and resume"
         place = folder.parent if folder.name == UNFINISHED else folder
@@ -182,6 +186,14 @@ def explaining_full_disk(folder: Path) -> Iterator[None]:
         if number is not None and folder.name == UNFINISHED:
             raise OSError(number, f"a checkpoint can't be written in {place}: {os.strerror(number)}. {kept}") from error
         raise
+
+
+def _is_of_elsewhere(error: Exception, folder: Path) -> bool:
+    """Whether an error names a file that is not in this folder, or was raised by a reward function."""
+    if any(note.startswith(RAISED_BY_REWARDS) for note in getattr(error, "__notes__", ())):
+        return True
+    file = getattr(error, "filename", None)
+    return isinstance(file, str) and not Path(file).absolute().is_relative_to(folder.absolute())
 
 
 def _number_of(error: Exception, folder: Path) -> int | None:

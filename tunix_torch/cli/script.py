@@ -111,8 +111,9 @@ def need_extra(package: str, extra: str, what: str) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`. A user's mistake becomes one line and exit code 2; a number that is not finite, or a file
-    that can't be read or written, one line and exit code 1; Ctrl-C exit code 130, and a second Ctrl-C at once.
+    """Run a script's `main`. A user's mistake becomes one line and exit code 2; a number that is not finite, a file
+    that can't be read or written, or rewards that fail, one line and exit code 1; Ctrl-C exit code 130, and a second
+    Ctrl-C at once.
 
     TUNIX_DEBUG=1 shows the traceback. Modules may be imported from the folder where the user is.
     """
@@ -128,14 +129,23 @@ def run_script(main: Callable[[], None]) -> None:
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("TUNIX_DEBUG") == "1":
             raise
-        if isinstance(error, BrokenPipeError):  # whoever read the output has ended, as `head` does
+        of_rewards = _is_of_rewards(error)
+        if isinstance(error, BrokenPipeError) and not of_rewards:  # whoever read the output has ended, as `head` does
             for file in (sys.stdout, sys.stderr):  # or Python would try once more as it ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
             sys.exit(128 + signal.SIGPIPE)
-        fail(re.sub(r"^\[Errno \d+\] ", "", _with_notes(error)), 2 if isinstance(error, ValueError) else 1)
+        code = 2 if isinstance(error, ValueError) and not of_rewards else 1
+        fail(re.sub(r"^\[Errno \d+\] ", "", _with_notes(error)), code)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _is_of_rewards(error: Exception) -> bool:
+    """Whether an error was raised while completions were scored: it may be away when the job is started again."""
+    from ..rewarding.values import RAISED_BY_REWARDS
+
+    return any(note.startswith(RAISED_BY_REWARDS) for note in getattr(error, "__notes__", ()))
 
 
 def _with_notes(error: Exception) -> str:

@@ -318,6 +318,8 @@ def _check_allowed_changes(args: "GRPOConfig") -> None:
     known = [*COMPARED_FACTS, *(name for config in configs for name in config.__dataclass_fields__)]
     for name in args.allow_changes or ():
         require(name in known, "allow_changes", name, f"the name of no setting{nearest(name, known)}")
+        hint = "the optimizer's state in a checkpoint fits this setting only; begin a new run"
+        require(name not in ("optim", "optim_args"), "allow_changes", name, hint)
 
 
 def _check_reward_errors(args: "GRPOConfig") -> None:

@@ -211,12 +211,13 @@ def answer(
     """
     part = together.own_part(len(rows))
     mine, answers = rows[part], Answers([], [], [])
+    if mine:
+        size = max(batch_size, num_completions)
+        texts, tokens = sample_texts(
+            sampler, tokenizer, mine, params, collator, size, num_completions, seed, number=part.start
+        )
     with raised_by_all():
         if mine:
-            size = max(batch_size, num_completions)
-            texts, tokens = sample_texts(
-                sampler, tokenizer, mine, params, collator, size, num_completions, seed, number=part.start
-            )
             answers = _scored(mine, texts, tokens, judge, reward_funcs, timeout, state)
     everyones = together.gather(answers)
     # What a process's functions have logged counts once for each of its rows.

@@ -15,13 +15,14 @@ from ..config.grpo import GRPOConfig
 from ..config.saved import settings_of
 from ..model.forward import base_model
 from ..model.policies import Policy
+from ..runtime import together
 from .guard import Decided
 from .pairs import pair_batch
 from .record import Record
 from .sft import LAYOUT, sft_batch
 
 FOLDER = "bad_batches"  # in a run's output_dir
-MAX_FILES = 20  # the newest ones are kept, so that a run that goes on for weeks does not fill the disk
+MAX_FILES = 20  # the newest files are kept, so that a run that goes on for weeks does not fill the disk
 
 
 @dataclass
@@ -55,6 +56,7 @@ def save_bad_batches(skipped: Decided, policy: Policy, args: GRPOConfig) -> list
         the files.
     """
     folder, kind = Path(args.output_dir) / FOLDER, kind_of(args)
+    writes = args.should_save or together.count() > 1  # each process has rows of its own
     model = policy.model
     config = model.peft_config[model.active_adapter].to_dict() if isinstance(model, PeftModel) else None
     weights = {name: w.detach().cpu().clone() for name, w in policy.weights().items()} if policy.has_base else {}
@@ -76,10 +78,11 @@ def save_bad_batches(skipped: Decided, policy: Policy, args: GRPOConfig) -> list
             settings=json.dumps(settings_of(args), default=str),
         )
         more = f"-{number}" if len(skipped.batches) > 1 else ""
+        more += f"-process-{together.index()}" if together.count() > 1 else ""
         paths.append(folder / f"step-{skipped.step:04}{more}.safetensors")
-        if args.should_save:
+        if writes:
             record.save(paths[-1])
-    if args.should_save:
+    if writes:
         _keep_newest(folder, paths)
     return paths
 

@@ -1,6 +1,7 @@
 """Watches the numbers of each step for signs that a run has collapsed, and says each of them once, with what to try."""
 
 import logging
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable
@@ -222,7 +223,7 @@ class CollapseWatch(TrainerCallback):
 
     def _look_at_reward(self, reward: float | None, step: int) -> None:
         """Look whether the reward has lost half of the way from its lowest to its best mean, and not by chance."""
-        if reward is None:
+        if reward is None or not math.isfinite(reward):  # none of the step has one
             return
         self._rewards.append(reward)
         self._lowest_reward = min(self._lowest_reward, reward)

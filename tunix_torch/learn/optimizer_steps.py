@@ -14,7 +14,7 @@ from transformers import Trainer
 from ..config.services import blamed_on
 from ..model.policies import Policy
 from ..runtime import device, together
-from .bad_batches import FOLDER, save_bad_batches
+from .bad_batches import save_bad_batches
 from .entropy import EntropyControl
 from .finite import bad_gradients, check_finite
 from .guard import Decided, StepGuard
@@ -36,7 +36,9 @@ class OptimizerSteps(Trainer):
     def __init__(self, **arguments: Any) -> None:
         self.guard = StepGuard(lambda: self.lr_scheduler)
         self._skipped_since_log = 0  # steps
-        self._skipped_in_a_row = 0  # up to the newest step
+        self._newest_taken: int | None = None  # the newest step of which a pass was taken
+        self._newest_decided = 0
+        self._bad_files: list[Path] = []  # of the newest step that was skipped
         self._finite_losses: dict[int, bool] = {}  # of each step since the last log
         self._take_back: list[Callable[[], None]] = []  # undo what the newest step changes besides the optimizer
         self._bad_gradients: list[str] = []  # of the newest step, where operations run at once
@@ -80,6 +82,7 @@ class OptimizerSteps(Trainer):
         self.optimizer.step()
         device.sync()
         self.model.zero_grad()
+        self.step_begins()
 
     def put_optimizer(self, mode: str) -> None:
         """Schedule-free optimizers hold other weights while they learn ("train") than they give in the end ("eval")."""
@@ -133,25 +136,45 @@ class OptimizerSteps(Trainer):
         if decided is None:
             return
         self._finite_losses[decided.step] = math.isfinite(decided.loss)
+        self._newest_decided = decided.step
+        if self._newest_taken is None:  # the run begins
+            self._newest_taken = decided.step - 1
         if decided.taken:
-            self._skipped_in_a_row = 0
+            self._newest_taken = decided.step
             return
-        self._skipped_in_a_row += 1
         self._skipped_since_log += 1
         for take_back in self._take_back:
             take_back()
-        files = save_bad_batches(decided, self.policy, self.args)
+        self._bad_files = save_bad_batches(decided, self.policy, self.args)
         if together.is_first():
-            logger.warning("%s", _describe(decided, self._bad_gradients, files))
+            logger.warning("%s", _describe(decided, self._bad_gradients, self._bad_files))
         check_finite(self.policy.weights(), f"step {decided.step}")
 
     def skipped_since_log(self) -> dict[str, Any]:
         """What the next log needs to know of steps that were skipped, for a checkpoint."""
-        return {"count": self._skipped_since_log, "finite_losses": list(self._finite_losses.items())}
+        return {
+            "count": self._skipped_since_log,
+            "finite_losses": list(self._finite_losses.items()),
+            "newest_taken": self._newest_taken,
+        }
 
     def skip_since_log(self, kept: dict[str, Any]) -> None:
         """Go on with what `skipped_since_log` returned."""
         self._skipped_since_log, self._finite_losses = kept["count"], dict(kept["finite_losses"])
+        self._newest_taken = kept["newest_taken"]
+
+    def check_steps_were_taken(self, step: int) -> None:
+        """See that a run which ends with this step has not skipped all of the last ones.
+
+        Raises:
+            FloatingPointError: it has skipped two of them or more.
+        """
+        skipped = 0 if self._newest_taken is None else step - self._newest_taken
+        if skipped > 1:
+            raise FloatingPointError(
+                f"step {step}: the run is at its last step, but the loss or gradient of its last {skipped} steps was"
+                " not finite, so it has not ended as it should; begin a new one, with a lower learning_rate"
+            )
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """See `transformers.Trainer`. After too many steps in a row that were skipped, save and stop.
@@ -160,21 +183,23 @@ class OptimizerSteps(Trainer):
             FloatingPointError: `max_skipped_steps` steps in a row were skipped, or the last two of the run or more.
         """
         control, limit, step = self.control, self.args.max_skipped_steps, self.state.global_step
-        if not device.traces_graphs() or control.should_log or control.should_evaluate or control.should_save:
+        is_last = step >= self.state.max_steps
+        waits = control.should_log or control.should_evaluate or control.should_save or is_last
+        if waits or not device.traces_graphs():
             self.settle()
-        skipped = self._skipped_in_a_row
-        too_many = skipped >= limit or (skipped > 1 and step >= self.state.max_steps)
-        if too_many:
-            control.should_evaluate, control.should_save = False, self.args.save_strategy != "no"
-        saves = control.should_save
+        skipped = 0 if self._newest_taken is None else self._newest_decided - self._newest_taken
+        if skipped < limit and not (skipped > 1 and is_last):
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+            return
+        self.settle()
+        control.should_evaluate, control.should_save = False, self.args.save_strategy != "no"
+        saved = f"checkpoint-{step} holds what was learned before; " if control.should_save else ""
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        if too_many:
-            saved = f"checkpoint-{step} holds what was learned before; " if saves else ""
-            raise FloatingPointError(
-                f"step {step}: the loss or the gradient of {skipped} steps in a row was not finite "
-                f"(max_skipped_steps={limit}); {saved}python -m tunix_torch.replay "
-                f"{Path(self.args.output_dir) / FOLDER}/step-{step:04}.safetensors says what is wrong in the last batch"
-            )
+        raise FloatingPointError(
+            f"step {step}: the loss or the gradient of {skipped} steps in a row was not finite "
+            f"(max_skipped_steps={limit}); {saved}python -m tunix_torch.replay {self._bad_files[0]} says what is wrong "
+            "in the last batch"
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """See `transformers.Trainer`. The loss is the mean over steps with a finite one, and `skipped_steps` counts."""

@@ -1,5 +1,6 @@
 """Records of learning steps on disk, which another implementation can replay: `python -m crosscheck` does."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -36,7 +37,9 @@ class Record:
             else:
                 words[field.name] = str(value)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, words)
+        beside = path.with_suffix(".new")
+        save_file(tensors, beside, words)
+        os.replace(beside, path)
 
     @classmethod
     def load(cls, path: Path) -> Self:

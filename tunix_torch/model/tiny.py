@@ -16,7 +16,6 @@ import random
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,7 +31,6 @@ NAME = TINY_NAME
 FOLDER_PREFIX = "tunix-torch-tiny-"
 FILES = "files.json"  # in its folder: the checksum of every other file
 UNFINISHED = "unfinished-"  # what the names of folders begin with in which it is written
-SECONDS_TO_LOCK = 60  # a folder that is younger may not be locked yet
 
 CHARACTERS = "\n !\"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abcdefghijklmnopqrstuvwxyz{|}~"
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
@@ -338,10 +336,11 @@ def _check_files(folder: Path) -> None:
 @contextlib.contextmanager
 def _unfinished_folder() -> Iterator[Path]:
     """A folder in the cache that is locked as long as this process writes there, and removed in the end."""
-    folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=cache_folder()))
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with _cache_locked(fcntl.LOCK_SH):  # so that nobody sees it before it is locked
+        folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=cache_folder()))
+        descriptor = os.open(folder, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
         yield folder
     finally:
         os.close(descriptor)
@@ -350,13 +349,25 @@ def _unfinished_folder() -> Iterator[Path]:
 
 def _remove_unfinished() -> None:
     """Remove the folders of processes that died while they wrote there: those that nobody has locked."""
-    for folder in cache_folder().glob(f"{UNFINISHED}*"):
-        with contextlib.suppress(OSError):  # it is locked, or gone, or may not be removed
-            if time.time() - folder.stat().st_mtime < SECONDS_TO_LOCK:
-                continue
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
-            finally:
-                os.close(descriptor)
+    left = list(cache_folder().glob(f"{UNFINISHED}*"))
+    with _cache_locked(fcntl.LOCK_EX) if left else contextlib.nullcontext():
+        for folder in left:
+            with contextlib.suppress(OSError):  # it is locked, or gone, or may not be removed
+                descriptor = os.open(folder, os.O_RDONLY)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder)
+                finally:
+                    os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _cache_locked(how: int) -> Iterator[None]:
+    """Within this context the cache folder is locked, shared or for this process alone. It takes no time."""
+    descriptor = os.open(cache_folder(), os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)

@@ -8,12 +8,10 @@ from typing import Any
 
 from ..data.rows import prompt_of
 from .calling import Batch, Outcome
-from .values import CompletionError, WholeCallError, name_of
+from .values import RAISED_BY_REWARDS, CompletionError, WholeCallError, name_of
 
 logger = logging.getLogger(__name__)
 
-# How the note begins that every error has which was raised while functions, models or the judge scored completions.
-RAISED_BY_REWARDS = "Raised while scoring: "
 SEARCH_SECONDS = 30.0  # for how long a function that has failed is called again, to find the completion
 WINDOW = 100  # groups, the newest ones, of which a share may fail
 SHOWN = 200  # characters of a prompt or completion in a message
@@ -151,25 +149,28 @@ class ErrorBudget:
 
     Args:
         share: of groups that may fail, from 0 to 1.
-        rollouts_of_a_step: how many rollouts in a row, without any group that is left, are too many.
+        rollouts_of_a_step: how many rollouts of a step, without any group that is left, are too many.
     """
 
     def __init__(self, share: float, rollouts_of_a_step: int) -> None:
         self.share, self.rollouts_of_a_step = share, rollouts_of_a_step
         self._newest: deque[tuple[int, int]] = deque()  # how many groups failed, and of how many, in each rollout
-        self._lost = 0  # rollouts in a row without any group that is left
+        self._step, self._lost, self._has_groups = 0, 0, False  # of this step: rollouts; whether a group is left
 
     def left(self, num_groups: int) -> float:
         """How many groups of a rollout of so many may fail."""
         failed, groups = (sum(column) for column in zip((0, num_groups), *self._within(num_groups), strict=True))
         return self.share * max(WINDOW, groups) - failed
 
-    def count(self, num_failed: int, num_groups: int) -> str | None:
-        """Count those of one more rollout. Returns why these are too many; None: they are not."""
+    def count(self, num_failed: int, num_groups: int, step: int = 0) -> str | None:
+        """Count those of one more rollout of a step. Returns why these are too many; None: they are not."""
+        if step != self._step:
+            self._step, self._lost, self._has_groups = step, 0, False
         left = self.left(num_groups)
         self._newest = deque([*self._within(num_groups), (num_failed, num_groups)])
-        self._lost = self._lost + 1 if num_failed == num_groups else 0
-        if self._lost >= self.rollouts_of_a_step:
+        self._lost += 1
+        self._has_groups |= num_failed < num_groups
+        if self._lost >= self.rollouts_of_a_step and not self._has_groups:
             return "no group of a whole step has rewards, so there is nothing to learn from"
         if num_failed > left:
             failed, groups = (sum(column) for column in zip(*self._newest, strict=True))

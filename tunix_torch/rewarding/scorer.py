@@ -15,9 +15,10 @@ from ..config.grpo import GRPOConfig
 from ..data.rows import Row
 from ..runtime import together
 from .context import RewardContext, means
-from .failures import RAISED_BY_REWARDS, ErrorBudget
+from .failures import ErrorBudget
 from .models import RewardModel, is_model_name, make_reward_model
 from .scoring import RewardFunc, call_and_drop, call_rewards, name_of, names_of, table_of
+from .values import RAISED_BY_REWARDS
 from .workers import RewardWorkers, reward_workers
 
 logger = logging.getLogger(__name__)
@@ -181,6 +182,8 @@ class Scorer:
             self._drop(failed, len(rows), len(completions), 0 if trainer_state is None else trainer_state.global_step)
         rewards = table_of(values, completions, self._dropped)
         rewards[self._dropped] = math.nan
+        with raised_by_all():
+            self.totals(rewards, completions)  # which may overflow
         return rewards
 
     def _drop(self, failed: dict[int, str], num_groups: int, num_rows: int, step: int) -> None:
@@ -197,7 +200,7 @@ class Scorer:
         what = f"Step {step + 1}: the rewards of {len(failed)} of {num_groups} groups failed. The first: {first}"
         if failed and (together.is_first() or together.count() > 1):
             logger.warning("%s. on_reward_error='skip_group': nothing is learned from these", what)
-        too_many = self.budget.count(counts["failed"], counts["groups"])
+        too_many = self.budget.count(counts["failed"], counts["groups"], step)
         if too_many is not None:
             with noted():
                 raise ValueError(f"on_reward_error='skip_group': {too_many}. {what}")

@@ -4,6 +4,9 @@ import functools
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
+# How the note begins that every error has which was raised while functions, models or the judge scored completions.
+RAISED_BY_REWARDS = "Raised while scoring: "
+
 
 class CompletionError(ValueError):
     """One completion can't be judged. Whoever called the reward function knows the row and adds its name.

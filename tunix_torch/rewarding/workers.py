@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import fcntl
 import functools
 import inspect
 import logging
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
@@ -58,7 +60,8 @@ class RewardWorkers:
     def _start(self) -> None:
         """Start the processes, and wait until all of them have imported the functions."""
         before, context = set(multiprocessing.active_children()), multiprocessing.get_context("spawn")
-        arguments = (context.Barrier(self.count), os.getpid())
+        reader, self._alive = context.Pipe(duplex=False)  # nobody writes; it closes when this process is gone
+        arguments = (context.Barrier(self.count), os.getpid(), reader)
         self._pool = concurrent.futures.ProcessPoolExecutor(self.count, context, _begin, arguments)
         # Sending a function to a process makes the process import it, whatever is called there.
         arrived = [self._pool.submit(callable, function) for function in self._functions for _ in range(self.count)]
@@ -124,7 +127,11 @@ class RewardWorkers:
 
         if self._over:
             self._start_again(self._starts)
-        starts, futures = self._starts, begin()
+        try:
+            starts, futures = self._starts, begin()
+        except BrokenProcessPool:  # a process was killed between two calls
+            self._start_again(self._starts)
+            starts, futures = self._starts, begin()
 
         def join() -> Any:
             try:
@@ -224,8 +231,20 @@ def _listed(places: Sequence[str], most: int = 8) -> str:
     return shown if len(places) <= most else f"{shown} and {len(places) - most} others"
 
 
-def _begin(barrier: Barrier, parent: int) -> None:
-    """Run in each process before its first call: wait for the others, so that the pool has to start them all."""
+_kept: list[Connection] = []  # which would be closed when nobody holds them
+
+
+def _begin(barrier: Barrier, parent: int, alive: Connection) -> None:
+    """Run in each process before its first call: wait for the others, so that the pool has to start them all.
+
+    Args:
+        alive: the end of a pipe that closes when the process with this number is gone, however that ended.
+    """
+    _kept.append(alive)
+    if hasattr(signal, "SIGIO"):  # the system ends this process then, whatever it is doing: a regular expression, say,
+        # lets no thread of Python run
+        fcntl.fcntl(alive.fileno(), fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(alive.fileno(), fcntl.F_SETFL, fcntl.fcntl(alive.fileno(), fcntl.F_GETFL) | os.O_ASYNC)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the trainer too, which closes the pool
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     barrier.wait()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sized
 from pathlib import Path
 
-from ..checkpoints.files import has_final_files
+from ..checkpoints.files import STATE_FILE, has_final_files
 from ..checkpoints.whole import explaining_full_disk, finish_writing
 from ..compat.agent_tunix import GRPOTrainingConfig
 from ..config.data import DataConfig
@@ -86,11 +86,14 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
     trainer.facts.settings = settings
 
     here, finished = False, False
+    if checkpoint is None and _asks_for_newest(args) and together.decided_by_first(lambda: _is_complete(trainer)):
+        check_same_run(settings, output_dir / STATE_FILE, args.allow_changes)  # it kept no checkpoint
+        return _leave_complete(trainer, None)
     if checkpoint is not None:
         args.eval_on_start = False  # the run that is resumed has done it
         here = Path(checkpoint).resolve().parent == output_dir.resolve()
         finished = together.decided_by_first(lambda: trainer.is_finished(checkpoint))
-        newest = not names_folder(args.resume_from_checkpoint) and together.num_hosts() == 1
+        newest = _asks_for_newest(args)
         # without a checkpoint of the last step, only the final files say that it was taken
         if here and (finished or newest) and together.decided_by_first(lambda: _is_complete(trainer)):
             return _leave_complete(trainer, checkpoint if finished else None)
@@ -122,6 +125,13 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
         if trainer.collapse.said:
             print(f"warning: {trainer.collapse.summary()}", flush=True)
     return trainer
+
+
+def _asks_for_newest(args: GRPOConfig) -> bool:
+    """Whether a run is to go on from what its folder holds, so that its final files may say that it is finished."""
+    asked = args.resume_from_checkpoint
+    given = asked is not None and str(asked).lower() not in ("false", "none")
+    return given and not names_folder(asked) and together.num_hosts() == 1
 
 
 def _checkpoint(args: GRPOConfig) -> str | None:

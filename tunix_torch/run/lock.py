@@ -29,13 +29,17 @@ def locked(output_dir: str | Path) -> Iterator[None]:
     path = folder / LOCK_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = _open(path)
     except OSError as error:
         raise ValueError(f"output_dir={str(output_dir)!r}: can't be written: {error.strerror}") from error
     try:
         holder = _holder(descriptor)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while not _is_at(descriptor, path):  # another job has ended in between, and removed it
+                os.close(descriptor)
+                descriptor = _open(path)
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 hint = "wait for it, stop it, or give another folder"
@@ -52,6 +56,21 @@ def locked(output_dir: str | Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    """Open a lock file, which is made if it is not there."""
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one with this name."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    own = os.fstat(descriptor)
+    return (own.st_dev, own.st_ino) == (there.st_dev, there.st_ino)
 
 
 def _holder(descriptor: int) -> str:

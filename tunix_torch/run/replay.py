@@ -24,7 +24,7 @@ MAX_TEXT = 300  # characters of a prompt or a completion that are shown
 
 
 def replay(file: str | Path, weights: str | Path | None = None) -> int | None:
-    """Print what is not finite in a bad batch, with the weights that the model had.
+    """Print what is not finite in a bad batch, with the adapter that the model had.
 
     Args:
         file: one of `bad_batches/` in a run's folder.
@@ -86,13 +86,15 @@ def _load(
                 own[name].copy_(value)
         origin = "with the adapter that the file holds"
     else:
+        origin = f"with the weights of {weights}, as asked for"
         if weights is None:
             earlier = [f for f in checkpoints_of(file.absolute().parent.parent) if _step_of(f) < record.step]
             weights = next((folder for folder in earlier if is_whole(folder)), record.base_model)
+            kept = "the newest checkpoint before the step" if earlier else "with which the run began"
+            origin = f"with the weights of {weights}, {kept}: those of the step itself are not kept"
         model = load_base_model(str(weights), dtype)
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        origin = f"with the weights of {weights}, the newest before the step that are kept"
     remove_dropout(model)
     return place(model), tokenizer, origin
 
