@@ -154,6 +154,16 @@ def test_a_run_that_left_no_checkpoint_after_its_last_step_is_known_to_be_finish
     assert saved_steps(tmp_path) == [2, 4]
 
 
+def test_a_run_that_kept_no_checkpoint_is_known_to_be_finished(model_folder, tmp_path):
+    """Regression: with `save_strategy="no"` the same command moved the finished run away, and trained anew."""
+    run(model_folder, tmp_path, save_strategy="no")
+    before = files(tmp_path)
+    again = run(model_folder, tmp_path, save_strategy="no", resume_from_checkpoint="auto")
+    assert files(tmp_path) == before and has_weights_of(again, tmp_path)
+    with pytest.raises(ValueError, match="learning_rate=0.5"):
+        run(model_folder, tmp_path, save_strategy="no", resume_from_checkpoint="auto", learning_rate=0.5)
+
+
 def test_a_finished_run_that_is_resumed_elsewhere_spares_what_is_there(model_folder, finished_run, tmp_path):
     run(model_folder, tmp_path / "b", max_steps=2, seed=7)
     kept = adapter(tmp_path / "b")

@@ -175,6 +175,22 @@ def test_the_first_rows_of_a_stream_are_not_lost():
     assert first == of_rows.fingerprint_of(stream) and "a stream" in first
 
 
+def test_the_optimizer_may_not_be_allowed_to_change(tmp_path):
+    with pytest.raises(ValueError, match="allow_changes='optim': the optimizer's state"):
+        GRPOConfig(str(tmp_path), allow_changes=["optim"])
+
+
+def test_the_rows_of_a_stream_are_known_before_it_is_read(model_folder, tmp_path):
+    """Regression: the fingerprint was taken at the first save, of rows that the run then lost."""
+    given = tiny.arithmetic_rows("train", 64)
+    facts = []
+    for name, save_steps in (("a", 1), ("b", 3)):
+        args = GRPOConfig(str(tmp_path / name), max_steps=3, save_steps=save_steps, report_to="none", use_grpo=False)
+        TunixTrainer(model_folder, None, args, IterableDataset.from_generator(lambda: iter(given))).train()
+        facts.append(json.loads((tmp_path / name / "checkpoint-3" / "run.json").read_text())["training_data"])
+    assert facts[0] == facts[1]
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("xla", marks=pytest.mark.xla)])
 def test_base_weights_are_the_same_wherever_they_lie_and_whatever_was_learned(device, model_folder):
     model = add_lora(AutoModelForCausalLM.from_pretrained(model_folder), lora_config(ModelConfig()))

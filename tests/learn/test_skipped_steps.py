@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from trainers import make_trainer
 from transformers import TrainerCallback
 
 from tunix_torch import GRPOConfig, TunixTrainer
+from tunix_torch.checkpoints.files import newest_checkpoint
 from tunix_torch.cli import replay as command
 from tunix_torch.cli.script import run_script
 from tunix_torch.learn.bad_batches import FOLDER, MAX_FILES, load_bad_batch
@@ -152,6 +154,34 @@ def test_many_steps_in_a_row_stop_the_run_with_a_checkpoint(model_folder, tmp_pa
     resumed = make_trainer(model_folder, tmp_path, **settings | {"max_steps": 8})
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stopped}"))
     assert resumed.state.global_step == 8
+
+
+def test_a_run_that_only_skips_never_counts_as_finished(model_folder, tmp_path):
+    """Regression: each start skipped some steps more, until the last one was "finished" with exit code 0."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "max_skipped_steps": 2}
+    ends = []
+    for start in range(5):
+        trainer = make_trainer(model_folder, tmp_path, **settings)
+        spoil(trainer, math.nan, set(range(1, 5)))
+        checkpoint = newest_checkpoint(tmp_path)
+        with pytest.raises(FloatingPointError) as raised:
+            trainer.train(resume_from_checkpoint=None if start == 0 else str(checkpoint))
+        ends.append(str(raised.value).split(":")[0])
+    assert ends == ["step 2", "step 3", "step 4", "step 4", "step 4"]
+
+
+@pytest.mark.parametrize("settings", [{"num_iterations": 5}, {"gradient_accumulation_steps": 2}])
+def test_steps_are_counted_not_passes_and_the_message_names_a_file(model_folder, tmp_path, settings):
+    settings = {"max_steps": 4, "max_skipped_steps": 2, "per_device_train_batch_size": 2} | settings
+    trainer = make_trainer(model_folder, tmp_path, **settings)
+    spoil(trainer, math.nan, {2})
+    trainer.train()
+    trainer = make_trainer(model_folder, tmp_path, **settings)
+    spoil(trainer, math.nan, {2, 3})
+    with pytest.raises(FloatingPointError, match="step 3: .* 2 steps in a row") as raised:
+        trainer.train()
+    (file,) = [word for word in str(raised.value).split() if word.endswith(".safetensors")]
+    assert load_bad_batch(Path(file)).step == 3
 
 
 def test_the_command_ends_with_exit_code_1_and_one_line(model_folder, tmp_path, monkeypatch, capsys):

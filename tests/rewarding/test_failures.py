@@ -1,6 +1,7 @@
 """A reward function that fails is named with its row, or its groups are dropped and weigh nothing, within a bound."""
 
 import asyncio
+import errno
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ from trainers import digits_reward, first_batch, gradients, lora_weights, make_t
 
 from tunix_torch import GRPOConfig
 from tunix_torch.batch import PromptBatch, Rollout
+from tunix_torch.checkpoints.whole import explaining_full_disk
 from tunix_torch.rewarding import failures, scoring, slow
 from tunix_torch.rewarding.context import RewardContext
 from tunix_torch.rewarding.failures import ErrorBudget
@@ -248,10 +250,14 @@ def test_too_many_are_a_share_of_the_newest_groups_or_all_of_a_step():
     assert ErrorBudget(0.1, 1).count(25, 256) is None and ErrorBudget(0.1, 1).count(26, 256) is not None
     assert ErrorBudget(0.0, 1).count(1, 256) is not None
     every = ErrorBudget(1.0, 1)
-    assert every.count(3, 4) is None and "no group of a whole step" in every.count(4, 4)
+    assert every.count(3, 4, step=1) is None and "no group of a whole step" in every.count(4, 4, step=2)
+    assert every.count(1, 4, step=3) is None and every.count(4, 4, step=3) is None, "rounds of one step"
     accumulated = ErrorBudget(1.0, 3)  # three rollouts make a step
-    counts = [accumulated.count(failed, 1) for failed in (1, 1, 0, 1, 1, 1)]
-    assert counts[:5] == [None] * 5 and counts[5] is not None
+    counts = [accumulated.count(failed, 1, step) for step, failed in enumerate((0, 1, 1, 1, 1, 0, 1, 1, 1), 3)]
+    assert counts == [None] * 9, "each is a step of its own"
+    accumulated = ErrorBudget(1.0, 3)
+    counts = [accumulated.count(failed, 1, i // 3) for i, failed in enumerate((0, 1, 1, 1, 1, 0, 1, 1, 1))]
+    assert counts[:8] == [None] * 8 and counts[8] is not None
 
 
 # ---- in a run ----
@@ -367,6 +373,33 @@ def test_too_many_failures_stop_the_run_with_a_checkpoint(model_folder, tmp_path
         make_trainer(model_folder, tmp_path, later, **settings).train()
     assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").is_file()
     assert "checkpoint-1 holds everything before step 2. Mend the function" in raised.value.__notes__[-1]
+
+
+def test_a_total_that_overflows_stops_the_run_with_a_checkpoint(model_folder, tmp_path):
+    def large(completions, trainer_state, **columns):
+        return [1e308 if trainer_state.global_step == 2 else 0.5] * len(completions)
+
+    def also_large(**columns):
+        return large(**columns)
+
+    trainer = make_trainer(model_folder, tmp_path, [large, also_large], save_strategy="steps", save_steps=100)
+    with pytest.raises(ValueError, match="the weighted total of .* overflows") as raised:
+        trainer.train()
+    assert (tmp_path / "checkpoint-2").is_dir() and any("checkpoint-2" in note for note in raised.value.__notes__)
+
+
+def test_a_full_disk_of_a_reward_function_is_not_that_of_the_run(model_folder, tmp_path):
+    def sandbox(**columns):
+        raise OSError(errno.ENOSPC, "No space left on device", "/elsewhere/x")
+
+    with (
+        explaining_full_disk(tmp_path),
+        pytest.raises(OSError, match="No space left on device: '/elsewhere/x'") as raised,
+    ):
+        make_trainer(model_folder, tmp_path, sandbox).train()
+    with pytest.raises(OSError, match="/elsewhere/x"), explaining_full_disk(tmp_path):
+        raise raised.value
+    assert any("'sandbox' failed" in note for note in raised.value.__notes__)
 
 
 def test_at_evaluation_a_failure_stops_the_run_all_the_same(model_folder, tmp_path):

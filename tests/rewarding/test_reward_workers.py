@@ -141,11 +141,36 @@ if __name__ == "__main__":
 """
 
 
-def test_processes_end_with_a_trainer_that_was_killed(tmp_path):
-    (tmp_path / "owner.py").write_text(OWNER)
+def test_processes_that_died_between_two_calls_are_replaced():
+    workers = RewardWorkers(2, [right])
+    try:
+        for process in workers._processes:
+            os.kill(process.pid, signal.SIGKILL)
+        time.sleep(1)  # the pool notices
+        assert call_rewards([right], ROWS, COMPLETIONS, workers=workers) == [[1.0, 0.0, 1.0, 1.0, 1.0, None]]
+    finally:
+        workers.close()
+
+
+BUSY = OWNER.replace(
+    "    time.sleep(60)",
+    """
+    workers._pool.submit(re.match, "(a+)+$", "a" * 60 + "b")  # for ever, and no thread of Python runs meanwhile
+    workers._pool.submit(re.match, "(a+)+$", "a" * 60 + "b")
+    time.sleep(1)
+    print("busy", flush=True)
+    time.sleep(60)""",
+).replace("import os\n", "import os, re\n")
+
+
+@pytest.mark.parametrize("script", [OWNER, BUSY], ids=["idle", "busy"])
+def test_processes_end_with_a_trainer_that_was_killed(tmp_path, script):
+    (tmp_path / "owner.py").write_text(script)
     owner = subprocess.Popen([sys.executable, tmp_path / "owner.py", str(ROOT)], stdout=subprocess.PIPE, text=True)
     pids = [int(word) for word in owner.stdout.readline().split()]
     assert len(pids) == 2
+    if script is BUSY:
+        assert owner.stdout.readline() == "busy\n"
     owner.kill()
     owner.wait()
     for _ in range(100):

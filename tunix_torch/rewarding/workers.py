@@ -231,7 +231,7 @@ def _listed(places: Sequence[str], most: int = 8) -> str:
     return shown if len(places) <= most else f"{shown} and {len(places) - most} others"
 
 
-_kept: list[Connection] = []  # which would be closed when nobody holds them
+_kept: list[int] = []  # descriptors that stay open
 
 
 def _begin(barrier: Barrier, parent: int, alive: Connection) -> None:
@@ -240,11 +240,12 @@ def _begin(barrier: Barrier, parent: int, alive: Connection) -> None:
     Args:
         alive: the end of a pipe that closes when the process with this number is gone, however that ended.
     """
-    _kept.append(alive)
-    if hasattr(signal, "SIGIO"):  # the system ends this process then, whatever it is doing: a regular expression, say,
-        # lets no thread of Python run
-        fcntl.fcntl(alive.fileno(), fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(alive.fileno(), fcntl.F_SETFL, fcntl.fcntl(alive.fileno(), fcntl.F_GETFL) | os.O_ASYNC)
+    if os.path.exists(own := f"/proc/self/fd/{alive.fileno()}"):  # Linux
+        # The system ends this process by SIGIO then, whatever it is doing: a regular expression, say, lets no thread of
+        # Python run. The pipe is opened anew, since one that is shared can have one owner only.
+        _kept.append(os.open(own, os.O_RDONLY | os.O_NONBLOCK))
+        fcntl.fcntl(_kept[-1], fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(_kept[-1], fcntl.F_SETFL, fcntl.fcntl(_kept[-1], fcntl.F_GETFL) | os.O_ASYNC)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the trainer too, which closes the pool
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     barrier.wait()
