@@ -135,7 +135,9 @@ class OptimizerSteps(Trainer):
         decided = self.guard.settle(self.optimizer)
         if decided is None:
             return
-        self._finite_losses[decided.step] = math.isfinite(decided.loss)
+        lost = not math.isfinite(decided.loss)
+        # Of a step that is skipped, a process may have a finite loss of its own rows.
+        self._finite_losses[decided.step] = not (lost if decided.taken else together.anyone(lost))
         self._newest_decided = decided.step
         if self._newest_taken is None:  # the run begins
             self._newest_taken = decided.step - 1
