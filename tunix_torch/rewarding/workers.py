@@ -78,7 +78,11 @@ class RewardWorkers:
                 raise BrokenProcessPool
             if self._starts == starts:
                 self._kill()
-                self._start()
+                try:
+                    self._start()
+                except BrokenProcessPool:  # a new one was killed too, as where memory is short for a moment
+                    self._kill()
+                    self._start()
 
     def give_up(self) -> None:
         """Kill the processes in the middle of their calls, such as one that hangs. The next call starts others."""
