@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..rewarding.scorer import is_of_rewards
+from ..rewarding.values import is_of_rewards
 from ..runtime import together
 from .whole import WholeCheckpoints
 

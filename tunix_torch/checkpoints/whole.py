@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from ..rewarding.values import RAISED_BY_REWARDS
+from ..rewarding.values import is_of_rewards
 from ..runtime import together
 from .files import STATE_FILE, checkpoints_of
 from .manifest import MANIFEST_FILE, damage, flush, write_manifest
@@ -190,7 +190,7 @@ def explaining_full_disk(folder: Path) -> Iterator[None]:
 
 def _is_of_elsewhere(error: Exception, folder: Path) -> bool:
     """Whether an error names a file that is not in this folder, or was raised by a reward function."""
-    if any(note.startswith(RAISED_BY_REWARDS) for note in getattr(error, "__notes__", ())):
+    if is_of_rewards(error):
         return True
     file = getattr(error, "filename", None)
     return isinstance(file, str) and not Path(file).absolute().is_relative_to(folder.absolute())

@@ -129,7 +129,9 @@ def run_script(main: Callable[[], None]) -> None:
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("TUNIX_DEBUG") == "1":
             raise
-        of_rewards = _is_of_rewards(error)
+        from ..rewarding.values import is_of_rewards  # not needed where nothing fails
+
+        of_rewards = is_of_rewards(error)  # what failed may be there again when the job is started again
         if isinstance(error, BrokenPipeError) and not of_rewards:  # whoever read the output has ended, as `head` does
             for file in (sys.stdout, sys.stderr):  # or Python would try once more as it ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
@@ -139,13 +141,6 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _is_of_rewards(error: Exception) -> bool:
-    """Whether an error was raised while completions were scored: it may be away when the job is started again."""
-    from ..rewarding.values import RAISED_BY_REWARDS
-
-    return any(note.startswith(RAISED_BY_REWARDS) for note in getattr(error, "__notes__", ()))
 
 
 def _with_notes(error: Exception) -> str:

@@ -18,7 +18,7 @@ from .context import RewardContext, means
 from .failures import ErrorBudget
 from .models import RewardModel, is_model_name, make_reward_model
 from .scoring import RewardFunc, call_and_drop, call_rewards, name_of, names_of, table_of
-from .values import RAISED_BY_REWARDS
+from .values import RAISED_BY_REWARDS, is_of_rewards
 from .workers import RewardWorkers, reward_workers
 
 logger = logging.getLogger(__name__)
@@ -244,11 +244,6 @@ def noted() -> Iterator[None]:
         if not is_of_rewards(error):
             error.add_note(f"{RAISED_BY_REWARDS}by reward functions, reward models or the judge")
         raise
-
-
-def is_of_rewards(error: Exception) -> bool:
-    """Whether an error was raised while completions were scored."""
-    return any(note.startswith(RAISED_BY_REWARDS) for note in getattr(error, "__notes__", ()))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,11 @@ from typing import Any
 RAISED_BY_REWARDS = "Raised while scoring: "
 
 
+def is_of_rewards(error: Exception) -> bool:
+    """Whether an error was raised while completions were scored."""
+    return any(note.startswith(RAISED_BY_REWARDS) for note in getattr(error, "__notes__", ()))
+
+
 class CompletionError(ValueError):
     """One completion can't be judged. Whoever called the reward function knows the row and adds its name.
 
