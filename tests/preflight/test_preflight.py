@@ -527,7 +527,7 @@ def operations(text):
     """Count each operation with its shape and its place on the mesh, whatever its result is called.
 
     Scalars and the tuple of results are not counted: only in a run does the Trainer's loop keep the gradient's norm,
-    add up the loss for its log, and set the learning rate by its scheduler.
+    add up the loss for its log where it is finite, and set the learning rate by its scheduler.
     """
     found = Counter()
     for line in text.splitlines():
@@ -535,7 +535,7 @@ def operations(text):
         if match is not None:
             shape = re.sub(r"\{[\d,]*\}|/\*.*?\*/", "", match[1])
             sharding = re.search(r"sharding=\{.*?\}", line)
-            if match[2] != "tuple" and shape != "f32[]":
+            if match[2] != "tuple" and shape not in ("f32[]", "pred[]"):
                 found[match[2], shape, sharding[0] if sharding else ""] += 1
     return found
 
