@@ -58,6 +58,11 @@ class TrainBatch:
         values = [getattr(self, field.name) for field in fields(self) if field.name not in ("rewards", "lengths")]
         return [value for value in values if value is not None]
 
+    def in_main_memory(self) -> "TrainBatch":
+        """A copy without gradients whose tensors all lie in main memory. Python waits for the device."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TrainBatch(**{k: v if v is None else v.detach().cpu().clone() for k, v in columns.items()})
+
     def split(self, micro_batch_size: int | None) -> list["TrainBatch"]:
         """Cut into micro-batches of `micro_batch_size` rows, each with the prompts of its rows. Their losses add up.
 

@@ -13,7 +13,8 @@ from models import save_reward_model
 from peft import LoraConfig
 from transformers import HfArgumentParser, TrainingArguments
 
-from tunix_torch.compat.trl import FIELDS, REFUSED_ARGUMENTS, GRPOConfig, GRPOTrainer, to_ours
+from tunix_torch.compat.trl import REFUSED_ARGUMENTS, GRPOConfig, GRPOTrainer
+from tunix_torch.compat.trl_config import FIELDS, to_ours
 from tunix_torch.model.loading import load_model
 
 ROWS = [{"prompt": f"Say {i}.", "n": i} for i in range(12)]

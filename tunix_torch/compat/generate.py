@@ -23,7 +23,7 @@ from ..config.model import GEMMA3_SIZES, TINY_NAME
 from ..config.recipes import AGENT_TUNIX, AGENT_TUNIX_AGREES, AGENT_TUNIX_MODEL, JOB, TINY
 from ..config.saved import settings_of
 from .agent_tunix import GRPOTrainingConfig, name_in_grpo_config, sections_of_settings
-from .trl import table_of_fields
+from .trl_config import table_of_fields
 
 CONFIG_HEAD = """\
 # What run_training.py starts from. A section's file gives its values; a model's file may change any of them, an

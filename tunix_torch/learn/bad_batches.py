@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +97,7 @@ def _as_batch(given: TrainBatch | dict[str, Any], kind: str) -> tuple[TrainBatch
     else:
         batch = sft_batch(given, int(given["learned_mask"].sum()), memory)
         layout = {name: given[name].cpu() for name in LAYOUT if name in given}
-    columns = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    columns = {name: value if value is None else value.detach().cpu().clone() for name, value in columns.items()}
-    return TrainBatch(**columns), layout
+    return batch.in_main_memory(), layout
 
 
 def _as_json(value: Any) -> Any:

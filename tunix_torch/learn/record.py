@@ -110,9 +110,8 @@ def record_step(
         parts: what `learn` returned.
     """
     trained = {name: p for name, p in model.named_parameters() if p.grad is not None}  # a vision tower has no gradients
-    columns = {f.name: getattr(batch, f.name) for f in fields(batch)}
     return StepRecord(
-        batch=TrainBatch(**{name: value if value is None else value.cpu() for name, value in columns.items()}),
+        batch=batch.in_main_memory(),
         lora={name: p.detach().cpu().clone() for name, p in trained.items()},
         logps=torch.cat([part["logps"] for part in parts]).cpu(),
         loss=sum(part["loss"].cpu() for part in parts),

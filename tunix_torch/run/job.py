@@ -122,8 +122,6 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
     if together.is_first():
         seconds = time.perf_counter() - started
         print(f"\n{seconds:.0f} s, {device.memory_summary()}. {trainer.policy.what}, metrics and curves: {output_dir}")
-        if trainer.collapse.said:
-            print(f"warning: {trainer.collapse.summary()}", flush=True)
     return trainer
 
 
