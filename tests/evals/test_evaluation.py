@@ -9,17 +9,17 @@ import torch
 from trainers import digits_reward, ends_early, make_trainer
 
 from tunix_torch import GRPOConfig, TunixTrainer
-from tunix_torch.evals import evaluation
 from tunix_torch.evals.answers import Answers
 from tunix_torch.evals.evaluation import answer_metrics
 from tunix_torch.model import tiny
+from tunix_torch.runtime import once
 
 ROWS = [{"prompt": f"{i} + 1?"} for i in range(5)]
 
 
 @pytest.fixture(autouse=True)
-def warn_anew():
-    evaluation._warn_once.cache_clear()
+def warn_anew(monkeypatch):
+    monkeypatch.setattr(once, "_said", set())
 
 
 def make(model_folder, tmp_path, reward_funcs, train, evaluation_rows, judge=None, **settings):

@@ -16,12 +16,13 @@ from trainers import digits_reward, first_batch, gradients, lora_weights, make_t
 from tunix_torch import GRPOConfig
 from tunix_torch.batch import PromptBatch, Rollout
 from tunix_torch.checkpoints.whole import explaining_full_disk
-from tunix_torch.rewarding import failures, scoring, slow
+from tunix_torch.rewarding import failures, slow
 from tunix_torch.rewarding.context import RewardContext
 from tunix_torch.rewarding.failures import ErrorBudget
 from tunix_torch.rewarding.scoring import call_and_drop, call_rewards, score_completions
 from tunix_torch.rewarding.values import CompletionError
 from tunix_torch.rewarding.workers import RewardWorkers
+from tunix_torch.runtime import once
 
 ROWS = [{"prompt": f"{i} + {i}?", "answer": str(2 * i), "tunix/row": f"rows.jsonl, row {i + 1}"} for i in range(3)]
 COMPLETIONS = ["0", "1", "2", "bad", "4", "5"]  # two of each row
@@ -438,7 +439,7 @@ def test_settings_that_can_not_work_together_are_refused(tmp_path):
 
 
 def test_a_batch_that_no_function_applies_to_is_said_once_with_what_it_means(caplog, monkeypatch):
-    monkeypatch.setattr(scoring, "_said", set())
+    monkeypatch.setattr(once, "_said", set())
 
     def silent(completions):
         return [None] * len(completions)

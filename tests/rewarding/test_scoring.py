@@ -8,10 +8,10 @@ import time
 import pytest
 
 from tunix_torch import DataConfig, GRPOConfig, rewards
-from tunix_torch.rewarding import scoring
 from tunix_torch.rewarding.scoring import call_rewards, score_completions
 from tunix_torch.rewarding.workers import RewardWorkers
 from tunix_torch.run.setup import choose_rewards
+from tunix_torch.runtime import once
 
 ROWS = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "2 + 2?", "answer": "4"}]
 COMPLETIONS = ["2", "3", "4", "4"]
@@ -203,7 +203,7 @@ def test_a_function_that_changes_its_columns_changes_them_for_itself_only():
 
 
 def test_completions_that_nobody_judges_have_no_reward_and_the_first_is_named_once(caplog, monkeypatch):
-    monkeypatch.setattr(scoring, "_said", set())
+    monkeypatch.setattr(once, "_said", set())
     for _ in range(2):
         table = score_completions([some], ROWS, COMPLETIONS)
         assert table.isnan().any() and not table.isnan().all()

@@ -21,6 +21,7 @@ from ..rewarding.scoring import RewardFunc, require_columns
 from ..rollout.sampler import Sampler
 from ..rollout.tokens import SamplingParams
 from ..runtime import together
+from ..runtime.once import warn_once
 from .answers import Answers, answer
 
 logger = logging.getLogger(__name__)
@@ -104,15 +105,10 @@ def functions_to_report(scorer: Scorer, rows: Sequence[Row]) -> list[int]:
         try:
             require_columns([function], rows)
         except ValueError as error:
-            _warn_once(f"{error}. So evaluations report neither its rewards nor count them in eval_reward")
+            warn_once(logger, f"{error}. So evaluations report neither its rewards nor count them in eval_reward")
         else:
             numbers.append(number)
     return numbers
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def answer_metrics(answers: Answers, names: Sequence[str], weights: torch.Tensor) -> dict[str, float]:

@@ -214,11 +214,14 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 def place(model: nn.Module) -> nn.Module:
     """Move a model to this process's device. Tied embeddings come untied on XLA, so they are tied again.
 
+    A model in float32 computes with float32's precision: with less, a TPU would round the effect of a young LoRA away.
     Its layers stay of the classes that they are, see `decoding.fast_layers`. The form of attention is up to the
     `Sampler`.
     """
-    model.to(device.torch_device())
     base = base_model(model)
+    if base.dtype == torch.float32:
+        device.multiply_exactly()
+    model.to(device.torch_device())
     if base.config.get_text_config().tie_word_embeddings:
         _tie_embeddings(base)
     _share_constants(model)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from ..config.model import TINY_NAME
+from ..runtime.choice import cache_folder
 
 NAME = TINY_NAME
 FOLDER_PREFIX = "tunix-torch-tiny-"
@@ -223,12 +224,6 @@ def _warm_start(model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
         optimizer.zero_grad()
         schedule.step()
     model.eval()
-
-
-def cache_folder() -> Path:
-    """Where the tiny model is kept: $TUNIX_CACHE, else $XDG_CACHE_HOME/tunix_torch, else ~/.cache/tunix_torch."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tunix_torch"
-    return Path(os.environ.get("TUNIX_CACHE", default))
 
 
 # What the model is made of: all that, if it changed, would make other weights or another tokenizer.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.rows import ANSWER_COLUMNS, NO_ANSWER, WHERE, Row, has_column, own_columns
+from ..runtime.once import warn_once
 from .calling import Batch, Outcome, call_once, parameters_of
 from .context import GIVEN, TOKENS, RewardContext
 from .failures import drop_failed, error_of
@@ -111,27 +112,18 @@ def table_of(
     unjudged[list(dropped)] = False
     if int(unjudged.sum()) == len(completions) - len(dropped) > 0:
         warn_once(
+            logger,
             f"All {len(values)} reward functions returned None for every completion of a batch. None means that a "
             "function does not apply, so all rewards are 0 and nothing is learned from it. See that one of the "
-            "functions applies to rows of each kind in the data"
+            "functions applies to rows of each kind in the data",
         )
     elif unjudged.any():
         warn_once(
+            logger,
             "All reward functions returned None for a completion, which counts as a reward of 0. The first is "
-            f"{completions[int(unjudged.int().argmax())]!r:.200}"
+            f"{completions[int(unjudged.int().argmax())]!r:.200}",
         )
     return rewards
-
-
-_said: set[str] = set()
-
-
-def warn_once(message: str) -> None:
-    """Log a warning, unless one that begins with the same sentence was logged before."""
-    sentence = message.partition(".")[0]
-    if sentence not in _said:
-        _said.add(sentence)
-        logger.warning("%s", message)
 
 
 def call_rewards(

@@ -1,8 +1,8 @@
-"""Decides, before PyTorch is imported, whether this process computes through XLA. Imports nothing heavy.
+"""Decides, before PyTorch is imported, whether this process computes on a TPU and through what. Imports nothing heavy.
 
-Transformers and Accelerate take the XLA device by themselves as soon as they see torch_xla, so the decision must come
-first: `tunix_torch` makes it when it is imported, from `TUNIX_DEVICE`; a command that has a flag `--device` makes it
-anew before it imports the rest.
+Transformers and Accelerate take the XLA device by themselves as soon as they see torch_xla, and torch_tpu reads its
+settings when PyTorch is imported, so the decision must come first: `tunix_torch` makes it when it is imported, from
+`TUNIX_DEVICE`; a command that has a flag `--device` makes it anew before it imports the rest.
 """
 
 import glob
@@ -12,7 +12,8 @@ import os
 import pathlib
 import sys
 
-KINDS = ("auto", "xla", "cuda", "cpu")
+KINDS = ("auto", "tpu", "xla", "cuda", "cpu")
+INSTALL_TPU = "pip install -r requirements-tpu.txt, in an environment of its own"
 
 # Google's PCI vendor id, and the device ids of TPUs (torch_xla/_internal/tpu.py and jax/_src/hardware_utils.py).
 _TPU_VENDOR = "0x1ae0"
@@ -33,16 +34,20 @@ def choose() -> str:
     """Set the environment for the device that `TUNIX_DEVICE` asks for, and say which kind that is.
 
     Returns:
-        "xla" where XLA was asked for, or where there is a TPU and nothing else was asked for; otherwise what was asked
-        for: "cuda", "cpu" or "auto", between which PyTorch decides.
+        what was asked for, and where that is "auto" and there is a TPU, "tpu" if torch_tpu is installed, else "xla" if
+        torch_xla is. Otherwise "auto" stays, and PyTorch decides between "cuda" and "cpu".
 
     Raises:
-        ValueError: `TUNIX_DEVICE` is no kind of device, or XLA was asked for and can't be had.
+        ValueError: `TUNIX_DEVICE` is no kind of device, or one that can't be had here.
     """
     requested = os.environ.get("TUNIX_DEVICE", "auto")
     if requested not in KINDS:
         raise ValueError(f"TUNIX_DEVICE={requested!r}: choose one of {', '.join(KINDS)}")
     has_xla = importlib.util.find_spec("torch_xla") is not None
+    has_tpu = importlib.util.find_spec("torch_tpu") is not None
+    if requested == "tpu" or (requested == "auto" and has_tpu and tpu_is_present()):
+        _choose_torch_tpu(has_tpu, has_xla)
+        return "tpu"
     if requested == "xla" and not has_xla:
         raise ValueError("device='xla' needs torch_xla, which is not installed: pip install 'torch-xla[tpu]==2.9.0'")
     if requested == "xla" or (requested == "auto" and has_xla and tpu_is_present()):
@@ -56,6 +61,31 @@ def choose() -> str:
         return "xla"
     _keep_transformers_off_xla()
     return requested
+
+
+def _choose_torch_tpu(is_installed: bool, has_xla: bool) -> None:
+    """Set the environment for torch_tpu, which `device.py` then loads.
+
+    Raises:
+        ValueError: it is not installed, or there is neither a TPU nor a plugin that stands for one.
+    """
+    if not is_installed:
+        other = ": this environment has torch_xla, so choose device='xla'; or" if has_xla else ":"
+        raise ValueError(f"device='tpu' needs torch_tpu, which is not installed{other} {INSTALL_TPU}")
+    if "TPU_LIBRARY_PATH" not in os.environ and not tpu_is_present():
+        raise ValueError("device='tpu': there is no TPU on this host's PCI bus; choose device='cpu' or 'auto'")
+    _keep_transformers_off_xla()
+    os.environ.setdefault("TORCH_TPU_ALLOW_LEGACY_DEVICE_APIS", "1")  # Transformers calls torch.tpu.is_available
+    cache = os.environ.get("TUNIX_COMPILE_CACHE") or str(cache_folder() / "torch_tpu")
+    os.environ.setdefault("TORCH_TPU_TIER3_COMPILATION_CACHE_ROOT", cache)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = f"tpu:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+def cache_folder() -> pathlib.Path:
+    """Where this library keeps what it makes once: $TUNIX_CACHE, else $XDG_CACHE_HOME/tunix_torch, else
+    ~/.cache/tunix_torch."""
+    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "tunix_torch"
+    return pathlib.Path(os.environ.get("TUNIX_CACHE", default))
 
 
 def _keep_transformers_off_xla() -> None:

@@ -24,6 +24,8 @@ def compile_step(step: Callable[..., Any], model: torch.nn.Module) -> Callable[.
         model: the step reads the parameters, buffers and other tensors of its modules, whose values may change between
             calls. Other state, such as the active adapter, stays that of the first call.
     """
+    if KIND == "tpu":
+        return torch.compile(step, backend="tpu", fullgraph=True, dynamic=False)
     if KIND != "xla":
         return step
     planning = planner()

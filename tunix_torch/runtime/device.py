@@ -1,22 +1,26 @@
-"""The device that this process computes on. What differs between XLA, CUDA and the CPU is a fact or a verb here.
+"""The device that this process computes on. What differs between TPU, XLA, CUDA and CPU is a fact or a verb here.
 
 `TUNIX_DEVICE` chooses the device (commands set it from `--device`). Without it, a TPU that is really there is taken,
-else CUDA, else the CPU. A process keeps its device for life.
+else CUDA, else the CPU. A process keeps its device for life. "tpu" is a TPU through torch_tpu, "xla" one through
+torch-xla; both also run on a CPU, by which they are tested.
 """
 
 import contextlib
+import importlib.metadata
+import io
 import os
 import resource
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from .choice import choose
+from .choice import INSTALL_TPU, choose, tpu_is_present
 
 
 def _kind() -> str:
     requested = choose()
-    if requested in ("xla", "cpu"):
+    if requested in ("tpu", "xla", "cpu"):
         return requested
     import torch
 
@@ -31,6 +35,7 @@ import torch  # noqa: E402  (after the choice: importing torch loads torch_xla's
 
 if KIND == "xla":
     import torch_xla
+    import torch_xla.backends
     import torch_xla.core.xla_model as xm
     import torch_xla.debug.metrics as xla_metrics
     import torch_xla.debug.profiler as xla_profiler
@@ -38,12 +43,37 @@ if KIND == "xla":
     import torch_xla.utils.checkpoint as xla_checkpoint
 
 
+def _load_torch_tpu() -> None:
+    """Register torch_tpu's device, and start its runtime.
+
+    Operations are deferred and run as graphs, as torch-xla runs them: launched one by one, each is compiled for itself.
+
+    Raises:
+        ValueError: the runtime does not start.
+    """
+    warnings.filterwarnings("ignore", "<TorchTpu/ApiStage")  # that what is called here may change
+    try:
+        (entry_point,) = importlib.metadata.entry_points(group="torch.backends", name="torch_tpu")
+        with contextlib.redirect_stderr(io.StringIO()):  # four lines about what it registers
+            entry_point.load()()
+        torch.tpu.eager_mode = torch.tpu.EagerMode.DEFER_AND_FUSE
+        torch.zeros((), device="tpu").cpu()
+    except Exception as error:  # of whatever kind: a plugin that is no plugin, a chip that another process has
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"device='tpu': torch_tpu does not start ({why}); {INSTALL_TPU}") from error
+
+
+if KIND == "tpu":
+    _load_torch_tpu()
+
+
 def keep_compilations(folder: str) -> None:
     """Keep graphs that are compiled for a TPU in a folder, so that the next process need not compile them again.
 
     Must be called before the first graph. XLA:CPU can write such files but not read them, so it keeps nothing.
+    torch_tpu always keeps them, see `choice.choose`.
     """
-    if is_tpu():
+    if KIND == "xla" and is_tpu():
         xla_runtime.initialize_cache(folder)
 
 
@@ -54,6 +84,8 @@ def torch_device() -> torch.device:
 
 def is_tpu() -> bool:
     """True on a real TPU and in a process that plans a job for one. XLA:CPU runs the same graphs, but is none."""
+    if KIND == "tpu":
+        return tpu_is_present()
     return KIND == "xla" and (_planned_for_tpu or os.environ["PJRT_DEVICE"] == "TPU")
 
 
@@ -81,12 +113,12 @@ if "TUNIX_COMPILE_CACHE" in os.environ:
 
 def static_shapes() -> bool:
     """Whether batches and learning passes keep the widths of the configuration, since each new shape is compiled."""
-    return KIND == "xla"
+    return KIND in ("tpu", "xla")
 
 
 def traces_graphs() -> bool:
     """Whether operations are traced into graphs for a compiler, so that reading a value makes Python wait."""
-    return KIND == "xla"
+    return KIND in ("tpu", "xla")
 
 
 def has_onednn() -> bool:
@@ -96,10 +128,30 @@ def has_onednn() -> bool:
 
 def step_kind() -> str:
     """How a decode step runs: "eager", "compiled" once for each shape, or "recorded" as a graph for each shape."""
-    return {"cpu": "eager", "xla": "compiled", "cuda": "recorded"}[KIND]
+    return {"cpu": "eager", "tpu": "compiled", "xla": "compiled", "cuda": "recorded"}[KIND]
+
+
+def multiplies_exactly(dtype: torch.dtype) -> bool:
+    """Whether products of matrices of this type have float32's precision. On CUDA, TF32 may be allowed for them."""
+    if dtype != torch.float32:
+        return False
+    if KIND == "xla":
+        return not is_tpu() or torch_xla.backends.get_mat_mul_precision() == "highest"
+    return torch.get_float32_matmul_precision() == "highest"
 
 
 # ---- verbs ----
+
+
+def multiply_exactly() -> None:
+    """Give products of float32 matrices float32's precision from now on. A TPU by itself rounds them to bfloat16.
+
+    This must come before the first graph. Products of bfloat16 matrices stay as they are.
+    """
+    if KIND == "xla":
+        torch_xla._XLAC._xla_set_mat_mul_precision("highest")  # the public function warns whoever calls it
+    elif KIND == "tpu":
+        torch.set_float32_matmul_precision("highest")
 
 
 def upload(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
@@ -121,36 +173,43 @@ def wait() -> None:
     """Wait until the device has finished all work that was started."""
     if KIND == "xla":
         xm.wait_device_ops()
+    elif KIND == "tpu":
+        torch.accelerator.synchronize()
     elif KIND == "cuda":
         torch.cuda.synchronize()
 
 
 @contextlib.contextmanager
 def random_numbers_kept() -> Iterator[None]:
-    """Within this context an XLA device may draw random numbers without changing those that it draws later."""
-    state = xm.get_rng_state() if KIND == "xla" else None
+    """Within this context a device that traces graphs may draw numbers without changing those that it draws later."""
+    state = _device_random_state() if traces_graphs() else None
     yield
-    if KIND == "xla":
-        xm.set_rng_state(state)
+    if traces_graphs():
+        _set_device_random_state(state)
 
 
 def random_state() -> tuple[torch.Tensor, Any]:
     """The states of PyTorch's random numbers on the CPU and on the device, for `set_random_state`."""
-    of_device = None
-    if KIND == "xla":
-        of_device = xm.get_rng_state()
-    elif KIND == "cuda":
-        of_device = torch.cuda.get_rng_state()
-    return torch.get_rng_state(), of_device
+    return torch.get_rng_state(), _device_random_state()
 
 
 def set_random_state(state: tuple[torch.Tensor, Any]) -> None:
     """Draw the numbers again that came after a state of `random_state`."""
     torch.set_rng_state(state[0])
+    _set_device_random_state(state[1])
+
+
+def _device_random_state() -> Any:
     if KIND == "xla":
-        xm.set_rng_state(state[1])
-    elif KIND == "cuda":
-        torch.cuda.set_rng_state(state[1])
+        return xm.get_rng_state()
+    return None if KIND == "cpu" else getattr(torch, KIND).get_rng_state()
+
+
+def _set_device_random_state(state: Any) -> None:
+    if KIND == "xla":
+        xm.set_rng_state(state)
+    elif KIND != "cpu":
+        getattr(torch, KIND).set_rng_state(state)
 
 
 def optimization_barrier(tensor: torch.Tensor) -> torch.Tensor:
@@ -160,6 +219,8 @@ def optimization_barrier(tensor: torch.Tensor) -> torch.Tensor:
     """
     if KIND == "xla":
         xm.optimization_barrier_([tensor])
+    elif KIND == "tpu":
+        (tensor,) = torch.tpu.ops.optimization_barrier([tensor])
     return tensor
 
 
@@ -194,14 +255,16 @@ def recomputed(function: Callable[..., Any], *args: Any, **settings: Any) -> Any
 
 def num_compilations() -> int:
     """How many graphs XLA has compiled in this process so far. On CUDA and the CPU it is 0."""
+    if KIND == "tpu":
+        return torch.tpu._get_cache_misses()
     if KIND != "xla":
         return 0
     return int(xla_metrics.counter_value("UncachedCompile") or 0)
 
 
 def counters() -> dict[str, int]:
-    """Numbers for a run's log: on XLA `compilations`, which must not grow after the warm-up. Elsewhere none."""
-    return {"compilations": num_compilations()} if KIND == "xla" else {}
+    """Numbers for a run's log: `compilations`, which must not grow after the warm-up, where there are any."""
+    return {"compilations": num_compilations()} if traces_graphs() else {}
 
 
 def scalar(value: float) -> torch.Tensor:
@@ -213,9 +276,12 @@ def scalar(value: float) -> torch.Tensor:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has used so far: on CUDA that of the device, else its resident set."""
+    """The most memory that this process has used so far: on CUDA and through torch_tpu that of the device, else its
+    resident set."""
     if KIND == "cuda":
         return torch.cuda.max_memory_allocated()
+    if KIND == "tpu" and is_tpu():
+        return torch.accelerator.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

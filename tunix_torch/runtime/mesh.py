@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .device import KIND, is_tpu
+from .device import KIND, is_accelerator, is_tpu
 
 if KIND == "xla":
     import torch_xla
@@ -84,9 +84,10 @@ def axis_size(axis: str | None) -> int:
 def merges_lora() -> bool:
     """Whether a LoRA layer is faster when it multiplies once, by the sum of its weights: on the CPU, also through XLA.
 
-    On a mesh each matrix is laid out for itself, and a GPU hardly waits for the small products of a LoRA.
+    On a mesh each matrix is laid out for itself, and a GPU or TPU hardly waits for the small products of a LoRA. Nor
+    would a TPU see a young LoRA in the sum if it rounded that to bfloat16.
     """
-    return KIND != "cuda" and not has_mesh()
+    return not is_accelerator() and not has_mesh()
 
 
 def tokens_per_pass() -> int | None:
