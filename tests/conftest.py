@@ -8,6 +8,7 @@ import sys
 import pytest
 
 os.environ.setdefault("TUNIX_DEVICE", "cpu")
+os.environ.setdefault("TORCH_TPU_ALLOW_LEGACY_DEVICE_APIS", "1")  # test files import torch before the library
 # The models here are too small for several threads, which slow each other down where other work shares the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -1,4 +1,4 @@
-"""Compiles a decode step once for each shape of its arguments. Without XLA the step is called as it is."""
+"""Compiles a decode step once for each shape of its arguments. On CUDA and the CPU the step is called as it is."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +12,9 @@ if KIND == "xla":
     import torch_xla
     import torch_xla.core.xla_model as xm
     import torch_xla.utils.buffer_donor_context as buffer_donor_context
+if KIND == "tpu":
+    # A step has a shape for each number of rows and each width of the cache, for sampling and for greedy answers.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
 
 
 def compile_step(step: Callable[..., Any], model: torch.nn.Module) -> Callable[..., Any]:

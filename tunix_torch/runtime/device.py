@@ -49,7 +49,8 @@ def _load_torch_tpu() -> None:
     Operations are deferred and run as graphs, as torch-xla runs them: launched one by one, each is compiled for itself.
 
     Raises:
-        ValueError: the runtime does not start.
+        ValueError: the runtime does not start, or PyTorch was imported first, with settings of torch_tpu under which
+            Transformers can't use it.
     """
     warnings.filterwarnings("ignore", "<TorchTpu/ApiStage")  # that what is called here may change
     try:
@@ -58,13 +59,18 @@ def _load_torch_tpu() -> None:
             entry_point.load()()
         torch.tpu.eager_mode = torch.tpu.EagerMode.DEFER_AND_FUSE
         torch.zeros((), device="tpu").cpu()
+        torch.tpu.is_available()  # as Transformers calls it
     except Exception as error:  # of whatever kind: a plugin that is no plugin, a chip that another process has
         why = str(error).strip().partition("\n")[0] or type(error).__name__
+        if "is internal to TorchTPU" in why:
+            hint = "import tunix_torch before torch, or set TORCH_TPU_ALLOW_LEGACY_DEVICE_APIS=1"
+            raise ValueError(f"device='tpu': torch_tpu was loaded without what Transformers needs: {hint}") from error
         raise ValueError(f"device='tpu': torch_tpu does not start ({why}); {INSTALL_TPU}") from error
 
 
 if KIND == "tpu":
     _load_torch_tpu()
+    import torch_tpu._internal.sync.sync as torch_tpu_sync
 
 
 def keep_compilations(folder: str) -> None:
@@ -162,11 +168,13 @@ def upload(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
 
 
 def sync() -> None:
-    """End the graph that XLA has traced so far, and start running it. On CUDA and the CPU nothing happens."""
+    """End the graph that was traced so far, and start running it. On CUDA and the CPU nothing happens."""
     if _planner is not None:
         _planner.graph_ends()
     elif KIND == "xla":
         torch_xla.sync()
+    elif KIND == "tpu":
+        torch_tpu_sync.synchronize()  # no public function starts the work without waiting for it
 
 
 def wait() -> None:

@@ -124,6 +124,8 @@ def describe() -> str:
         name = f"TPU through torch-xla, {count} device(s)" if is_tpu() else "XLA on the CPU (no TPU was found)"
         sizes = ", ".join(f"{axis} {size}" for axis, size in _mesh.shape().items()) if _mesh is not None else ""
         return f"{name}, mesh of {sizes}" if sizes else name
+    if KIND == "tpu":
+        return f"TPU through torch_tpu: {torch.tpu.get_device_name()}" if is_tpu() else "torch_tpu on the CPU, no TPU"
     if KIND == "cuda":
         return f"CUDA: {torch.cuda.get_device_name(0)}, {torch.cuda.device_count()} device(s)"
     return f"CPU, {torch.get_num_threads()} threads"
