@@ -141,11 +141,13 @@ class AdapterTrainer(SavesBeforeFailing):
         return reference_policy(self.model, self.reference)
 
     def _sums_of_frozen(self) -> dict[str, float]:
-        """The sum of absolute values of each frozen weight. It changes when the weight does."""
+        """The sum of absolute values of each frozen weight. It changes when the weight does. The sums are a graph of
+        their own, the same each time."""
         weights = dict(self.model.named_parameters())
         names = list(self.policy.frozen() if self._frozen is None else self._frozen)
         if not names:
             return {}
+        device.sync()
         with torch.no_grad():
             numbers = torch.stack([weights[name].float().abs().sum() for name in names]).tolist()
         return dict(zip(names, numbers, strict=True))

@@ -27,6 +27,7 @@ _TPU_DEVICES = {
     "0x0076": "v7x",
 }
 PCI_DEVICES = "/sys/bus/pci/devices"
+_ACCELERATE = "ACCELERATE_TORCH_DEVICE"  # which Accelerate takes in place of its own choice
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # "0": importing torch does not import torch_xla
 
 
@@ -48,6 +49,8 @@ def choose() -> str:
     if requested == "tpu" or (requested == "auto" and has_tpu and tpu_is_present()):
         _choose_torch_tpu(has_tpu, has_xla)
         return "tpu"
+    if os.environ.get(_ACCELERATE, "").startswith("tpu"):  # from a process that started this one
+        del os.environ[_ACCELERATE]
     if requested == "xla" and not has_xla:
         raise ValueError("device='xla' needs torch_xla, which is not installed: pip install 'torch-xla[tpu]==2.9.0'")
     if requested == "xla" or (requested == "auto" and has_xla and tpu_is_present()):
@@ -78,7 +81,7 @@ def _choose_torch_tpu(is_installed: bool, has_xla: bool) -> None:
     os.environ.setdefault("TORCH_TPU_ALLOW_LEGACY_DEVICE_APIS", "1")  # Transformers calls torch.tpu.is_available
     cache = os.environ.get("TUNIX_COMPILE_CACHE") or str(cache_folder() / "torch_tpu")
     os.environ.setdefault("TORCH_TPU_TIER3_COMPILATION_CACHE_ROOT", cache)
-    os.environ["ACCELERATE_TORCH_DEVICE"] = f"tpu:{os.environ.get('LOCAL_RANK', '0')}"
+    os.environ[_ACCELERATE] = f"tpu:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def cache_folder() -> pathlib.Path:
