@@ -3,10 +3,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 AUDIT := .venv-audit
+TPU := .venv-tpu
+TESTS_OF_TPU := tests/test_xla.py tests/runtime/test_compiled_step.py tests/runtime/test_precision.py \
+	tests/runtime/test_policies_on_xla.py tests/learn tests/torch_tpu
 
 .PHONY: help setup train train-quick train-show-config train-sweep evaluate check-device test test-all test-slow test-plans crosscheck bench torture soak config lint format \
 	tensorboard clean
 .PHONY: fuzz lock audit  # of what comes from outside: input, packages
+.PHONY: setup-tpu test-tpu  # of torch_tpu, which needs an environment of its own
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -66,6 +70,25 @@ test-slow: setup  ## whole jobs and every mesh, on the CPU and through XLA (abou
 test-plans: setup  ## every recipe compiled for its slice, and the extrapolation checked (an hour; later runs are cached)
 	TUNIX_DEVICE=cpu $(BIN)/python -m pytest -m slow -s tests/preflight/test_preflight.py
 
+# torch_tpu pairs with another torch than torch-xla. Torch for the CPU comes from PyTorch's own index, if from nowhere else.
+$(TPU)/.installed: requirements-tpu.txt
+	test -x $(TPU)/bin/python || $(PYTHON) -m venv $(TPU)
+	$(TPU)/bin/pip install --quiet --disable-pip-version-check --retries 1 --require-hashes -r requirements-tpu.txt \
+	--extra-index-url https://download.pytorch.org/whl/cpu
+	touch $@
+
+$(TPU)/shim.so: tests/torch_tpu/shim.c $(TPU)/.installed
+	gcc -O1 -Wall -shared -fPIC -I"$$(echo $(TPU)/lib/python3*/site-packages/xla_plugins/xla_cpu_pjrt/include)" -o $@ $< -ldl
+
+# torch_tpu on this CPU: the plugin that stands for a TPU, and a sitecustomize.py that makes torch_tpu see a chip
+ON_PLUGIN = TUNIX_DEVICE=tpu TPU_LIBRARY_PATH=$(abspath $(TPU)/shim.so) PYTHONPATH=tests/torch_tpu OMP_NUM_THREADS=1 \
+	TUNIX_PJRT_PLUGIN="$$(echo $(abspath $(TPU))/lib/python3*/site-packages/xla_plugins/xla_cpu_pjrt/xla_cpu_pjrt.so)"
+
+setup-tpu: $(TPU)/.installed  ## .venv-tpu, the environment of a TPU VM that computes through torch_tpu (3 GB)
+
+test-tpu: $(TPU)/shim.so  ## the tests through torch_tpu, a plugin for the CPU behind it (ARGS="-m slow": the default job to its end)
+	$(ON_PLUGIN) $(TPU)/bin/python -m pytest -m "xla and not slow" $(TESTS_OF_TPU) $(ARGS)
+
 fuzz: setup  ## rows, settings, flags, answers and checkpoints at random, 10,000 cases each (CASES=500: fewer)
 	TUNIX_DEVICE=cpu TUNIX_FUZZ_CASES=$(or $(CASES),10000) $(BIN)/python -m pytest -s -m thorough tests/fuzz $(ARGS)
 
@@ -74,9 +97,11 @@ $(AUDIT)/.installed: Makefile
 	$(AUDIT)/bin/pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1
 	touch $@
 
-lock: $(AUDIT)/.installed  ## write requirements.lock anew after requirements.txt changed (ARGS=--upgrade: all to the newest)
+lock: $(AUDIT)/.installed  ## write requirements.lock and requirements-tpu.txt anew (ARGS=--upgrade: all to the newest)
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(AUDIT)/bin/uv pip compile --quiet --no-annotate --generate-hashes $(ARGS) \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_31 requirements.txt -o requirements.lock
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(AUDIT)/bin/uv pip compile --quiet --no-annotate --generate-hashes $(ARGS) \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_31 requirements-tpu.in -o requirements-tpu.txt
 
 audit: $(AUDIT)/.installed  ## known vulnerabilities of the packages in requirements.lock, by PyPI's list; needs a network
 	$(AUDIT)/bin/pip-audit --strict --progress-spinner off --disable-pip --require-hashes -r requirements.lock

@@ -12,9 +12,9 @@ only_torch_xla = pytest.mark.skipif(KIND == "tpu", reason="about torch-xla")
 
 
 def environment(kind: str, **more: str) -> dict[str, str]:
-    """The environment of a process on another device, which finds the library and, for "tpu", the plugin."""
+    """The environment of a process on a device, which finds the library, these tests and, for "tpu", the plugin."""
     kept = {k: v for k, v in os.environ.items() if k not in ("USE_TORCH_XLA", "TORCH_DEVICE_BACKEND_AUTOLOAD")}
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
     return kept | {"TUNIX_DEVICE": kind, "PYTHONPATH": path} | more
 
 

@@ -65,7 +65,7 @@ weights = {
 result = {"kind": device.KIND, "log": trainer.state.log_history}
 result |= {"completions": completions, "weights": weights, "packed": packed}
 if device.traces_graphs():
-    from tests.graphs import left_to_the_host
+    from graphs import left_to_the_host
     result["left_to_the_host"] = left_to_the_host()
 json.dump(result, open(output_dir + "/result.json", "w"))
 """
