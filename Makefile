@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 AUDIT := .venv-audit
 TPU := .venv-tpu
 TESTS_OF_TPU := tests/test_xla.py tests/runtime/test_compiled_step.py tests/runtime/test_precision.py \
-	tests/runtime/test_policies_on_xla.py tests/learn tests/torch_tpu
+	tests/runtime/test_policies_on_xla.py tests/learn tests/tpu_plugin
 
 .PHONY: help setup train train-quick train-show-config train-sweep evaluate check-device test test-all test-slow test-plans crosscheck bench torture soak config lint format \
 	tensorboard clean
@@ -77,11 +77,11 @@ $(TPU)/.installed: requirements-tpu.txt
 	--extra-index-url https://download.pytorch.org/whl/cpu
 	touch $@
 
-$(TPU)/shim.so: tests/torch_tpu/shim.c $(TPU)/.installed
+$(TPU)/shim.so: tests/tpu_plugin/shim.c $(TPU)/.installed
 	gcc -O1 -Wall -shared -fPIC -I"$$(echo $(TPU)/lib/python3*/site-packages/xla_plugins/xla_cpu_pjrt/include)" -o $@ $< -ldl
 
 # torch_tpu on this CPU: the plugin that stands for a TPU, and a sitecustomize.py that makes torch_tpu see a chip
-ON_PLUGIN = TUNIX_DEVICE=tpu TPU_LIBRARY_PATH=$(abspath $(TPU)/shim.so) PYTHONPATH=tests/torch_tpu OMP_NUM_THREADS=1 \
+ON_PLUGIN = TUNIX_DEVICE=tpu TPU_LIBRARY_PATH=$(abspath $(TPU)/shim.so) PYTHONPATH=tests/tpu_plugin OMP_NUM_THREADS=1 \
 	TUNIX_PJRT_PLUGIN="$$(echo $(abspath $(TPU))/lib/python3*/site-packages/xla_plugins/xla_cpu_pjrt/xla_cpu_pjrt.so)"
 
 setup-tpu: $(TPU)/.installed  ## .venv-tpu, the environment of a TPU VM that computes through torch_tpu (3 GB)

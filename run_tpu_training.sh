@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Train on a TPU VM. Settings come from the environment, further arguments go to train.py as they are:
 #   MODEL_NAME=google/gemma-3-270m-it USE_GRPO=true ./run_tpu_training.sh --data_path openai/gsm8k --dataset_config main
-# Checks the host first. Without a TPU it says so and runs the same graphs through XLA on the CPU.
+# Checks the host first, and takes torch_tpu where it is installed, else torch-xla. Without a TPU, torch-xla runs the same
+# graphs on the CPU.
 # A run that was cut short goes on from its newest checkpoint; SIGTERM saves one before the run ends.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
-    sed -n '2,5s/^# //p' "$0"
+    sed -n '2,6s/^# //p' "$0"
     cat <<'EOF'
 
 --dry-run: check, print the command, and stop.
@@ -16,7 +17,8 @@ Environment: MODEL_NAME OUTPUT_DIR NUM_EPOCHS BATCH_SIZE LEARNING_RATE MAX_LENGT
              USE_GRPO NUM_COMPLETIONS_PER_PROMPT GENERATION_MAX_LENGTH GENERATION_TEMPERATURE KL_PENALTY_COEF
              TOPOLOGY             the slice, such as v5e:2x4; found by itself on one host
              SKIP_PREFLIGHT=1     don't estimate first whether the job fits (plan_tpu.py --quick)
-             TUNIX_COMPILE_CACHE  folder of compiled graphs; default ~/.cache/tunix_torch/xla
+             PYTHON               default .venv/bin/python (make setup), else .venv-tpu/bin/python (make setup-tpu)
+             TUNIX_COMPILE_CACHE  folder of compiled graphs; default ~/.cache/tunix_torch/xla, or tpu
 All flags: python train.py --help
 
 On a slice of several hosts, one command starts the script on all of them, here of a v5e-16:
@@ -37,9 +39,11 @@ for argument in "$@"; do
     if [[ "$argument" == "--dry-run" ]]; then dry_run=true; else given+=("$argument"); fi
 done
 set -- "${given[@]}"
-if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; else PYTHON=${PYTHON:-python3}; fi
+for python in .venv/bin/python .venv-tpu/bin/python python3; do
+    if [[ -z "${PYTHON:-}" && -n "$(command -v "$python")" ]]; then PYTHON=$python; fi
+done
 
-args=(--device xla)
+args=()
 add() { # add FLAG VALUE: only when the variable is set, so that train.py's own defaults hold
     if [[ -n "$2" ]]; then args+=("$1" "$2"); fi
 }
@@ -58,10 +62,15 @@ add --generation_temperature "${GENERATION_TEMPERATURE:-}"
 add --kl_penalty_coef "${KL_PENALTY_COEF:-}"
 args+=("$@")
 
-topology=$(TUNIX_DEVICE=cpu "$PYTHON" -c \
-    'import sys, utils; utils.run_script(lambda: print(utils.check_tpu_host(sys.argv[1:]) or ""))' "${args[@]}")
+found=$(TUNIX_DEVICE=cpu "$PYTHON" -c \
+    'import sys, utils as u; u.run_script(lambda: print(u.tpu_backend(), u.check_tpu_host(sys.argv[1:]) or ""))' "${args[@]}")
+read -r backend topology <<<"$found" || true
+backend=${backend:-xla}
+args=(--device "$backend" "${args[@]}")
 topology=${TOPOLOGY:-$topology}
-if [[ -n "$topology" && -f plan_tpu.py && "${SKIP_PREFLIGHT:-0}" != 1 ]]; then
+if [[ "$backend" == tpu ]]; then
+    echo "plan     the plan is left out: plan_tpu.py needs an environment with torch-xla" >&2
+elif [[ -n "$topology" && -f plan_tpu.py && "${SKIP_PREFLIGHT:-0}" != 1 ]]; then
     planned=0 # what it says is advice: a job that can't be planned, or that may not fit, is started all the same
     "$PYTHON" plan_tpu.py --quick --topology "$topology" "${args[@]}" || planned=$?
     case $planned in
@@ -73,7 +82,7 @@ if [[ -n "$topology" && -f plan_tpu.py && "${SKIP_PREFLIGHT:-0}" != 1 ]]; then
 fi
 
 if [[ " $* " != *" --resume_from_checkpoint"* ]]; then args+=(--resume_from_checkpoint auto); fi
-export TUNIX_COMPILE_CACHE=${TUNIX_COMPILE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/tunix_torch/xla}
+export TUNIX_COMPILE_CACHE=${TUNIX_COMPILE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/tunix_torch/$backend}
 export PYTHONHASHSEED=${PYTHONHASHSEED:-0} # hosts must order sets alike
 if $dry_run; then
     printf 'TUNIX_COMPILE_CACHE=%q PYTHONHASHSEED=%q' "$TUNIX_COMPILE_CACHE" "$PYTHONHASHSEED"

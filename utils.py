@@ -25,6 +25,7 @@ HOMES = {
     "save_config": "config.saved",
     "set_aside_previous_run": "run.folder",
     "settings_of": "config.saved",
+    "tpu_backend": "runtime.choice",
     "verify_tpu_setup": "cli.tpu_host",
 }
 

@@ -68,7 +68,20 @@ def test_a_libtpu_that_does_not_fit_is_an_error(monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: versions[name])
     assert choice.check_libtpu() == "0.0.21"
     versions["libtpu"] = "0.0.17"
-    with pytest.raises(ValueError, match="libtpu 0.0.17: torch_xla 2.9.0 needs 0.0.21"):
+    with pytest.raises(ValueError, match="libtpu 0.0.17: torch_xla 2.9.0 needs ==0.0.21"):
+        choice.check_libtpu()
+
+
+def test_torch_tpu_takes_a_newer_libtpu_and_no_older_one(monkeypatch):
+    import importlib.metadata as metadata
+
+    monkeypatch.setattr(choice, "tpu_backend", lambda: "tpu")
+    monkeypatch.setattr(metadata, "requires", lambda name: {"torch_tpu": ["numpy>=2", "libtpu>=0.0.50"]}[name])
+    versions = {"torch_tpu": "0.2.0", "libtpu": "0.0.52"}
+    monkeypatch.setattr(metadata, "version", lambda name: versions[name])
+    assert choice.check_libtpu() == "0.0.52"
+    versions["libtpu"] = "0.0.21"
+    with pytest.raises(ValueError, match="libtpu 0.0.21: torch_tpu 0.2.0 needs >=0.0.50: pip install -r requirements-t"):
         choice.check_libtpu()
 
 
@@ -115,6 +128,7 @@ def start(tmp_path):
         python = folder / ".venv" / "bin" / "python"
         python.write_text(
             f'#!/bin/bash\necho "$TUNIX_COMPILE_CACHE $*" >> {tmp_path}/calls\n'
+            'if [[ $1 == -c ]]; then echo "$FOUND"; fi\n'
             "if [[ $1 == plan_tpu.py ]]; then exit ${PLAN_FAIL:-0}; fi\nexit ${FAIL:-0}\n"
         )
         python.chmod(0o755)
@@ -134,6 +148,18 @@ def test_the_quick_plan_comes_before_the_job_when_the_slice_is_known(start):
     flags = "--device xla --per_device_train_batch_size 2 --use_grpo true --max_steps 3"
     assert plan.endswith(f"plan_tpu.py --quick --topology v5e:2x4 {flags}")
     assert job == f"/there train.py {flags} --resume_from_checkpoint auto"
+
+
+def test_where_torch_tpu_is_installed_the_job_runs_through_it_and_only_torch_xla_plans(start):
+    result, calls = start(FOUND="tpu v5e:1x1")
+    assert result.returncode == 0, result.stderr
+    assert len(calls) == 2 and "the plan is left out" in result.stderr
+    assert calls[1].endswith("train.py --device tpu --use_grpo true --resume_from_checkpoint auto")
+
+
+def test_what_the_check_found_is_what_is_planned(start):
+    _, calls = start(FOUND="xla v6e:2x2")
+    assert "plan_tpu.py --quick --topology v6e:2x2 --device xla" in calls[1]
 
 
 def test_the_quick_plan_can_be_left_out_and_the_checkpoint_be_named(start):

@@ -12,6 +12,8 @@ import os
 import pathlib
 import sys
 
+from packaging.specifiers import SpecifierSet
+
 KINDS = ("auto", "tpu", "xla", "cuda", "cpu")
 INSTALL_TPU = "pip install -r requirements-tpu.txt, in an environment of its own"
 
@@ -120,22 +122,28 @@ def tpu_is_present() -> bool:
     return bool(tpu_chips())
 
 
+def tpu_backend() -> str:
+    """What a TPU is reached through here: "tpu" where torch_tpu is installed, else "xla", through torch-xla."""
+    return "xla" if importlib.util.find_spec("torch_tpu") is None else "tpu"
+
+
 def check_libtpu() -> str:
-    """The version of the installed libtpu, which is the one that the installed torch_xla was built for.
+    """The version of the installed libtpu, which is one that the installed torch_tpu or torch_xla was built for.
 
     Raises:
-        ValueError: torch_xla or libtpu is not installed, or they do not belong together.
+        ValueError: neither is installed, or libtpu is not, or they do not belong together.
     """
-    hint = "pip install 'torch-xla[tpu]==2.9.0'"
+    package = {"tpu": "torch_tpu", "xla": "torch_xla"}[tpu_backend()]
+    hint = {"tpu": INSTALL_TPU, "xla": "pip install 'torch-xla[tpu]==2.9.0'"}[tpu_backend()]
     try:
-        needed = importlib.metadata.requires("torch_xla") or []
+        needed = importlib.metadata.requires(package) or []
     except importlib.metadata.PackageNotFoundError:
-        raise ValueError(f"torch_xla is not installed: {hint}") from None
-    wanted = next(word.partition("==")[2].split(";")[0].strip() for word in needed if word.startswith("libtpu=="))
+        raise ValueError(f"{package} is not installed: {hint}") from None
+    wanted = next(word.removeprefix("libtpu").split(";")[0].strip() for word in needed if word.startswith("libtpu"))
     try:
         found = importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
         found = "none"
-    if found != wanted:
-        raise ValueError(f"libtpu {found}: torch_xla {importlib.metadata.version('torch_xla')} needs {wanted}: {hint}")
+    if found == "none" or not SpecifierSet(wanted).contains(found):
+        raise ValueError(f"libtpu {found}: {package} {importlib.metadata.version(package)} needs {wanted}: {hint}")
     return found
