@@ -81,7 +81,7 @@ def test_torch_tpu_takes_a_newer_libtpu_and_no_older_one(monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: versions[name])
     assert choice.check_libtpu() == "0.0.52"
     versions["libtpu"] = "0.0.21"
-    with pytest.raises(ValueError, match="libtpu 0.0.21: torch_tpu 0.2.0 needs >=0.0.50: pip install -r requirements-t"):
+    with pytest.raises(ValueError, match="libtpu 0.0.21: torch_tpu 0.2.0 needs >=0.0.50: pip install -r "):
         choice.check_libtpu()
 
 
