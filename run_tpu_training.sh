@@ -65,6 +65,7 @@ args+=("$@")
 found=$(TUNIX_DEVICE=cpu "$PYTHON" -c \
     'import sys, utils as u; u.run_script(lambda: print(u.tpu_backend(), u.check_tpu_host(sys.argv[1:]) or ""))' "${args[@]}")
 read -r backend topology <<<"$found" || true
+chips=$((${topology:+$(tr x '*' <<<"${topology#*:}")} + 0)) # of this host, by the slice that it is: 2x4 are 8
 backend=${backend:-xla}
 args=(--device "$backend" "${args[@]}")
 topology=${TOPOLOGY:-$topology}
@@ -84,10 +85,15 @@ fi
 if [[ " $* " != *" --resume_from_checkpoint"* ]]; then args+=(--resume_from_checkpoint auto); fi
 export TUNIX_COMPILE_CACHE=${TUNIX_COMPILE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/tunix_torch/$backend}
 export PYTHONHASHSEED=${PYTHONHASHSEED:-0} # hosts must order sets alike
+start=("$PYTHON")
+if [[ "$backend" == tpu && $chips -gt 1 ]]; then # torch_tpu has a process for each chip, which it must know beforehand
+    set -a && eval "$("$PYTHON" -m torch.tpu.distributed)" && set +a
+    start+=(-m torch.distributed.run --nproc_per_node "$chips")
+fi
 if $dry_run; then
     printf 'TUNIX_COMPILE_CACHE=%q PYTHONHASHSEED=%q' "$TUNIX_COMPILE_CACHE" "$PYTHONHASHSEED"
-    printf ' %q' "$PYTHON" train.py "${args[@]}"
+    printf ' %q' "${start[@]}" train.py "${args[@]}"
     echo
     exit 0
 fi
-exec "$PYTHON" train.py "${args[@]}"
+exec "${start[@]}" train.py "${args[@]}"

@@ -129,6 +129,8 @@ def start(tmp_path):
         python.write_text(
             f'#!/bin/bash\necho "$TUNIX_COMPILE_CACHE $*" >> {tmp_path}/calls\n'
             'if [[ $1 == -c ]]; then echo "$FOUND"; fi\n'
+            "if [[ $2 == torch.tpu.distributed ]]; then echo TORCH_TPU_TOPOLOGY=2,2,1; exit; fi\n"
+            f'echo "$TORCH_TPU_TOPOLOGY" >> {tmp_path}/topologies\n'
             "if [[ $1 == plan_tpu.py ]]; then exit ${PLAN_FAIL:-0}; fi\nexit ${FAIL:-0}\n"
         )
         python.chmod(0o755)
@@ -155,6 +157,15 @@ def test_where_torch_tpu_is_installed_the_job_runs_through_it_and_only_torch_xla
     assert result.returncode == 0, result.stderr
     assert len(calls) == 2 and "the plan is left out" in result.stderr
     assert calls[1].endswith("train.py --device tpu --use_grpo true --resume_from_checkpoint auto")
+
+
+def test_through_torch_tpu_each_chip_of_a_host_has_a_process(start, tmp_path):
+    result, calls = start("--max_steps", "3", FOUND="tpu v5e:2x2")
+    assert result.returncode == 0, result.stderr
+    assert calls[1].endswith("-m torch.tpu.distributed")
+    flags = "--device tpu --use_grpo true --max_steps 3 --resume_from_checkpoint auto"
+    assert calls[2].endswith(f"-m torch.distributed.run --nproc_per_node 4 train.py {flags}")
+    assert (tmp_path / "topologies").read_text().splitlines()[-1] == "2,2,1"
 
 
 def test_what_the_check_found_is_what_is_planned(start):

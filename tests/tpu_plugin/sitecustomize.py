@@ -44,6 +44,10 @@ def mend_when_loaded(loader: ModuleType) -> None:
     load = loader.load
 
     def load_and_mend() -> None:
+        import host_group
+        from torch_tpu._internal.distributed import tpu_distributed
+
+        tpu_distributed.create_process_group = host_group.create  # between chips there are no links here
         load()
         replace_cumsum()
 
@@ -69,5 +73,15 @@ def replace_cumsum() -> None:
     replace_cumsum.library = library  # what it changed is undone when it goes
 
 
+def hide_processes() -> None:
+    """Let torch_tpu's runtime, which reads the environment of the C library, take each process for one by itself.
+
+    Python still sees what `torchrun` has set. By it the processes find each other, through `host_group.py`.
+    """
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        os.unsetenv(name)
+
+
 if os.environ.get("TUNIX_DEVICE") == "tpu" and "TUNIX_PJRT_PLUGIN" in os.environ:
+    hide_processes()
     sys.meta_path[:0] = [After(HARDWARE, say_one_chip), After(LOADER, mend_when_loaded)]

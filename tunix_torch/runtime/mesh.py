@@ -43,6 +43,9 @@ def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
         if is_tpu() and xla_runtime.process_count() > 1:
             raise ValueError(f"mesh_shape: {xla_runtime.process_count()} hosts need a mesh of all their devices")
         return
+    if KIND == "tpu":
+        hint = f"start a process for each chip, without mesh_shape: torchrun --nproc_per_node {wanted} train.py"
+        raise ValueError(f"{asked}: torch_tpu has no mesh here; {hint}")
     if KIND != "xla":
         raise ValueError(f"{asked}: a mesh needs device='xla', and this process is on {KIND!r}")
     if not xla_runtime.is_spmd():

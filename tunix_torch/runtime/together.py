@@ -2,8 +2,9 @@
 
 There are two ways in which several processes train together:
 
-- DDP processes, one for each GPU. `accelerate launch` starts them and `GRPOConfig` joins them. Each process has prompts
-  of its own, and all prompts together are the batch that one process would have.
+- DDP processes, one for each GPU, or for each chip through torch_tpu. `accelerate launch` or `torchrun` starts them and
+  `GRPOConfig` joins them. Each process has prompts of its own, and all prompts together are the batch that one process
+  would have.
 - Hosts of a mesh, with one process on each. torch-xla splits the work between them as long as all hosts run the same
   graphs in the same order. So every host has the whole batch, and uploads the part that its own chips need. All hosts
   must decide alike. What a clock or a reward function decides, the first host decides and tells the others. A signal
@@ -27,6 +28,24 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
+
+from .choice import tpu_chips
+
+
+def join_chips() -> None:
+    """Join the processes that `torchrun` has started, one for each chip, if this is one of several.
+
+    torch_tpu's own collectives serve tensors on the device, gloo those in main memory.
+
+    Raises:
+        ValueError: there are more processes on this host than chips.
+    """
+    chips, processes = len(tpu_chips()), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if chips and processes > chips:
+        hint = f"start one for each: torchrun --nproc_per_node {chips}"
+        raise ValueError(f"device='tpu': {processes} processes on a host with {chips} TPU chip(s); {hint}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("cpu:gloo,tpu:tpu_dist")
 
 
 def count() -> int:

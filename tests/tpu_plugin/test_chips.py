@@ -1,0 +1,53 @@
+"""Several chips through torch_tpu, each with a process of its own, learn what one chip learns.
+
+torch_tpu's collectives need the links between chips, so here `host_group.py` stands for them.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from graphs import KIND, environment
+
+pytestmark = [pytest.mark.xla, pytest.mark.thorough, pytest.mark.skipif(KIND != "tpu", reason="about torch_tpu")]
+
+PROMPTS = 4
+JOB = """
+import sys
+import torch
+from trainers import make_trainer
+from tunix_torch import GRPOConfig
+from tunix_torch.runtime import together
+
+folder, output_dir, prompts = sys.argv[1], sys.argv[2], int(sys.argv[3])
+GRPOConfig(output_dir=output_dir)  # joins the processes
+mine = output_dir if together.is_first() else f"{output_dir}/process-{together.index()}"
+trainer = make_trainer(folder, mine, per_device_train_batch_size=prompts // together.count(), micro_batch_size=None,
+                       num_completions_per_prompt=2, adam_epsilon=1e-3)
+trainer.train()
+weights = {name: p.detach().cpu() for name, p in trainer.model.named_parameters() if p.requires_grad}
+if together.is_first():
+    result = {"weights": weights, "log": trainer.state.log_history, "processes": together.count()}
+    torch.save(result, f"{output_dir}/result.pt")
+"""
+
+
+def test_four_chips_learn_what_one_learns(model_folder, tmp_path):
+    results = {}
+    for number in (1, PROMPTS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "job.py").write_text(JOB)
+        launch = [] if number == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
+        command = [sys.executable, *launch, str(folder / "job.py"), model_folder, str(folder), str(PROMPTS)]
+        result = subprocess.run(command, env=environment("tpu"), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-5000:]
+        results[number] = torch.load(folder / "result.pt")
+    one, many = results[1], results[PROMPTS]
+    assert (one["processes"], many["processes"]) == (1, PROMPTS)
+    for name in ("loss", "grad_norm", "reward", "kl"):
+        logs = [[row[name] for row in result["log"] if name in row] for result in (many, one)]
+        assert logs[0] == pytest.approx(logs[1], abs=1e-5) and len(logs[0]) == 3, name
+    for name, weight in one["weights"].items():
+        assert (many["weights"][name] - weight).abs().max() <= 1e-5, name
