@@ -10,7 +10,7 @@ TESTS_OF_TPU := tests/test_xla.py tests/runtime/test_compiled_step.py tests/runt
 .PHONY: help setup train train-quick train-show-config train-sweep evaluate check-device test test-all test-slow test-plans crosscheck bench torture soak config lint format \
 	tensorboard clean
 .PHONY: fuzz lock audit  # of what comes from outside: input, packages
-.PHONY: setup-tpu test-tpu  # of torch_tpu, which needs an environment of its own
+.PHONY: setup-tpu test-tpu bench-tpu  # of torch_tpu, which needs an environment of its own
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -81,13 +81,16 @@ $(TPU)/shim.so: tests/tpu_plugin/shim.c $(TPU)/.installed
 	gcc -O1 -Wall -shared -fPIC -I"$$(echo $(TPU)/lib/python3*/site-packages/xla_plugins/xla_cpu_pjrt/include)" -o $@ $< -ldl
 
 # torch_tpu on this CPU: the plugin that stands for a TPU, and a sitecustomize.py that makes torch_tpu see a chip
-ON_PLUGIN = TUNIX_DEVICE=tpu TPU_LIBRARY_PATH=$(abspath $(TPU)/shim.so) PYTHONPATH=tests/tpu_plugin OMP_NUM_THREADS=1 \
+ON_PLUGIN = TUNIX_DEVICE=tpu TPU_LIBRARY_PATH=$(abspath $(TPU)/shim.so) PYTHONPATH=$(abspath tests/tpu_plugin) OMP_NUM_THREADS=1 \
 	TUNIX_PJRT_PLUGIN="$$(echo $(abspath $(TPU))/lib/python3*/site-packages/xla_plugins/xla_cpu_pjrt/xla_cpu_pjrt.so)"
 
 setup-tpu: $(TPU)/.installed  ## .venv-tpu, the environment of a TPU VM that computes through torch_tpu (3 GB)
 
 test-tpu: $(TPU)/shim.so  ## the tests through torch_tpu, a plugin for the CPU behind it (ARGS="-m slow": the default job to its end)
 	$(ON_PLUGIN) $(TPU)/bin/python -m pytest -m "xla and not slow" $(TESTS_OF_TPU) $(ARGS)
+
+bench-tpu: $(TPU)/shim.so  ## a learning pass through torch_tpu by fused, eager and compiled operations, in turns
+	$(ON_PLUGIN) $(TPU)/bin/python -m benchmarks.torch_tpu_modes $(ARGS)
 
 fuzz: setup  ## rows, settings, flags, answers and checkpoints at random, 10,000 cases each (CASES=500: fewer)
 	TUNIX_DEVICE=cpu TUNIX_FUZZ_CASES=$(or $(CASES),10000) $(BIN)/python -m pytest -s -m thorough tests/fuzz $(ARGS)

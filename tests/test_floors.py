@@ -139,6 +139,11 @@ def test_the_peers_are_imported_only_where_they_are_compared():
     assert {p for p, names in places.items() if "trl" in names} == trl
 
 
+def test_only_the_runtime_imports_torch_tpu():
+    importers = {path for path in modules() if "torch_tpu" in {module[0] for module, _ in imports_of(path)}}
+    assert {path.relative_to(LIBRARY).parts[0] for path in importers} == {"runtime"}
+
+
 def test_only_the_runtime_and_plans_import_torch_xla():
     importers = {path for path in modules() if "torch_xla" in {module[0] for module, _ in imports_of(path)}}
     assert {room_of(name_of(path)) for path in importers} == {"runtime", "preflight"}
