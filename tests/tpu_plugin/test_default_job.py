@@ -34,7 +34,7 @@ def test_the_default_job_learns_what_it_learns_on_the_cpu(tmp_path):
     for name in ("loss", "grad_norm", "kl"):
         assert steps["tpu"][1][name] == pytest.approx(steps["cpu"][1][name], rel=1e-3, abs=1e-6), name
     compilations = {step: row["compilations"] for step, row in steps["tpu"].items()}
-    assert compilations[2] == compilations[max(compilations)], compilations
+    assert compilations[max(compilations)] - compilations[2] <= 6, compilations  # see BY_TIMING in test_xla.py
     (last, cpu), tpu = max(evaluations["cpu"].items()), evaluations["tpu"]
     share, questions = (cpu["eval_accuracy"] + tpu[last]["eval_accuracy"]) / 2, 256
     error = (2 * share * (1 - share) / questions) ** 0.5
