@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -48,7 +49,8 @@ def commands_of(path):
             if isinstance(node, ast.Assign | ast.AugAssign):
                 (target,) = node.targets if isinstance(node, ast.Assign) else [node.target]
                 if isinstance(node.value, ast.List | ast.IfExp):
-                    lists[target.id] = [*lists.get(target.id, []), *strings_in(node.value, lists)]
+                    before = lists.get(target.id, []) if isinstance(node, ast.AugAssign) else []
+                    lists[target.id] = [*before, *strings_in(node.value, lists)]
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "run":
                 words = [word for argument in node.args[1:] for word in strings_in(argument, lists)]
@@ -130,7 +132,7 @@ def settings(model_folder, tmp_path, monkeypatch):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     values = {
         "MODEL": model_folder,
-        "CONFIG": "configs/quick_test.json",
+        "CONFIG": ROOT / "configs" / "quick_test.json",
         "TOPOLOGY": "v5e:1x1",
         "DEVICE": "cpu",
         "TRAIN_FILE": tmp_path / "train.jsonl",
@@ -149,18 +151,28 @@ def settings(model_folder, tmp_path, monkeypatch):
         yield tmp_path / "results"
 
 
-def execute(path, after_cell=None):
-    """Run all code cells in order in one namespace, which is returned, and call `after_cell` with it in between."""
+def execute(path, in_processes):
+    """Run all code cells in order in one namespace, which is returned.
+
+    Args:
+        in_processes: the commands, by the name of their log, that run as the notebook runs them, each in a process of
+            its own. The others run here, since imports take most of the time of a small job; None: all in processes.
+    """
     namespace = {"__name__": path.stem}
     for name, source in cells(path, "code").items():
         exec(compile(source, f"{path.name}, cell {name}", "exec"), namespace)
-        if after_cell is not None:
-            after_cell(name, namespace)
+        if name == "run" and in_processes is not None:
+            namespace["run"] = partial(run_some_here, namespace["run"], in_processes)
     return namespace
 
 
-def in_this_process(name, *words, **environment):
-    """What the notebooks' `run` does, without a process of its own: imports take most of the time of a small job."""
+def run_some_here(in_process, in_processes, name, *words, **environment):
+    """Call the notebook's own `run` for the commands named in `in_processes`, and `run_here` for the others."""
+    return (in_process if name in in_processes else run_here)(name, *words, **environment)
+
+
+def run_here(name, *words, **environment):
+    """What the notebooks' `run` does, but in this process and without a log."""
     words, printed = list(map(str, words)), io.StringIO()
     with mock.patch.dict(os.environ, environment), contextlib.redirect_stdout(printed):
         if words[0] == "-c":
@@ -186,23 +198,34 @@ def check_results(folder):
 
 
 @pytest.mark.thorough
-def test_the_kaggle_notebook_runs_to_its_end(settings, capsys):
-    pytest.importorskip("torch_xla")  # the plan traces nothing here, but only an environment with torch_xla plans
-    namespace = execute(KAGGLE)
+def test_the_kaggle_notebook_runs_to_its_end(settings):
+    pytest.importorskip("torch_xla")  # plan_tpu.py needs it, and a process of its own
+    execute(KAGGLE, ("device", "plan"))
     check_results(settings)
     assert json.loads((settings / "plan.json").read_text())["fits"]
-    logs = {path.stem for path in settings.glob("*.log")}
-    assert logs == {"device", "plan", "train", "evaluate", "ask", "export"}
-    with pytest.raises(RuntimeError, match="ended with exit code 2"):
-        namespace["run"]("train", "train.py", "--no_such_flag", "1")
-    assert "error: unknown argument '--no_such_flag'" in capsys.readouterr().out
+    assert "Probably fits v5e:1x1" in (settings / "plan.log").read_text()
 
 
 @pytest.mark.thorough
 def test_the_colab_notebook_runs_to_its_end(settings):
-    def after_cell(name, namespace):
-        if name == "run":
-            namespace["run"] = in_this_process
-
-    execute(COLAB, after_cell)
+    execute(COLAB, ())
     check_results(settings)
+
+
+@NOTEBOOKS
+def test_a_command_that_fails_stops_the_notebook_and_its_output_is_kept(path, settings):
+    namespace, cell = {}, cells(path, "code")
+    for name in ("settings", "install", "run"):
+        exec(cell[name], namespace)
+    with pytest.raises(RuntimeError, match="broken ended with exit code 3"):
+        namespace["run"]("broken", "-c", "print('so far'); exit(3)")
+    assert "so far" in (settings / "broken.log").read_text()
+
+
+@pytest.mark.slow
+@NOTEBOOKS
+def test_a_notebook_runs_to_its_end_with_a_process_for_each_command(path, settings):
+    execute(path, None)
+    check_results(settings)
+    logs = {log.stem for log in settings.glob("*.log")}
+    assert logs == {"device", "train", "evaluate", "ask", "export"} | ({"plan"} if path == KAGGLE else set())
