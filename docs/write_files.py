@@ -30,6 +30,7 @@ OUTSIDE = """## Outside the library
 | `conf/` | the groups of `run_training.py` |
 | `configs/` | recipes, one file a job |
 | `config_example.json` | every setting, with the values of the tiny model's job |
+| `notebooks/` | a job from installation to export, on a Kaggle TPU and on a Colab GPU |
 | `run_tpu_training.sh` | starts a job on a TPU VM, after checks |
 | `training_data/` | templates of questions with computed answers, for `generate_training_data.py` |
 | `benchmarks/` | speed beside TRL and Tunix: [benchmarks/README.md](../benchmarks/README.md) |

@@ -14,11 +14,15 @@ SUFFIXES = (".py", ".md", ".sh", ".json", ".yaml", ".toml", ".txt", ".png")
 # What a run, a command or a peer has, and not this repository.
 ELSEWHERE = {
     "config.json",
+    "evaluation.summary.json",
+    "first_run/recipe/profile/step-10.json",
     "generation_config.json",
     "long.json",
     "multirun/",
     "my_module.py",
     "outputs/",
+    "plan-1.json",
+    "plan.json",
     "previous/",
     "reasoning_training_data.json",
     "run_config.json",
