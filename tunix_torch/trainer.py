@@ -27,7 +27,7 @@ from .evals.answers import Answers
 from .evals.evaluation import evaluate_each, evaluate_policy
 from .learn.invariants import check_first_pass
 from .learn.metrics import add_up, learning_metrics, sum_up
-from .learn.passes import rehearse
+from .learn.passes import columns_in_use, rehearse
 from .learn.record import keep_step
 from .learn.step import learn, logps_without_gradient
 from .learn.weights import learned_tokens, step_weights, without_dropped
@@ -214,8 +214,7 @@ class TunixTrainer(AdapterTrainer):
         """Everything that the loss needs, except that the advantages are 0 until there are rewards."""
         mask = rollout.completion_mask.cpu()
         learned = learned_tokens(rollout.completion_ids, mask, self.sampler.eos_token_ids, self.args)
-        # Columns in which all rows are padding are left out where a new shape compiles nothing.
-        width = mask.shape[1] if device.static_shapes() else max(1, int(mask.any(dim=0).sum()))
+        width = columns_in_use(mask, self.args)
         batch = TrainBatch(
             prompt_ids=prompts.prompt_ids,
             prompt_mask=prompts.prompt_mask,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers import TrainerCallback, TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput
 
 from ..config.grpo import GRPOConfig
@@ -29,12 +30,14 @@ from ..model.adapter import REFERENCE_FILE, load_reference, save_reference
 from ..model.checks import has_dropout, remove_dropout
 from ..model.forward import recompute_layers, reference_policy
 from ..model.policies import Policy, like, mix
-from ..runtime import device, together
+from ..runtime import device, fsdp, together
 from ..runtime.profiling import ProfileStep
+from .contents import load_plain
 from .failing import SavesBeforeFailing
 from .files import STATE_FILE, digest_of_files, is_finished, why_damaged
 from .resuming import EarlyStoppingCallback, EndGraphWithOptimizer, OwnIntervals, SyncReference
 from .same_run import RunFacts
+from .split_weights import in_main_memory, is_split, load_optimizer, save_optimizer
 from .waiting import WaitingBatch, load_waiting, save_waiting
 
 logger = logging.getLogger(__name__)
@@ -141,22 +144,24 @@ class AdapterTrainer(SavesBeforeFailing):
         return reference_policy(self.model, self.reference)
 
     def _sums_of_frozen(self) -> dict[str, float]:
-        """The sum of absolute values of each frozen weight. It changes when the weight does. The sums are a graph of
-        their own, the same each time."""
+        """The sum of absolute values of each frozen weight, or of this process's part. It changes when that does. The
+        sums are a graph of their own, the same each time."""
         weights = dict(self.model.named_parameters())
         names = list(self.policy.frozen() if self._frozen is None else self._frozen)
         if not names:
             return {}
         device.sync()
         with torch.no_grad():
-            numbers = torch.stack([weights[name].float().abs().sum() for name in names]).tolist()
+            numbers = torch.stack([fsdp.own_part(weights[name]).float().abs().sum() for name in names]).tolist()
         return dict(zip(names, numbers, strict=True))
 
     def _reference_of(self, checkpoint: str) -> dict[str, Tensor] | None:
         """The reference policy of the run that left a checkpoint; None: the model without its adapter, or none."""
         if not self.needs_reference:
             return None
-        reference, weights = load_reference(checkpoint, self.args.device), self.policy.weights()
+        weights = self.policy.weights()
+        is_split = any(map(fsdp.is_part, weights.values()))
+        reference = load_reference(checkpoint, torch.device("cpu") if is_split else self.args.device)
         given = f"resume_from_checkpoint={checkpoint!r}"
         if reference is None:
             if not self.policy.has_base or self.args.sync_ref_model:
@@ -317,7 +322,7 @@ class AdapterTrainer(SavesBeforeFailing):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what the policy saves, and the tokenizer. The weights stay on the device.
 
-        All hosts of a mesh take part in copying the weights to the CPU, though only the first host writes files.
+        All hosts and processes take part in copying the weights to the CPU, though only the first writes files.
         """
         frozen = self._frozen
         same = frozen is None or self._sums_of_frozen() == frozen
@@ -325,16 +330,18 @@ class AdapterTrainer(SavesBeforeFailing):
         self.put_optimizer("eval")
         tensors = self.policy.to_save()
         # Tied weights are one tensor under several names. It is copied once, and stays one.
-        copies = {key: weight.detach().cpu() for key, weight in {id(w): w for w in tensors.values()}.items()}
+        distinct = {id(weight): weight for weight in tensors.values()}
+        copies = {key: in_main_memory(weight, self.args.should_save) for key, weight in distinct.items()}
         weights = {name: copies[id(weight)] for name, weight in tensors.items()}
-        check_finite(weights, f"step {self.state.global_step}")
+        looked_at = {name: weight if fsdp.is_part(weight) else weights[name] for name, weight in tensors.items()}
+        check_finite(looked_at, f"step {self.state.global_step}")
         if self.args.should_save:
             output_dir = output_dir or self.args.output_dir
             self.policy.save(weights, output_dir)
             self.processing_class.save_pretrained(output_dir)
         if _internal_call and frozen is not None and self.reference is not None:  # a checkpoint
-            reference = {name: weight.cpu() for name, weight in self.reference.items()}
-            check_finite(reference, f"step {self.state.global_step}, the reference policy")
+            check_finite(self.reference, f"step {self.state.global_step}, the reference policy")
+            reference = {n: in_main_memory(weight, self.args.should_save) for n, weight in self.reference.items()}
             if self.args.should_save:
                 save_reference(reference, output_dir)
         if _internal_call and frozen is not None and self.args.should_save:
@@ -349,7 +356,12 @@ class AdapterTrainer(SavesBeforeFailing):
         moments = {name: v for name, v in moments.items() if isinstance(v, Tensor)}
         check_finite(moments, f"step {self.state.global_step}")
         with together.folder_to_write(output_dir) as folder:
-            super()._save_optimizer_and_scheduler(folder)
+            if is_split(self.optimizer):
+                save_optimizer(self.optimizer, folder, self.args.should_save)
+                if self.args.should_save:
+                    torch.save(self.lr_scheduler.state_dict(), Path(folder) / SCHEDULER_NAME)
+            else:
+                super()._save_optimizer_and_scheduler(folder)
         self._save_means(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -375,7 +387,11 @@ class AdapterTrainer(SavesBeforeFailing):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load what `_save_optimizer_and_scheduler` wrote. On a mesh moments are split as their weights are."""
         with self.facts.in_force(self.optimizer, self.lr_scheduler):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and is_split(self.optimizer) and (Path(checkpoint) / OPTIMIZER_NAME).is_file():
+                load_optimizer(self.optimizer, checkpoint)
+                self.lr_scheduler.load_state_dict(load_plain(Path(checkpoint) / SCHEDULER_NAME))
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             for weight, state in self.optimizer.state.items():
                 for moment in state.values():

@@ -134,7 +134,6 @@ NOT_FOR_US = (
     "label_smoothing_factor",
     "auto_find_batch_size",
     "deepspeed",
-    "fsdp",
 )
 
 # Fields of `TrainingArguments` whose values it hands on to other libraries, or reads from a file, unchecked.
@@ -339,8 +338,11 @@ def _check_left_out(args: "GRPOConfig") -> None:
     require(not half, "bf16/fp16", True, "choose the precision with model_dtype (ModelConfig) instead")
     for name in NOT_FOR_US:
         require(not getattr(args, name), name, getattr(args, name), "does not work here: leave it out")
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):  # `accelerate launch` sets these
+    for name, hint in (
+        ("ACCELERATE_USE_FSDP", "give fsdp as a setting of the run, and launch with --multi_gpu"),
+        ("ACCELERATE_USE_DEEPSPEED", "does not work here: accelerate launch --multi_gpu"),
+    ):  # `accelerate launch` sets these
         value = os.environ.get(name, "false")
-        require(value.lower() == "false", name, value, "does not work here: accelerate launch --multi_gpu")
+        require(value.lower() == "false", name, value, hint)
     unused = args.remove_unused_columns
     require(not unused, "remove_unused_columns", True, "must be False; rewards read the columns")

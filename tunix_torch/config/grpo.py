@@ -13,8 +13,10 @@ from ..grpo import LOSS_AGGREGATIONS, LOSS_TYPES
 from ..runtime import device as process_device
 from ..runtime import mesh, together
 from ..runtime.choice import KINDS
+from ..runtime.fsdp import Splitting
 from .checks import PASSED_ON, WITH_REFERENCE, check_accelerator_config, check_template_kwargs, check_values
 from .files import NotJSON, load_config, parse_json
+from .fsdp import make_splitting, read_fsdp
 from .generation import read_generation_kwargs
 from .loss import loss_type_of
 from .services import blamed_on_inherited
@@ -108,6 +110,11 @@ class GRPOConfig(TrainingArguments):
     )
     stop_check_interval: int = setting(
         16, "look every so many tokens which completions have ended, on the CPU every time"
+    )
+    gather_for_rollout: bool | None = setting(
+        None,
+        "with fsdp: true gathers all weights for a rollout, false gathers layer after layer for each token; none: true "
+        "where all weights take at most half of the free memory",
     )
 
     # advantages and loss
@@ -254,10 +261,12 @@ class GRPOConfig(TrainingArguments):
             setattr(self, name, value)
         check_types(self)
         check_values(self)
+        given = read_fsdp(self)
         self._resolve()
         together.join_hosts(*mesh.hosts())
         with blamed_on_inherited(self, PASSED_ON):
             self._resolve_inherited()
+        self.splitting: Splitting | None = make_splitting(self, given)  # None: each process has all weights
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `TrainingArguments.to_dict` does, but with the device as the word that was asked for."""
@@ -422,6 +431,10 @@ class GRPOConfig(TrainingArguments):
                     setattr(self, name, parse_json(value))
                 except NotJSON as error:
                     raise ValueError(f"{name}={value!r}: {error}") from error
+        if isinstance(self.fsdp_config, str):
+            hint = "no such file; expected one with settings of FSDP, or the settings as JSON"
+            require(Path(self.fsdp_config).is_file(), "fsdp_config", self.fsdp_config, hint)
+            self.fsdp_config = load_config(self.fsdp_config)
         if isinstance(self.accelerator_config, str):
             hint = "no such file; expected one with settings of Accelerate, or the settings as JSON"
             require(Path(self.accelerator_config).is_file(), "accelerator_config", self.accelerator_config, hint)

@@ -9,12 +9,13 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from ..data.batches import Collator
 from ..data.prompts import decode_completions, token_lists
 from ..data.rows import Row
+from ..model.forward import base_model
 from ..rewarding.context import RewardContext, means
 from ..rewarding.scorer import call_on_all_hosts, raised_by_all
 from ..rewarding.scoring import RewardFunc, call_rewards
 from ..rollout.sampler import Sampler
 from ..rollout.tokens import SamplingParams, draw_uniforms
-from ..runtime import device, together
+from ..runtime import device, fsdp, together
 
 RIGHT = 1.0  # an answer is right where the judge, a reward function, gives at least this value
 
@@ -211,11 +212,13 @@ def answer(
     """
     part = together.own_part(len(rows))
     mine, answers = rows[part], Answers([], [], [])
-    if mine:
-        size = max(batch_size, num_completions)
-        texts, tokens = sample_texts(
-            sampler, tokenizer, mine, params, collator, size, num_completions, seed, number=part.start
-        )
+    sampled = list(mine)
+    if fsdp.is_split(base_model(sampler.model)):  # then all processes must sample equally often
+        sampled += [rows[-1]] * (part.stop - part.start - len(mine))
+    if sampled:
+        size, number = max(batch_size, num_completions), part.start
+        asked = sampler, tokenizer, sampled, params, collator, size, num_completions, seed, number
+        texts, tokens = (of_rows[: len(mine)] for of_rows in sample_texts(*asked))
     with raised_by_all():
         if mine:
             answers = _scored(mine, texts, tokens, judge, reward_funcs, timeout, state)

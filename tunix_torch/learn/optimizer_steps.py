@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from ..config.services import blamed_on
 from ..model.policies import Policy
-from ..runtime import device, together
+from ..runtime import device, fsdp, together
 from .bad_batches import save_bad_batches
 from .entropy import EntropyControl
 from .finite import bad_gradients, check_finite
@@ -103,14 +103,15 @@ class OptimizerSteps(Trainer):
             return super()._clip_grad_norm(model)
         weights = [weight for weight in model.parameters() if weight.grad is not None]
         norm = nn.utils.get_total_norm([weight.grad for weight in weights])
-        if norm.isfinite():
+        if fsdp.whole(norm).isfinite():
             nn.utils.clip_grads_with_norm_(weights, self.args.max_grad_norm, norm)
-        return norm
+        return fsdp.whole(norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:
         """The norm of the gradient before clipping. By it and the loss it is decided whether the optimizer steps."""
         if grad_norm is None and not device.traces_graphs():
             grad_norm = nn.utils.get_total_norm([w.grad for w in model.parameters() if w.grad is not None])
+            grad_norm = fsdp.whole(grad_norm)  # of all processes
         norm = super()._get_grad_norm(model, grad_norm)
         self.settle()
         self.guard.decide(norm, self.state.global_step + 1)

@@ -162,10 +162,10 @@ def pair_metrics(
     Args:
         rows: pairs from `prepare_rows`.
     """
-    size, mine, totals = args.per_device_eval_batch_size, rows[together.own_part(len(rows))], []
-    for start in range(0, len(mine), size):
-        part = list(mine[start : start + size])
-        filled = collator(part + [part[-1]] * (size - len(part)))  # so that all have one shape
+    size, totals = args.per_device_eval_batch_size, []
+    for some in together.own_batches(len(rows), size):
+        part = list(rows[some])
+        filled = collator(part + [(part or rows)[-1]] * (size - len(part)))  # so that all have one shape
         batch = pair_batch(filled, 1, num_counted=len(part))
         _add_reference(model, batch, args, as_reference)
         _, numbers = pair_numbers(logps_of_pairs(model, batch, args), batch, args)

@@ -3,6 +3,7 @@
 A batch is cut into micro-batches, and each of them becomes a `Pass`. There are four ways to lay out its completions:
 
 - plain rows: a row is a prompt and one completion. Gradient checkpointing needs this, since its layers drop KV caches.
+  Given rows, which have one completion each, are computed so where weights are split over processes.
 
 In the others each prompt is computed once and its completions continue its KV cache. Gradients are exact all the same:
 
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from ..batch import TrainBatch
 from ..config.grpo import GRPOConfig
-from ..runtime import device, mesh
+from ..runtime import device, mesh, together
 from ..runtime.sharding import shard_rows
 from .packing import first_fit
 
@@ -98,17 +99,34 @@ def in_passes(batch: TrainBatch, args: GRPOConfig, compute: Callable[[Pass], T])
 
 def lay_out(batch: TrainBatch, args: GRPOConfig) -> list[Pass]:
     """The passes of a batch: on XLA all of one shape, or of two where completions are packed."""
-    if device.static_shapes() or args.gradient_checkpointing:
+    if device.static_shapes() or args.gradient_checkpointing or args.splitting is not None:
         rows = args.rows_per_pass
     else:  # as many rows as their real lengths allow
         rows = args.rows_in_pass_of(int(batch.lengths.sum()) / len(batch.prompt_ids))
     parts = batch.split(rows)
-    passes = [plain_rows(part) if args.gradient_checkpointing else shared_prompts(part, _packs(args)) for part in parts]
+    passes = [_laid_out(part, args) for part in parts]
     for part in parts:
         for tensor in part.tensors():
             shard_rows(tensor)
     device.sync()  # the graphs of the passes begin after this cut, so that they are alike
     return passes
+
+
+def _laid_out(part: TrainBatch, args: GRPOConfig) -> Pass:
+    """A micro-batch as one pass. Processes that gather each other's weights must run the layers equally often, so there
+    is one block, whatever the lengths are."""
+    if args.gradient_checkpointing or (args.splitting is not None and not args.use_grpo):
+        return plain_rows(part)
+    return padded_rows(part) if args.splitting is not None else shared_prompts(part, _packs(args))
+
+
+def columns_in_use(mask: Tensor, args: GRPOConfig) -> int:
+    """How many columns of a rollout are learned from, by its `completion_mask`, (B, C) on the CPU. Those in which all
+    rows are padding are left out where a new shape compiles nothing."""
+    if device.static_shapes():
+        return mask.shape[1]
+    width = max(1, int(mask.any(dim=0).sum()))
+    return width if args.splitting is None else max(together.gather(width))
 
 
 def plain_rows(batch: TrainBatch) -> Pass:

@@ -12,10 +12,11 @@ from ..config.grpo import GRPOConfig
 from ..data.batches import Collator
 from ..data.rows import Row
 from ..model.decoding import with_fast_layers
-from ..runtime import device, together
+from ..model.forward import base_model
+from ..runtime import device, fsdp, together
 from ..runtime.profiling import span
 from .logprobs import token_logps
-from .passes import Pass, in_passes, lay_out_packs, shared_prompts
+from .passes import Pass, in_passes, lay_out_packs, plain_rows, shared_prompts
 
 LAYOUT = ("segments", "offsets")  # what a batch of packs has besides the fields of a `TrainBatch`
 
@@ -79,11 +80,12 @@ def completion_loss(model: nn.Module, rows: Sequence[Row], collator: Collator, b
     """
     model.eval()
     total, tokens = 0.0, 0
-    mine = rows[together.own_part(len(rows))]
-    for start in range(0, len(mine), batch_size):
-        part = list(mine[start : start + batch_size])
-        batch = sft_batch(collator(part + [part[-1]] * (batch_size - len(part))), 1)  # so that all have one shape
-        logps, _ = token_logps(model, shared_prompts(batch))
+    lay_out = plain_rows if fsdp.is_split(base_model(model)) else shared_prompts
+    for some in together.own_batches(len(rows), batch_size):
+        part = list(rows[some])
+        filled = part + [(part or rows)[-1]] * (batch_size - len(part))  # so that all have one shape
+        batch = sft_batch(collator(filled), 1)
+        logps, _ = token_logps(model, lay_out(batch))
         total -= float((logps * batch.token_weights)[: len(part)].sum())
         tokens += int(batch.token_weights[: len(part)].sum())
     return sum(together.gather(total)) / sum(together.gather(tokens))

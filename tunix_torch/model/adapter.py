@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from ..runtime import fsdp
 from .forward import adapters_in_use, base_model, own_layer
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -100,7 +101,7 @@ def acts_as_base(model: nn.Module, adapter: str) -> bool:
             magnitude, weight = module.lora_magnitude_vector[adapter].weight, module.get_base_layer().weight
             if not isinstance(module.get_base_layer(), nn.Linear):
                 return False  # then a copy of the adapter is the reference, which is right too
-            norms = torch.linalg.norm(weight.detach().float(), dim=1)
+            norms = torch.linalg.norm(fsdp.whole(weight).detach().float(), dim=1)
             if _distance(norms, magnitude) > 1e-5 * float(norms.sum()):
                 return False
     return True
@@ -108,7 +109,7 @@ def acts_as_base(model: nn.Module, adapter: str) -> bool:
 
 def _distance(one: Tensor, other: Tensor) -> float:
     """The sum of absolute differences."""
-    return float((one.detach().float() - other.detach().float()).abs().sum())
+    return float((fsdp.whole(one).detach().float() - other.detach().float()).abs().sum())
 
 
 # ---- files ----

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from ..runtime import fsdp
 from .adapter import copied_embeddings
 from .attention import attention_masks
 from .forward import base_model, logits, text_config
@@ -115,7 +116,6 @@ def check_head(model: nn.Module) -> None:
     ids = torch.zeros(1, PROBE_WIDTH, dtype=torch.int64, device=place)
     slots = torch.arange(PROBE_WIDTH, device=place)
     masks = attention_masks(config, torch.ones_like(ids, dtype=torch.bool), slots, dtype)
-    expected = logits(model, hidden).cpu()
 
     def replace(module: nn.Module, inputs: Any, output: ModelOutput) -> ModelOutput:
         output.last_hidden_state = hidden
@@ -123,7 +123,9 @@ def check_head(model: nn.Module) -> None:
 
     hook = decoder.register_forward_hook(replace)
     try:
-        own = base(input_ids=ids, attention_mask=masks, position_ids=slots[None], use_cache=False).logits.float().cpu()
+        with fsdp.gathered_as_needed(base):
+            own = base(input_ids=ids, attention_mask=masks, position_ids=slots[None], use_cache=False).logits
+            own, expected = own.float().cpu(), logits(model, hidden).cpu()
     finally:
         hook.remove()
     difference, spread = float((own - expected).abs().max()), float(own.std())

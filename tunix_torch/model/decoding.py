@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..runtime import device, mesh
+from ..runtime import device, fsdp, mesh
 from .fast_layers import FAST, FastDecoderLayer
+from .forward import base_model
 from .merged_lora import MergedLinear, faster_lora
 
 
@@ -21,7 +22,13 @@ def fast_layers(model: nn.Module) -> Iterator[None]:
     steps are eager, the norms and decoder layers of Gemma 2 and 3. The backward pass must be within the context too,
     since it computes layers under gradient checkpointing again. When the context ends, every module has its own class
     again, but keeps what it has computed from its weights for the next time. Contexts may be nested.
+
+    Where weights are split over processes, layers keep their own forms and are gathered as they run.
     """
+    if fsdp.is_split(base_model(model)):
+        with fsdp.gathered_as_needed(base_model(model)):
+            yield
+        return
     changed = []
     for module in _modules(model):
         faster = _faster_class(module)
@@ -36,14 +43,21 @@ def fast_layers(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def decode_weights(model: nn.Module) -> Iterator[None]:
+def decode_weights(model: nn.Module) -> Iterator[bool]:
     """Within this context a model decodes as fast as it can on this machine. The context includes `fast_layers`.
 
     The weights are laid out once for all steps, so neither a weight nor the active adapter may change. When the
     context ends, the model is exactly what it was. It must be entered without gradients. Where steps are eager,
     tensors that are made within it are inference tensors, so autograd takes only results that are computed from them
     afterwards.
+
+    Yields:
+        whether all who take part must decode equally often, since their weights are gathered for each token.
     """
+    if fsdp.is_split(base_model(model)):
+        with fsdp.gathered_to_decode(base_model(model)) as in_step:
+            yield in_step
+        return
     eager = device.step_kind() == "eager"  # then inference mode saves a tenth of a step's time
     with fast_layers(model), torch.inference_mode() if eager else contextlib.nullcontext():
         kind = MergedLinear if device.step_kind() == "compiled" else FastDecoderLayer
@@ -51,7 +65,7 @@ def decode_weights(model: nn.Module) -> Iterator[None]:
         try:
             for layer in layers:
                 layer.prepare_to_decode()
-            yield
+            yield False
         finally:
             for layer in layers:
                 layer.end_decoding()

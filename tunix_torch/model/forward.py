@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..runtime import device
+from ..runtime import device, fsdp
 from .attention import attention_masks, prompt_positions
 from .caches import PrefixCache
 
@@ -79,35 +79,47 @@ def reference_policy(model: nn.Module, start: dict[str, Tensor] | None = None) -
     assert has_reference, "the reference policy is the model without its adapter, and there is none"
     parameters = dict(model.named_parameters())
     learning = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    now = {name: parameters[name].data for name in start or {}}
+    # What lies in parts is gathered from its own memory, so other values must be written there.
+    now = {n: w.clone() if fsdp.is_part(w) else w for n in start or {} for w in [parameters[n].data]}
     try:
         with torch.no_grad(), contextlib.nullcontext() if start else model.disable_adapter():
-            for name, weight in (start or {}).items():
-                parameters[name].data = weight
+            _give_values(parameters, start or {})
             yield
     finally:
-        for name, weight in now.items():
-            parameters[name].data = weight
+        _give_values(parameters, now)
         for name, learns in learning.items():  # PEFT lets all matrices of an adapter learn that is switched on
             parameters[name].requires_grad_(learns)
+
+
+def _give_values(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        if fsdp.is_part(value):
+            fsdp.own_part(parameters[name]).copy_(fsdp.own_part(value))
+        else:
+            parameters[name].data = value
 
 
 def hidden_states(
     model: nn.Module, ids: Tensor, masks: dict[str, Tensor] | Tensor, position_ids: Tensor, cache: object | None
 ) -> Tensor:
     """The decoder's last hidden states, (R, Q, D), for ids and position_ids (R, Q) int64 and ready masks."""
-    decoder = base_model(model).get_decoder()
-    return decoder(
-        input_ids=ids,
-        attention_mask=masks,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=cache is not None,
-    ).last_hidden_state
+    fsdp.gather_outer(base_model(model))
+    return (
+        base_model(model)
+        .get_decoder()(
+            input_ids=ids,
+            attention_mask=masks,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        .last_hidden_state
+    )
 
 
 def logits(model: nn.Module, hidden: Tensor) -> Tensor:
     """The head, with Gemma's soft-cap where the model has one: (..., D) -> (..., V) float32."""
+    fsdp.gather_outer(base_model(model))
     scores = base_model(model).get_output_embeddings()(hidden).float()
     cap = getattr(text_config(model), "final_logit_softcapping", None)
     return scores if cap is None else torch.tanh(scores / cap) * cap

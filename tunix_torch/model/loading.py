@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -18,7 +18,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.model import ModelConfig
-from ..runtime import device, mesh
+from ..runtime import device, fsdp, mesh
+from ..runtime.fsdp import Splitting
 from ..runtime.sharding import shard_model
 from . import tiny
 from .adapter import ADAPTER_CONFIG, read_lora
@@ -211,23 +212,39 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 
-def place(model: nn.Module) -> nn.Module:
+def place(model: nn.Module, splitting: Splitting | None = None, whole: Sequence[nn.Parameter] = ()) -> nn.Module:
     """Move a model to this process's device. Tied embeddings come untied on XLA, so they are tied again.
 
     A model in float32 computes with float32's precision: with less, a TPU would round the effect of a young LoRA away.
     Its layers stay of the classes that they are, see `decoding.fast_layers`. The form of attention is up to the
     `Sampler`.
+
+    Args:
+        splitting: split the weights over the processes; None: each process has all.
+        whole: the weights that each process has all of even then.
     """
     base = base_model(model)
     if base.dtype == torch.float32:
         device.multiply_exactly()
-    model.to(device.torch_device())
+    if splitting is None:
+        model.to(device.torch_device())
+    else:
+        fsdp.split(base, _units(base), whole, splitting)
     if base.config.get_text_config().tie_word_embeddings:
         _tie_embeddings(base)
     _share_constants(model)
     if mesh.has_mesh():
         shard_model(model, base.config.get_text_config().num_key_value_heads)
     return model
+
+
+def _units(base: PreTrainedModel) -> list[nn.Module]:
+    """The parts of a model whose weights are gathered when they run: its layers, what stands beside the text model,
+    which does not run on text, and the text model, which has all else but a head."""
+    decoder, head = base.get_decoder(), base.get_output_embeddings()
+    above = [module for module in base.modules() if any(part is decoder for part in module.modules())]  # with itself
+    beside = [part for module in above if module is not decoder for part in module.children() if part not in above]
+    return [*decoder.layers, *(part for part in beside if part is not head), decoder]
 
 
 def _share_constants(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from peft import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..runtime import mesh, together
+from ..runtime import fsdp, mesh, together
 from .adapter import (
     acts_as_base,
     adapter_weights,
@@ -145,6 +145,8 @@ class AdapterPolicy(Policy):
         own = get_peft_model_state_dict(self.model, adapter_name=self.adapter, save_embedding_layers=False)
         if missing := own.keys() - saved.keys():
             raise ValueError(f"model: the adapter in {folder} lacks {min(missing)}; give the model that it was made of")
+        split = {n: p for n, p in self.model.named_parameters(remove_duplicate=False) if fsdp.is_part(p)}
+        saved |= {name: fsdp.like(saved[name], split[name]) for name in saved.keys() & split.keys()}  # embeddings
         set_peft_model_state_dict(self.model, saved, self.adapter)
 
     def check_reference(self, reference: str) -> None:
@@ -192,7 +194,9 @@ class WholePolicy(Policy):
 
 
 def like(tensor: Tensor, weight: Tensor) -> Tensor:
-    """Split a tensor over the mesh as a weight of the same shape is split. Without a mesh nothing happens."""
+    """Split a tensor over the mesh or the processes as a weight of the same shape is split. Where it isn't split,
+    nothing happens."""
+    tensor = fsdp.like(tensor, weight)
     if mesh.has_mesh() and (sharding := mesh.sharding_of(weight)) is not None:
         mesh.lay(tensor, sharding)
     return tensor

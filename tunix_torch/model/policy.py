@@ -6,6 +6,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from ..config.fsdp import check_optimizer
 from ..config.grpo import GRPOConfig
 from ..config.model import ModelConfig
 from ..config.saved import settings_of
@@ -55,10 +56,13 @@ def make_policy(
         args.gradient_checkpointing = True
     together.check_same(lambda: settings_of(args) | together.surroundings() | _facts(model) | facts)
     policy.base_weights = fingerprint_of(model, policy.to_save().values())
-    place(model)
+    place(model, args.splitting, list(policy.weights().values()) if policy.has_base else [])
     if args.gradient_checkpointing:
         recompute_layers(model, args.gradient_checkpointing_kwargs)
-    together.keep_frozen_out_of_ddp(model)
+    if args.splitting is None:
+        together.keep_frozen_out_of_ddp(model)
+    else:
+        model._is_accelerate_prepared = True  # else Accelerate would wrap it in DDP
     check_head(model)
     return policy
 
@@ -79,6 +83,7 @@ def _whole(model: PreTrainedModel | PeftModel, peft_config: LoraConfig | None, a
         raise ValueError("full=True: all weights are trained, without a LoRA; leave peft_config out, or full")
     if isinstance(model, PeftModel):
         raise ValueError("full=True: the model has a LoRA; merge it first (tunix-torch export), or leave full out")
+    check_optimizer(args)
     if args.save_batches:
         raise ValueError(
             f"save_batches={args.save_batches}: records are replayed with a LoRA, and here all weights are trained"

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..runtime import together
+from ..runtime import fsdp, together
 from .attention import use_own_attention
 from .checks import check_head
 from .decoding import fast_layers
@@ -46,7 +46,8 @@ class Teacher:
 
 
 def load_teacher(name: str | None, policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Teacher | None:
-    """Load the teacher and move it to this process's device, spread over the mesh where there is one.
+    """Load the teacher and move it to this process's device, spread over the mesh where there is one, or split over
+    the processes where the policy is.
 
     Args:
         name: "base", or what `load_model` takes: the folder of a model or of an adapter, or a hub id; None: no teacher.
@@ -72,7 +73,7 @@ def load_teacher(name: str | None, policy: nn.Module, tokenizer: PreTrainedToken
         )
     use_own_attention(base_model(model))
     together.check_same(lambda: {"weights of the teacher": together.digest(model.parameters())})
-    place(model)
+    place(model, fsdp.splitting_of(base_model(policy)))
     check_head(model)
     return Teacher(model, is_base=False)
 

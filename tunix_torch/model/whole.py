@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..runtime import fsdp
 from .loading import NOT_TEXT
 
 
@@ -54,9 +55,9 @@ def load_whole(model: PreTrainedModel, folder: str | Path) -> None:
     Raises:
         ValueError: the folder has no such weights, or weights of other shapes.
     """
-    given = f"model: {folder} holds no weights of this {type(model).__name__}"
+    given = f"model: {folder} holds no weights of this {fsdp.own_class(model).__name__}"
     try:
-        saved, found = type(model).from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True)
+        saved, found = fsdp.own_class(model).from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ValueError(f"{given}: {str(error).strip().splitlines()[0]}") from error
     state, values = model.state_dict(keep_vars=True), saved.state_dict()
@@ -64,4 +65,4 @@ def load_whole(model: PreTrainedModel, folder: str | Path) -> None:
     if found["missing_keys"] or other:
         raise ValueError(f"{given}: such as {min(found['missing_keys'] or other)}")
     for name, tensor in state.items():
-        tensor.copy_(values[name])
+        tensor.copy_(fsdp.like(values[name], tensor))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.caches import PrefixCache, RaggedGroups
-from ..runtime import device
+from ..runtime import device, together
 from ..runtime.sharding import shard_rows
 from .ladders import FewShapes, make_ladder
 from .own_tokens import Memory, Views, WholeTensors
@@ -33,6 +33,7 @@ class Rows:
             adds the token that it is fed.
         memory: tensors of earlier rows of the same shapes, used again so that a recorded step finds its arguments at
             the same addresses; empty for the first such rows. None: a step takes its arguments from any address.
+        in_step: all who take part go on until the last row of everyone has ended.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class Rows:
         interval: int,
         memory: Memory | None = None,
         seen: Tensor | None = None,
+        in_step: bool = False,
     ) -> None:
         num_rows, num_tokens = uniforms.shape
+        self.in_step = in_step
         self.num_prompts, self.room, self.memory = prefix.num_rows, num_tokens - 1, memory
         self.most = num_rows // self.num_prompts  # rows of each group
         self.windows = [windows[i] for i in prefix.layers]
@@ -81,9 +84,10 @@ class Rows:
         if not self.ladder.looks(self.used):
             return True
         ended = self.tensors[2].cpu()  # the host waits here
-        if ended.all():
+        all_ended = bool(ended.all())
+        if not together.anyone(not all_ended) if self.in_step else all_ended:
             return False
-        while (rows := self.ladder.rows_that_stay(ended)) is not None:
+        while not all_ended and (rows := self.ladder.rows_that_stay(ended)) is not None:
             self._keep(rows)
             ended = ended[rows]
         return True

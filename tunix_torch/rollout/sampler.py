@@ -65,8 +65,8 @@ class Sampler:
         was_training = self.model.training
         self.model.eval()
         try:
-            with decode_weights(self.model):
-                ids, logps = self._decode(prompt_ids, prompt_mask, num_completions, params, uniforms)
+            with decode_weights(self.model) as in_step:
+                ids, logps = self._decode(prompt_ids, prompt_mask, num_completions, params, uniforms, in_step)
         finally:
             self.model.train(was_training)
         is_eos = self._is_eos(ids).long()
@@ -74,9 +74,18 @@ class Sampler:
         return Rollout(ids.masked_fill(~mask, self.pad_token_id), mask, logps.masked_fill(~mask, 0.0))
 
     def _decode(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, num_completions: int, params: SamplingParams, uniforms: Tensor
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        num_completions: int,
+        params: SamplingParams,
+        uniforms: Tensor,
+        in_step: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Tokens and their log-probabilities, (B, C). After a row's first EOS they may be anything."""
+        """Tokens and their log-probabilities, (B, C). After a row's first EOS they may be anything.
+
+        `in_step` is what `decode_weights` yields.
+        """
         prompt_ids, prompt_mask, uniforms = lay_on_devices(prompt_ids, prompt_mask, uniforms.to(prompt_ids.device))
         last_hidden, prefix = prefill(self.model, prompt_ids, prompt_mask)
         windows = layer_windows(text_config(self.model))
@@ -92,7 +101,7 @@ class Sampler:
         layer_ids = tuple(prefix.layers)
         step, memory, is_new = self._steps.of(step_key, lambda: self._decode_step(params, layer_ids))
         pad_id, interval = self.pad_token_id, self.stop_check_interval
-        rows = Rows(*first, prompt_mask, uniforms, prefix, windows, pad_id, interval, memory, seen)
+        rows = Rows(*first, prompt_mask, uniforms, prefix, windows, pad_id, interval, memory, seen, in_step)
         if is_new and self.compile_ahead:
             rows.rehearse(step)
         while rows.left():

@@ -4,7 +4,8 @@ from collections.abc import Callable, Hashable
 
 from torch import nn
 
-from ..runtime import compiled, device
+from ..model.forward import base_model
+from ..runtime import compiled, device, fsdp
 from ..runtime.recorded import RecordedStep
 from .own_tokens import Memory
 
@@ -15,7 +16,8 @@ class Steps:
     """Decode steps of a model by the kind of batch that they decode: eager, compiled, or recorded as graphs.
 
     Recorded steps are kept together with the memory that they work in, for the newest kinds of batches only. They are
-    recorded anew when a weight has moved to another address.
+    recorded anew when a weight has moved to another address. Where weights are split over processes, no step is
+    recorded, since gathering them is more than launching kernels.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -41,6 +43,6 @@ class Steps:
 
     def _prepared(self, step: Callable) -> tuple[Callable, Memory | None]:
         kind = device.step_kind()
-        if kind == "recorded":
+        if kind == "recorded" and not fsdp.is_split(base_model(self.model)):
             return RecordedStep(step, self.model), {}
         return (compiled.compile_step(step, self.model) if kind == "compiled" else step), None

@@ -306,6 +306,14 @@ def memory_bytes() -> int | None:
     return min(limits)
 
 
+def free_memory_bytes() -> int:
+    """How much memory is free now: on CUDA that of this process's device, else that of the machine."""
+    if KIND == "cuda":
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # which PyTorch keeps for itself
+        return torch.cuda.mem_get_info()[0] + unused
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
 def memory_summary() -> str:
     """The peak memory of this process so far, as words."""
     return f"peak memory {peak_memory_bytes() / 2**30:.2f} GiB"

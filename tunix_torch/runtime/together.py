@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .choice import tpu_chips
 
@@ -111,6 +112,14 @@ def own_part(num_rows: int) -> slice:
     return slice(index() * each, (index() + 1) * each)
 
 
+def own_batches(num_rows: int, size: int) -> list[slice]:
+    """This process's part of `num_rows` rows in batches of `size`. All processes have equally many batches, which for
+    the last processes may have fewer rows, or none."""
+    part = own_part(num_rows)
+    ends = range(part.start, part.stop, size)
+    return [slice(min(i, num_rows), min(i + size, part.stop, num_rows)) for i in ends]
+
+
 def sum_numbers(numbers: dict[str, float]) -> dict[str, float]:
     """Each number, summed over the processes. The sums are the same on all of them, to the last bit."""
     everyone = gather(numbers)
@@ -119,10 +128,15 @@ def sum_numbers(numbers: dict[str, float]) -> dict[str, float]:
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by its sum over the processes. All gradients travel in one exchange."""
+    """Replace each gradient by its sum over the processes. All gradients travel in one exchange.
+
+    Where weights are split over the processes (`fsdp.py`), FSDP2 has summed their gradients in the backward pass.
+    """
     if count() == 1:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+    if not gradients:
+        return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     torch.distributed.all_reduce(flat)
     for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
