@@ -13,8 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tunix_torch import GRPOConfig
+
 ROOT = Path(__file__).parent.parent.parent
-STEPS, PROMPTS = 4, 4  # of each case; the prompts of all processes together
+# A case takes STEPS optimizer steps, each with PROMPTS prompts over all processes. It saves after the second.
+STEPS, PROMPTS = 3, 4
 
 JOB = """
 import gc, sys, torch
@@ -23,71 +26,360 @@ from tunix_torch import GRPOConfig, TunixTrainer
 from tunix_torch.model import tiny
 from tunix_torch.runtime import fsdp, together
 
-folder, root, steps, prompts, others, only = *sys.argv[1:3], *map(int, sys.argv[3:5]), *sys.argv[5:]
+folder, root, others, steps, prompts, cases = *sys.argv[1:4], *map(int, sys.argv[4:6]), sys.argv[6].split(",")
 
 def digits_reward(prompts, completions, **columns):
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
-def trained(trainer):
-    return {n: fsdp.whole(p).detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+def learning(trainer):
+    return [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
 
 class Recorder(TrainerCallback):
     def on_pre_optimizer_step(self, *args, **kwargs):
-        learning = [(n, p) for n, p in trainer.model.named_parameters() if p.requires_grad]
-        gradients.append({n: fsdp.whole(p.grad).clone() for n, p in learning})
+        gradients.append({name: fsdp.whole(p.grad).clone() for name, p in learning(trainer)})
 
     def on_step_end(self, *args, **kwargs):
         gc.collect()
-        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
-        memory = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in map(fsdp.own_part, tensors)}
-        held.append(sum(memory.values()))
+        tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter, fsdp.DTensor)]
+        storages = {x.data_ptr(): x.nbytes() for x in (fsdp.own_part(x).untyped_storage() for x in tensors)}
+        held.append(sum(storages.values()) - sum(g.nbytes for of_step in gradients for g in of_step.values()))
 
-half, saved = {"save_strategy": "steps", "save_steps": 2}, {"eval_strategy": "steps", "eval_steps": 2}
-whole = {"adam_epsilon": 1e-2, "learning_rate": 1e-3}
-others_half = {"allow_changes": ["processes", "per_device_train_batch_size"]}
+whole = {"adam_epsilon": 1e-2, "learning_rate": 1e-3, "sync_ref_model": True, "ref_model_sync_steps": 2}
+saved, evaluated = {"save_strategy": "steps", "save_steps": 2}, {"eval_strategy": "steps", "eval_steps": 2}
+changed = {"allow_changes": ["processes", "per_device_train_batch_size"]}
 CASES = {
-    "lora": half | saved | {"num_eval_completions": 2, "eval_on_start": True},
-    "whole": half | saved | whole | {"sync_ref_model": True, "ref_model_sync_steps": 2, "gather_for_rollout": False},
-    "lora resumed": {}, "whole resumed": whole | {"sync_ref_model": True, "ref_model_sync_steps": 2},
-    "lora of others": others_half,
-    "whole of others": others_half | whole | {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    "lora": saved | evaluated | {"num_eval_completions": 2, "eval_on_start": True},
+    "whole": saved | whole | {"gather_for_rollout": False},
+    # Many tokens end a completion, so that the processes' rows end at different times.
+    "layers": evaluated | {"gather_for_rollout": False, "gradient_accumulation_steps": 2, "micro_batch_size": 2},
+    "passes": {"num_iterations": 2, "steps_per_generation": 3, "fsdp_config": {"reshard_after_forward": False}},
+    "sft whole": evaluated | {"use_grpo": False, "generation_max_length": 64, "gradient_checkpointing": True,
+                              "learning_rate": 1e-3},
+    "pairs": evaluated | {"use_grpo": False, "preference_loss": "dpo"},
+    "teacher": {"teacher": f"{root}/whole"},
+    "skipped whole": {"use_grpo": False, "generation_max_length": 64, "learning_rate": 1e-3},
+    "resumed": {}, "whole resumed": whole,
+    "of others": changed, "whole of others": changed | whole,
 }
 GRPOConfig(output_dir=root)  # joins the processes
-for case, settings in CASES.items():
-    if only != "all" and case not in only.split(","):
-        continue
+for case in cases:
     settings = {
         "output_dir": f"{root}/{case}" if together.index() == 0 else f"{root}/not-the-first/{case}",
         "per_device_train_batch_size": prompts // together.count(), "max_steps": steps, "learning_rate": 1e-2,
         "adam_epsilon": 1e-3,  # else where a gradient is nearly 0, its rounding decides where the weight goes
         "num_completions_per_prompt": 2, "generation_max_length": 12, "max_prompt_length": 40, "system_message": "",
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "per_device_eval_batch_size": 4,
-    } | settings | ({"fsdp": "full_shard"} if together.count() > 1 else {})
-    if together.count() == 1:
-        settings.pop("gather_for_rollout", None)
-    args = GRPOConfig(**settings)
-    name, _, which = case.partition(" ")
-    rows, eval_rows = tiny.arithmetic_rows("train", 64), tiny.arithmetic_rows("test", 7)
+    } | CASES[case]
+    if together.count() > 1:
+        settings["fsdp"] = "full_shard"
+    else:
+        settings = {name: v for name, v in settings.items() if name not in ("gather_for_rollout", "fsdp_config")}
+    rows, eval_rows, functions = tiny.arithmetic_rows("train", 64), tiny.arithmetic_rows("test", 7), [digits_reward]
+    if case == "pairs":
+        functions = None
+        for i, row in enumerate(rows + eval_rows):
+            row |= {"chosen": "so " * (i % 3) + row["answer"], "rejected": "no" * (1 + i % 4)}
     gradients, completions, held = [], [], []
-    trainer = TunixTrainer(folder, digits_reward, args, rows, eval_rows, callbacks=[Recorder()], full=name == "whole")
-    parameters = list(trainer.model.parameters())
-    bytes_of = lambda x: x.numel() * x.element_size()
-    sizes = sum(map(bytes_of, parameters)), sum(bytes_of(fsdp.own_part(p)) for p in parameters)
+    args = GRPOConfig(**settings)
+    trainer = TunixTrainer(folder, functions, args, rows, eval_rows, callbacks=[Recorder()], full="whole" in case)
+    if case == "layers":
+        ends = range(5, trainer.policy.num_embeddings, 4)
+        trainer.sampler.eos_token_ids = tuple({*trainer.sampler.eos_token_ids, *ends})
+    parts = [(p.nbytes, fsdp.own_part(p).nbytes) for p in trainer.model.parameters()]
     sample = trainer.sample_completions_for_prompts
     def recording_sample(prompts):
         rollout = sample(prompts)
-        completions.append(together.gather_rows(rollout.completion_ids))
+        of_steps = rollout.completion_ids.chunk(args.steps_per_generation)
+        completions.append(torch.cat([together.gather_rows(ids) for ids in of_steps]))
         return rollout
     trainer.sample_completions_for_prompts = recording_sample
-    earlier = {"resumed": f"{root}/{name}/checkpoint-2", "of others": f"{others}/{name}/checkpoint-2"}.get(which)
-    trainer.train(resume_from_checkpoint=earlier)
+    if case == "skipped whole":  # the loss of the last process alone is not finite, in the second step
+        learned, is_last = trainer.guard.learned, together.index() == together.count() - 1
+        trainer.guard.learned = lambda batch, loss: learned(
+            batch, loss * float("nan") if is_last and trainer.state.global_step == 1 else loss)
+    run = "whole" if "whole" in case else "lora"
+    place = f"{root}/{run}" if "resumed" in case else f"{others}/{run}" if "others" in case else None
+    trainer.train(resume_from_checkpoint=place and f"{place}/checkpoint-2")
     trainer.save_model()
-    weights = trained(trainer)
-    result = {"gradients": gradients, "completions": completions, "weights": weights, "held": held, "sizes": sizes,
-              "answers": trainer.last_answers and trainer.last_answers.completions, "log": trainer.state.log_history}
+    weights = {name: fsdp.whole(p).detach().clone() for name, p in learning(trainer)}
     everyones = together.gather(weights)
-    assert all(torch.equal(everyones[0][name], other[name]) for other in everyones for name in other)
+    assert all(torch.equal(everyones[0][name], theirs[name]) for theirs in everyones for name in weights)
     if together.index() == 0:
-        torch.save(result, f"{root}/{case}.pt")
-    del trainer, parameters, weights, everyones
+        answers = trainer.last_answers and trainer.last_answers.completions
+        torch.save({"gradients": gradients, "completions": completions, "weights": weights, "answers": answers,
+                    "held": held, "parts": parts, "log": trainer.state.log_history}, f"{root}/{case}.pt")
+    del trainer, sample, recording_sample, weights, everyones
 """
+BOTH = ("lora", "whole", "layers", "passes", "sft whole", "pairs", "teacher", "skipped whole")
+GONE_ON = ("resumed", "whole resumed", "of others", "whole of others")
+
+
+def launch(number, folder, root, others, cases):
+    """Run cases by a number of processes. The job's results lie in `root`."""
+    (root / "job.py").write_text(JOB)
+    job = [str(root / "job.py"), folder, str(root), str(others), str(STEPS), str(PROMPTS), ",".join(cases)]
+    start = [] if number == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
+    environment = {**os.environ, "TUNIX_DEVICE": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    result = subprocess.run([sys.executable, *start, *job], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-9000:]
+
+
+@pytest.fixture(scope="module")
+def results(model_folder, tmp_path_factory):
+    """What every case recorded, by "one" process and by "two", and the folders of both as "folders"."""
+    one, two = (tmp_path_factory.mktemp(f"fsdp-{number}") for number in (1, 2))
+    launch(1, model_folder, one, two, BOTH)
+    launch(2, model_folder, two, one, BOTH + GONE_ON)
+    launch(1, model_folder, one, two, GONE_ON[2:])
+    cases = {one: BOTH + GONE_ON[2:], two: BOTH + GONE_ON}
+    read = {root: {case: torch.load(root / f"{case}.pt") for case in cases[root]} for root in (one, two)}
+    return {"one": read[one], "two": read[two], "folders": (one, two)}
+
+
+def logged(result, name):
+    return [row[name] for row in result["log"] if name in row]
+
+
+both = pytest.mark.parametrize("case", BOTH)
+
+
+@pytest.mark.thorough
+@both
+def test_completions_gradients_and_weights_are_those_of_one_process(results, case):
+    one, two = results["one"][case], results["two"][case]
+    assert len(two["completions"]) == len(one["completions"])
+    for ids, expected in zip(two["completions"], one["completions"], strict=True):
+        assert torch.equal(ids, expected)
+    for gradients, expected in zip(two["gradients"], one["gradients"], strict=True):
+        largest = max(float(gradient.abs().max()) for gradient in expected.values())
+        for name, gradient in expected.items():
+            assert (gradients[name] - gradient).abs().max() <= 1e-5 * largest, name
+    for name, weight in one["weights"].items():
+        assert (two["weights"][name] - weight).abs().max() <= 1e-5, name
+
+
+@pytest.mark.thorough
+@both
+def test_metrics_are_those_of_one_process(results, case):
+    one, two = results["one"][case], results["two"][case]
+    names = {name for row in one["log"] for name in row}
+    assert names == {name for row in two["log"] for name in row} and "loss" in names
+    for name in names:
+        if "second" not in name and "runtime" not in name:
+            assert logged(two, name) == pytest.approx(logged(one, name), abs=1e-5), name
+    assert two["answers"] == one["answers"]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("case", ["lora", "whole", "teacher"])
+def test_a_process_holds_half_of_the_weights_and_nothing_more_between_steps(results, case):
+    """A LoRA is whole in each process. What a layer or a rollout gathered is freed: all tensors that Python knows are
+    weights, moments, the reference policy that moves, and a batch."""
+    one, two = results["one"][case], results["two"][case]
+    base = sum(size for size, part in two["parts"] if part < size)
+    lora = sum(size for size, part in two["parts"] if part == size)
+    assert base > 3_800_000 and (lora == 0) == (case == "whole")
+    assert sum(part for _, part in two["parts"]) == pytest.approx(lora + base / 2, rel=0.01)
+    expected = {"lora": base / 2 + 3 * lora, "whole": 4 * base / 2, "teacher": 2 * base / 2 + 3 * lora}[case]
+    assert two["held"][-1] == pytest.approx(expected, rel=0.05) and two["held"][-1] < 0.7 * one["held"][-1]
+
+
+@pytest.mark.thorough
+def test_rows_of_the_processes_ended_at_different_times(results):
+    """In "layers" a process with rows that have ended goes on gathering weights for the other."""
+    steps = [(ids != ids[0, -1]).sum(dim=1) for ids in results["two"]["layers"]["completions"]]
+    assert any(int(lengths[:4].max()) != int(lengths[4:].max()) for lengths in steps)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["lora", "whole"])
+def test_checkpoints_are_the_files_of_one_process(results, name):
+    one, two = (folder / name / "checkpoint-2" for folder in results["folders"])
+    # Each process keeps the state of its own generators, the second one in its own folder.
+    assert {path.name for path in one.iterdir()} - {"rng_state.pth"} == {path.name for path in two.iterdir()} - {
+        "rng_state_0.pth"
+    }
+    for file in one.glob("*.safetensors"):
+        expected, found = load_file(file), load_file(two / file.name)
+        assert expected.keys() == found.keys()
+        for key, tensor in expected.items():
+            assert found[key].dtype == tensor.dtype and (found[key] - tensor).abs().max() <= 1e-5, key
+    for file in ("config.json", "adapter_config.json", "generation_config.json", "scheduler.pt"):
+        if (one / file).is_file() and file.endswith("json"):
+            assert (one / file).read_text() == (two / file).read_text(), file
+    expected, found = (torch.load(folder / "optimizer.pt") for folder in (one, two))
+    assert expected["param_groups"] == found["param_groups"] and expected["state"].keys() == found["state"].keys()
+    for number, state in expected["state"].items():
+        for key, value in state.items():
+            assert type(found["state"][number][key]) is torch.Tensor
+            assert (found["state"][number][key] - value).abs().max() <= 1e-4 * max(1, value.abs().max()), (number, key)
+    known, ours = (json.loads((folder / "run.json").read_text())["base_weights"] for folder in (one, two))
+    assert known == ours
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("case", ["resumed", "whole resumed"])
+def test_a_resumed_run_ends_bit_for_bit_where_the_uninterrupted_one_does(results, case):
+    uninterrupted = results["two"]["whole" if "whole" in case else "lora"]
+    for name, weight in uninterrupted["weights"].items():
+        assert torch.equal(results["two"][case]["weights"][name], weight), name
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("number", ["one", "two"])
+@pytest.mark.parametrize("case", ["of others", "whole of others"])
+def test_a_checkpoint_goes_on_in_another_number_of_processes(results, number, case):
+    """In one process weights are not split, so this is also a checkpoint of FSDP2 that goes on without it."""
+    uninterrupted = results["two" if number == "one" else "one"]["whole" if "whole" in case else "lora"]
+    for name, weight in uninterrupted["weights"].items():
+        assert (results[number][case]["weights"][name] - weight).abs().max() <= 1e-5, name
+
+
+@pytest.mark.thorough
+def test_a_step_that_one_process_must_skip_is_skipped_by_all(results):
+    for number in ("one", "two"):
+        assert logged(results[number]["skipped whole"], "skipped_steps") == [1, 1, 1]  # steps 2 and 3, the summary
+
+
+# ---- other models ----
+
+MODELS = """
+import torch
+from models import FAMILIES, add_nontrivial_lora, make_batch, make_model, weighted
+from tunix_torch import GRPOConfig
+from tunix_torch.learn.logprobs import token_logps
+from tunix_torch.learn.passes import padded_rows, plain_rows
+from tunix_torch.model.checks import check_head
+from tunix_torch.model.decoding import decode_weights, fast_layers
+from tunix_torch.model.forward import base_model, recompute_layers
+from tunix_torch.model.attention import use_own_attention
+from tunix_torch.model.loading import place
+from tunix_torch.rollout.sampler import Sampler
+from tunix_torch.rollout.tokens import SamplingParams, draw_uniforms
+from tunix_torch.runtime import fsdp, together
+
+GRPOConfig(output_dir="unused")  # joins the processes
+batch = make_batch(seed=2 + together.index())
+params = SamplingParams(max_new_tokens=6, temperature=0.0)
+uniforms = draw_uniforms((0, 1), range(6), 6)
+
+def numbers(model, split, lay_out):
+    use_own_attention(base_model(model))
+    place(model, fsdp.Splitting(True, lay_out is padded_rows) if split else None, learning)
+    check_head(model)
+    if lay_out is plain_rows:
+        recompute_layers(model)
+    model.train()
+    with fast_layers(model):
+        logps, _ = token_logps(model, lay_out(batch))
+        weighted(logps, batch).backward()
+    gradients = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            gradients[name] = sum(together.gather(p.grad)) if not fsdp.is_part(p.grad) else fsdp.whole(p.grad)
+    rollout = Sampler(model, [1], 0).sample(batch.prompt_ids, batch.prompt_mask, 2, params, uniforms)
+    return logps.detach(), gradients, rollout.completion_ids
+
+CASES = [(family, {}, {}, lora) for family in FAMILIES for lora in (True, False)]
+CASES += [("gemma3", {"tie_word_embeddings": False}, {}, lora) for lora in (True, False)]
+CASES += [("gemma3", {}, {"use_dora": True}, True), ("gemma3", {}, {"modules_to_save": ["embed_tokens"]}, True)]
+for family, overrides, settings, lora in CASES:
+    for lay_out in (padded_rows, plain_rows):
+        found = []
+        for split in (False, True):
+            model = make_model(family, **overrides)
+            model = add_nontrivial_lora(model, **settings) if lora else model
+            learning = [p for p in model.parameters() if p.requires_grad] if lora else []
+            found.append(numbers(model, split, lay_out))
+        (logps, gradients, ids), (their_logps, their_gradients, their_ids) = found
+        where = family, overrides, settings, lora, lay_out.__name__
+        assert (logps - their_logps).abs().max() < 1e-4, where
+        assert torch.equal(ids, their_ids), where
+        assert gradients.keys() == their_gradients.keys(), where
+        largest = max(float(g.abs().max()) for g in gradients.values())
+        for name, gradient in gradients.items():
+            assert (gradient - their_gradients[name]).abs().max() < 1e-5 * largest, (*where, name)
+        assert all(map(fsdp.is_part, (p for p in model.parameters() if not any(p is q for q in learning)))), where
+"""
+
+
+@pytest.mark.thorough
+def test_every_family_computes_and_samples_what_it_does_with_whole_weights(tmp_path):
+    """With tied and untied embeddings, shared keys and values, DoRA, copies of layers, and layers that are computed
+    again. A rollout gathers all weights at once, or layer by layer."""
+    (tmp_path / "job.py").write_text(MODELS)
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "job.py")]
+    environment = {**os.environ, "TUNIX_DEVICE": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    result = subprocess.run([sys.executable, *start], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-9000:]
+
+
+# ---- settings ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"fsdp": True}, "^fsdp=True: .*this is the only one: accelerate launch"),
+        ({"fsdp": "full_shard auto_wrap"}, "^fsdp='full_shard auto_wrap': .*this is the only one"),
+        ({"fsdp": ["shard_grad_op"]}, "^fsdp=.'shard_grad_op'.: .*this is the only one"),
+        ({"fsdp": "hybrid_shard"}, "^fsdp='hybrid_shard': give true, or some of full_shard"),
+        ({"fsdp": "full_shard offload"}, "^fsdp='full_shard offload': give true, or some of full_shard"),
+        ({"fsdp": "full_shard shard_grad_op"}, "^fsdp='full_shard shard_grad_op': give one of"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, "^fsdp_config.'version'.=1: .*give 2"),
+        ({"fsdp": True, "fsdp_config": {"fsdp_version": 1}}, "^fsdp_config.'version'.=1: .*give 2"),
+        ({"fsdp": True, "fsdp_config": {"cpu_offload": True}}, "^fsdp_config.'cpu_offload'.=True: .*more GPUs"),
+        ({"fsdp": True, "fsdp_config": '{"cpu_ram_efficient_loading": true}'}, "^fsdp_config.'cpu_ram.*=True: "),
+        ({"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}, "=True: set gradient_checkpointing"),
+        ({"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}, "'SHARDED_STATE_DICT': .*whole"),
+        ({"fsdp": True, "fsdp_config": {"auto_wrap_policy": "SIZE_BASED_WRAP"}}, "'SIZE_BASED_WRAP': "),
+        ({"fsdp": True, "fsdp_config": {"xla": True}}, "^fsdp_config.'xla'.=True: .*mesh_shape"),
+        ({"fsdp": True, "fsdp_config": {"reshard_after_forwards": True}}, "did you mean 'reshard_after_forward'"),
+        ({"fsdp": True, "fsdp_config": "nowhere.json"}, "^fsdp_config='nowhere.json': no such file"),
+        ({"fsdp_config": {"version": 2}}, "^fsdp_config=.*: has an effect with fsdp only"),
+        ({"gather_for_rollout": True}, "^gather_for_rollout=True: is about fsdp"),
+    ],
+)
+def test_settings_that_cannot_be_honoured_are_refused(settings, words, tmp_path):
+    with pytest.raises(ValueError, match=words) as caught:
+        GRPOConfig(output_dir=str(tmp_path), **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.xla
+def test_on_xla_a_mesh_is_what_splits_weights(tmp_path):
+    with pytest.raises(ValueError, match="^fsdp=True: on XLA a mesh splits weights: .*mesh_shape"):
+        GRPOConfig(output_dir=str(tmp_path), fsdp=True)
+
+
+def test_settings_are_those_of_transformers_and_come_back_from_a_saved_file(tmp_path, monkeypatch):
+    """`fsdp` is read before and after Transformers has filled in what `fsdp_config` leaves out."""
+    from tunix_torch.runtime import together
+
+    monkeypatch.setattr(together, "count", lambda: 2)
+    for fsdp, config, reshards in (
+        (True, None, True),
+        ("full_shard auto_wrap", {"version": 2}, True),
+        ("shard_grad_op", None, False),
+        (True, {"reshard_after_forward": "false", "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}, False),
+    ):
+        args = GRPOConfig(output_dir=str(tmp_path), fsdp=fsdp, fsdp_config=config, gather_for_rollout=False)
+        again = GRPOConfig(
+            output_dir=str(tmp_path), fsdp=args.fsdp, fsdp_config=json.loads(json.dumps(args.fsdp_config))
+        )
+        for each in (args, again):
+            assert each.fsdp is True and each.splitting.reshard_after_forward is reshards
+            assert each.fsdp_plugin_args is None, "else the Trainer would hand them to Accelerate"
+        assert (args.splitting.gather_for_rollout, again.splitting.gather_for_rollout) == (False, None)
+
+
+def test_all_weights_take_an_optimizer_whose_state_is_split_as_they_are(model_folder, tmp_path, monkeypatch):
+    from trainers import make_trainer
+
+    from tunix_torch.runtime import together
+
+    monkeypatch.setattr(together, "count", lambda: 2)
+    with pytest.raises(
+        ValueError, match="^optim='adafactor': with fsdp, training all weights takes one of adamw_torch"
+    ):
+        make_trainer(model_folder, tmp_path, full=True, fsdp=True, optim="adafactor")

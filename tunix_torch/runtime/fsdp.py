@@ -12,7 +12,6 @@ Models and tensors that are not split pass through all functions here as they ar
 
 import contextlib
 import functools
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -54,7 +53,11 @@ class _Split:
     depth: int = 0  # how many contexts use the weights now
 
 
-_splits: "weakref.WeakKeyDictionary[nn.Module, _Split]" = weakref.WeakKeyDictionary()
+_NAME = "_split_over_processes"  # the attribute of a model that holds its `_Split`, and goes with it
+
+
+def _split_of(root: nn.Module) -> _Split | None:
+    return vars(root).get(_NAME)
 
 
 @functools.cache
@@ -90,7 +93,7 @@ def split(root: nn.Module, units: Sequence[nn.Module], whole: Sequence[nn.Parame
         unit.set_gradient_divide_factor(1.0)  # the sum of gradients, not their mean
         unit.set_force_sum_reduction_for_comms(True)
         layers += [unit] if reshards else []
-    _splits[root] = _Split(splitting, [*units, root], layers)
+    setattr(root, _NAME, _Split(splitting, [*units, root], layers))
 
 
 def _shared(root: nn.Module, units: Sequence[nn.Module]) -> set[nn.Parameter]:
@@ -110,12 +113,13 @@ def _shared(root: nn.Module, units: Sequence[nn.Module]) -> set[nn.Parameter]:
 
 def is_split(root: nn.Module) -> bool:
     """Whether the weights of a model are split over processes."""
-    return root in _splits
+    return _split_of(root) is not None
 
 
 def splitting_of(root: nn.Module) -> Splitting | None:
     """How the weights of a model are split; None: they are not."""
-    return _splits[root].splitting if root in _splits else None
+    kept = _split_of(root)
+    return None if kept is None else kept.splitting
 
 
 def own_class(module: nn.Module) -> type:
@@ -125,14 +129,14 @@ def own_class(module: nn.Module) -> type:
 
 def gather_outer(root: nn.Module) -> None:
     """Gather what lies outside of the units of a model, until the pass is over. Does nothing where it is there."""
-    if root in _splits:
+    if is_split(root):
         root.unshard()
 
 
 @contextlib.contextmanager
 def gathered_as_needed(root: nn.Module) -> Iterator[None]:
     """Within this context a model may compute. Only parts are left when it ends. Contexts may be nested."""
-    kept = _splits.get(root)
+    kept = _split_of(root)
     if kept is None:
         yield
         return
@@ -153,7 +157,7 @@ def gathered_to_decode(root: nn.Module) -> Iterator[bool]:
     Yields:
         whether all processes must run equally many passes, since each gathers the layers anew.
     """
-    kept = _splits.get(root)
+    kept = _split_of(root)
     with gathered_as_needed(root):
         if kept is None or not _gathers_all(root, kept):
             yield kept is not None
