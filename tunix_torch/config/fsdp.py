@@ -13,22 +13,28 @@ if TYPE_CHECKING:
     from .grpo import GRPOConfig
 
 WORDS = ("full_shard", "shard_grad_op", "auto_wrap")  # Transformers' older form, several words in one text
-_NO = (None, False, 0, "false", "False")
-_YES_OR_NO = (True, False, "true", "false", "True", "False")
+_YES, _NO = (True, "true", "True"), (None, False, "false", "False")  # 0 equals False
+_MESH = "on XLA a mesh splits weights: mesh_shape"
+
+
+def _is_off(value: Any) -> bool:
+    return value in _NO
+
+
 # For each key of `fsdp_config`: whether a value is possible, and what is.
 KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "version": (lambda v: v in (2, "2"), "weights are split by FSDP2: give 2, or leave it out"),
-    "reshard_after_forward": (lambda v: v in _YES_OR_NO, "expected true or false"),
+    "reshard_after_forward": (lambda v: v in _YES + _NO, "expected true or false"),
     "state_dict_type": (lambda v: v == "FULL_STATE_DICT", "checkpoints hold whole tensors: leave it out"),
     "auto_wrap_policy": (lambda v: v == "TRANSFORMER_BASED_WRAP", "layers are gathered one by one: leave it out"),
     "transformer_layer_cls_to_wrap": (lambda v: not v, "all layers of the model are gathered one by one: leave it out"),
-    "min_num_params": (lambda v: v in _NO, "layers are gathered one by one: leave it out"),
-    "cpu_offload": (lambda v: v in _NO, "weights stay on the GPUs: leave it out, and take more GPUs"),
-    "cpu_ram_efficient_loading": (lambda v: v in _NO, "each process reads the weights itself: leave it out"),
-    "activation_checkpointing": (lambda v: v in _NO, "set gradient_checkpointing instead"),
-    "xla": (lambda v: v in _NO, "on XLA a mesh splits weights: mesh_shape"),
-    "xla_fsdp_v2": (lambda v: v in _NO, "on XLA a mesh splits weights: mesh_shape"),
-    "xla_fsdp_grad_ckpt": (lambda v: v in _NO, "on XLA a mesh splits weights: mesh_shape"),
+    "min_num_params": (_is_off, "layers are gathered one by one: leave it out"),
+    "cpu_offload": (_is_off, "weights stay on the GPUs: leave it out, and take more GPUs"),
+    "cpu_ram_efficient_loading": (_is_off, "each process reads the weights itself: leave it out"),
+    "activation_checkpointing": (_is_off, "set gradient_checkpointing instead"),
+    "xla": (_is_off, _MESH),
+    "xla_fsdp_v2": (_is_off, _MESH),
+    "xla_fsdp_grad_ckpt": (_is_off, _MESH),
 }
 # Optimizers that keep numbers of a weight's own shape, which are split and saved as the weight is.
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
@@ -48,13 +54,14 @@ def read_fsdp(args: "GRPOConfig") -> Any:
         require(not config, "fsdp_config", config, "has an effect with fsdp only: set fsdp to true")
         require(args.gather_for_rollout is None, "gather_for_rollout", args.gather_for_rollout, "is about fsdp: set it")
         return None
-    require(device.KIND != "xla", "fsdp", given, "on XLA a mesh splits weights: leave it out, and set mesh_shape")
-    words = [] if given is True or given in ("true", "True") else given.split() if isinstance(given, str) else given
+    require(device.KIND != "xla", "fsdp", given, _MESH)
+    require(device.KIND != "tpu", "fsdp", given, "through torch_tpu each chip has all weights: leave it out")
+    words = [] if given in _YES else given.split() if isinstance(given, str) else given
     hint = f"give true, or some of {', '.join(WORDS)}"
     require(isinstance(words, list) and all(word in WORDS for word in words), "fsdp", given, hint)
     require(not {"full_shard", "shard_grad_op"} <= set(words), "fsdp", given, "give one of full_shard, shard_grad_op")
     require(config is None or isinstance(config, Mapping), "fsdp_config", config, "expected names and values")
-    config = {name.removeprefix("fsdp_"): value for name, value in (config or {}).items()}
+    config = {str(name).removeprefix("fsdp_"): value for name, value in (config or {}).items()}
     for name, value in config.items():
         hint = f"it has no {name!r} here{nearest(name, list(KEYS))}"
         require(name in KEYS, "fsdp_config", config, hint)
