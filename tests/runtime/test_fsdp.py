@@ -248,6 +248,7 @@ def test_a_step_that_one_process_must_skip_is_skipped_by_all(results):
 MODELS = """
 import torch
 from models import FAMILIES, add_nontrivial_lora, make_batch, make_model, weighted
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
 from tunix_torch import GRPOConfig
 from tunix_torch.learn.logprobs import token_logps
 from tunix_torch.learn.passes import padded_rows, plain_rows
@@ -258,12 +259,20 @@ from tunix_torch.model.attention import use_own_attention
 from tunix_torch.model.loading import place
 from tunix_torch.rollout.sampler import Sampler
 from tunix_torch.rollout.tokens import SamplingParams, draw_uniforms
-from tunix_torch.runtime import fsdp, together
+from tunix_torch.runtime import device, fsdp, together
 
 GRPOConfig(output_dir="unused")  # joins the processes
 batch = make_batch(seed=2 + together.index())
+step_kind = device.step_kind
 params = SamplingParams(max_new_tokens=6, temperature=0.0)
 uniforms = draw_uniforms((0, 1), range(6), 6)
+
+def make_seeing_model():
+    vision = SiglipVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                image_size=8, patch_size=4)
+    config = Gemma3Config(text_config=make_model("gemma3").config, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    return Gemma3ForConditionalGeneration(config).eval()
 
 def numbers(model, split, lay_out):
     use_own_attention(base_model(model))
@@ -279,17 +288,20 @@ def numbers(model, split, lay_out):
     for name, p in model.named_parameters():
         if p.grad is not None:
             gradients[name] = sum(together.gather(p.grad)) if not fsdp.is_part(p.grad) else fsdp.whole(p.grad)
+    if split and lay_out is plain_rows:  # the shapes of a rollout on CUDA
+        device.step_kind = lambda: "recorded"
     rollout = Sampler(model, [1], 0).sample(batch.prompt_ids, batch.prompt_mask, 2, params, uniforms)
+    device.step_kind = step_kind
     return logps.detach(), gradients, rollout.completion_ids
 
-CASES = [(family, {}, {}, True) for family in FAMILIES] + [("gemma4", {}, {}, False)]
+CASES = [(family, {}, {}, True) for family in (*FAMILIES, "gemma3 that sees")] + [("gemma4", {}, {}, False)]
 CASES += [("gemma3", {"tie_word_embeddings": False}, {}, lora) for lora in (True, False)]
 CASES += [("gemma3", {}, {"use_dora": True}, True), ("gemma3", {}, {"modules_to_save": ["embed_tokens"]}, True)]
 for family, overrides, settings, lora in CASES:
     for lay_out in (padded_rows, plain_rows):
         found = []
         for split in (False, True):
-            model = make_model(family, **overrides)
+            model = make_model(family, **overrides) if family in FAMILIES else make_seeing_model()
             model = add_nontrivial_lora(model, **settings) if lora else model
             learning = [p for p in model.parameters() if p.requires_grad] if lora else []
             found.append(numbers(model, split, lay_out))

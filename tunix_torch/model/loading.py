@@ -229,7 +229,7 @@ def place(model: nn.Module, splitting: Splitting | None = None, whole: Sequence[
     if splitting is None:
         model.to(device.torch_device())
     else:
-        fsdp.split(base, _units(base), whole, splitting)
+        fsdp.split(base, *_units(base), whole, splitting)
     if base.config.get_text_config().tie_word_embeddings:
         _tie_embeddings(base)
     _share_constants(model)
@@ -238,13 +238,13 @@ def place(model: nn.Module, splitting: Splitting | None = None, whole: Sequence[
     return model
 
 
-def _units(base: PreTrainedModel) -> list[nn.Module]:
-    """The parts of a model whose weights are gathered when they run: its layers, what stands beside the text model,
-    which does not run on text, and the text model, which has all else but a head."""
-    decoder, head = base.get_decoder(), base.get_output_embeddings()
-    above = [module for module in base.modules() if any(part is decoder for part in module.modules())]  # with itself
-    beside = [part for module in above if module is not decoder for part in module.children() if part not in above]
-    return [*decoder.layers, *(part for part in beside if part is not head), decoder]
+def _units(base: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The parts of a model whose weights are gathered when they run, its layers and then the text model with all else
+    but the head; and those that do not run on text."""
+    decoder = base.get_decoder()
+    unused = {name: module for name, module in base.named_modules() if re.fullmatch(NOT_TEXT, name)}
+    outermost = [module for name, module in unused.items() if name.rpartition(".")[0] not in unused]
+    return [*decoder.layers, decoder], outermost
 
 
 def _share_constants(model: nn.Module) -> None:

@@ -68,7 +68,13 @@ def _mesh() -> DeviceMesh:
 # ---- models ----
 
 
-def split(root: nn.Module, units: Sequence[nn.Module], whole: Sequence[nn.Parameter], splitting: Splitting) -> None:
+def split(
+    root: nn.Module,
+    units: Sequence[nn.Module],
+    unused: Sequence[nn.Module],
+    whole: Sequence[nn.Parameter],
+    splitting: Splitting,
+) -> None:
     """Split the weights of a model over the processes, and move each process's parts to its device.
 
     The weights may lie on the CPU: on the device only those of one unit at a time are whole. All processes must hold
@@ -79,20 +85,22 @@ def split(root: nn.Module, units: Sequence[nn.Module], whole: Sequence[nn.Parame
     Args:
         root: the model. Weights that units share, as tied embeddings, are gathered with it.
         units: its modules that are gathered when they run, inner ones before those that they are in.
+        unused: modules that no pass needs, such as those that see. They are split and not gathered.
         whole: parameters that every process keeps. Their gradients are summed by `together.sum_gradients`.
     """
     for parameter in whole:
         parameter.data = parameter.data.to(device.torch_device())
         torch.distributed.broadcast(parameter.data, 0)
-    shared, inner, layers = _shared(root, units), set(units), []
-    for unit in (*units, root):
+    parts = (*unused, *units)
+    shared, inner, layers = _shared(root, parts), set(parts), []
+    for unit in (*parts, root):
         is_innermost = not any(module in inner for module in unit.modules() if module is not unit)
         reshards = splitting.reshard_after_forward and is_innermost
         ignored = set(whole) | (set() if unit is root else shared)
         fully_shard(unit, mesh=_mesh(), reshard_after_forward=reshards, ignored_params=ignored)
         unit.set_gradient_divide_factor(1.0)  # the sum of gradients, not their mean
         unit.set_force_sum_reduction_for_comms(True)
-        layers += [unit] if reshards else []
+        layers += [unit] if reshards and unit in units else []
     setattr(root, _NAME, _Split(splitting, [*units, root], layers))
 
 
