@@ -104,17 +104,14 @@ def hidden_states(
 ) -> Tensor:
     """The decoder's last hidden states, (R, Q, D), for ids and position_ids (R, Q) int64 and ready masks."""
     fsdp.gather_outer(base_model(model))
-    return (
-        base_model(model)
-        .get_decoder()(
-            input_ids=ids,
-            attention_mask=masks,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
-        .last_hidden_state
-    )
+    decoder = base_model(model).get_decoder()
+    return decoder(
+        input_ids=ids,
+        attention_mask=masks,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
 
 
 def logits(model: nn.Module, hidden: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ def _shared(root: nn.Module, units: Sequence[nn.Module]) -> set[nn.Parameter]:
 
 def is_split(root: nn.Module) -> bool:
     """Whether the weights of a model are split over processes."""
-    return _split_of(root) is not None
+    return isinstance(root, FSDPModule)
 
 
 def splitting_of(root: nn.Module) -> Splitting | None:
@@ -136,8 +136,11 @@ def own_class(module: nn.Module) -> type:
 
 
 def gather_outer(root: nn.Module) -> None:
-    """Gather what lies outside of the units of a model, until the pass is over. Does nothing where it is there."""
-    if is_split(root):
+    """Gather what lies outside of the units of a model, until the pass is over. Does nothing where it is there.
+
+    `torch.compile` can trace this for a model that is not split.
+    """
+    if isinstance(root, FSDPModule):
         root.unshard()
 
 
