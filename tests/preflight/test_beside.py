@@ -103,7 +103,7 @@ def planned(monkeypatch, seconds, **settings):
     return plan, learn
 
 
-def test_tunix_gets_the_rows_and_the_rematerialisation_that_take_the_least_time(monkeypatch):
+def test_tunix_gets_the_least_rematerialisation_that_fits_and_the_rows_that_take_the_least_time(monkeypatch):
     costs = {"NONE": 1.0, "BLOCK": 1.2, "DECODER": 1.4}
     plan, learn = planned(monkeypatch, lambda rows, kind: costs[kind] * (0.1 + rows), num_iterations=3)
     assert learn.runs == 1 * 3 and "learning passes of 16 rows, rematerialisation NONE" in plan.settings
@@ -208,7 +208,7 @@ def test_a_tiny_model_is_compared(small_model, tmp_path):
     sides = {side: [s["name"] for s in document["stages"] if s["side"] == side] for side in ("ours", "Tunix")}
     assert sides["ours"] == [*sides["Tunix"], "optimizer"]
     assert set(document["ratios"]) == set(sides["Tunix"])
-    assert {a["rematerialisation"] for a in document["tunix_attempts"]} == {None, "NONE", "BLOCK", "DECODER"}
+    assert {a["rematerialisation"] for a in document["tunix_attempts"]} == {None, "NONE"}, "a tiny model needs none"
     assert all(stage["hbm_traffic"] > 0 and stage["flops"] > 0 for stage in document["stages"])
     again = run_module("tunix_torch.cli", "beside_tunix", *flags, cache=tmp_path)
     assert again.stdout == result.stdout, "from what is kept"

@@ -1,8 +1,9 @@
 """Plan a job for Google's Tunix: compile its graphs for the job's slice, with the settings that are best for Tunix.
 
 Tunix may have as many rows in a pass as it likes, and may compute layers again in the backward pass
-(rematerialisation). Of all that fits a chip's memory, the fastest by the bound of time is taken. Tunix's trainer takes
-whole groups of completions; where not even one group fits, fewer rows are tried, which the plan says.
+(rematerialisation), which takes less memory and more time. The least rematerialisation is taken that fits a chip's
+memory, and then the number of rows that is fastest by the bound of time. Tunix's trainer takes whole groups of
+completions; where not even one group fits, fewer rows are tried, which the plan says.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from .plan import CUT_DEPTHS, Cut, GraphPlan, Job, cuts_of, plan_graph
 from .trace import Graph
 
 MODELS = ("gemma2", "gemma3_text")  # model types whose graphs are compiled for Tunix
-REMATERIALISATIONS = ("DECODER", "BLOCK", "NONE")  # from the least memory to the most
+REMATERIALISATIONS = ("NONE", "BLOCK", "DECODER")  # from the least computation to the least memory
 PACKAGES = ("google-tunix", "jax", "jaxlib", "flax", "qwix", "optax", "libtpu")
 Say = Callable[[str], None]
 
@@ -107,24 +108,36 @@ class _Planner:
         self.attempts: list[Attempt] = []
 
     def best(self, part: str, kinds: Sequence[str]) -> tuple[list[GraphPlan], int, str]:
-        """Return the graphs of a part with the settings that take the least time and fit; the rows and kind of these.
+        """Return the graphs of a part with the best settings that fit, and the rows and kind of these.
 
-        Where nothing fits, the graphs with the fewest rows and the least memory are returned.
+        Args:
+            kinds: rematerialisations, the best first.
+
+        Raises:
+            ValueError: nothing fits.
         """
         group, count = self.job.args.num_completions_per_prompt, self.job.rows
         fsdp = dict(zip(*self.mesh()[::-1], strict=True))["fsdp"]
         fewer = [n for n in range(group - 1, 0, -1) if group % n == 0 and n % fsdp == 0]
         whole = [n for n in range(group, count + 1, group) if count % n == 0]
         for choices in (whole, *([n] for n in fewer)):
-            found = [found for kind in kinds for found in self._that_fit(part, choices, kind)]
-            if found:
-                return min(found, key=lambda one: self._step_seconds(one[0]))
+            for kind in kinds:
+                found = self._that_fit(part, choices, kind)
+                if found:
+                    return min(found, key=lambda one: self._step_seconds(one[0]))
         raise ValueError(f"{part} of Tunix does not fit {self.job.topology.name}, however few rows a pass has")
 
     def _that_fit(self, part: str, choices: Sequence[int], kind: str) -> list[tuple[list[GraphPlan], int, str]]:
-        """Compile with each number of rows in turn, until one does not fit."""
-        found = []
+        """Compile with each number of rows in turn, until one does not fit.
+
+        A number of rows for which the temporaries cannot fit, as they grow with the rows, is not compiled.
+        """
+        found: list[tuple[list[GraphPlan], int, str]] = []
         for rows in choices:
+            if found:
+                graphs, fewer, _ = found[-1]
+                if any(g.total_bytes + g.temporary_bytes * (rows / fewer - 1) > self.chip.hbm_bytes for g in graphs):
+                    break
             graphs = self.compiled(part, rows, kind)
             fits = all(not g.error and g.total_bytes <= self.chip.hbm_bytes for g in graphs)
             for g in graphs:
