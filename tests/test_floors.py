@@ -130,6 +130,7 @@ def test_the_peers_are_imported_only_where_they_are_compared():
     files = [*modules(), *ROOT.glob("*.py")]
     places = {path.relative_to(ROOT).as_posix(): {module[0] for module, _ in imports_of(path)} for path in files}
     sides = {f"tunix_torch/crosscheck/tunix_{name}.py" for name in ("lora", "models", "preferences", "side")}
+    sides |= {f"tunix_torch/preflight/tunix_{name}.py" for name in ("configs", "graphs")}
     assert {p for p, names in places.items() if names & {"flax", "optax", "qwix", "tunix"}} == sides
     assert {p for p, names in places.items() if names & {"jax", "jaxlib"}} == {
         *sides,

@@ -61,6 +61,15 @@ def test_a_collective_spread_over_fusions_counts_once_and_bytes_are_what_a_chip_
     assert len(found) == 4, "a done is not another collective, and a group of one chip communicates nothing"
 
 
+def test_an_all_gather_without_groups_joins_as_many_parts_as_its_result_has_of_its_operand():
+    """The compiler's short form of groups reads as none at all, and that is not a group of all chips."""
+    told = "%a = bf16[16,576]{1,0} parameter(0)\n  %all-gather.7 = bf16[16,2304]{1,0} all-gather(%a), channel_id=9, replica_groups={}"
+    text = PROGRAM.replace("%all-reduce.6", f"{told}, dimensions={{1}}\n  %all-reduce.6")
+    found = {collective.shape: collective for collective in hlo.collectives_of(text)}
+    assert (found["bf16[16,2304]"].group_size, found["bf16[16,2304]"].bytes) == (4, 16 * 2304 * 2 * 3 / 4)
+    assert found["f32[32,2]"].group_size == 8, "its operand is nowhere in this text"
+
+
 WINDOWED = """\
 HloModule SyncTensorsGraph.9, is_scheduled=true, num_partitions=4
 

@@ -226,14 +226,21 @@ def test_weights_really_are_split_over_the_mesh(run):
 
 
 @meshes
-def test_a_decode_step_gathers_neither_cache_nor_attention(run, mesh):
-    """A step gathers only what a token is chosen from, which has two dimensions, rows and candidates."""
+def test_a_decode_step_gathers_neither_cache_nor_weights(run, mesh):
+    """A step gathers what layers hand to each other, rows by numbers or by heads and their numbers, and candidates.
+
+    A cache has tokens besides, and so have the scores of attention; no gathered array has as many dimensions.
+    """
     texts = [file.read_text() for file in (run(mesh)["folder"] / "dump").glob("*cpu_after_optimizations.txt")]
     steps = [text for text in texts if " dynamic-update-slice(" in text]
     moved = [collective for text in steps for collective in collectives_of(text)]
     assert len(steps) >= 4 and (mesh[1] == 1 or moved), "two widths of the cache, greedy and sampled"
-    gathered = [sizes for c in moved if c.kind == "all-gather" for sizes in re.findall(r"\[([\d,]*)\]", c.shape)]
-    assert not [sizes for sizes in gathered if sizes.count(",") > 1], gathered
+    shapes = [sizes for c in moved if c.kind == "all-gather" for sizes in re.findall(r"\[([\d,]*)\]", c.shape)]
+    gathered = {tuple(int(size) for size in sizes.split(",") if size not in ("", "1")) for sizes in shapes}
+    assert not {sizes for sizes in gathered if len(sizes) > 3}, gathered
+    weights = {(112, 64), (128, 64), (64, 128)}  # of the vocabulary, of MLP and queries, of outputs
+    parts = {(a // n, b // m) for a, b in weights for n in (1, 2, 4) for m in (1, 2, 4)}
+    assert not gathered & {sizes for sizes in parts if sizes[0] * sizes[1] > 32 * 64}, "more than 32 rows have"
 
 
 @meshes

@@ -15,13 +15,14 @@ COMMANDS = {
     "export": "merge an adapter into its base model: a plain Hugging Face model",
     "replay": "compute a batch again that was not finite, and say which row and quantity was first",
     "plan": "plan a job for a TPU slice, on a machine without a TPU",
+    "beside_tunix": "compare a job's graphs with those of Google's Tunix, both compiled for a TPU slice",
     "crosscheck": "compare this library's numbers with those of Google's Tunix on JAX",
 }
 
 
 def usage() -> str:
     """What `tunix-torch --help` prints."""
-    lines = [f"  {name:<12}{does}" for name, does in COMMANDS.items()]
+    lines = [f"  {name:<14}{does}" for name, does in COMMANDS.items()]
     return "\n".join(
         [
             "usage: tunix-torch COMMAND [FLAGS]",

@@ -221,6 +221,7 @@ class SharedPrefixKV:
 
     prompt_keys, prompt_values: (N, KV heads, P, D); own_keys, own_values: (R, KV heads, K, D).
     `places`: (R,) int64, the place of each row where every prompt has `group_size` rows; None: rows fill all of them.
+    `new_key`, `new_value`: (R, KV heads, 1, D) of the token itself; None: they are among the rows' own already.
     """
 
     prompt_keys: Tensor
@@ -229,6 +230,8 @@ class SharedPrefixKV:
     own_values: Tensor
     places: Tensor | None
     group_size: int
+    new_key: Tensor | None = None
+    new_value: Tensor | None = None
 
     def to(self, place: torch.device) -> "SharedPrefixKV":
         """Return itself. Gemma 4 calls this where layers share keys and values, which are on one device already."""
@@ -236,7 +239,10 @@ class SharedPrefixKV:
         return self
 
     def scores(self, query: Tensor) -> Tensor:
-        """Products of M queries a row and KV head with all keys: (R, KV heads, M, D) -> (R, KV heads, M, P + K)."""
+        """Products of M queries a row and KV head with all keys: (R, KV heads, M, D) -> (R, KV heads, M, P + K).
+
+        With a `new_key`, its products come last: (R, KV heads, M, P + K + 1).
+        """
         if self.prompt_keys.shape[2] == 0:  # the window has left the prompt
             return query @ self.own_keys.mT
         if device.traces_graphs():  # no dimensions are merged, since a mesh may split each (see `grouped_attention`)
@@ -248,12 +254,20 @@ class SharedPrefixKV:
         else:  # where einsum would be slower
             of_prompt = self.by_row(self.by_prompt(query) @ self.prompt_keys.mT)
             of_row = query @ self.own_keys.mT
-        return torch.cat((of_prompt, of_row), dim=-1)
+        if self.new_key is None:
+            return torch.cat((of_prompt, of_row), dim=-1)
+        return torch.cat((of_prompt, of_row, torch.einsum("rhmd,rhkd->rhmk", query, self.new_key)), dim=-1)
 
     def mix(self, weights: Tensor) -> Tensor:
-        """Sums of all values, weighted: (R, KV heads, M, P + K) -> (R, KV heads, M, D)."""
+        """Sums of all values, weighted: (R, KV heads, M, P + K), see `scores` -> (R, KV heads, M, D)."""
         if self.prompt_keys.shape[2] == 0:
             return weights @ self.own_values
+        if self.new_value is not None:
+            weights, of_new = weights.tensor_split([-1], dim=-1)
+            return self._mix(weights) + of_new * self.new_value
+        return self._mix(weights)
+
+    def _mix(self, weights: Tensor) -> Tensor:
         of_prompt, of_row = weights.tensor_split([self.prompt_keys.shape[2]], dim=-1)
         if device.traces_graphs():
             in_groups = of_prompt.unflatten(0, (-1, self.group_size))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from ..runtime import device, mesh
 from .attention import SharedPrefixKV, kept_tokens
 
 
@@ -98,6 +99,7 @@ class SharedPrefixCache:
         self.places = None if groups is None else groups.places
         self.group_size = len(own_keys[0]) // len(prompt_keys[0]) if groups is None else groups.group_size
         self.windows, self.step = windows, step
+        self._unwritten: list[tuple[Tensor, Tensor, Tensor]] = []  # (cache, slot, new key or value)
         self._slots: dict[int, Tensor] = {}  # where layers of a width with a window write, (1,)
 
     def update(
@@ -109,10 +111,23 @@ class SharedPrefixCache:
         """
         prompt_keys, prompt_values, keys, values = self.layers[layer_idx]
         slot = self.step if self.windows[layer_idx] is None else self._slot_in_window(keys.shape[2])
-        keys.index_copy_(2, slot, key.to(keys.dtype))
-        values.index_copy_(2, slot, value.to(values.dtype))
-        kv = SharedPrefixKV(prompt_keys, prompt_values, keys, values, self.places, self.group_size)
+        key, value = key.to(keys.dtype), value.to(values.dtype)
+        rows = prompt_keys, prompt_values, keys, values, self.places, self.group_size
+        if mesh.writes_caches_last():
+            self._unwritten += [(keys, slot, key), (values, slot, value)]
+            kv = SharedPrefixKV(*rows, key, value)
+        else:
+            keys.index_copy_(2, slot, key)
+            values.index_copy_(2, slot, value)
+            kv = SharedPrefixKV(*rows)
         return kv, kv
+
+    def write(self, tokens: Tensor) -> None:
+        """Write the new keys and values where `update` has not done so. `tokens` is the last result of the step."""
+        if self._unwritten:
+            barrier = device.optimization_barriers([tokens, *(new for _, _, new in self._unwritten)])
+            for (tensor, slot, _), new in zip(self._unwritten, barrier[1:], strict=True):
+                tensor.index_copy_(2, slot, new)
 
     def _slot_in_window(self, width: int) -> Tensor:
         """The slot of the oldest token once the window is full. Layers of one width share it."""
@@ -122,6 +137,8 @@ class SharedPrefixCache:
 
     def masks(self, config: PretrainedConfig, prompt_mask: Tensor) -> dict[str, Tensor] | Tensor:
         """As `attention.attention_masks`, bool, for what each kind of layer holds: (R, 1, 1, its P + its K).
+
+        Where caches are written last there is one more column, of the token itself.
 
         `prompt_mask` is (R, P), False at padding.
         """
@@ -134,7 +151,11 @@ class SharedPrefixCache:
             seen = prompt_mask if window is None else prompt_mask & (distance < window)
             if num_seen < width:
                 seen = seen[:, width - num_seen :]
-            own = torch.arange(num_own, device=prompt_mask.device) <= self.step  # all, once the window is full
+            slots = torch.arange(num_own, device=prompt_mask.device)
+            own = slots <= self.step  # all, once the window is full
+            if mesh.writes_caches_last():  # the token itself comes last, and not in its slot
+                own = own & (slots != (self.step if window is None else self._slot_in_window(num_own)))
+                own = torch.nn.functional.pad(own, (0, 1), value=True)
             return torch.cat((seen, own.expand(seen.shape[0], -1)), dim=1)[:, None, None]
 
         if kinds is None:

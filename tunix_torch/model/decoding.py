@@ -12,6 +12,7 @@ from ..runtime import device, fsdp, mesh
 from .fast_layers import FAST, FastDecoderLayer
 from .forward import base_model
 from .merged_lora import MergedLinear, faster_lora
+from .wide_layers import wide_layers
 
 
 @contextlib.contextmanager
@@ -44,7 +45,7 @@ def fast_layers(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def decode_weights(model: nn.Module) -> Iterator[bool]:
-    """Within this context a model decodes as fast as it can on this machine. The context includes `fast_layers`.
+    """Within this context a model decodes as fast as it can on this machine. It includes `fast_layers`, `wide_layers`.
 
     The weights are laid out once for all steps, so neither a weight nor the active adapter may change. When the
     context ends, the model is exactly what it was. It must be entered without gradients. Where steps are eager,
@@ -59,7 +60,8 @@ def decode_weights(model: nn.Module) -> Iterator[bool]:
             yield in_step
         return
     eager = device.step_kind() == "eager"  # then inference mode saves a tenth of a step's time
-    with fast_layers(model), torch.inference_mode() if eager else contextlib.nullcontext():
+    inference = torch.inference_mode() if eager else contextlib.nullcontext()
+    with fast_layers(model), wide_layers(model), inference:
         kind = MergedLinear if device.step_kind() == "compiled" else FastDecoderLayer
         layers = [module for module in _modules(model) if isinstance(module, kind)]
         try:

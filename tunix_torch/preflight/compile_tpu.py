@@ -3,7 +3,8 @@
 It is a separate process because libtpu needs its own environment, and because a compiler that runs out of memory is
 killed by the system. `preflight/compiler.py` starts it as `python -m tunix_torch.preflight.compile_tpu REQUEST`, where
 REQUEST is a JSON file with the fields of `Request`. It writes a JSON file with the fields of `Compiled`
-(`Request.result`) and the compiled program as text (`Request.program`). No other file of the pre-flight imports jax.
+(`Request.result`) and the compiled program as text (`Request.program`). Besides this file, only those of the
+pre-flight that trace Tunix import jax.
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass
@@ -55,43 +57,59 @@ def mark_donated(module: "ir.Module", donated: list[int]) -> None:  # noqa: F821
     main.attributes["arg_attrs"] = ir.ArrayAttr.get(attributes)
 
 
-def compile_graph(request: Request) -> Compiled:
-    """Compile as torch-xla does on a TPU: with SPMD, without Shardy; the compiler chooses the layout of results."""
-    import numpy as np
-    from jax._src.interpreters import mlir
-    from jax._src.lib import xla_client
-    from jax.errors import JaxRuntimeError
+def slice_devices(topology: str, num_partitions: int) -> list:
+    """Return the first chips of a slice, described by libtpu as jax devices that can only be compiled for."""
     from jax.experimental import topologies
-    from jaxlib.mlir import ir
 
     from .chips import parse_topology
 
-    slice_ = parse_topology(request.topology)
+    slice_ = parse_topology(topology)
     # libtpu assumes hosts of 2x2 chips unless it is told otherwise, and would refuse slices that are smaller than one
     host = [min(2, size) for size in slice_.sizes] + [1] * (3 - len(slice_.sizes))
     described = topologies.get_topology_desc(slice_.name, "tpu", chips_per_host_bounds=host)
-    devices = sorted(described.devices, key=lambda device: device.id)[: request.num_partitions]
+    return sorted(described.devices, key=lambda device: device.id)[:num_partitions]
+
+
+def compile_module(
+    module: "ir.Module",  # noqa: F821
+    devices: list,
+    program: str,
+    free_parameters: list[bool] | None = None,
+    free_results: list[bool] | None = None,
+) -> tuple[Compiled, Any]:
+    """Compile a StableHLO module, within its context, with SPMD and without Shardy.
+
+    Args:
+        devices: from `slice_devices`, one for each partition.
+        program: path of the text file to which the compiled program is written.
+        free_parameters, free_results: for each of them, whether the compiler chooses its layout on the mesh where the
+            module gives none. None: for no parameter, and for every result.
+
+    Returns:
+        the compiler's report, and the executable; None when the module does not compile.
+    """
+    import numpy as np
+    from jax._src.lib import xla_client
+    from jax.errors import JaxRuntimeError
+
     options = xla_client.CompileOptions()
-    options.num_replicas, options.num_partitions = 1, request.num_partitions
+    options.num_replicas, options.num_partitions = 1, len(devices)
     options.device_assignment = xla_client.DeviceAssignment.create(np.array([[d.id for d in devices]]))
     build = options.executable_build_options
-    build.num_replicas, build.num_partitions = 1, request.num_partitions
-    build.use_spmd_partitioning = request.num_partitions > 1
+    build.num_replicas, build.num_partitions = 1, len(devices)
+    build.use_spmd_partitioning = len(devices) > 1
     build.use_shardy_partitioner = False
-    build.allow_spmd_sharding_propagation_to_output = [True]
-
-    stablehlo = xla_client._xla.mlir.hlo_to_stablehlo(Path(request.hlo).read_bytes())
+    build.allow_spmd_sharding_propagation_to_output = [True] if free_results is None else free_results
+    if free_parameters is not None:
+        build.allow_spmd_sharding_propagation_to_parameters = free_parameters
     started = time.perf_counter()
-    with mlir.make_ir_context():
-        module = ir.Module.parse(stablehlo)
-        mark_donated(module, request.donated)
-        try:
-            executable = devices[0].client.compile(module, xla_client.DeviceList(tuple(devices)), options)
-        except JaxRuntimeError as error:
-            return Compiled(error=str(error), seconds=time.perf_counter() - started)
+    try:
+        executable = devices[0].client.compile(module, xla_client.DeviceList(tuple(devices)), options)
+    except JaxRuntimeError as error:
+        return Compiled(error=str(error), seconds=time.perf_counter() - started), None
     memory, cost = executable.get_compiled_memory_stats(), executable.cost_analysis()
-    Path(request.program).write_text(executable.hlo_modules()[0].to_string())
-    return Compiled(
+    Path(program).write_text(executable.hlo_modules()[0].to_string())
+    report = Compiled(
         seconds=time.perf_counter() - started,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
@@ -100,6 +118,21 @@ def compile_graph(request: Request) -> Compiled:
         code_bytes=memory.generated_code_size_in_bytes,
         flops=cost["flops"],
     )
+    return report, executable
+
+
+def compile_graph(request: Request) -> Compiled:
+    """Compile as torch-xla does on a TPU: the compiler chooses the layout of results, and of no parameter."""
+    from jax._src.interpreters import mlir
+    from jax._src.lib import xla_client
+    from jaxlib.mlir import ir
+
+    devices = slice_devices(request.topology, request.num_partitions)
+    stablehlo = xla_client._xla.mlir.hlo_to_stablehlo(Path(request.hlo).read_bytes())
+    with mlir.make_ir_context():
+        module = ir.Module.parse(stablehlo)
+        mark_donated(module, request.donated)
+        return compile_module(module, devices, request.program)[0]
 
 
 def main() -> None:

@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from ..model import tiny
 from .chips import Topology
@@ -19,7 +21,7 @@ from .trace import Graph
 from .traffic import hbm_traffic_bytes
 
 ROOT = Path(__file__).parent.parent.parent
-VERSION = 3  # of the cached files' format; a new number makes old files unused
+VERSION = 4  # of the cached files' format; a new number makes old files unused
 REFUSALS = (
     "RESOURCE_EXHAUSTED",
     "Ran out of memory in memory space",
@@ -59,46 +61,81 @@ def compile_for(topology: Topology, num_partitions: int, graph: Graph) -> Progra
     cached = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     if not cached.is_file():
         program = _compile(topology, num_partitions, graph)
-        if program.error and not any(words in program.error for words in REFUSALS):
-            return program  # not cached, since the same graph may compile another time
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = cached.with_suffix(
-            f".{os.getpid()}"
-        )  # renamed when whole, as another plan may read the file meanwhile
-        unfinished.write_text(json.dumps(asdict(program)))
-        os.replace(unfinished, cached)
-    values = json.loads(cached.read_text())
-    values["collectives"] = [Collective(**value) for value in values["collectives"]]
-    return Program(**values)
+        if is_passing(program):
+            return program
+        keep(cached, asdict(program))
+    return program_from(json.loads(cached.read_text()))
+
+
+def is_passing(program: Program) -> bool:
+    """Whether a graph did not compile for a reason that may not be there another time."""
+    return program.error is not None and not any(words in program.error for words in REFUSALS)
+
+
+def keep(file: Path, values: Any) -> None:
+    """Write values to a file of the cache, which appears when it is whole, as another plan may read it meanwhile."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(values))
+    os.replace(unfinished, file)
+
+
+def program_from(values: dict[str, Any]) -> Program:
+    """Return the program whose fields were kept as JSON."""
+    return Program(**values | {"collectives": [Collective(**value) for value in values["collectives"]]})
 
 
 def _compile(topology: Topology, num_partitions: int, graph: Graph) -> Program:
     with tempfile.TemporaryDirectory(prefix="plan-tpu-") as folder:
-        files = {name: os.path.join(folder, name) for name in ("request", "hlo", "result", "program")}
+        files = {name: os.path.join(folder, name) for name in ("hlo", "result", "program")}
         Path(files["hlo"]).write_bytes(graph.hlo)
         request = Request(topology.name, num_partitions, files["hlo"], graph.donated, files["result"], files["program"])
-        Path(files["request"]).write_text(json.dumps(asdict(request)))
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",  # keeps jax from looking for a TPU: libtpu shall only compile
-            "TPU_SKIP_MDS_QUERY": "1",  # keeps libtpu from asking Google Cloud for a TPU
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another plan may be compiling at the same time
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-            "LIBTPU_INIT_ARGS": " ".join(topology.libtpu_flags),
-        }
-        command = [sys.executable, "-m", "tunix_torch.preflight.compile_tpu", files["request"]]
-        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if not Path(files["result"]).is_file():
-            if ended.returncode == -9:
-                raise ValueError(f"the compiler was killed at {graph.name}: this machine has too little memory for it")
-            raise RuntimeError(f"the compiler ended with {ended.returncode} at {graph.name}:\n{ended.stderr[-4000:]}")
-        compiled = json.loads(Path(files["result"]).read_text())
-        text = "" if compiled["error"] else Path(files["program"]).read_text()
-        if os.environ.get("TUNIX_KEEP_PROGRAMS"):  # a folder, given by people who want to read the programs
-            target = Path(os.environ["TUNIX_KEEP_PROGRAMS"])
-            target.mkdir(parents=True, exist_ok=True)
-            (target / f"{graph.name.replace(' ', '-')}-{graph.digest[:8]}.txt").write_text(text)
-        if compiled["error"]:
-            return Program(**compiled)
-        return Program(**compiled, collectives=collectives_of(text), hbm_traffic=hbm_traffic_bytes(text))
+        run_compiler("compile_tpu", asdict(request), Path(folder), graph.name, topology.libtpu_flags)
+        compiled = Compiled(**json.loads(Path(files["result"]).read_text()))
+        return program_of(compiled, Path(files["program"]), f"{graph.name}-{graph.digest[:8]}")
+
+
+def run_compiler(module: str, request: dict[str, Any], folder: Path, what: str, flags: Sequence[str] = ()) -> None:
+    """Run one of this room's compilers in a process of its own. It reads `folder/request` and writes `folder/result`.
+
+    Args:
+        what: is compiled, for the errors.
+        flags: of libtpu.
+
+    Raises:
+        ValueError: this machine has too little memory for it.
+    """
+    (folder / "request").write_text(json.dumps(request))
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",  # keeps jax from looking for a TPU: libtpu shall only compile
+        "TPU_SKIP_MDS_QUERY": "1",  # keeps libtpu from asking Google Cloud for a TPU
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another plan may be compiling at the same time
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "LIBTPU_INIT_ARGS": " ".join(flags),
+        "TUNIX_DEVICE": "cpu",
+    }
+    command = [sys.executable, "-m", f"tunix_torch.preflight.{module}", str(folder / "request")]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if not (folder / "result").is_file():
+        if ended.returncode == -9:
+            raise ValueError(f"the compiler was killed at {what}: this machine has too little memory for it")
+        raise RuntimeError(f"the compiler ended with {ended.returncode} at {what}:\n{ended.stderr[-4000:]}")
+
+
+def program_of(compiled: Compiled, program: Path, name: str) -> Program:
+    """Return the compiler's report with what the text of the compiled program, if there is one, adds to it.
+
+    Args:
+        name: of the file under which the text is kept for people, who give a folder in TUNIX_KEEP_PROGRAMS.
+    """
+    values = {field.name: getattr(compiled, field.name) for field in fields(Compiled)}
+    text = "" if compiled.error else program.read_text()
+    if os.environ.get("TUNIX_KEEP_PROGRAMS"):
+        target = Path(os.environ["TUNIX_KEEP_PROGRAMS"])
+        target.mkdir(parents=True, exist_ok=True)
+        (target / f"{name.replace(' ', '-')}.txt").write_text(text)
+    if compiled.error:
+        return Program(**values)
+    return Program(**values, collectives=collectives_of(text), hbm_traffic=hbm_traffic_bytes(text))

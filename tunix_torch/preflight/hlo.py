@@ -10,6 +10,7 @@ ARRAY = re.compile(r"\b(pred|bf16|f8\w+|[fsuc]\d+)\[([\d,]*)\](\{[^}]*\})?")  # 
 _COLLECTIVE = re.compile(
     rf"%(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|\S+) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\("
 )
+_NAMED = re.compile(r"%([\w.-]+) = (\(.*?\)|\S+) ")  # (name, shape) of each result
 
 
 @dataclass
@@ -60,9 +61,9 @@ def collectives_of(text: str) -> list[Collective]:
     """
     num_partitions = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
     by_channel: dict[str, list[Collective]] = {}
-    runs = runs_by_computation(text)
-    lines = [(name, line) for name, body in lines_by_computation(text).items() for line in body]
-    for computation, line in lines:
+    runs, computations = runs_by_computation(text), lines_by_computation(text)
+    shapes = {name: dict(_NAMED.findall("\n".join(body))) for name, body in computations.items()}
+    for computation, line in [(name, line) for name, body in computations.items() for line in body]:
         match = _COLLECTIVE.search(line)
         if match is None:
             continue
@@ -73,9 +74,11 @@ def collectives_of(text: str) -> list[Collective]:
         elif match["start"]:  # the shape is (operands, results)
             parts = ARRAY.findall(shape)
             shape = ", ".join(f"{dtype}[{sizes}]" for dtype, sizes, _ in parts[len(parts) // 2 :])
-        size = _group_size(line, num_partitions)
         plain = ", ".join(f"{dtype}[{sizes}]" for dtype, sizes, _ in ARRAY.findall(shape))
         kind = match["kind"]
+        size = _group_size(line, num_partitions)
+        if kind == "all-gather" and "replica_groups={}" in line:
+            size = _parts_gathered(match, line, shapes[computation]) or size
         collective = Collective(kind, plain, sent_bytes(kind, shape_bytes(plain), size), size)
         if size > 1:
             each = [collective] * round(runs[computation])
@@ -94,6 +97,23 @@ def _group_size(line: str, num_partitions: int) -> int:
     if listed is not None:
         return listed[1].count(",") + 1
     return num_partitions
+
+
+def _parts_gathered(match: re.Match[str], line: str, shapes: dict[str, str]) -> int | None:
+    """Return how many parts an all-gather joins, by the sizes of its result and its operand; None: not known.
+
+    That is needed where the text names no groups: not all of them are then one group, since the compiler has a short
+    form of groups that jaxlib does not read.
+
+    Args:
+        shapes: of each result in the same computation, by name.
+    """
+    operand = re.search(r"all-gather(?:-start)?\(%([\w.-]+)\)", line)
+    if operand is None or operand[1] not in shapes:
+        return None
+    of_operand = shape_bytes(shapes[operand[1]])
+    result = shape_bytes(match["shape"]) - (of_operand if match["start"] else 0)
+    return result // of_operand if of_operand and result % of_operand == 0 else None
 
 
 def runs_by_computation(text: str) -> dict[str, float]:

@@ -28,9 +28,10 @@ from ..model.loading import torch_dtype
 from ..runtime import device
 from .chips import Chip, Topology
 from .compiler import Program, compile_for
+from .graph_names import DECODE
 from .models import kinds_of_layers, vision_parameters, with_depth, with_layers
 from .models import model_config as config_of
-from .trace import DECODE, Graph, make_trainer, trace_step
+from .trace import Graph, make_trainer, trace_step
 
 CUT_DEPTHS = (2, 4)  # layers of the two cuts; each cut has layers with a window and layers without
 # The part of HBM that a plan by arithmetic must leave free, as the compiler may need more: see `report.CAVEAT`.
@@ -237,8 +238,14 @@ def trace_job(job: Job, config: PretrainedConfig) -> list[Graph]:
     return graphs
 
 
-def plan_graph(job: Job, cuts: Sequence[Cut], graphs: Sequence[Graph], programs: Sequence[Program]) -> GraphPlan:
-    """Return the figures of one graph at full depth, from the graph and the compiled program of each cut."""
+def plan_graph(
+    job: Job, cuts: Sequence[Cut], graphs: Sequence[Graph], programs: Sequence[Program], loads_vision: bool = True
+) -> GraphPlan:
+    """Return the figures of one graph at full depth, from the graph and the compiled program of each cut.
+
+    Args:
+        loads_vision: whether a model's vision tower is held, though no graph reads it, as Transformers loads it.
+    """
     failed = next((program.error for program in programs if program.error), None)
     depths = [cut.config.num_hidden_layers for cut in cuts]
     result = GraphPlan(graphs[0].name, graphs[0].runs, depths, failed)
@@ -253,7 +260,7 @@ def plan_graph(job: Job, cuts: Sequence[Cut], graphs: Sequence[Graph], programs:
     for name in ("argument_bytes", "temporary_bytes", "code_bytes", "flops", "hbm_traffic"):
         setattr(result, name, number[name])
     result.output_bytes = max(0.0, number["output_bytes"] - number["alias_bytes"])
-    vision = vision_parameters(job.model.model_name) * torch_dtype(job.model.model_dtype).itemsize
+    vision = loads_vision * vision_parameters(job.model.model_name) * torch_dtype(job.model.model_dtype).itemsize
     result.held_bytes = max(0.0, at_full_depth([graph.live_bytes for graph in graphs]) - result.argument_bytes) + vision
     for kind in sorted({collective.kind for program in programs for collective in program.collectives}):
         alike = [[c for c in program.collectives if c.kind == kind] for program in programs]

@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from ..learn.logprobs import LOGITS_AT_ONCE
 from ..model.attention import kept_tokens, layer_windows
 from ..model.loading import add_lora, lora_config, torch_dtype
-from ..runtime.sharding import axes_of, check_divisible
+from ..runtime.sharding import MOST_WIDE_ROWS, axes_of, check_divisible
 from .models import vision_parameters
 from .plan import CollectiveTraffic, GraphPlan, Job, Plan
 from .trace import DECODE, LEARN, OLD, OPTIMIZER, PREFILL, REFERENCE, model_of_zeros
@@ -33,6 +33,7 @@ class Share:
     """
 
     job: Job
+    fsdp: int
     tp: int
     weight_bytes: float  # of the base model
     head_bytes: float  # the part of them that is the embedding, which is also the head
@@ -48,6 +49,11 @@ class Share:
     def itemsize(self) -> int:
         """Bytes of one number of the base weights, the KV cache or the hidden states."""
         return torch_dtype(self.job.model.model_dtype).itemsize
+
+    @property
+    def part_bytes(self) -> float:
+        """Of the weights that a chip reads while rows are decoded, at least: its part of what is whole along fsdp."""
+        return self.weight_bytes / self.fsdp
 
     @property
     def layer_numbers(self) -> float:
@@ -173,6 +179,7 @@ def share_of(job: Job) -> Share:
     fsdp, micro = sizes["fsdp"], args.rows_per_pass or job.rows
     return Share(
         job,
+        fsdp,
         sizes["tp"],
         weights,
         head,
@@ -205,16 +212,19 @@ def plan_prefill(share: Share) -> GraphPlan:
 
 def plan_decode(share: Share) -> GraphPlan:
     """Plan the graph that decodes one token of every row."""
+    copies = (
+        share.part_bytes if share.fsdp > 1 and share.job.rows <= MOST_WIDE_ROWS else 0.0
+    )  # see model/wide_layers.py
     attention = 4 * share.rows * share.query_width * sum(prompt + own for prompt, own in share.kept_by_layer)
     return GraphPlan(
         DECODE,
         share.job.args.generation_max_length - 1,
         [],
-        argument_bytes=share.weight_bytes + share.lora_bytes + share.cache_bytes,
+        argument_bytes=share.weight_bytes + copies + share.lora_bytes + share.cache_bytes,
         temporary_bytes=3 * share.rows * share.logits_bytes,
         held_bytes=2 * share.lora_bytes + share.vision_bytes,
         flops=2 * share.rows * (share.layer_numbers + share.head_bytes / share.itemsize) + attention,
-        hbm_traffic=share.weight_bytes + share.lora_bytes + share.cache_bytes,
+        hbm_traffic=(copies or share.weight_bytes) + share.lora_bytes + share.cache_bytes,
         collectives=share.all_reduces_over_tp(share.rows),
     )
 

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from typing import Any
 
 from .chips import GiB
+from .graph_names import DECODE, LEARN, OLD, PREFILL, REFERENCE
 from .plan import GraphPlan, Job, Plan
 from .quick import mesh_sizes
-from .trace import DECODE, LEARN, OLD, PREFILL, REFERENCE
 
 # Measured on the learning pass of configs/gemma2_2b_v5e8.json on v5e:2x4: 9.21 GiB compiled, 7.61 by arithmetic.
 CAVEAT = "by arithmetic, and the compiler needed up to a quarter more for the one job where both are known"

@@ -26,17 +26,8 @@ from ..model import tiny
 from ..model.loading import lora_config, torch_dtype
 from ..runtime import device
 from ..runtime.mesh import sharding_of
+from .graph_names import DECODE, LEARN, OLD, OPTIMIZER, PREFILL, REFERENCE
 from .lazy_graphs import graph_of, lazy_tensor, traced_once, zeros_in_place_of
-
-# Names of a training step's graphs, in the order in which they run.
-PREFILL, DECODE, REFERENCE, OLD, LEARN, OPTIMIZER = (
-    "prefill",
-    "decode",
-    "reference log-probabilities",
-    "old log-probabilities",
-    "learn",
-    "optimizer",
-)
 
 
 @dataclass

@@ -123,6 +123,7 @@ class Sampler:
             seen = [row_tokens.scatter_(1, fed, True) for row_tokens in seen]  # in place
             column = uniforms.index_select(1, after)[:, 0]
             tokens, token_logps = choose_tokens(logits(model, hidden[:, 0]), column, params, *seen)
+            cache.write(tokens)
             tokens = tokens.masked_fill(ended, self.pad_token_id)
             ids = ids.index_copy(1, after, tokens[:, None])
             logps = logps.index_copy(1, after, token_logps[:, None])

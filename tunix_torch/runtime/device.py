@@ -232,6 +232,16 @@ def optimization_barrier(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def optimization_barriers(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Keep XLA from computing anything that follows from any of these tensors before it has all of them.
+
+    Returns the tensors, of which no other view may be in use. Elsewhere nothing happens.
+    """
+    if KIND == "xla":
+        xm.optimization_barrier_(tensors)
+    return tensors
+
+
 def start_trace(folder: "os.PathLike[str]") -> None:
     """Profile what an XLA device does until `stop_trace`. PyTorch's own profiler sees the other devices."""
     if KIND == "xla":

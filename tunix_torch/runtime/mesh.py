@@ -17,6 +17,7 @@ if KIND == "xla":
     import torch_xla.runtime as xla_runtime
 
 _mesh: "spmd.Mesh | None" = None
+Axis = str | tuple[str, ...] | None  # along which a dimension is split; several: along the first, then along the next
 
 
 def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
@@ -93,6 +94,15 @@ def merges_lora() -> bool:
     return not is_accelerator() and not has_mesh()
 
 
+def writes_caches_last() -> bool:
+    """Whether a decode step writes the new token to each row's cache after all layers, which take it separately.
+
+    A TPU's compiler otherwise fetches the whole cache into fast memory, writes the token to it there, and copies the
+    whole cache back. A mesh on the CPU does as a TPU does.
+    """
+    return is_tpu() or has_mesh()
+
+
 def tokens_per_pass() -> int | None:
     """How many tokens a learning pass should have where the user has not said how many rows it has.
 
@@ -103,17 +113,27 @@ def tokens_per_pass() -> int | None:
     return None if is_tpu() or has_mesh() else 4096  # a CPU is slower with fewer, and no faster with more
 
 
-def _on_mesh(axes: Sequence[str | None]) -> tuple[str | None, ...]:
-    return tuple(axis if axis in _mesh.axis_names else None for axis in axes)
+def num_devices() -> int:
+    """How many devices the mesh has: 1 where there is no mesh."""
+    return 1 if _mesh is None else math.prod(_mesh.mesh_shape)
 
 
-def shard(tensor: torch.Tensor, axes: Sequence[str | None]) -> None:
+def _on_mesh(axes: Sequence[Axis]) -> tuple[Axis, ...]:
+    def known(axis: Axis) -> Axis:
+        if isinstance(axis, tuple):
+            return tuple(one for one in axis if one in _mesh.axis_names) or None
+        return axis if axis in _mesh.axis_names else None
+
+    return tuple(known(axis) for axis in axes)
+
+
+def shard(tensor: torch.Tensor, axes: Sequence[Axis]) -> None:
     """Split each dimension of a tensor along an axis of the mesh; None, or an axis that the mesh lacks: not split."""
     if _mesh is not None:
         spmd.mark_sharding(tensor, _mesh, _on_mesh(axes))
 
 
-def shard_activation(tensor: torch.Tensor, axes: Sequence[str | None]) -> torch.Tensor:
+def shard_activation(tensor: torch.Tensor, axes: Sequence[Axis]) -> torch.Tensor:
     """Split an intermediate result over the mesh, and its gradient in the same way. Returns the result."""
     if _mesh is None:
         return tensor

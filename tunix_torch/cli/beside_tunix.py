@@ -1,0 +1,80 @@
+"""Compile a job's training step and Tunix's for the same TPU slice, and compare what both must do, without a TPU."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..preflight.chips import parse_topology
+from .script import Parser, check_output_file, choose_device, quiet_transformers
+
+EXAMPLES = """
+COMMAND --config configs/gemma2_2b_v5e8.json --topology v5e:2x4
+COMMAND --config configs/gemma3_1b.json --topology v5e:2x4 --json beside.json
+
+Every setting of train.py is a flag here too. Both sides are compiled by libtpu, ours as `plan_tpu.py` does it, and
+Tunix with the rows in a pass and the rematerialisation that are best for it. Results are kept.
+"""
+
+# Assumed, and measured by nobody here: what a collective takes however small it is. It is a low figure, so that having
+# fewer collectives is worth more than the table says.
+COLLECTIVE_US = 1.0
+
+
+def parse_args(argv: Sequence[str], command: str) -> tuple[argparse.Namespace, list[str]]:
+    """Our own flags, and those of train.py.
+
+    Raises:
+        ValueError: a flag that is missing, a cost below 0, or a file that can't be written.
+    """
+    parser = Parser(command, f"{__doc__}\n{EXAMPLES}")
+    parser.add_argument("--config", help="a JSON or YAML file with settings, as train.py takes it")
+    parser.add_argument("--topology", required=True, help="a slice: v5e:2x4, v6e:4x4, v5p:2x2x1, ...")
+    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    parser.add_argument(
+        "--collective_us", type=float, default=COLLECTIVE_US, help="microseconds that each collective costs"
+    )
+    ours, rest = parser.parse_known_args(argv)
+    check_output_file("json", ours.json)
+    if not ours.collective_us >= 0:
+        raise ValueError(f"collective_us={ours.collective_us}: expected microseconds, 0 or more")
+    if ours.config:
+        rest = ["--config", ours.config, *rest]
+    return ours, rest
+
+
+def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
+    """Compile both sides of the job that the flags describe, and print the table.
+
+    Args:
+        argv: the flags; None: those of this process.
+        command: what the user has called; None: `python -m preflight.beside_tunix`.
+
+    Raises:
+        ValueError: a setting that can't be, a model that Tunix does not have, or a package that is missing.
+    """
+    ours, rest = parse_args(sys.argv[1:] if argv is None else argv, command or "python -m preflight.beside_tunix")
+    topology = parse_topology(ours.topology)
+    # as many devices on the CPU as the slice has chips; all of it before torch_xla is imported
+    os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(topology.num_chips)}
+    choose_device(["--device=xla"])
+    from ..preflight import beside, compiler, plan, tunix_plan
+
+    plan.check_traceable()
+    compiler.check_installed()
+    tunix_plan.check_installed()
+    quiet_transformers()
+    job = plan.job_of(rest, topology)
+    tunix_plan.check_model(job)
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    cost = ours.collective_us / 1e6
+    tunix = tunix_plan.plan_tunix(job, cost, say)
+    comparison = beside.Comparison(plan.plan_job(job, say), tunix, cost)
+    print("\n".join(beside.lines_of(comparison)))
+    if ours.json:
+        ours.json.write_text(json.dumps(beside.as_dict(comparison), indent=1) + "\n")
