@@ -294,7 +294,7 @@ def test_train_refuses_wrong_input_with_one_line(flags, words, call, tmp_path):
 
 def test_a_device_that_does_not_exist_is_refused_with_one_line(cache, tmp_path):
     result = run("train.py", "--output_dir", tmp_path / "out", "--device", "quantum", cache=cache)
-    refused(result, "quantum", "auto, xla, cuda, cpu")
+    refused(result, "quantum", "auto, tpu, xla, cuda, cpu")
     assert not (tmp_path / "out").exists(), "nothing may be written"
 
 

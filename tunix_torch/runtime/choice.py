@@ -12,8 +12,6 @@ import os
 import pathlib
 import sys
 
-from packaging.specifiers import SpecifierSet
-
 KINDS = ("auto", "tpu", "xla", "cuda", "cpu")
 INSTALL_TPU = "pip install -r requirements-tpu.txt, in an environment of its own"
 
@@ -133,6 +131,8 @@ def check_libtpu() -> str:
     Raises:
         ValueError: neither is installed, or libtpu is not, or they do not belong together.
     """
+    from packaging.specifiers import SpecifierSet  # not at the top, since rewards are imported without any package
+
     package = {"tpu": "torch_tpu", "xla": "torch_xla"}[tpu_backend()]
     hint = {"tpu": INSTALL_TPU, "xla": "pip install 'torch-xla[tpu]==2.9.0'"}[tpu_backend()]
     try:
