@@ -55,7 +55,7 @@ def parse_args(argv: Sequence[str], command: str) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--show_prompt", action="store_true", help="print the text that the model sees")
     parser.add_argument("--output_file", type=Path, help="also write the answers here, one JSON object a line")
-    parser.add_argument("--device", default="auto", help="auto, xla, cuda or cpu")
+    parser.add_argument("--device", default="auto", help="auto, tpu, xla, cuda or cpu")
     args = parser.parse_args(argv)
     if (args.question is None) == (args.questions_file is None):
         raise ValueError("give either --question or --questions_file")

@@ -86,7 +86,7 @@ def _add_flags(parser: Parser) -> None:
     )
     parser.add_argument("--system_message", help="put before the question (default: that of the training run)")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--device", default="auto", help="auto, xla, cuda or cpu")
+    parser.add_argument("--device", default="auto", help="auto, tpu, xla, cuda or cpu")
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:

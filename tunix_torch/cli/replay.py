@@ -26,7 +26,7 @@ def parse_args(argv: Sequence[str], command: str) -> argparse.Namespace:
         metavar="FOLDER",
         help="where all weights were trained: take those of this checkpoint (default: of the newest before the step)",
     )
-    parser.add_argument("--device", help="auto, xla, cuda or cpu (default: auto)")
+    parser.add_argument("--device", help="auto, tpu, xla, cuda or cpu (default: auto)")
     return parser.parse_args(argv)
 
 

@@ -124,7 +124,7 @@ class GRPOTrainingConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = setting(42, "same seed, same run")
-    device: str = setting("auto", "auto, xla, cuda or cpu")
+    device: str = setting("auto", "auto, tpu, xla, cuda or cpu")
     wandb_disabled: bool = setting(True, "false: also log to Weights & Biases, which must be installed")
     output_dir: str | None = setting(None, "none: the folder of this run, below")
     checkpoint_dir: str | None = setting(None, "checkpoints and results; a run that is there already is continued")

@@ -61,7 +61,7 @@ class GRPOConfig(TrainingArguments):
     remove_unused_columns: bool = setting(False, "must stay False: reward functions read the data set's columns")
 
     use_grpo: bool = setting(True, "reinforcement learning; False: supervised fine-tuning on the rows' completions")
-    device: str = setting("auto", "auto, xla, cuda or cpu; a process keeps the device it started with")
+    device: str = setting("auto", "auto, tpu, xla, cuda or cpu; a process keeps the device it started with")
     num_tpu_cores: int | None = setting(None, "TPU cores to use; only 1 so far")
     system_message: str = setting(SYSTEM_MESSAGE, "instruction put before every question; '' for none")
     wrap_prompts: bool = setting(
