@@ -91,11 +91,12 @@ def torch_device() -> torch.device:
 def is_tpu() -> bool:
     """True on a real TPU and in a process that plans a job for one. XLA:CPU runs the same graphs, but is none."""
     if KIND == "tpu":
-        return tpu_is_present()
+        return _HAS_CHIP
     return KIND == "xla" and (_planned_for_tpu or os.environ["PJRT_DEVICE"] == "TPU")
 
 
 _planned_for_tpu = False
+_HAS_CHIP = KIND == "tpu" and tpu_is_present()  # asked once: a step that is compiled can't look at files
 
 
 def plan_for_tpu() -> None:
