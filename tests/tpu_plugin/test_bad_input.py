@@ -21,6 +21,11 @@ def test_a_plugin_that_does_not_load_is_named():
     assert said.startswith("ValueError: device='tpu': torch_tpu does not start (") and "/nowhere/plugin.so" in said
 
 
+def test_a_library_that_is_no_plugin_is_named():
+    said = refused("import tunix_torch.runtime.device", TPU_LIBRARY_PATH="libc.so.6")
+    assert "torch_tpu does not start (" in said and "undefined symbol: GetPjrtApi" in said
+
+
 def test_torch_imported_first_without_the_setting_that_transformers_needs():
     said = refused("import torch, tunix_torch.runtime.device", TORCH_TPU_ALLOW_LEGACY_DEVICE_APIS="0")
     assert "import tunix_torch before torch, or set TORCH_TPU_ALLOW_LEGACY_DEVICE_APIS=1" in said

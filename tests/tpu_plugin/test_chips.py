@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.xla, pytest.mark.thorough, pytest.mark.skipif(KIND != 
 PROMPTS = 4
 JOB = """
 import sys
+from trainers import make_trainer  # before torch, as tunix_torch wants it
 import torch
-from trainers import make_trainer
 from tunix_torch import GRPOConfig
 from tunix_torch.runtime import together
 

@@ -79,8 +79,9 @@ def _choose_torch_tpu(is_installed: bool, has_xla: bool) -> None:
         raise ValueError("device='tpu': there is no TPU on this host's PCI bus; choose device='cpu' or 'auto'")
     _keep_transformers_off_xla()
     os.environ.setdefault("TORCH_TPU_ALLOW_LEGACY_DEVICE_APIS", "1")  # Transformers calls torch.tpu.is_available
-    cache = os.environ.get("TUNIX_COMPILE_CACHE") or str(cache_folder() / "torch_tpu")
-    os.environ.setdefault("TORCH_TPU_TIER3_COMPILATION_CACHE_ROOT", cache)
+    if tpu_is_present():  # what XLA:CPU has compiled can't always be read back
+        cache = os.environ.get("TUNIX_COMPILE_CACHE") or str(cache_folder() / "torch_tpu")
+        os.environ.setdefault("TORCH_TPU_TIER3_COMPILATION_CACHE_ROOT", cache)
     os.environ[_ACCELERATE] = f"tpu:{os.environ.get('LOCAL_RANK', '0')}"
 
 

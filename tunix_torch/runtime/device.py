@@ -6,6 +6,7 @@ torch-xla; both also run on a CPU, by which they are tested.
 """
 
 import contextlib
+import ctypes
 import importlib.metadata
 import io
 import os
@@ -54,6 +55,8 @@ def _load_torch_tpu() -> None:
     """
     warnings.filterwarnings("ignore", "<TorchTpu/ApiStage")  # that what is called here may change
     try:
+        if "TPU_LIBRARY_PATH" in os.environ:  # torch_tpu would end the process over one that is no plugin
+            _ = ctypes.CDLL(os.environ["TPU_LIBRARY_PATH"]).GetPjrtApi
         (entry_point,) = importlib.metadata.entry_points(group="torch.backends", name="torch_tpu")
         with contextlib.redirect_stderr(io.StringIO()):  # four lines about what it registers
             entry_point.load()()
