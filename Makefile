@@ -77,12 +77,13 @@ $(TPU)/.installed: requirements-tpu.txt
 	--extra-index-url https://download.pytorch.org/whl/cpu
 	touch $@
 
+PLUGIN = $$(echo $(abspath $(TPU))/lib/python3*/site-packages/xla_plugins/xla_cpu_pjrt)
 $(TPU)/shim.so: tests/tpu_plugin/shim.c $(TPU)/.installed
-	gcc -O1 -Wall -shared -fPIC -I"$$(echo $(TPU)/lib/python3*/site-packages/xla_plugins/xla_cpu_pjrt/include)" -o $@ $< -ldl
+	gcc -O1 -Wall -shared -fPIC -I"$(PLUGIN)/include" -o $@ $< -ldl
 
 # torch_tpu on this CPU: the plugin that stands for a TPU, and a sitecustomize.py that makes torch_tpu see a chip
 ON_PLUGIN = TUNIX_DEVICE=tpu TPU_LIBRARY_PATH=$(abspath $(TPU)/shim.so) PYTHONPATH=$(abspath tests/tpu_plugin) OMP_NUM_THREADS=1 \
-	TUNIX_PJRT_PLUGIN="$$(echo $(abspath $(TPU))/lib/python3*/site-packages/xla_plugins/xla_cpu_pjrt/xla_cpu_pjrt.so)"
+	TUNIX_PJRT_PLUGIN="$(PLUGIN)/xla_cpu_pjrt.so"
 
 setup-tpu: $(TPU)/.installed  ## .venv-tpu, the environment of a TPU VM that computes through torch_tpu (3 GB)
 

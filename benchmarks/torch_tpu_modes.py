@@ -70,7 +70,7 @@ def main() -> None:
     try:  # last, since a graph that fails leaves its results unusable
         first[COMPILED] = timed(trainer, batch, COMPILED)
         seconds[COMPILED] = [timed(trainer, batch, COMPILED)[0] for _ in range(rounds)]
-    except Exception as error:
+    except RuntimeError as error:
         print(f"{COMPILED}: {type(error).__name__}: {str(error).strip().splitlines()[0]:.200}")
         first.pop(COMPILED, None)
     print("| mode | first pass, s | compilations | later passes, s (median) |\n|---|---|---|---|")

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+# The flags of a job that is planned in seconds, for any small model.
+SMALL_JOB = ["--use_grpo", "--per_device_train_batch_size", 2, "--max_prompt_length", 16, "--generation_max_length", 8]
 
 
 def run(script, *args, cwd=ROOT, cache=None, timeout=120, **environment):

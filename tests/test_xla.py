@@ -10,11 +10,9 @@ import sys
 
 import pytest
 import torch
-from graphs import KIND, ROOT, environment, only_torch_xla
+from graphs import BY_TIMING, KIND, ROOT, environment, only_torch_xla
 
 STEPS = 6
-# torch_tpu cuts small programs otherwise when what they read is not there yet. A pass or a decode step has hundreds.
-BY_TIMING = {"xla": 0, "tpu": 6}[KIND]
 
 # This job runs on either device. Its prompts have many lengths, and it saves the adapter at its end.
 JOB = """

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from commands import SMALL_JOB
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -128,19 +129,6 @@ def test_fewer_rows_than_a_group_are_taken_only_where_no_group_fits_and_are_name
 
 
 # ---- the command ----
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory):
-    """A folder that has only the config of a model of two layers."""
-    from tunix_torch.preflight.models import model_config, with_depth
-
-    folder = tmp_path_factory.mktemp("small")
-    with_depth(model_config("tiny"), 2).save_pretrained(folder)
-    return folder
-
-
-SMALL_JOB = ["--use_grpo", "--per_device_train_batch_size", 2, "--max_prompt_length", 16, "--generation_max_length", 8]
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, subtests):

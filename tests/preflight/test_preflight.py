@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from commands import SMALL_JOB
 
 from tunix_torch.preflight import hlo
 from tunix_torch.preflight.chips import CHIPS, parse_topology
@@ -425,19 +426,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message):
     result = plan_tpu(*arguments)
     assert result.returncode == 2 and message in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("error: ")
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory):
-    """A folder that has only the config of a model of two layers."""
-    from tunix_torch.preflight.models import model_config, with_depth
-
-    folder = tmp_path_factory.mktemp("small")
-    with_depth(model_config("tiny"), 2).save_pretrained(folder)
-    return folder
-
-
-SMALL_JOB = ["--use_grpo", "--per_device_train_batch_size", 2, "--max_prompt_length", 16, "--generation_max_length", 8]
 
 
 @pytest.mark.thorough

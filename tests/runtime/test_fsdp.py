@@ -4,18 +4,14 @@ They talk through gloo on the CPU, as processes of several GPUs under `accelerat
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import several_processes
 import torch
 from safetensors.torch import load_file
 
 from tunix_torch import GRPOConfig
 
-ROOT = Path(__file__).parent.parent.parent
 # A case takes STEPS optimizer steps, each with PROMPTS prompts over all processes. It saves after the second.
 STEPS, PROMPTS = 3, 4
 
@@ -25,11 +21,10 @@ from transformers import TrainerCallback
 from tunix_torch import GRPOConfig, TunixTrainer
 from tunix_torch.model import tiny
 from tunix_torch.runtime import fsdp, together
+from several_processes import completions_of, make_pairs, settings_of_case, spoil_loss
+from trainers import digits_reward
 
 folder, root, others, steps, prompts, cases = *sys.argv[1:4], *map(int, sys.argv[4:6]), sys.argv[6].split(",")
-
-def digits_reward(prompts, completions, **columns):
-    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 def learning(trainer):
     return [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
@@ -63,13 +58,7 @@ CASES = {
 }
 GRPOConfig(output_dir=root)  # joins the processes
 for case in cases:
-    settings = {
-        "output_dir": f"{root}/{case}" if together.index() == 0 else f"{root}/not-the-first/{case}",
-        "per_device_train_batch_size": prompts // together.count(), "max_steps": steps, "learning_rate": 1e-2,
-        "adam_epsilon": 1e-3,  # else where a gradient is nearly 0, its rounding decides where the weight goes
-        "num_completions_per_prompt": 2, "generation_max_length": 12, "max_prompt_length": 40, "system_message": "",
-        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "per_device_eval_batch_size": 4,
-    } | CASES[case]
+    settings = settings_of_case(root, case, steps, prompts) | CASES[case]
     if together.count() > 1:
         settings["fsdp"] = "full_shard"
     else:
@@ -77,26 +66,17 @@ for case in cases:
     rows, eval_rows, functions = tiny.arithmetic_rows("train", 64), tiny.arithmetic_rows("test", 7), [digits_reward]
     if case == "pairs":
         functions = None
-        for i, row in enumerate(rows + eval_rows):
-            row |= {"chosen": "so " * (i % 3) + row["answer"], "rejected": "no" * (1 + i % 4)}
-    gradients, completions, held = [], [], []
+        make_pairs(rows + eval_rows)
+    gradients, held = [], []
     args = GRPOConfig(**settings)
     trainer = TunixTrainer(folder, functions, args, rows, eval_rows, callbacks=[Recorder()], full="whole" in case)
     if case == "layers":
         ends = range(5, trainer.policy.num_embeddings, 4)
         trainer.sampler.eos_token_ids = tuple({*trainer.sampler.eos_token_ids, *ends})
     parts = [(p.nbytes, fsdp.own_part(p).nbytes) for p in trainer.model.parameters()]
-    sample = trainer.sample_completions_for_prompts
-    def recording_sample(prompts):
-        rollout = sample(prompts)
-        of_steps = rollout.completion_ids.chunk(args.steps_per_generation)
-        completions.append(torch.cat([together.gather_rows(ids) for ids in of_steps]))
-        return rollout
-    trainer.sample_completions_for_prompts = recording_sample
+    completions = completions_of(trainer)
     if case == "skipped whole":  # the loss of the last process alone is not finite, in the second step
-        learned, is_last = trainer.guard.learned, together.index() == together.count() - 1
-        trainer.guard.learned = lambda batch, loss: learned(
-            batch, loss * float("nan") if is_last and trainer.state.global_step == 1 else loss)
+        spoil_loss(trainer, 1)
     run = "whole" if "whole" in case else "lora"
     place = f"{root}/{run}" if "resumed" in case else f"{others}/{run}" if "others" in case else None
     trainer.train(resume_from_checkpoint=place and f"{place}/checkpoint-2")
@@ -108,7 +88,7 @@ for case in cases:
         answers = trainer.last_answers and trainer.last_answers.completions
         torch.save({"gradients": gradients, "completions": completions, "weights": weights, "answers": answers,
                     "held": held, "parts": parts, "log": trainer.state.log_history}, f"{root}/{case}.pt")
-    del trainer, sample, recording_sample, weights, everyones
+    del trainer, weights, everyones
 """
 BOTH = ("lora", "whole", "layers", "passes", "sft whole", "pairs", "teacher", "skipped whole")
 GONE_ON = ("resumed", "whole resumed", "of others", "whole of others")
@@ -116,12 +96,7 @@ GONE_ON = ("resumed", "whole resumed", "of others", "whole of others")
 
 def launch(number, folder, root, others, cases):
     """Run cases by a number of processes. The job's results lie in `root`."""
-    (root / "job.py").write_text(JOB)
-    job = [str(root / "job.py"), folder, str(root), str(others), str(STEPS), str(PROMPTS), ",".join(cases)]
-    start = [] if number == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
-    environment = {**os.environ, "TUNIX_DEVICE": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    result = subprocess.run([sys.executable, *start, *job], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-9000:]
+    several_processes.launch(JOB, number, root, folder, root, others, STEPS, PROMPTS, ",".join(cases))
 
 
 @pytest.fixture(scope="module")
@@ -321,11 +296,7 @@ for family, overrides, settings, lora in CASES:
 def test_every_family_computes_and_samples_what_it_does_with_whole_weights(tmp_path):
     """With tied and untied embeddings, shared keys and values, DoRA, copies of layers, and layers that are computed
     again. A rollout gathers all weights at once, or layer by layer."""
-    (tmp_path / "job.py").write_text(MODELS)
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "job.py")]
-    environment = {**os.environ, "TUNIX_DEVICE": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    result = subprocess.run([sys.executable, *start], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-9000:]
+    several_processes.launch(MODELS, 2, tmp_path)
 
 
 # ---- settings ----

@@ -3,15 +3,10 @@
 They talk through gloo on the CPU, as processes of several GPUs under `accelerate launch` talk through NCCL.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from several_processes import launch
 
-ROOT = Path(__file__).parent.parent.parent
 # A case takes STEPS optimizer steps, each with PROMPTS prompts over all processes.
 STEPS, PROMPTS = 4, 4
 
@@ -21,11 +16,10 @@ from transformers import TrainerCallback
 from tunix_torch import GRPOConfig, TunixTrainer
 from tunix_torch.model import tiny
 from tunix_torch.runtime import together
+from several_processes import completions_of, make_pairs, settings_of_case, spoil_loss
+from trainers import digits_reward
 
 folder, root, steps, prompts = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-
-def digits_reward(prompts, completions, **columns):
-    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 def capitals_reward(prompts, completions, log_metric, log_extra, **columns):
     log_metric("capitals", sum(c.isupper() for text in completions for c in text) / len(completions))
@@ -63,13 +57,7 @@ CASES = {
 }
 GRPOConfig(output_dir=root)  # joins the processes
 for case, settings in CASES.items():
-    args = GRPOConfig(**{
-        "output_dir": f"{root}/{case}" if together.index() == 0 else f"{root}/not-the-first/{case}",
-        "per_device_train_batch_size": prompts // together.count(), "max_steps": steps, "learning_rate": 1e-2,
-        "adam_epsilon": 1e-3,  # else where a gradient is nearly 0, its rounding decides where the weight goes
-        "num_completions_per_prompt": 2, "generation_max_length": 12, "max_prompt_length": 40, "system_message": "",
-        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "per_device_eval_batch_size": 4,
-    } | settings)
+    args = GRPOConfig(**settings_of_case(root, case, steps, prompts) | settings)
     rows = tiny.arithmetic_rows("train", 64)
     if case == "streamed":
         rows = datasets.Dataset.from_list(rows).to_iterable_dataset().shuffle(seed=3, buffer_size=8)
@@ -78,21 +66,11 @@ for case, settings in CASES.items():
         functions[0] = picky_reward
     if case == "pairs":
         functions = None
-        for i, row in enumerate(rows + eval_rows):
-            row |= {"chosen": "so " * (i % 3) + row["answer"], "rejected": "no" * (1 + i % 4)}
+        make_pairs(rows + eval_rows)
     trainer = TunixTrainer(folder, functions, args, rows, eval_rows, callbacks=[Recorder()], full=case == "whole")
-    gradients, completions = [], []
-    sample = trainer.sample_completions_for_prompts
-    def recording_sample(prompts):
-        rollout = sample(prompts)
-        of_steps = rollout.completion_ids.chunk(args.steps_per_generation)
-        completions.append(torch.cat([together.gather_rows(ids) for ids in of_steps]))
-        return rollout
-    trainer.sample_completions_for_prompts = recording_sample
+    gradients, completions = [], completions_of(trainer)
     if case == "skipped":  # the loss of the last process alone is not finite, in the third step
-        learned, is_last = trainer.guard.learned, together.index() == together.count() - 1
-        trainer.guard.learned = lambda batch, loss: learned(
-            batch, loss * float("nan") if is_last and trainer.state.global_step == 2 else loss)
+        spoil_loss(trainer, 2)
     trainer.train(resume_from_checkpoint=f"{root}/grpo/checkpoint-2" if case == "resumed" else None)
     trainer.save_model()
     answers = trainer.last_answers and trainer.last_answers.completions
@@ -139,12 +117,7 @@ def results(model_folder, tmp_path_factory):
     results = {}
     for number in (1, 2):
         root = tmp_path_factory.mktemp(f"processes-{number}")
-        (root / "job.py").write_text(JOB)
-        job = [str(root / "job.py"), model_folder, str(root), str(STEPS), str(PROMPTS)]
-        launch = [] if number == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        environment = {**os.environ, "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
-        result = subprocess.run([sys.executable, *launch, *job], env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-9000:]
+        launch(JOB, number, root, model_folder, root, STEPS, PROMPTS)
         results[number] = {case: torch.load(root / f"{case}.pt") for case in CASES} | {"folder": root}
     return results
 

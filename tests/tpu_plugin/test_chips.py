@@ -3,12 +3,10 @@
 torch_tpu's collectives need the links between chips, so here `host_group.py` stands for them.
 """
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from graphs import KIND, environment
+from graphs import KIND
+from several_processes import launch
 
 pytestmark = [pytest.mark.xla, pytest.mark.thorough, pytest.mark.skipif(KIND != "tpu", reason="about torch_tpu")]
 
@@ -38,11 +36,7 @@ def test_four_chips_learn_what_one_learns(model_folder, tmp_path):
     for number in (1, PROMPTS):
         folder = tmp_path / str(number)
         folder.mkdir()
-        (folder / "job.py").write_text(JOB)
-        launch = [] if number == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
-        command = [sys.executable, *launch, str(folder / "job.py"), model_folder, str(folder), str(PROMPTS)]
-        result = subprocess.run(command, env=environment("tpu"), capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-5000:]
+        launch(JOB, number, folder, model_folder, folder, PROMPTS, kind="tpu")
         results[number] = torch.load(folder / "result.pt")
     one, many = results[1], results[PROMPTS]
     assert (one["processes"], many["processes"]) == (1, PROMPTS)

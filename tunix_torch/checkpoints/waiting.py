@@ -1,7 +1,6 @@
 """Keeps in a checkpoint the batches that were sampled before it and are learned from after it."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,10 +24,7 @@ def _file(folder: str | Path, process: int | None = None) -> Path:
 def save_waiting(waiting: Sequence[WaitingBatch], folder: str | Path) -> None:
     """Write batches into a checkpoint's folder. One that waits for several passes is written once."""
     distinct = list({id(batch): (batch, rewards) for batch, rewards in waiting}.values())
-    columns = [
-        {f.name: None if (x := getattr(batch, f.name)) is None else x.cpu().clone() for f in fields(batch)}
-        for batch, _ in distinct
-    ]
+    columns = [vars(batch.in_main_memory()) for batch, _ in distinct]
     order = [next(i for i, (known, _) in enumerate(distinct) if known is batch) for batch, _ in waiting]
     saved = {"batches": columns, "rewards": [r.clone() for _, r in distinct], "order": order}
     torch.save(saved | {"processes": together.count()}, _file(folder))

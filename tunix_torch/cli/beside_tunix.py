@@ -2,13 +2,12 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..preflight.chips import parse_topology
-from .script import Parser, check_output_file, choose_device, quiet_transformers
+from .planning import own_flags, planning_parser, say, stand_for
+from .script import quiet_transformers
 
 EXAMPLES = """
 COMMAND --config configs/gemma2_2b_v5e8.json --topology v5e:2x4
@@ -29,19 +28,13 @@ def parse_args(argv: Sequence[str], command: str) -> tuple[argparse.Namespace, l
     Raises:
         ValueError: a flag that is missing, a cost below 0, or a file that can't be written.
     """
-    parser = Parser(command, f"{__doc__}\n{EXAMPLES}")
-    parser.add_argument("--config", help="a JSON or YAML file with settings, as train.py takes it")
-    parser.add_argument("--topology", required=True, help="a slice: v5e:2x4, v6e:4x4, v5p:2x2x1, ...")
-    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    parser = planning_parser(command, f"{__doc__}\n{EXAMPLES}", "all figures")
     parser.add_argument(
         "--collective_us", type=float, default=COLLECTIVE_US, help="microseconds that each collective costs"
     )
-    ours, rest = parser.parse_known_args(argv)
-    check_output_file("json", ours.json)
+    ours, rest = own_flags(parser, argv)
     if not ours.collective_us >= 0:
         raise ValueError(f"collective_us={ours.collective_us}: expected microseconds, 0 or more")
-    if ours.config:
-        rest = ["--config", ours.config, *rest]
     return ours, rest
 
 
@@ -57,9 +50,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     """
     ours, rest = parse_args(sys.argv[1:] if argv is None else argv, command or "python -m preflight.beside_tunix")
     topology = parse_topology(ours.topology)
-    # as many devices on the CPU as the slice has chips; all of it before torch_xla is imported
-    os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(topology.num_chips)}
-    choose_device(["--device=xla"])
+    stand_for(topology)
     from ..preflight import beside, compiler, plan, tunix_plan
 
     plan.check_traceable()
@@ -68,9 +59,6 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     quiet_transformers()
     job = plan.job_of(rest, topology)
     tunix_plan.check_model(job)
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
     cost = ours.collective_us / 1e6
     tunix = tunix_plan.plan_tunix(job, cost, say)

@@ -2,13 +2,12 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..preflight.chips import parse_topology
-from .script import Parser, called_as, check_output_file, choose_device, quiet_transformers
+from .planning import own_flags, planning_parser, say, stand_for
+from .script import called_as, quiet_transformers
 
 EXAMPLES = """
 COMMAND --config configs/gemma2_2b_v5e8.json --topology v5e:2x4
@@ -26,18 +25,11 @@ def parse_args(argv: Sequence[str], command: str) -> tuple[argparse.Namespace, l
     Raises:
         ValueError: a flag that is missing, or a file that can't be written.
     """
-    parser = Parser(command, f"{__doc__}\n{EXAMPLES}")
-    parser.add_argument("--config", help="a JSON or YAML file with settings, as train.py takes it")
-    parser.add_argument("--topology", required=True, help="a slice: v5e:2x4, v6e:4x4, v5p:2x2x1, ...")
-    parser.add_argument("--json", type=Path, help="also write the plan to this file")
+    parser = planning_parser(command, f"{__doc__}\n{EXAMPLES}", "the plan")
     parser.add_argument("--quick", action="store_true", help="arithmetic only: weights, KV cache, activations")
     parser.add_argument("--whole", action="store_true", help="compile all layers, however long it takes")
     parser.add_argument("--search", action="store_true", help="try meshes and micro-batches, and print the best first")
-    ours, rest = parser.parse_known_args(argv)
-    check_output_file("json", ours.json)
-    if ours.config:
-        rest = ["--config", ours.config, *rest]
-    return ours, rest
+    return own_flags(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
@@ -52,9 +44,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     """
     ours, rest = parse_args(sys.argv[1:] if argv is None else argv, called_as(command))
     topology = parse_topology(ours.topology)
-    # as many devices on the CPU as the slice has chips; all of it before torch_xla is imported
-    os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(topology.num_chips)}
-    choose_device(["--device=xla"])
+    stand_for(topology)
     from ..preflight import compiler, plan, quick, report, search
 
     plan.check_traceable()
@@ -62,9 +52,6 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
         compiler.check_installed()
     quiet_transformers()
     job = plan.job_of(rest, topology, any_mesh=ours.search)
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
     if ours.search:
         candidates = search.search(job, rest, ours.quick, say)

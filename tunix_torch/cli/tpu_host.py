@@ -18,7 +18,6 @@ TOPOLOGIES = {
     "v6e": {1: "1x1", 4: "2x2", 8: "2x4"},
     "v5p": {1: "1x1x1", 4: "2x2x1"},
 }
-BACKENDS = {"tpu": "torch_tpu", "xla": "torch_xla"}
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # one is in the cache when a model is
 LEAST_FREE = 2**30  # bytes that a run's folder needs: checkpoints of a LoRA, metrics
 
@@ -75,7 +74,7 @@ def _find_tpu() -> str | None:
         _say("TPU", "No TPU was found on this machine: running the same graphs through XLA on the CPU.")
         return None
     _say("TPU", f"{len(chips)} chip(s), {chips[0]}")
-    _say("libtpu", f"{choice.check_libtpu()}, as {BACKENDS[choice.tpu_backend()]} needs it")
+    _say("libtpu", f"{choice.check_libtpu()}, as {choice.PACKAGES[choice.tpu_backend()]} needs it")
     shape = TOPOLOGIES.get(chips[0], {}).get(len(chips))
     return f"{chips[0]}:{shape}" if shape else None
 

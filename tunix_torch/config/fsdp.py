@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-from ..runtime import device, together
-from ..runtime.fsdp import Splitting
+from ..runtime import together
+from ..runtime.fsdp import ON_A_MESH, Splitting, why_not
 from .settings import nearest, require
 
 if TYPE_CHECKING:
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 WORDS = ("full_shard", "shard_grad_op", "auto_wrap")  # Transformers' older form, several words in one text
 _YES, _NO = (True, "true", "True"), (None, False, "false", "False")  # 0 equals False
-_MESH = "on XLA a mesh splits weights: mesh_shape"
 
 
 def _is_off(value: Any) -> bool:
@@ -32,9 +31,9 @@ KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cpu_offload": (_is_off, "weights stay on the GPUs: leave it out, and take more GPUs"),
     "cpu_ram_efficient_loading": (_is_off, "each process reads the weights itself: leave it out"),
     "activation_checkpointing": (_is_off, "set gradient_checkpointing instead"),
-    "xla": (_is_off, _MESH),
-    "xla_fsdp_v2": (_is_off, _MESH),
-    "xla_fsdp_grad_ckpt": (_is_off, _MESH),
+    "xla": (_is_off, ON_A_MESH),
+    "xla_fsdp_v2": (_is_off, ON_A_MESH),
+    "xla_fsdp_grad_ckpt": (_is_off, ON_A_MESH),
 }
 # Optimizers that keep numbers of a weight's own shape, which are split and saved as the weight is.
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
@@ -54,8 +53,7 @@ def read_fsdp(args: "GRPOConfig") -> Any:
         require(not config, "fsdp_config", config, "has an effect with fsdp only: set fsdp to true")
         require(args.gather_for_rollout is None, "gather_for_rollout", args.gather_for_rollout, "is about fsdp: set it")
         return None
-    require(device.KIND != "xla", "fsdp", given, _MESH)
-    require(device.KIND != "tpu", "fsdp", given, "through torch_tpu each chip has all weights: leave it out")
+    require(why_not() is None, "fsdp", given, str(why_not()))
     words = [] if given in _YES else given.split() if isinstance(given, str) else given
     hint = f"give true, or some of {', '.join(WORDS)}"
     require(isinstance(words, list) and all(word in WORDS for word in words), "fsdp", given, hint)

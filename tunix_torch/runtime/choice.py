@@ -13,7 +13,12 @@ import pathlib
 import sys
 
 KINDS = ("auto", "tpu", "xla", "cuda", "cpu")
-INSTALL_TPU = "pip install -r requirements-tpu.txt, in an environment of its own"
+# What a TPU is reached through, by the kind of device: the package, and how it is installed.
+PACKAGES = {"tpu": "torch_tpu", "xla": "torch_xla"}
+INSTALL = {
+    "tpu": "pip install -r requirements-tpu.txt, in an environment of its own",
+    "xla": "pip install 'torch-xla[tpu]==2.9.0'",
+}
 
 # Google's PCI vendor id, and the device ids of TPUs (torch_xla/_internal/tpu.py and jax/_src/hardware_utils.py).
 _TPU_VENDOR = "0x1ae0"
@@ -52,7 +57,7 @@ def choose() -> str:
     if os.environ.get(_ACCELERATE, "").startswith("tpu"):  # from a process that started this one
         del os.environ[_ACCELERATE]
     if requested == "xla" and not has_xla:
-        raise ValueError("device='xla' needs torch_xla, which is not installed: pip install 'torch-xla[tpu]==2.9.0'")
+        raise ValueError(f"device='xla' needs torch_xla, which is not installed: {INSTALL['xla']}")
     if requested == "xla" or (requested == "auto" and has_xla and tpu_is_present()):
         loaded = sys.modules.get("transformers.utils.import_utils")
         if loaded is not None and not loaded.is_torch_xla_available():
@@ -74,13 +79,13 @@ def _choose_torch_tpu(is_installed: bool, has_xla: bool) -> None:
     """
     if not is_installed:
         other = ": this environment has torch_xla, so choose device='xla'; or" if has_xla else ":"
-        raise ValueError(f"device='tpu' needs torch_tpu, which is not installed{other} {INSTALL_TPU}")
+        raise ValueError(f"device='tpu' needs torch_tpu, which is not installed{other} {INSTALL['tpu']}")
     if "TPU_LIBRARY_PATH" not in os.environ and not tpu_is_present():
         raise ValueError("device='tpu': there is no TPU on this host's PCI bus; choose device='cpu' or 'auto'")
     _keep_transformers_off_xla()
     os.environ.setdefault("TORCH_TPU_ALLOW_LEGACY_DEVICE_APIS", "1")  # Transformers calls torch.tpu.is_available
     if tpu_is_present():  # what XLA:CPU has compiled can't always be read back
-        cache = os.environ.get("TUNIX_COMPILE_CACHE") or str(cache_folder() / "torch_tpu")
+        cache = os.environ.get("TUNIX_COMPILE_CACHE") or str(cache_folder() / "tpu")
         os.environ.setdefault("TORCH_TPU_TIER3_COMPILATION_CACHE_ROOT", cache)
     os.environ[_ACCELERATE] = f"tpu:{os.environ.get('LOCAL_RANK', '0')}"
 
@@ -134,8 +139,7 @@ def check_libtpu() -> str:
     """
     from packaging.specifiers import SpecifierSet  # not at the top, since rewards are imported without any package
 
-    package = {"tpu": "torch_tpu", "xla": "torch_xla"}[tpu_backend()]
-    hint = {"tpu": INSTALL_TPU, "xla": "pip install 'torch-xla[tpu]==2.9.0'"}[tpu_backend()]
+    package, hint = PACKAGES[tpu_backend()], INSTALL[tpu_backend()]
     try:
         needed = importlib.metadata.requires(package) or []
     except importlib.metadata.PackageNotFoundError:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from .choice import INSTALL_TPU, choose, tpu_is_present
+from .choice import INSTALL, choose, tpu_is_present
 
 
 def _kind() -> str:
@@ -68,7 +68,7 @@ def _load_torch_tpu() -> None:
         if "is internal to TorchTPU" in why:
             hint = "import tunix_torch before torch, or set TORCH_TPU_ALLOW_LEGACY_DEVICE_APIS=1"
             raise ValueError(f"device='tpu': torch_tpu was loaded without what Transformers needs: {hint}") from error
-        raise ValueError(f"device='tpu': torch_tpu does not start ({why}); {INSTALL_TPU}") from error
+        raise ValueError(f"device='tpu': torch_tpu does not start ({why}); {INSTALL['tpu']}") from error
 
 
 if KIND == "tpu":
@@ -229,11 +229,7 @@ def optimization_barrier(tensor: torch.Tensor) -> torch.Tensor:
 
     No other view of the tensor may be in use. Elsewhere nothing happens.
     """
-    if KIND == "xla":
-        xm.optimization_barrier_([tensor])
-    elif KIND == "tpu":
-        (tensor,) = torch.tpu.ops.optimization_barrier([tensor])
-    return tensor
+    return optimization_barriers([tensor])[0]
 
 
 def optimization_barriers(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -243,6 +239,8 @@ def optimization_barriers(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """
     if KIND == "xla":
         xm.optimization_barrier_(tensors)
+    elif KIND == "tpu":
+        return list(torch.tpu.ops.optimization_barrier(tensors))
     return tensors
 
 
