@@ -24,7 +24,9 @@ import utils
 from tunix_torch import DataConfig, GRPOConfig, ModelConfig, TunixTrainer, crosscheck
 from tunix_torch.cli import crosscheck as command
 from tunix_torch.crosscheck.cases import CASES, FAMILIES, make_rollout
+from tunix_torch.crosscheck.compare import Row
 from tunix_torch.crosscheck.ours import ALPHA, RANK, lora_of, make_trainer, record_steps, saved_model
+from tunix_torch.crosscheck.replay import judged_by_rounding
 from tunix_torch.learn.record import StepRecord
 from tunix_torch.model import tiny
 from tunix_torch.model.loading import load_base_model
@@ -389,6 +391,25 @@ def test_a_run_that_went_wrong_is_found_out(recorded, tmp_path, damage, quantity
     record = StepRecord.load(file)
     replace(record, **damage(record)).save(file)
     assert quantity in failures(crosscheck.replay.replay(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("sharp", [False, True], ids=["well-conditioned", "ill-conditioned"])
+def test_more_than_the_usual_tolerance_is_allowed_only_where_float32_itself_is_off(recorded, model_folder, sharp):
+    record = StepRecord.load(recorded / "batches" / "step-0002.safetensors")
+    base = load_base_model(model_folder)
+    if sharp:  # logits of some thousands, whose float32 has steps of 2e-4
+        base.lm_head.weight.data *= 300
+    lora = {name: w.requires_grad_(False) for name, w in record.lora.items()}
+    scaling = ModelConfig().lora_alpha / ModelConfig().lora_rank
+
+    def judged(difference, quantity="policy log-probabilities"):
+        row = Row("step 2", quantity, difference, 1e-5)
+        return judged_by_rounding(row, replace(record, lora=lora), base, scaling, 1.0)
+
+    assert judged(5e-5).verdict == ("pass" if sharp else "fail")
+    assert judged(0.5).verdict == judged(float("nan")).verdict == "fail"
+    assert judged(5e-5, "KL").verdict == "fail", "only log-probabilities"
+    assert "float64" in judged(5e-5).note and judged(1e-6).note == ""
 
 
 @pytest.mark.thorough

@@ -26,17 +26,25 @@ from .tunix_models import load_tunix_model
 from .tunix_side import TunixBatch
 
 
-@torch.no_grad()
 def float64_logps(model: nn.Module, batch: TrainBatch, temperature: float = 1.0) -> torch.Tensor:
     """Return the log-probabilities of a batch's completions (B, C) in float64, 0 where masked, by unpadded rows."""
-    model = copy.deepcopy(base_model(model)).double()
+    return plain_logps(copy.deepcopy(base_model(model)).double(), batch, temperature)
+
+
+@torch.no_grad()
+def plain_logps(model: nn.Module, batch: TrainBatch, temperature: float = 1.0) -> torch.Tensor:
+    """Return (B, C) float64: `float64_logps`, but that the model computes in the dtype of its weights up to the logits.
+
+    Args:
+        model: a Hugging Face model without a LoRA.
+    """
     group = batch.completion_ids.shape[0] // batch.prompt_ids.shape[0]
     result = torch.zeros(batch.completion_ids.shape, dtype=torch.float64)
     for i, (ids, mask) in enumerate(zip(batch.completion_ids, batch.completion_mask, strict=True)):
         prompt = batch.prompt_ids[i // group][batch.prompt_mask[i // group]]
         row = torch.cat((prompt, ids[mask]))[None]
         scores = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0]
-        logps = torch.log_softmax(scores[len(prompt) - 1 : -1] / temperature, dim=-1)
+        logps = torch.log_softmax(scores[len(prompt) - 1 : -1].double() / temperature, dim=-1)
         result[i, : len(logps)] = logps.gather(-1, ids[mask][:, None])[:, 0]
     return result
 
