@@ -61,9 +61,9 @@ def commands_of(path):
 
 def flags_known_to(command):
     """The flags in a command's help."""
-    printed = io.StringIO()
+    printed, asked = io.StringIO(), "--help-all" if command == "train" else "--help"
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
-        importlib.import_module(f"tunix_torch.cli.{command}").main(["--help"], command)
+        importlib.import_module(f"tunix_torch.cli.{command}").main([asked], command)
     return set(re.findall(r"(?<![\w-])--\w+", printed.getvalue()))
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..config.help import HELP_ALL, help_asked
 from ..preflight.chips import Topology
 from .script import Parser, check_output_file, choose_device
 
@@ -20,6 +21,7 @@ def planning_parser(command: str, description: str, written: str) -> Parser:
     parser.add_argument("--config", help="a JSON or YAML file with settings, as train.py takes it")
     parser.add_argument("--topology", required=True, help="a slice: v5e:2x4, v6e:4x4, v5p:2x2x1, ...")
     parser.add_argument("--json", type=Path, help=f"also write {written} to this file")
+    parser.add_argument(*HELP_ALL[:1], action="store_true", help="these flags, and all settings of train.py by group")
     return parser
 
 
@@ -28,7 +30,15 @@ def own_flags(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, 
 
     Raises:
         ValueError: a flag that is missing, or a file that can't be written.
+        SystemExit: with code 0, after `--help-all` was printed.
     """
+    if help_asked(argv) == "help-all":
+        parser.print_help()
+        choose_device(["--device=cpu"])
+        from ..config.flags import print_settings  # knows Transformers
+
+        print_settings([])
+        sys.exit(0)
     ours, rest = parser.parse_known_args(argv)
     check_output_file("json", ours.json)
     return ours, ["--config", ours.config, *rest] if ours.config else rest

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from .script import called_as, choose_device, quiet_transformers
 
 EXAMPLES = """
-COMMAND --use_grpo --num_completions_per_prompt 4          # the embedded default, offline, in minutes
-COMMAND --use_grpo --model_name google/gemma-3-270m-it --data_path openai/gsm8k --dataset_config main
-COMMAND --config config_example.json --learning_rate 5e-4  # flags win over the file
+# the embedded default: offline, in minutes
+COMMAND --use_grpo --num_completions_per_prompt 4
+# a model of the hub, and the questions of a data set that is known by name
+COMMAND --use_grpo --model_name google/gemma-3-270m-it --dataset gsm8k --num_completions_per_prompt 8
+# settings of a file, and flags, which win over it
+COMMAND --config config_example.json --learning_rate 5e-4
 """
 
 

@@ -1,7 +1,7 @@
 """Reads a job's settings from the flags of `train.py`, which other commands take too, and from the file they name."""
 
-import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -12,11 +12,13 @@ from .aliases import ALIASES
 from .data import DataConfig
 from .files import load_config
 from .grpo import GRPOConfig
+from .help import help_asked, print_groups, print_help, without_help
 from .model import TINY_NAME, ModelConfig
 from .recipes import JOB, TINY
 from .settings import canonical_names, nearest
 
 CONFIGS = (ModelConfig, DataConfig, GRPOConfig)
+NAMES = sorted({field.name for config in CONFIGS for field in dataclasses.fields(config) if field.init})
 # If a setting is given, the values that a recipe or a file has for these others are dropped.
 OUTWEIGHS = {
     "max_length": ("max_prompt_length",),
@@ -45,15 +47,14 @@ def parse_job(
 
     Raises:
         ValueError: a name is unknown (the message has the nearest one), or a value is not possible.
+        SystemExit: with code 0, after help was asked for and printed. It shows the defaults that are in force with the
+            file and the other flags.
     """
-    form = argparse.RawDescriptionHelpFormatter
-    parser = JobParser(CONFIGS, prog=prog, description=description, formatter_class=form, allow_abbrev=False)
-    parser.add_argument("--config", help="a JSON or YAML file with settings; flags win over it")
-    names = sorted({field.name for config in CONFIGS for field in dataclasses.fields(config) if field.init})
-    argv = _replace_aliases(argv)
-    file = parser.parse_known_args(argv)[0].config
-    settings = canonical_names(load_config(file), names) if file else {}
-    _set_defaults(parser, argv, settings)
+    asked, argv = help_asked(argv), _replace_aliases(without_help(argv))
+    parser = _job_parser(argv, prog, description)
+    if asked is not None:
+        print_help(parser, CONFIGS, everything=asked == "help-all")
+        sys.exit(0)
     model = parser.parse_known_args(argv)[0]
     # The mesh must be chosen before GRPOConfig is made, since that begins to use the device.
     mesh.use_mesh(ModelConfig(mesh_shape=model.mesh_shape, mesh_axes=model.mesh_axes).mesh)
@@ -63,8 +64,27 @@ def parse_job(
     if unknown:
         flag = unknown[0].partition("=")[0]  # without the value, which may be a secret
         name = flag.removeprefix("--")
-        raise ValueError(f"unknown argument {flag!r}{nearest(name, [*names, *ALIASES]) if name else ''}")
+        raise ValueError(f"unknown argument {flag!r}{nearest(name, [*NAMES, *ALIASES]) if name else ''}")
     return model_config, data_config, args
+
+
+def print_settings(argv: Sequence[str]) -> None:
+    """Print all settings by group, with the defaults that are in force with these flags and the file that they name.
+
+    Raises:
+        ValueError: see `parse_job`.
+    """
+    print_groups(_job_parser(_replace_aliases(without_help(argv))), CONFIGS)
+
+
+def _job_parser(argv: Sequence[str], prog: str | None = None, description: str | None = None) -> JobParser:
+    """The parser of all settings, with the defaults that are in force with these flags and the file that they name."""
+    parser = JobParser(CONFIGS, prog=prog, description=description, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="a JSON or YAML file with settings; flags win over it")
+    file = parser.parse_known_args(argv)[0].config
+    settings = canonical_names(load_config(file), NAMES) if file else {}
+    _set_defaults(parser, argv, settings)
+    return parser
 
 
 def _set_defaults(parser: JobParser, argv: Sequence[str], settings: dict[str, Any]) -> None:
