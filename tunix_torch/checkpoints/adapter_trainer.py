@@ -17,7 +17,6 @@ from transformers.trainer_utils import TrainOutput
 from ..config.grpo import GRPOConfig
 from ..config.loss import warn_of_loss
 from ..config.scale import rows_per_generation
-from ..config.services import blamed_on
 from ..config.settings import require
 from ..data.rows import Row
 from ..evals.answers import Answers
@@ -33,8 +32,8 @@ from ..model.policies import Policy, like, mix
 from ..runtime import device, fsdp, together
 from ..runtime.profiling import ProfileStep
 from .contents import load_plain
-from .failing import SavesBeforeFailing
 from .files import STATE_FILE, digest_of_files, is_finished, why_damaged
+from .publishing import PushesToHub
 from .resuming import EarlyStoppingCallback, EndGraphWithOptimizer, OwnIntervals, SyncReference
 from .same_run import RunFacts
 from .split_weights import in_main_memory, is_split, load_optimizer, save_optimizer
@@ -43,7 +42,7 @@ from .waiting import WaitingBatch, load_waiting, save_waiting
 logger = logging.getLogger(__name__)
 
 
-class AdapterTrainer(SavesBeforeFailing):
+class AdapterTrainer(PushesToHub):
     """A `transformers.Trainer` that trains what a policy says and nothing else, and writes it in the policy's layout.
 
     When a run begins, the trainer keeps two things. One is a number for each frozen weight, by which a change would be
@@ -231,11 +230,6 @@ class AdapterTrainer(SavesBeforeFailing):
         self.entropy.load(folder)
         super().log_summary(folder)
 
-    def init_hf_repo(self, token: str | None = None) -> None:
-        hint = "; log in (hf auth login), or leave it out and upload the folder later"
-        with blamed_on("push_to_hub", self.args.push_to_hub, hint):
-            super().init_hf_repo(token)
-
     # ---- one optimizer step ----
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Tensor | int | None]:
@@ -319,10 +313,13 @@ class AdapterTrainer(SavesBeforeFailing):
 
     # ---- files ----
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False, push: bool = True) -> None:
         """Write what the policy saves, and the tokenizer. The weights stay on the device.
 
         All hosts and processes take part in copying the weights to the CPU, though only the first writes files.
+
+        Args:
+            push: where `args.push_to_hub` is set, then upload the run's folder with its card.
         """
         frozen = self._frozen
         same = frozen is None or self._sums_of_frozen() == frozen
@@ -339,6 +336,7 @@ class AdapterTrainer(SavesBeforeFailing):
             output_dir = output_dir or self.args.output_dir
             self.policy.save(weights, output_dir)
             self.processing_class.save_pretrained(output_dir)
+            self.write_card(output_dir)
         if _internal_call and frozen is not None and self.reference is not None:  # a checkpoint
             check_finite(self.reference, f"step {self.state.global_step}, the reference policy")
             reference = {n: in_main_memory(weight, self.args.should_save) for n, weight in self.reference.items()}
@@ -347,8 +345,8 @@ class AdapterTrainer(SavesBeforeFailing):
         if _internal_call and frozen is not None and self.args.should_save:
             self.entropy.save(output_dir)
             self.facts.save(output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        if push and self.args.push_to_hub and not _internal_call:
+            self.upload(commit_message="Model save")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         states = enumerate(self.optimizer.state_dict()["state"].values())

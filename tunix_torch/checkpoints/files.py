@@ -15,6 +15,8 @@ LAYOUTS = (
     ("config.json", "model.safetensors"),
     ("config.json", "model.safetensors.index.json"),
 )
+# The patterns of the names of what a run has trained, and of its state.
+FINAL_FILES = ("adapter_*", "model*.safetensors*", "generation_config.json", "token*.json", "*.jinja", STATE_FILE)
 
 
 def _missing(folder: Path, names: Sequence[str]) -> list[str]:
@@ -90,8 +92,7 @@ def has_final_files(output_dir: str | Path) -> bool:
 
 def final_files(output_dir: str | Path) -> list[str]:
     """The files in a run's folder that are what it has trained, and its state: the names that its manifest has."""
-    patterns = ("adapter_*", "model*.safetensors*", "generation_config.json", "token*.json", "*.jinja", STATE_FILE)
-    return sorted(path.name for pattern in patterns for path in Path(output_dir).glob(pattern) if path.is_file())
+    return sorted(path.name for pattern in FINAL_FILES for path in Path(output_dir).glob(pattern) if path.is_file())
 
 
 def is_finished(folder: str | Path, num_steps: int, patience: int | None = None) -> bool:

@@ -59,12 +59,13 @@ class RunFacts:
             "processes": together.count(),
         }
 
-    def _settings(self) -> dict[str, Any]:
+    def known_settings(self) -> dict[str, Any]:
+        """The settings of the run: those of the whole job, or of the trainer alone."""
         return settings_of(self._args) if self.settings is None else self.settings
 
     def save(self, checkpoint: str | Path) -> None:
         """Write the facts into a checkpoint's folder."""
-        facts = {"settings": self._settings(), **self._others()}
+        facts = {"settings": self.known_settings(), **self._others()}
         write_whole(Path(checkpoint) / RUN_FILE, json.dumps(facts, indent=1, default=str) + "\n")
 
     def check(self, checkpoint: str | Path) -> None:
@@ -76,7 +77,7 @@ class RunFacts:
             ValueError: one differs, and `allow_changes` does not name it.
         """
         earlier, file = saved_settings(checkpoint), Path(checkpoint) / RUN_FILE
-        changed = {} if earlier is None else changed_settings(self._settings(), earlier)
+        changed = {} if earlier is None else changed_settings(self.known_settings(), earlier)
         if file.is_file():
             now, then = self._others(), load_config(file)
             known = [name for name in now if None not in (now[name], then.get(name))]

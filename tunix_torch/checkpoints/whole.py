@@ -67,11 +67,7 @@ class WholeCheckpoints(KeepsMeans):
                 shutil.rmtree(beside, ignore_errors=True)
         together.wait()
         if args.push_to_hub:
-            super()._push_from_checkpoint(str(run / name))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._written_in is None:  # else it is pushed when it has its name
-            super()._push_from_checkpoint(checkpoint_folder)
+            self._push_from_checkpoint(str(run / name))
 
     def _finish(self, written: Path, place: Path) -> None:
         """Give a checkpoint its manifest and its name. If it is killed in between, `finish_writing` gives the name."""

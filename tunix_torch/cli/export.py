@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..config.model import STORED_DTYPES
 from .script import Parser, quiet_transformers
+from .serving import serving_lines
 
 EXAMPLES = """
 COMMAND ./outputs --merged ./merged
@@ -45,11 +46,14 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
         KeyboardInterrupt: after it has been said that nothing half-written is left.
     """
     args = parse_args(sys.argv[1:] if argv is None else argv, command or "python -m tunix_torch.export")
-    from ..run.export import export_merged  # loads PyTorch, which `--help` does without
+    # What loads PyTorch, which `--help` does without.
+    from ..run.export import export_merged
+    from ..run.folder import find_system_message
 
     quiet_transformers()
     try:
         export_merged(args.output_dir, args.merged, args.dtype, args.push_to_hub)
+        print("\n".join(serving_lines(args.merged, find_system_message(args.merged))))
     except KeyboardInterrupt:
         print("\nnothing half-written is left", file=sys.stderr)
         raise

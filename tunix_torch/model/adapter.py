@@ -14,6 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from ..runtime import fsdp
 from .forward import adapters_in_use, base_model, own_layer
+from .origin import public_name
 
 ADAPTER_CONFIG = "adapter_config.json"
 REFERENCE_FILE = "reference.safetensors"  # in a checkpoint: the adapter of the reference policy, if it has one
@@ -210,7 +211,9 @@ def save_adapter(
     Args:
         weights: CPU tensors by parameter name: the adapter's, and with `embeddings` also those of the embeddings.
     """
-    folder = Path(folder)
+    folder, config = Path(folder), model.peft_config[adapter]
+    if config.base_model_name_or_path:
+        config.base_model_name_or_path = public_name(config.base_model_name_or_path)
     model.save_pretrained(
         str(folder), state_dict=weights, selected_adapters=[adapter], save_embedding_layers=embeddings
     )

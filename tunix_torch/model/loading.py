@@ -50,7 +50,7 @@ def resolve_model_name(name: str) -> str:
         ValueError: the name is a folder that holds no model.
     """
     if name == tiny.NAME or (not os.path.exists(name) and Path(name).name.startswith(tiny.FOLDER_PREFIX)):
-        return str(tiny.ensure_tiny_model())  # also when an adapter names a cache folder that is no longer there
+        return str(_tiny_folder(Path(name).name))
     if os.path.isdir(name):
         files = os.listdir(name)
         if "config.json" not in files and "adapter_config.json" not in files:
@@ -60,6 +60,18 @@ def resolve_model_name(name: str) -> str:
     elif name.startswith((".", "/", "~")):
         raise ValueError(f"model_name={name!r}: no such folder")
     return name
+
+
+def _tiny_folder(name: str) -> Path:
+    """The folder of the tiny model that an adapter names, wherever it was made. The present version is made here."""
+    folder = tiny.cache_folder() / name
+    if name in (tiny.NAME, tiny.folder_name()) or not (folder / "config.json").is_file():
+        if name not in (tiny.NAME, tiny.folder_name()):
+            logger.warning(
+                "The adapter was trained on %s; this version makes %s, which may differ", name, tiny.folder_name()
+            )
+        return tiny.ensure_tiny_model()
+    return folder  # of another version, which has made it on this machine
 
 
 @contextlib.contextmanager

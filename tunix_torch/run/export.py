@@ -19,9 +19,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ..checkpoints.card import CARD_FILE, CURVES_FILE, CardFacts, card_of_merged
 from ..checkpoints.files import has_final_files, newest_checkpoint
+from ..config.files import write_whole
 from ..config.model import STORED_DTYPES
 from ..model.forward import base_model, text_config
 from ..model.loading import load_model, load_tokenizer, resolve_model_name
@@ -84,6 +86,7 @@ def export_merged(
             setattr(model.config, name, value)
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        _write_card(output_dir, unfinished, merged, model, base_name, whole, push_to_hub)
         del adapter, model  # two models at once might not fit
 
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -98,7 +101,7 @@ def export_merged(
     owner = "trained model's" if whole else "adapter's"
     print(f"Wrote {merged} ({name}); its logits differ from the {owner} by {difference:.1e} of their spread")
     if push_to_hub is not None:
-        _push(model, tokenizer, push_to_hub, merged)
+        _push(push_to_hub, merged)
     return difference
 
 
@@ -194,16 +197,26 @@ def _stored_dtype(name: str) -> torch.dtype:
     return config.dtype or config.get_text_config().dtype or torch.float32
 
 
-def _push(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, repo_id: str, merged: Path) -> None:
-    """Upload the model and the tokenizer. The written folder stays, whatever happens."""
+def _write_card(
+    output_dir: Path, unfinished: Path, merged: Path, model: PreTrainedModel, base: str, whole: bool, repo: str | None
+) -> None:
+    """Write the model card: the run's own one, where it has one, for the model that it now is."""
+    if (output_dir / CURVES_FILE).is_file():
+        shutil.copy(output_dir / CURVES_FILE, unfinished)
+    facts = CardFacts(base, model.config.model_type, is_adapter=False, repo=repo or merged.name)
+    write_whole(unfinished / CARD_FILE, f"{card_of_merged(output_dir, unfinished, facts, whole)}\n")
+
+
+def _push(repo_id: str, merged: Path) -> None:
+    """Upload the written folder, which stays, whatever happens."""
     given, stands = f"push_to_hub={repo_id!r}", f"the model in {str(merged)!r} is whole and stays"
     if huggingface_hub.get_token() is None:
         raise ValueError(f"{given}: no token, so nothing was uploaded; run `hf auth login` or set HF_TOKEN; {stands}")
-    record_attention(model)
     try:
-        model.push_to_hub(repo_id)
-        tokenizer.push_to_hub(repo_id)
-    except (OSError, ValueError, httpx.HTTPError) as error:
+        api = huggingface_hub.HfApi()
+        repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repo_id, folder_path=merged, commit_message="Upload the merged model")
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{given}: the upload failed: {reason}; {stands}") from error
     print(f"Uploaded to {repo_id}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..checkpoints.files import newest_checkpoint, why_not_whole
 from ..checkpoints.manifest import CHECKSUM_FILE, MANIFEST_FILE
+from ..checkpoints.publishing import UPLOADING
 from ..checkpoints.whole import UNFINISHED
 from ..config.checks import check_template_kwargs
 from ..config.files import load_config
@@ -42,6 +43,7 @@ RUN_FILES = (
     "training_args.bin",
     WHOLE_CONFIG_FILE,
     UNFINISHED,
+    UPLOADING,
     CURVES_FILE,
 )
 

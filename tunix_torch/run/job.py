@@ -122,6 +122,15 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
     if together.is_first():
         seconds = time.perf_counter() - started
         print(f"\n{seconds:.0f} s, {device.memory_summary()}. {trainer.policy.what}, metrics and curves: {output_dir}")
+    return _uploaded(trainer)
+
+
+def _uploaded(trainer: TunixTrainer) -> TunixTrainer:
+    """The trainer, after what the folder of its finished run holds was uploaded, if `push_to_hub` asks for that."""
+    if trainer.args.push_to_hub:
+        trainer.upload()
+        if together.is_first():
+            print(f"Uploaded to {trainer.hub_model_id}")
     return trainer
 
 
@@ -175,7 +184,7 @@ def _leave_complete(trainer: TunixTrainer, checkpoint: str | None) -> TunixTrain
         if not (output_dir / CURVES_FILE).is_file():
             plot_training_curves(output_dir)
         print(f"{trainer.policy.what}, metrics and curves: {output_dir}; resume_from_checkpoint=false begins a new run")
-    return trainer
+    return _uploaded(trainer)
 
 
 def _describe(trainer: TunixTrainer, model_name: str) -> None:

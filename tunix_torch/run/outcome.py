@@ -28,11 +28,12 @@ def write_final_files(trainer: TunixTrainer) -> None:
         rotate(Path(args.output_dir), args.save_total_limit, state.best_model_checkpoint)  # if it was killed before
         mark_unfinished(args.output_dir)
     together.wait()
-    trainer.save_model()
+    trainer.save_model(push=False)  # the job does that when everything is written
     trainer.save_state()
     together.wait()
     if together.is_first():
         plot_training_curves(args.output_dir)
+        trainer.create_model_card()
         write_manifest(args.output_dir, final_files(args.output_dir))  # from here on the run is finished
         if trainer.eval_dataset is not None:
             print_comparison(trainer)
