@@ -1,14 +1,12 @@
 """A merged model is a plain Hugging Face model with the adapter's logits, and is written whole or not at all."""
 
-import base64
 import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import hub
 import pytest
 import torch
 from models import FAMILIES, add_nontrivial_lora, hugging_face_logits, make_model
@@ -270,53 +268,19 @@ def test_an_adapter_on_tied_embeddings_is_refused(tmp_path, command):
 # ---- the hub ----
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Acts as the part of the Hugging Face Hub that an upload needs, and keeps what it is sent in `server.files`."""
-
-    def do_HEAD(self):
-        self._reply(404, {}, {"X-Error-Code": "EntryNotFound"})
-
-    do_GET = do_HEAD
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        assert self.headers["Authorization"] == "Bearer hf_token"
-        endpoint = f"http://127.0.0.1:{self.server.server_port}"
-        if self.path == "/api/repos/create":
-            self._reply(200, {"url": f"{endpoint}/me/model"})
-        elif self.path.endswith("/preupload/main"):
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
-            ]
-            self._reply(200, {"files": files})
-        elif self.path.endswith("/commit/main"):
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self._reply(200, {"commitUrl": f"{endpoint}/me/model/commit/0", "commitOid": "0", "success": True})
-        else:
-            self._reply(200, {})
-
-    def _reply(self, status, body, headers=None):
-        self.send_response(status)
-        data = json.dumps(body).encode()
-        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
 def push(saved, folder, endpoint):
     inherited = {k: v for k, v in os.environ.items() if k not in ("USE_TORCH_XLA", "TORCH_DEVICE_BACKEND_AUTOLOAD")}
-    hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_token", "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "0"}
+    hub_settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_TOKEN": hub.TOKEN,
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_OFFLINE": "0",
+    }
+    hub_settings["HF_HUB_DISABLE_XET"] = "1"
     flags = [saved / "run", "--merged", folder / "merged", "--push_to_hub", "me/model"]
     return subprocess.run(
         [sys.executable, "-m", "tunix_torch.export", *map(str, flags)],
-        env={**inherited, "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT), **hub},
+        env={**inherited, "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT), **hub_settings},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -327,18 +291,12 @@ def push(saved, folder, endpoint):
 @pytest.mark.thorough
 def test_push_to_hub_uploads_what_was_written(tmp_path):
     save_run(tmp_path, "gemma2")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files = {}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        result = push(tmp_path, tmp_path, f"http://127.0.0.1:{server.server_port}")
-    finally:
-        server.shutdown()
-        server.server_close()
+    with hub.running() as server:
+        result = push(tmp_path, tmp_path, server.url)
     assert result.returncode == 0, result.stderr
     assert "Uploaded to me/model" in result.stdout and "float32" in result.stdout
     for path in (tmp_path / "merged").iterdir():
-        assert server.files[path.name] == path.read_bytes(), path.name
+        assert server.files["me/model"][path.name] == path.read_bytes(), path.name
 
 
 @pytest.mark.thorough

@@ -14,7 +14,7 @@ from ..config.data import DataConfig
 from ..config.files import load_config
 from ..config.grpo import GRPOConfig
 from ..config.model import ModelConfig
-from ..config.saved import changed_settings, config_file
+from ..config.saved import changed_settings, config_file, saved_settings
 from ..evals.estimators import wilson_interval
 from ..model import tiny
 from ..model.origin import hub_id, is_tiny, licence_of, public_name
@@ -126,7 +126,7 @@ def card_of_merged(run: Path, folder: Path, facts: CardFacts, whole: bool) -> Mo
         return model_card(folder, facts)
     parts = card.text.split("\n## ")
     sections = dict(part.split("\n\n", 1) for part in parts[1:])
-    config = load_config(run_file) if (run_file := config_file(run)).is_file() else {}
+    config = load_config(config_file(run)) if config_file(run).is_file() else saved_settings(run) or {}
     sections["What it is"] = sections["What it is"].replace(ADAPTER, MERGED) if not whole else sections["What it is"]
     sections[LOADING] = f"{loading_text(replace(facts, settings=config), folder)}\n"
     sections["Settings"] = sections["Settings"].partition("\nAll are in `")[0]  # its config.json is the model's

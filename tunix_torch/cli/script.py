@@ -121,8 +121,7 @@ def run_script(main: Callable[[], None]) -> None:
         sys.path.append(os.getcwd())
     if not logging.getLogger().handlers:
         logging.getLogger().addHandler(_ToTerminal())
-    with contextlib.suppress(ValueError):  # only the main thread may
-        signal.signal(signal.SIGINT, _interrupted)
+    wait_for_ctrl_c()
     try:
         main()
         sys.stdout.flush()
@@ -141,6 +140,12 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def wait_for_ctrl_c() -> None:
+    """Let the next Ctrl-C raise KeyboardInterrupt, and the one after it leave at once."""
+    with contextlib.suppress(ValueError):  # only the main thread may
+        signal.signal(signal.SIGINT, _interrupted)
 
 
 def _with_notes(error: Exception) -> str:

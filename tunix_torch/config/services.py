@@ -23,7 +23,7 @@ def blamed_on(name: str, value: object, hint: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = str(error).strip().rstrip(".") or type(error).__name__
+        said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise ValueError(f"{name}={value!r}: {said}{hint}") from error
 
 

@@ -32,6 +32,8 @@ class Sampler:
         ValueError: the model can't compute attention by these functions.
     """
 
+    watch: Callable[[Rows], None] = staticmethod(lambda rows: None)  # is called after each token
+
     def __init__(
         self,
         model: nn.Module,
@@ -106,6 +108,7 @@ class Sampler:
             rows.rehearse(step)
         while rows.left():
             rows.decode(step)
+            self.watch(rows)
         return rows.results()
 
     def _decode_step(self, params: SamplingParams, layer_ids: tuple[int, ...]) -> Callable[..., tuple[Tensor, ...]]:
