@@ -101,14 +101,17 @@ def _check_together(args: argparse.Namespace) -> None:
     alone = {
         "question_column": (args.question_column, "--questions_file"),
         "compare_base": (args.compare_base, "--question or --questions_file"),
-        "output_file": (args.output_file, "--question or --questions_file"),
+        "output_file": (args.output_file and str(args.output_file), "--question or --questions_file"),
         "show_prompt": (args.show_prompt, "--question or --questions_file"),
-        "num_samples": (args.num_samples != 1, "--question or --questions_file"),
-        "prompt_template": (args.prompt_template != "default", "--question or --questions_file"),
+        "num_samples": (args.num_samples != 1 and args.num_samples, "--question or --questions_file"),
+        "prompt_template": (
+            args.prompt_template != "default" and args.prompt_template,
+            "--question or --questions_file",
+        ),
     }
     for name, (value, goes_with) in alone.items():
         if value and given[0] not in goes_with.split(" or "):
-            raise ValueError(f"{name}={getattr(args, name)!r}: goes with {goes_with}, not with {given[0]}")
+            raise ValueError(f"{name}={value!r}: goes with {goes_with}, not with {given[0]}")
 
 
 def reasoning_steps(completion: str) -> list[str]:
@@ -204,6 +207,7 @@ def _ask_all(asked: Any, questions: Sequence[Any], args: argparse.Namespace) -> 
         bar = stack.enter_context(
             tqdm(total=len(questions), unit="question", dynamic_ncols=True, disable=is_short or None)
         )
+        done = 0
         try:
             for results in asked.answers(questions):
                 with tqdm.external_write_mode():
@@ -212,7 +216,8 @@ def _ask_all(asked: Any, questions: Sequence[Any], args: argparse.Namespace) -> 
                 if file is not None:
                     file.append(results)
                 bar.update(len(results))
+                done += len(results)
         except KeyboardInterrupt:
             kept = f"; {args.output_file} holds their answers" if args.output_file else ""
-            print(f"\nstopped after {bar.n} of {len(questions)} questions{kept}", file=sys.stderr)
+            print(f"\nstopped after {done} of {len(questions)} questions{kept}", file=sys.stderr)
             raise

@@ -1,0 +1,300 @@
+"""`inference.py`: conversations, comparison with the base model, batches of questions, and lines for other servers."""
+
+import csv
+import io
+import json
+import os
+import pty
+import re
+import select
+import shlex
+import signal
+import sys
+import time
+
+import pyarrow.parquet
+import pytest
+from commands import ROOT, refused
+
+from tunix_torch.cli import answering, ask, chat
+from tunix_torch.cli.chat import DIM, PLAIN, Shown
+from tunix_torch.cli.serving import how_to_serve
+from tunix_torch.data.files import read_file
+
+SHORT = ["--max_new_tokens", "6", "--seed", "7"]
+
+
+@pytest.fixture
+def talk(call, monkeypatch, finished_run):
+    """`talk(text, *flags)` is a conversation through a pipe whose input is the text."""
+
+    def talk(text, *flags):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        return call(ask, "--chat", "--model_path", finished_run, *SHORT, *flags)
+
+    return talk
+
+
+def asked_by(finished_run, *flags):
+    args = ask.parse_args(["--question", "1 + 1?", *SHORT, *flags], "ask")
+    return answering.Asked(args, str(finished_run))
+
+
+# ---- conversations ----
+
+
+@pytest.mark.parametrize("how", [["--no_do_sample"], ["--temperature", "1.5"]])
+def test_what_a_chat_shows_token_by_token_is_the_answer(how, finished_run):
+    """It is also the answer that the model gives to the question without a chat, whatever was shown on the way."""
+    asked, shown = asked_by(finished_run, *how), []
+    ids = asked.prompt("1 + 1?")[1]
+    text = asked.stream(ids, 7, shown.append)
+    ((result,),) = asked.answers(["1 + 1?"])
+    assert result["completions"] == [text]
+    assert len(shown) == 5, "once for every token after the first"
+    assert all(later.startswith(earlier) for earlier, later in zip(shown, [*shown[1:], text], strict=True))
+    assert asked.sampler.watch.__name__ == "<lambda>", "nobody watches any more"
+
+
+def test_a_conversation_is_kept_through_a_pipe(talk, finished_run, monkeypatch):
+    """Each line is a question, blank ones are none, `exit` ends, and a later prompt has the turns before it."""
+    prompts = []
+    prompt = answering.Asked.prompt
+    monkeypatch.setattr(
+        answering.Asked, "prompt", lambda self, question: prompts.append(question) or prompt(self, question)
+    )
+    result = talk("1 + 1?\n\n  And 2?  \nexit\nnever asked\n", "--no_do_sample")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert re.findall("^> (.*)", result.stdout, re.MULTILINE) == ["1 + 1?", "And 2?"]
+    first = result.stdout.split("> 1 + 1?\n")[1].split("\n\n> And 2?")[0]
+    assert prompts[0] == "1 + 1?"
+    assert [turn["role"] for turn in prompts[1]] == ["user", "assistant", "user", "assistant"], "the list grows"
+    assert prompts[1][1]["content"] == first and prompts[1][2]["content"] == "And 2?"
+    assert "\x1b" not in result.stdout, "codes are for terminals"
+    refused(talk("half \udcff\n"), "surrogates")
+
+
+def test_turns_that_the_model_cannot_take_are_left_out(finished_run, capsys):
+    asked = asked_by(finished_run)
+    most = asked.most_tokens
+    turns = [{"role": role, "content": "1 " * 40} for role in ("user", "assistant", "user")]
+    asked.model.config.max_position_embeddings = len(asked.prompt(turns)[1]) + 5
+    chat._answer(asked, turns, 0)
+    assert len(turns) == 1 and "left out" in capsys.readouterr().err
+    asked.model.config.max_position_embeddings = 20
+    with pytest.raises(ValueError, match=r"the question has \d+ tokens, and max_new_tokens=6: the model takes 20"):
+        chat._answer(asked, turns, 0)
+    assert most > 20
+
+
+def test_reasoning_is_dim_whatever_the_parts_are():
+    text = "a<reasoning>b\nc</reasoning><answer>d</answer>"
+    for size in (1, 3, 7, 100):
+        printed, before = io.StringIO(), sys.stdout
+        sys.stdout = printed
+        try:
+            shown = Shown(dim=True)
+            for end in range(size, len(text) + size, size):
+                shown.update(text[:end])
+            shown.update(text, whole=True)
+        finally:
+            sys.stdout = before
+        result = printed.getvalue().replace(PLAIN + DIM, "")
+        assert result == f"a{DIM}<reasoning>b\nc</reasoning>{PLAIN}<answer>d</answer>", (size, result)
+
+
+def test_what_may_still_change_waits(capsys):
+    shown = Shown(dim=False)
+    for text, printed in (("é\ufffd", "é"), ("é€", "€"), ("é€<rea", ""), ("é€<read", "<read"), ("\x1b", "")):
+        shown.update(text)
+        assert capsys.readouterr().out == printed
+    shown.update("é€<reader\x1b\ufffd", whole=True)
+    assert capsys.readouterr().out == "er\\x1b\ufffd", "what would move the cursor is spelled"
+
+
+class Terminal:
+    """A conversation with `inference.py` on a terminal of its own."""
+
+    def __init__(self, cwd, *flags):
+        self.pid, self.screen, self.text = *pty.fork(), ""
+        if self.pid == 0:
+            environment = {**os.environ, "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+            environment.pop("NO_COLOR", None)
+            os.chdir(cwd)
+            words = [sys.executable, str(ROOT / "inference.py"), "--chat", *map(str, flags)]
+            os.execve(sys.executable, words, environment)
+
+    def wait_for(self, pattern, seconds=120):
+        """Read until the pattern is on the screen, and forget what stood before its end."""
+        ends = time.monotonic() + seconds
+        while (found := re.search(pattern, self.text)) is None:
+            assert time.monotonic() < ends, self.text
+            if select.select([self.screen], [], [], 1)[0]:
+                try:
+                    self.text += os.read(self.screen, 1000).decode(errors="replace")
+                except OSError:  # the program has ended
+                    break
+        assert found, self.text
+        before, self.text = self.text[: found.end()], self.text[found.end() :]
+        return before
+
+    def type(self, keys):
+        os.write(self.screen, keys.encode())
+
+    def end(self):
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.mark.thorough
+def test_ctrl_c_stops_an_answer_and_ctrl_d_the_program(finished_run, tmp_path):
+    terminal = Terminal(tmp_path, "--model_path", finished_run, "--max_new_tokens", 20_000, "--no_do_sample")
+    try:
+        terminal.wait_for("Ctrl-C stops an answer.*\n> ".replace(".*", r"[\s\S]*"))
+        for _ in range(2):  # a second Ctrl-C would leave at once if it were one of the same answer
+            terminal.type("1 + 1?\n")
+            terminal.wait_for(r"1 \+ 1\?\s+\S{3}")  # the answer has begun
+            terminal.type("\x03")
+            terminal.wait_for(r"\(stopped\)[\s\S]*> ")
+        terminal.type("\x03")  # nothing to stop
+        terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert terminal.end() == 0
+    except BaseException:
+        os.kill(terminal.pid, signal.SIGKILL)
+        raise
+
+
+# ---- the base model beside it ----
+
+
+def test_the_base_model_answers_as_it_does_alone(finished_run, model_folder, call, tmp_path, monkeypatch):
+    """With its adapter off a model samples what the base model samples from the same numbers."""
+    questions = ["1 + 1?", "What is 12 + 7?"]
+
+    def answers(model, *flags):
+        batches = asked_by(model, "--num_samples", "2", "--system_message", "", *flags).answers(questions)
+        return [result for batch in batches for result in batch]
+
+    both, base, tuned = answers(finished_run, "--compare_base"), answers(model_folder), answers(finished_run)
+    assert [r["base_completions"] for r in both] == [r["completions"] for r in base]
+    assert [r["completions"] for r in both] == [r["completions"] for r in tuned] != [r["completions"] for r in base]
+
+    monkeypatch.setenv("COLUMNS", "100")
+    flags = ["--model_path", finished_run, "--question", "1 + 1?", "--compare_base", *SHORT]
+    result = call(ask, *flags, "--output_file", tmp_path / "a.jsonl")
+    assert re.search("^with the adapter +[|] base model$", result.stdout, re.MULTILINE), result.stdout
+    (row,) = read_file(tmp_path / "a.jsonl", "file")
+    assert set(row) == {"question", "prompt", "completions", "answers", "base_completions", "base_answers"}
+    refused(call(ask, "--model_path", model_folder, *flags[2:]), "compare_base", "is no adapter")
+
+
+def test_columns_stand_side_by_side():
+    lines = ask.side_by_side(["left", "a long line of words"], ["right"], 21)
+    assert lines == ["left      | right", "a long    |", "line of   |", "words     |"]
+
+
+# ---- batches ----
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_a_batch_of_questions_is_answered_into_a_file_of_each_format(ending, finished_run, call, tmp_path):
+    asked = [{"id": n, "ask": f'What is {n} + {n}?\nSay, "quickly"'} for n in range(3)]
+    source, target = tmp_path / f"q{ending}", tmp_path / f"a{ending}"
+    if ending == ".csv":
+        with open(source, "w", newline="") as file:
+            writer = csv.DictWriter(file, ["id", "ask"])
+            writer.writeheader()
+            writer.writerows(asked)
+    elif ending == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(asked), source)
+    else:
+        source.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    flags = ["--model_path", finished_run, "--questions_file", source, "--num_samples", "2", *SHORT]
+    result = call(ask, *flags, "--question_column", "ask", "--output_file", target)
+    assert result.returncode == 0, result.stderr
+    rows = list(read_file(target, "file"))
+    questions = [row["ask"] for row in asked]
+    if ending == ".csv":
+        assert [row["question"] for row in rows] == [question for question in questions for _ in range(2)]
+        assert [row["sample"] for row in rows] == ["1", "2"] * 3
+        assert list(rows[0]) == ["question", "prompt", "sample", "completion", "answer"]
+    else:
+        assert [row["question"] for row in rows] == questions
+        assert all(len(row["completions"]) == len(row["answers"]) == 2 for row in rows)
+    refused(call(ask, *flags, "--question_column", "nosuch"), "nosuch")
+
+
+def test_answers_are_written_as_they_come(finished_run, call, tmp_path, monkeypatch):
+    """What was answered before a Ctrl-C is in the file, and the line says how much that is."""
+    (tmp_path / "q.txt").write_text("".join(f"{n} + 1?\n" for n in range(6)))
+    monkeypatch.setattr(answering, "BATCH_ROWS", 2)
+    answers = answering.Asked.answers
+
+    def stopped(self, questions):
+        batches = answers(self, questions)
+        yield next(batches)
+        yield next(batches)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(answering.Asked, "answers", stopped)
+    for ending in (".csv", ".jsonl", ".parquet"):
+        flags = ["--model_path", finished_run, "--questions_file", tmp_path / "q.txt", *SHORT]
+        result = call(ask, *flags, "--output_file", tmp_path / f"a{ending}")
+        assert result.returncode == 130 and "stopped after 4 of 6 questions; " in result.stderr
+        assert [row["question"] for row in read_file(tmp_path / f"a{ending}", "file")] == [
+            f"{n} + 1?" for n in range(4)
+        ]
+
+
+# ---- what does not go together, and other servers ----
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--chat", "--question", "1"], ["--question and --chat"]),
+        (["--chat", "--output_file", "a.jsonl"], ["output_file='a.jsonl'", "goes with --question", "not with --chat"]),
+        (["--chat", "--num_samples", "2"], ["num_samples=2", "not with --chat"]),
+        (["--chat", "--compare_base"], ["compare_base=True", "not with --chat"]),
+        (["--chat", "--prompt_template", "alpaca"], ["prompt_template='alpaca'", "not with --chat"]),
+        (["--serve", "--show_prompt"], ["show_prompt=True", "not with --serve"]),
+        (["--question", "1", "--question_column", "a"], ["question_column='a'", "goes with --questions_file"]),
+        (["--question", "1", "--output_file", "a.xlsx"], ["output_file='a.xlsx'", ".parquet"]),
+        (["--questions_file", str(ROOT / "README.md"), "--question_column", "a"], ["question_column='a'", "a line"]),
+        (["--serve", "--model_path", "./nowhere"], ["./nowhere", "no such folder"]),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags, words, call):
+    refused(call(ask, *flags), *words)
+
+
+def test_serve_prints_lines_of_other_programs(finished_run, model_folder, call, tmp_path):
+    result = call(ask, "--serve", "--model_path", finished_run)
+    assert result.returncode == 0 and "-m tunix_torch.export" in result.stdout, result.stderr
+    lines = how_to_serve(str(model_folder))
+    words = [shlex.split(line, comments=True) for line in lines if line.startswith("  ")]
+    assert ["vllm", "serve", str(model_folder)] in words and ["transformers", "serve", str(model_folder)] in words
+    curl = next(line for line in words if line[0] == "curl")
+    assert json.loads(curl[-1])["model"] == str(model_folder)
+    assert any("convert_hf_to_gguf.py" in line for line in words)
+
+
+def test_the_lines_for_servers_ask_as_the_run_asked(tmp_path):
+    """A server knows no system message: it stands before the question, as it did in training."""
+    adapter = tmp_path / "it's"
+    adapter.mkdir()
+    (adapter / "config.json").write_text(json.dumps({"system_message": "Don't guess."}))
+    lora = {
+        "peft_type": "LORA",
+        "r": 8,
+        "base_model_name_or_path": "google/gemma-3-270m-it",
+        "target_modules": ["q_proj"],
+    }
+    (adapter / "adapter_config.json").write_text(json.dumps(lora))
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    lines = how_to_serve(str(adapter))
+    words = [shlex.split(line, comments=True) for line in lines if line.startswith("  ")]
+    assert words[0][-2:] == ["--merged", f"{adapter}-merged"]
+    curl = next(line for line in words if line[0] == "curl")
+    assert json.loads(curl[-1])["messages"][0]["content"].startswith("Don't guess.\n\n")
+    assert words[-1][:3] == ["vllm", "serve", "google/gemma-3-270m-it"] and f"tuned={adapter}" in words[-1]
