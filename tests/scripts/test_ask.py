@@ -3,14 +3,10 @@
 import csv
 import io
 import json
-import os
-import pty
 import re
-import select
 import shlex
 import signal
 import sys
-import time
 
 import pyarrow.parquet
 import pytest
@@ -112,56 +108,38 @@ def test_what_may_still_change_waits(capsys):
     assert capsys.readouterr().out == "er\\x1b\ufffd", "what would move the cursor is spelled"
 
 
-class Terminal:
-    """A conversation with `inference.py` on a terminal of its own."""
+class Keyboard(io.StringIO):
+    """An input that counts as a terminal. Ctrl-C is pressed where a line is that says so."""
 
-    def __init__(self, cwd, *flags):
-        self.pid, self.screen, self.text = *pty.fork(), ""
-        if self.pid == 0:
-            environment = {**os.environ, "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT), "TERM": "xterm"}
-            environment.pop("NO_COLOR", None)
-            os.chdir(cwd)
-            words = [sys.executable, str(ROOT / "inference.py"), "--chat", *map(str, flags)]
-            os.execve(sys.executable, words, environment)
+    def isatty(self):
+        return True
 
-    def wait_for(self, pattern, seconds=120):
-        """Read until the pattern is on the screen, and forget what stood before its end."""
-        ends = time.monotonic() + seconds
-        while (found := re.search(pattern, self.text)) is None:
-            assert time.monotonic() < ends, self.text
-            if select.select([self.screen], [], [], 1)[0]:
-                try:
-                    self.text += os.read(self.screen, 1000).decode(errors="replace")
-                except OSError:  # the program has ended
-                    break
-        assert found, self.text
-        before, self.text = self.text[: found.end()], self.text[found.end() :]
-        return before
-
-    def type(self, keys):
-        os.write(self.screen, keys.encode())
-
-    def end(self):
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+    def readline(self, *_):
+        line = super().readline()
+        if line == "^C\n":
+            signal.raise_signal(signal.SIGINT)
+        return line
 
 
-@pytest.mark.thorough
-def test_ctrl_c_stops_an_answer_and_ctrl_d_the_program(finished_run, tmp_path):
-    terminal = Terminal(tmp_path, "--model_path", finished_run, "--max_new_tokens", 20_000, "--no_do_sample")
+def test_ctrl_c_stops_an_answer_and_not_the_program(call, monkeypatch, finished_run):
+    """Each answer can be stopped, and what there is of it stays in the conversation; at the prompt nothing happens."""
+    handler, update, asked = signal.getsignal(signal.SIGINT), Shown.update, []
+
+    def stopped_at_third_token(self, text, whole=False):
+        update(self, text, whole)
+        asked.append(text)
+        if len(asked) in (3, 6):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Shown, "update", stopped_at_third_token)
+    monkeypatch.setattr(sys, "stdin", Keyboard("1 + 1?\n^C\n2 + 2?\n3 + 3?\n"))
     try:
-        terminal.wait_for("Ctrl-C stops an answer.*\n> ".replace(".*", r"[\s\S]*"))
-        for _ in range(2):  # a second Ctrl-C would leave at once if it were one of the same answer
-            terminal.type("1 + 1?\n")
-            terminal.wait_for(r"1 \+ 1\?\s+\S{3}")  # the answer has begun
-            terminal.type("\x03")
-            terminal.wait_for(r"\(stopped\)[\s\S]*> ")
-        terminal.type("\x03")  # nothing to stop
-        terminal.wait_for("> ")
-        terminal.type("\x04")
-        assert terminal.end() == 0
-    except BaseException:
-        os.kill(terminal.pid, signal.SIGKILL)
-        raise
+        result = call(ask, "--chat", "--model_path", finished_run, *SHORT, "--no_do_sample")
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert result.stdout.count("(stopped)") == 2 and len(asked) == 6 + 6, "the third answer came to its end"
+    assert "exit or Ctrl-D ends" in result.stdout
 
 
 # ---- the base model beside it ----
