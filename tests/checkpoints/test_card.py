@@ -155,6 +155,14 @@ def test_a_merged_model_of_a_foreign_adapter_has_a_card_without_figures(finished
     assert made.data.eval_results is None and "## How to load it" in made.text and "## Settings" not in made.text
 
 
+def test_a_card_that_somebody_broke_is_named(finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    (tmp_path / "run" / "README.md").write_text("---\na: [\n---\n")
+    with pytest.raises(ValueError, match=r"README\.md: its head can't be read: .*mend or delete it"):
+        export_merged(tmp_path / "run", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_an_adapter_finds_the_tiny_model_that_it_was_trained_on(tmp_path, monkeypatch, model_folder, caplog):
     """Another version of the package makes another tiny model. The adapter gets its own, where that is still there."""
     monkeypatch.setenv("TUNIX_CACHE", str(tmp_path))

@@ -3,7 +3,7 @@
 import importlib.metadata
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config.checks import PREFERENCE_LOSSES as WITH_PAIRS
 from ..config.data import DataConfig
-from ..config.files import load_config
 from ..config.grpo import GRPOConfig
 from ..config.model import ModelConfig
-from ..config.saved import changed_settings, config_file, saved_settings
+from ..config.saved import changed_settings
 from ..evals.estimators import wilson_interval
 from ..model import tiny
 from ..model.origin import hub_id, is_tiny, licence_of, public_name
@@ -22,7 +21,7 @@ from ..model.origin import hub_id, is_tiny, licence_of, public_name
 CARD_FILE, CURVES_FILE = "README.md", "training_curves.png"
 TAG = "tunix-torch"  # by which a card of ours is known
 ADAPTER, MERGED = "A LoRA adapter for", "A plain model, of an adapter that was merged into"
-LOADING, LICENCE = "How to load it", "Licence"  # headings
+ABOUT, LOADING, SETTINGS, LICENCE = "What it is", "How to load it", "Settings", "Licence"  # headings
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 DATA_SETS = {"gsm8k": "openai/gsm8k", "math": "MATH", "arc": "allenai/ai2_arc"}
 NOT_SHOWN = ("model_name", "system_message", "data_path", "val_data_path", "use_grpo")  # they stand elsewhere
@@ -99,44 +98,15 @@ def model_card(folder: str | Path, facts: CardFacts, metadata: Mapping[str, Any]
     for name, value in (metadata or {}).items():
         data[name] = value
     sections = {
-        "What it is": _about(facts),
+        ABOUT: _about(facts),
         "Figures": _figures_text(found, folder),
         LOADING: loading_text(facts, folder),
-        "Settings": _settings_text(facts.settings, folder),
+        SETTINGS: _settings_text(facts.settings, folder),
         LICENCE: licence_text(licence),
-        "Versions": _versions(facts.is_adapter),
+        "Versions": versions(facts.is_adapter),
     }
     body = "".join(f"\n## {heading}\n\n{text}\n" for heading, text in sections.items() if text)
     return ModelCard(f"---\n{data}\n---\n\n# {title}\n{body}")
-
-
-def card_of_merged(run: Path, folder: Path, facts: CardFacts, whole: bool) -> ModelCard:
-    """The card of a plain model that was made of what a run has trained.
-
-    It is the run's own card, as far as that holds for this model too; where the run has none, a new one.
-
-    Args:
-        run: the run's folder.
-        folder: where the model lies.
-        facts: of the model. Those that only the run's card says are not needed.
-        whole: the run trained all weights; else an adapter was merged.
-    """
-    card = ModelCard.load(run / CARD_FILE) if (run / CARD_FILE).is_file() else None
-    if card is None or TAG not in (card.data.tags or []):
-        return model_card(folder, facts)
-    parts = card.text.split("\n## ")
-    sections = dict(part.split("\n\n", 1) for part in parts[1:])
-    config = load_config(config_file(run)) if config_file(run).is_file() else saved_settings(run) or {}
-    sections["What it is"] = sections["What it is"].replace(ADAPTER, MERGED) if not whole else sections["What it is"]
-    sections[LOADING] = f"{loading_text(replace(facts, settings=config), folder)}\n"
-    sections["Settings"] = sections["Settings"].partition("\nAll are in `")[0]  # its config.json is the model's
-    sections["Versions"] = f"{_versions(facts.is_adapter)}\n"
-    data = card.data
-    data["library_name"], data["base_model_relation"] = "transformers", "finetune" if data.base_model else None
-    if data.model_name is not None:
-        data["model_name"] = facts.repo
-    body = "".join(f"\n## {heading}\n\n{text.rstrip()}\n" for heading, text in sections.items())
-    return ModelCard(f"---\n{data}\n---\n\n# {facts.repo}\n{body}")
 
 
 # ---- what it is ----
@@ -363,7 +333,8 @@ def licence_text(licence: str | None) -> str:
     return f"{unknown}; what it allows and asks for holds for this model too."
 
 
-def _versions(is_adapter: bool) -> str:
+def versions(is_adapter: bool) -> str:
+    """The packages that a model was trained with."""
     packages = ["tunix-torch", "transformers", *(["peft"] if is_adapter else []), "torch"]
     return ", ".join(f"{name} {_version(name)}" for name in packages)
 

@@ -121,11 +121,11 @@ def _add_groups(
 ) -> None:
     actions = {action.dest: action for action in reversed(parser._actions)}  # `--no_NAME` comes after `--NAME`
     sections = _by_group(configs) if everything else [("The settings that matter first [default]", list(FIRST))]
-    inherited = {name for config in configs if config.__name__ not in SECTIONS for name in _headings(config.__mro__[1])}
+    own = {name for config in configs for name in config.__dict__["__annotations__"]}
     for title, names in sections:
         form.start_section(title)
         for name in names:
-            in_short = not everything or (name in FIRST and name in inherited)  # Transformers says what it does itself
+            in_short = not everything or (name in FIRST and name not in own)  # Transformers says what its Trainer does
             form.add_argument(_shown(actions[name], FIRST[name] if in_short else None))
         form.end_section()
 

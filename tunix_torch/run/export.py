@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..checkpoints.card import CARD_FILE, CURVES_FILE, CardFacts, card_of_merged
+from ..checkpoints.card import CARD_FILE, CURVES_FILE, CardFacts
 from ..checkpoints.files import has_final_files, newest_checkpoint
+from ..checkpoints.merged_card import card_of_merged
 from ..config.files import write_whole
 from ..config.model import STORED_DTYPES
 from ..model.forward import base_model, text_config
