@@ -1,4 +1,4 @@
-"""The card of a plain model that was made of what a run has trained: the run's own, as far as it holds for that model."""
+"""The card of a plain model that was made of what a run has trained: the run's own, as far as it still holds."""
 
 from dataclasses import replace
 from pathlib import Path
