@@ -200,6 +200,9 @@ def test_a_batch_of_questions_is_answered_into_a_file_of_each_format(ending, fin
         assert [row["question"] for row in rows] == questions
         assert all(len(row["completions"]) == len(row["answers"]) == 2 for row in rows)
     refused(call(ask, *flags, "--question_column", "nosuch"), "nosuch")
+    new = ["--question", "half \udcff", "--output_file", tmp_path / "new.jsonl"]
+    refused(call(ask, "--model_path", finished_run, *new), "surrogates")
+    assert not (tmp_path / "new.jsonl").exists(), "a refused question leaves no file that would stand in the way"
 
 
 def test_answers_are_written_as_they_come(finished_run, call, tmp_path, monkeypatch):

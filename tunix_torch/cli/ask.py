@@ -129,12 +129,13 @@ def lines_of(completion: str) -> list[str]:
     """A completion as the numbered steps of its reasoning, and its answer."""
     final = extract_answer(completion)
     steps = [f"{i}. {step}" for i, step in enumerate(reasoning_steps(completion), start=1)]
-    return [*(f"  {step}" for step in steps), f"Answer: {final or '(none between <answer> tags)'}"]
+    answer = "(none between <answer> tags)" if final is None else final
+    return [*(f"  {step}" for step in steps), f"Answer: {answer}"]
 
 
 def side_by_side(left: Sequence[str], right: Sequence[str], width: int) -> list[str]:
     """Two texts in columns of equal width."""
-    column = (width - 3) // 2
+    column = max(width - 3, 20) // 2
     folded = [[part for line in lines for part in textwrap.wrap(line, column) or [""]] for lines in (left, right)]
     height = max(map(len, folded))
     folded = [lines + [""] * (height - len(lines)) for lines in folded]
@@ -202,7 +203,7 @@ def _ask_all(asked: Any, questions: Sequence[Any], args: argparse.Namespace) -> 
     from .answer_files import AnswersFile
 
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(AnswersFile(args.output_file, args.compare_base)) if args.output_file else None
+        file = None  # it is made when there is something to write
         is_short = len(questions) * args.num_samples <= FEW
         bar = stack.enter_context(
             tqdm(total=len(questions), unit="question", dynamic_ncols=True, disable=is_short or None)
@@ -213,11 +214,12 @@ def _ask_all(asked: Any, questions: Sequence[Any], args: argparse.Namespace) -> 
                 with tqdm.external_write_mode():
                     for result in results:
                         show(result, args.show_prompt)
-                if file is not None:
+                if args.output_file:
+                    file = file or stack.enter_context(AnswersFile(args.output_file, args.compare_base))
                     file.append(results)
                 bar.update(len(results))
                 done += len(results)
         except KeyboardInterrupt:
-            kept = f"; {args.output_file} holds their answers" if args.output_file else ""
+            kept = f"; {args.output_file} holds their answers" if file is not None else ""
             print(f"\nstopped after {done} of {len(questions)} questions{kept}", file=sys.stderr)
             raise
