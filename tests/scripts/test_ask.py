@@ -167,8 +167,8 @@ def test_the_base_model_answers_as_it_does_alone(finished_run, model_folder, cal
 
 
 def test_columns_stand_side_by_side():
-    lines = ask.side_by_side(["left", "a long line of words"], ["right"], 21)
-    assert lines == ["left      | right", "a long    |", "line of   |", "words     |"]
+    lines = ask.side_by_side(["left", "a long line of words"], ["right"], 23)
+    assert lines == ["left       | right", "a long     |", "line of    |", "words      |"]
 
 
 # ---- batches ----
