@@ -238,10 +238,11 @@ def example_plan(**changes):
     """Return a plan of the tiny model, with 10 layers, from two made-up cuts of 2 and 4 layers."""
     from tunix_torch import GRPOConfig, ModelConfig
     from tunix_torch.preflight.compiler import Program
+    from tunix_torch.preflight.graph import Graph
+    from tunix_torch.preflight.graph_names import DECODE, LEARN
     from tunix_torch.preflight.hlo import Collective
     from tunix_torch.preflight.models import model_config, with_depth
     from tunix_torch.preflight.plan import Cut, Job, Plan, plan_graph
-    from tunix_torch.preflight.trace import DECODE, LEARN, Graph
 
     job = Job(
         ModelConfig(lora_rank=4), GRPOConfig(output_dir="/nowhere", micro_batch_size=4), parse_topology("v5e:1x1")
@@ -394,7 +395,7 @@ def test_the_vision_tower_is_held_and_neither_computed_nor_read(monkeypatch):
 )
 def test_only_what_will_not_change_is_kept(monkeypatch, tmp_path, error, compilations):
     from tunix_torch.preflight import compiler
-    from tunix_torch.preflight.trace import Graph
+    from tunix_torch.preflight.graph import Graph
 
     asked = []
     monkeypatch.setattr(compiler.importlib.metadata, "version", lambda name: "1")
@@ -516,7 +517,7 @@ args = GRPOConfig(output_dir=sys.argv[2], report_to="none", per_device_train_bat
     max_prompt_length=16, generation_max_length=8, system_message="", micro_batch_size=4)
 trainer = make_trainer(model_config(sys.argv[1]), ModelConfig(model_dtype="float32", lora_rank=16), args)
 for graph in trace_step(trainer):
-    Path(sys.argv[2], graph.name + ".txt").write_text(xla_client.XlaComputation(graph.hlo).as_hlo_text())
+    Path(sys.argv[2], graph.name + ".txt").write_text(xla_client.XlaComputation(graph.program).as_hlo_text())
 """
 
 

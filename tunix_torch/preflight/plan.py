@@ -28,10 +28,11 @@ from ..model.loading import torch_dtype
 from ..runtime import device
 from .chips import Chip, Topology
 from .compiler import Program, compile_for
+from .graph import Graph
 from .graph_names import DECODE
 from .models import kinds_of_layers, vision_parameters, with_depth, with_layers
 from .models import model_config as config_of
-from .trace import Graph, make_trainer, trace_step
+from .trace import make_trainer, trace_step
 
 CUT_DEPTHS = (2, 4)  # layers of the two cuts; each cut has layers with a window and layers without
 # The part of HBM that a plan by arithmetic must leave free, as the compiler may need more: see `report.CAVEAT`.
@@ -285,7 +286,7 @@ def job_of(argv: Sequence[str], topology: Topology, any_mesh: bool = False) -> J
         argv = [*argv, "--mesh_shape", f"1,{topology.num_chips}", "--mesh_axes", "fsdp,tp"]
     _check_mesh(argv, topology)
     device.plan_for_tpu()
-    model, _, args = parse_job([*argv, "--device", "xla"])
+    model, _, args = parse_job([*argv, "--device", device.KIND])
     if not args.use_grpo:
         raise ValueError("use_grpo=False: only GRPO is planned; set use_grpo to true")
     for name, planned in (("steps_per_generation", 1), ("dynamic_sampling", False)):
