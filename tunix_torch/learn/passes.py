@@ -21,7 +21,7 @@ never waits for the device.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -103,13 +103,21 @@ def lay_out(batch: TrainBatch, args: GRPOConfig) -> list[Pass]:
         rows = args.rows_per_pass
     else:  # as many rows as their real lengths allow
         rows = args.rows_in_pass_of(int(batch.lengths.sum()) / len(batch.prompt_ids))
-    parts = batch.split(rows)
+    parts = (
+        [_with_own_tensors(part) for part in batch.split(rows)] if device.computes_views_again() else batch.split(rows)
+    )
     passes = [_laid_out(part, args) for part in parts]
     for part in parts:
         for tensor in part.tensors():
             shard_rows(tensor)
     device.sync()  # the graphs of the passes begin after this cut, so that they are alike
     return passes
+
+
+def _with_own_tensors(part: TrainBatch) -> TrainBatch:
+    """A micro-batch that is no view of its batch, so that all micro-batches have the same graph."""
+    columns = {field.name: getattr(part, field.name) for field in fields(part)}
+    return TrainBatch(**{name: value if value is None else value.clone() for name, value in columns.items()})
 
 
 def _laid_out(part: TrainBatch, args: GRPOConfig) -> Pass:

@@ -123,7 +123,7 @@ def compile_module(
 
 
 def compile_graph(request: Request) -> Compiled:
-    """Compile as torch-xla and torch_tpu do on a TPU: the compiler chooses the layout of results, and of no parameter."""
+    """Compile as torch-xla and torch_tpu do: the compiler chooses the layout of results, and of no parameter."""
     from jax._src.interpreters import mlir
     from jax._src.lib import xla_client
     from jaxlib.mlir import ir

@@ -308,6 +308,7 @@ def _check_mesh(argv: Sequence[str], topology: Topology) -> None:
     settings |= {name: value for name, value in flags.items() if value is not None}
     mesh = ModelConfig(**{name: settings[name] for name in ("mesh_shape", "mesh_axes") if name in settings}).mesh
     chips = topology.num_chips
+    check_one_chip(mesh, f"mesh_shape={settings.get('mesh_shape')!r}")
     if mesh is not None and math.prod(mesh[0]) not in (1, chips):
         fitting = " ".join(f"{chips // tp},{tp}" for tp in (2**i for i in range(9)) if tp <= chips)
         raise ValueError(
@@ -320,3 +321,14 @@ def check_traceable() -> None:
     """Raise ValueError when this process cannot trace a job's graphs, since torch_xla is missing."""
     if not device.traces_graphs():
         raise ValueError("the pre-flight traces with torch_xla: pip install 'torch-xla[tpu]==2.9.0'")
+
+
+def check_one_chip(mesh: tuple[Sequence[int], Sequence[str]] | None, given: str) -> None:
+    """Raise ValueError when a mesh of several chips is to be planned from the graphs of torch_tpu, which has none.
+
+    Args:
+        given: what asks for the mesh, as words.
+    """
+    if device.graph_dialect() == "stablehlo" and mesh is not None and math.prod(mesh[0]) > 1:
+        hint = "plan it in torch-xla's environment (make setup), or leave the mesh out"
+        raise ValueError(f"{given}: the graphs of torch_tpu are those of one chip; {hint}")

@@ -1,5 +1,6 @@
 """What torch_tpu tells of its programs before they run, as StableHLO: of deferred operations, of a compiled step."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ from .device import KIND
 
 if KIND == "tpu":
     import torch_tpu._internal.sync.sync as torch_tpu_sync
+
+_IN_BRACKETS = r'(?:[^()"]|"[^"]*")*'
+PLACE = re.compile(rf" loc\({_IN_BRACKETS}(?:\({_IN_BRACKETS}(?:\({_IN_BRACKETS}\){_IN_BRACKETS})*\){_IN_BRACKETS})*\)")
 
 
 def is_deferred(tensor: torch.Tensor) -> bool:
@@ -34,4 +38,11 @@ def run_and_read(step: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, st
     results = compile_for_torch_tpu(step, options)(*args)
     (debug,) = seen
     (text,) = debug.stablehlo_forward_text
-    return results, text
+    return results, _without_places(text)
+
+
+def _without_places(text: str) -> str:
+    """A program without the lines of Python that its operations come from, whose paths differ between machines."""
+    text = PLACE.sub("", re.sub(r"^#loc.*\n", "", text, flags=re.MULTILINE))
+    assert " loc(" not in text, "a place in Python that PLACE does not match"
+    return text

@@ -131,6 +131,11 @@ def traces_graphs() -> bool:
     return KIND in ("tpu", "xla")
 
 
+def computes_views_again() -> bool:
+    """Whether each graph that reads a view computes it from the whole tensor, so that graphs of two views differ."""
+    return KIND == "tpu"
+
+
 def graph_dialect() -> str:
     """What graphs are read as before they are compiled: "stablehlo", as text, through torch_tpu, else "hlo"."""
     return "stablehlo" if KIND == "tpu" else "hlo"
