@@ -13,6 +13,8 @@ if KIND == "xla":
     import torch_xla.core.xla_model as xm
     import torch_xla.utils.buffer_donor_context as buffer_donor_context
 if KIND == "tpu":
+    from .in_place import InPlaceBackend
+
     # A step has a shape for each number of rows and each width of the cache, for sampling and for greedy answers.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
 
@@ -37,7 +39,7 @@ def compile_step(step: Callable[..., Any], model: torch.nn.Module) -> Callable[.
 
 def compile_for_torch_tpu(step: Callable[..., Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
     """Compile a step by torch_tpu, with options of its backend of `torch.compile`."""
-    return torch.compile(step, backend="tpu", fullgraph=True, dynamic=False, options=options)
+    return torch.compile(step, backend=InPlaceBackend(), fullgraph=True, dynamic=False, options=options)
 
 
 def tensors_in(args: Sequence[Any]) -> list[torch.Tensor]:
