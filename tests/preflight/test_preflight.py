@@ -429,6 +429,26 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message):
     assert result.stderr.strip().splitlines()[-1].startswith("error: ")
 
 
+def test_torch_tpu_plans_one_chip_and_leaves_a_mesh_to_torch_xla(monkeypatch):
+    pytest.importorskip("torch_xla")
+    from tunix_torch.preflight import plan
+    from tunix_torch.runtime import device
+
+    monkeypatch.setattr(device, "graph_dialect", lambda: "stablehlo")
+    with pytest.raises(ValueError, match=r"mesh_shape='2,2': the graphs of torch_tpu .* one chip; .* \(make setup\)"):
+        plan.job_of(["--use_grpo", "--mesh_shape", "2,2"], parse_topology("v5e:2x2"))
+    plan.check_one_chip(((1, 1), ("fsdp", "tp")), "mesh_shape='1,1'")
+
+
+def test_torch_tpu_without_anything_to_trace_on_says_what_can_be_done(monkeypatch):
+    from tunix_torch.cli import planning
+
+    monkeypatch.setattr(planning, "tpu_is_present", lambda: False)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    with pytest.raises(ValueError, match="a TPU or a plugin that stands for one: make plan-tpu"):
+        planning.stand_for_one_chip()
+
+
 @pytest.mark.thorough
 def test_a_search_by_arithmetic_names_what_it_leaves_out(small_model, tmp_path):
     """The job has two prompts and the slice four chips, while the flags name a mesh of eight."""
