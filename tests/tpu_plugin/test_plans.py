@@ -54,7 +54,7 @@ def test_the_decode_step_writes_its_caches_where_they_lie(planned):
     header = planned[1]["decode"].splitlines()[0]
     shapes = re.findall(r"\w+\[[\d,]*\]", header.partition("entry_computation_layout={(")[2].partition(")->")[0])
     overwritten = re.findall(r"\{\d+\}: \((\d+), \{\}", header.partition("input_output_alias={")[2])
-    assert sorted(shapes[int(number)] for number in overwritten) == ["f32[8,1,7,32]"] * 4, header[:2000]
+    assert sorted(shapes[int(number)] for number in overwritten) == ["bf16[8,1,7,32]"] * 4, header[:2000]
 
 
 def test_a_chip_needs_no_mesh(monkeypatch):
