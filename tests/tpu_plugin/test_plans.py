@@ -23,7 +23,6 @@ BY_TORCH_XLA = {
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     """The plan as JSON, and the compiled program of each graph."""
-    pytest.importorskip("jax")
     from tunix_torch.preflight.models import model_config, with_depth
 
     folder = tmp_path_factory.mktemp("planned")

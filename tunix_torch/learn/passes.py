@@ -103,9 +103,9 @@ def lay_out(batch: TrainBatch, args: GRPOConfig) -> list[Pass]:
         rows = args.rows_per_pass
     else:  # as many rows as their real lengths allow
         rows = args.rows_in_pass_of(int(batch.lengths.sum()) / len(batch.prompt_ids))
-    parts = (
-        [_with_own_tensors(part) for part in batch.split(rows)] if device.computes_views_again() else batch.split(rows)
-    )
+    parts = batch.split(rows)
+    if len(parts) > 1 and device.computes_views_again():
+        parts = [_with_own_tensors(part) for part in parts]
     passes = [_laid_out(part, args) for part in parts]
     for part in parts:
         for tensor in part.tensors():

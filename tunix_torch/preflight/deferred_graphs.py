@@ -2,8 +2,8 @@
 
 torch_tpu notes operations and runs them later, as torch-xla does. The graph of all that is noted when `device.sync` is
 called is read as one program. On a device, torch_tpu cuts it into several, at the results that Python can still reach,
-so that what is planned is the program at its best. A decode step is compiled as a whole there too, and is read from the
-compiler. torch_tpu lets no result overwrite an argument, in neither.
+so that what is planned is the program at its best, and no result overwrites an argument. A decode step is compiled as a
+whole there too. It is read from the compiler, and its program says itself which arguments it overwrites.
 """
 
 import itertools
