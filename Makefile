@@ -10,7 +10,7 @@ TESTS_OF_TPU := tests/test_xla.py tests/runtime/test_compiled_step.py tests/runt
 .PHONY: help setup train train-quick train-show-config train-sweep evaluate check-device test test-all test-slow test-plans crosscheck bench torture soak config lint format \
 	tensorboard clean
 .PHONY: fuzz lock audit  # of what comes from outside: input, packages
-.PHONY: setup-tpu test-tpu bench-tpu  # of torch_tpu, which needs an environment of its own
+.PHONY: setup-tpu test-tpu bench-tpu plan-tpu  # of torch_tpu, which needs an environment of its own
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -92,6 +92,9 @@ test-tpu: $(TPU)/shim.so  ## the tests through torch_tpu, a plugin for the CPU b
 
 bench-tpu: $(TPU)/shim.so  ## a learning pass through torch_tpu by fused, eager and compiled operations, in turns
 	$(ON_PLUGIN) $(TPU)/bin/python -m benchmarks.torch_tpu_modes $(ARGS)
+
+plan-tpu: $(TPU)/shim.so  ## plan_tpu.py from torch_tpu's graphs, without a TPU (ARGS="--config configs/quick_test.json --topology v5e:1x1")
+	@$(ON_PLUGIN) $(TPU)/bin/python plan_tpu.py $(ARGS)
 
 fuzz: setup  ## rows, settings, flags, answers and checkpoints at random, 10,000 cases each (CASES=500: fewer)
 	TUNIX_DEVICE=cpu TUNIX_FUZZ_CASES=$(or $(CASES),10000) $(BIN)/python -m pytest -s -m thorough tests/fuzz $(ARGS)

@@ -70,7 +70,7 @@ backend=${backend:-xla}
 args=(--device "$backend" "${args[@]}")
 topology=${TOPOLOGY:-$topology}
 if [[ "$backend" == tpu ]]; then
-    echo "plan     the plan is left out: plan_tpu.py needs an environment with torch-xla" >&2
+    echo "plan     the plan is left out: through torch_tpu it would take the chip; see plan_tpu.py --help" >&2
 elif [[ -n "$topology" && -f plan_tpu.py && "${SKIP_PREFLIGHT:-0}" != 1 ]]; then
     planned=0 # what it says is advice: a job that can't be planned, or that may not fit, is started all the same
     "$PYTHON" plan_tpu.py --quick --topology "$topology" "${args[@]}" || planned=$?

@@ -238,10 +238,11 @@ def example_plan(**changes):
     """Return a plan of the tiny model, with 10 layers, from two made-up cuts of 2 and 4 layers."""
     from tunix_torch import GRPOConfig, ModelConfig
     from tunix_torch.preflight.compiler import Program
+    from tunix_torch.preflight.graph import Graph
+    from tunix_torch.preflight.graph_names import DECODE, LEARN
     from tunix_torch.preflight.hlo import Collective
     from tunix_torch.preflight.models import model_config, with_depth
     from tunix_torch.preflight.plan import Cut, Job, Plan, plan_graph
-    from tunix_torch.preflight.trace import DECODE, LEARN, Graph
 
     job = Job(
         ModelConfig(lora_rank=4), GRPOConfig(output_dir="/nowhere", micro_batch_size=4), parse_topology("v5e:1x1")
@@ -394,7 +395,7 @@ def test_the_vision_tower_is_held_and_neither_computed_nor_read(monkeypatch):
 )
 def test_only_what_will_not_change_is_kept(monkeypatch, tmp_path, error, compilations):
     from tunix_torch.preflight import compiler
-    from tunix_torch.preflight.trace import Graph
+    from tunix_torch.preflight.graph import Graph
 
     asked = []
     monkeypatch.setattr(compiler.importlib.metadata, "version", lambda name: "1")
@@ -426,6 +427,26 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message):
     result = plan_tpu(*arguments)
     assert result.returncode == 2 and message in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_torch_tpu_plans_one_chip_and_leaves_a_mesh_to_torch_xla(monkeypatch):
+    pytest.importorskip("torch_xla")
+    from tunix_torch.preflight import plan
+    from tunix_torch.runtime import device
+
+    monkeypatch.setattr(device, "graph_dialect", lambda: "stablehlo")
+    with pytest.raises(ValueError, match=r"mesh_shape='2,2': the graphs of torch_tpu .* one chip; .* \(make setup\)"):
+        plan.job_of(["--use_grpo", "--mesh_shape", "2,2"], parse_topology("v5e:2x2"))
+    plan.check_one_chip(((1, 1), ("fsdp", "tp")), "mesh_shape='1,1'")
+
+
+def test_torch_tpu_without_anything_to_trace_on_says_what_can_be_done(monkeypatch):
+    from tunix_torch.cli import planning
+
+    monkeypatch.setattr(planning, "tpu_is_present", lambda: False)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    with pytest.raises(ValueError, match="a TPU or a plugin that stands for one: make plan-tpu"):
+        planning.stand_for_one_chip()
 
 
 @pytest.mark.thorough
@@ -516,7 +537,7 @@ args = GRPOConfig(output_dir=sys.argv[2], report_to="none", per_device_train_bat
     max_prompt_length=16, generation_max_length=8, system_message="", micro_batch_size=4)
 trainer = make_trainer(model_config(sys.argv[1]), ModelConfig(model_dtype="float32", lora_rank=16), args)
 for graph in trace_step(trainer):
-    Path(sys.argv[2], graph.name + ".txt").write_text(xla_client.XlaComputation(graph.hlo).as_hlo_text())
+    Path(sys.argv[2], graph.name + ".txt").write_text(xla_client.XlaComputation(graph.program).as_hlo_text())
 """
 
 

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from ..preflight.chips import parse_topology
-from .planning import own_flags, planning_parser, say, stand_for
+from ..runtime.choice import tpu_backend
+from .planning import own_flags, planning_parser, say, stand_for, stand_for_one_chip
 from .script import called_as, quiet_transformers
 
 EXAMPLES = """
@@ -15,6 +16,7 @@ COMMAND --config configs/gemma3_1b.json --topology v5e:2x4 --quick    # arithmet
 COMMAND --config configs/gemma3_1b.json --topology v5e:2x4 --search   # which mesh, which micro-batch?
 
 Every setting of train.py is a flag here too. The job's own graphs are traced with torch-xla and compiled by libtpu.
+Where torch_tpu is installed, they are traced with torch_tpu, and are those of one chip.
 Exit codes: 0 when the job fits (--quick: probably; --search: on some mesh), 1 when it does not, 2 for a mistake.
 """
 
@@ -44,7 +46,10 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     """
     ours, rest = parse_args(sys.argv[1:] if argv is None else argv, called_as(command))
     topology = parse_topology(ours.topology)
-    stand_for(topology)
+    if tpu_backend() == "tpu":
+        stand_for_one_chip()
+    else:
+        stand_for(topology)
     from ..preflight import compiler, plan, quick, report, search
 
     plan.check_traceable()

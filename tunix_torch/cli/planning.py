@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..config.help import HELP_ALL, help_asked
 from ..preflight.chips import Topology
+from ..runtime.choice import tpu_is_present
 from .script import Parser, check_output_file, choose_device
 
 
@@ -48,6 +49,21 @@ def stand_for(topology: Topology) -> None:
     """Give this process as many devices on the CPU as a slice has chips, before torch_xla is imported."""
     os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(topology.num_chips)}
     choose_device(["--device=xla"])
+
+
+def stand_for_one_chip() -> None:
+    """Choose torch_tpu for this process, before it is imported, and let it cut no graph while it is traced.
+
+    Raises:
+        ValueError: torch_tpu has nothing to run on here.
+    """
+    if "TPU_LIBRARY_PATH" not in os.environ and not tpu_is_present():
+        raise ValueError(
+            "torch_tpu traces on a TPU or a plugin that stands for one: make plan-tpu ARGS='--topology v5e:1x1 ...', "
+            "or plan in torch-xla's environment (make setup)"
+        )
+    os.environ["TORCH_TPU_INTERNAL_DETECT_REPEATED_OPS"] = "off"  # it would run what comes before a repetition
+    choose_device(["--device=tpu"])
 
 
 def say(text: str) -> None:

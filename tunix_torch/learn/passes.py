@@ -21,7 +21,7 @@ never waits for the device.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -104,12 +104,20 @@ def lay_out(batch: TrainBatch, args: GRPOConfig) -> list[Pass]:
     else:  # as many rows as their real lengths allow
         rows = args.rows_in_pass_of(int(batch.lengths.sum()) / len(batch.prompt_ids))
     parts = batch.split(rows)
+    if len(parts) > 1 and device.computes_views_again():
+        parts = [_with_own_tensors(part) for part in parts]
     passes = [_laid_out(part, args) for part in parts]
     for part in parts:
         for tensor in part.tensors():
             shard_rows(tensor)
     device.sync()  # the graphs of the passes begin after this cut, so that they are alike
     return passes
+
+
+def _with_own_tensors(part: TrainBatch) -> TrainBatch:
+    """A micro-batch that is no view of its batch, so that all micro-batches have the same graph."""
+    columns = {field.name: getattr(part, field.name) for field in fields(part)}
+    return TrainBatch(**{name: value if value is None else value.clone() for name, value in columns.items()})
 
 
 def _laid_out(part: TrainBatch, args: GRPOConfig) -> Pass:

@@ -9,11 +9,15 @@ pre-flight that trace Tunix import jax.
 
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+# torch_tpu 0.2.0 writes an attribute that jaxlib 0.10.2 can't read. It allows equal numbers to come in any order.
+NOT_STABLE = re.compile(rb"(chlo\.top_k\(%[\w#]+, k = \d+), is_stable = false")
 
 
 @dataclass
@@ -22,7 +26,8 @@ class Request:
 
     topology: str  # the name of a slice, for `chips.parse_topology`
     num_partitions: int  # devices of the mesh; 1 means no mesh
-    hlo: str  # path of the file to read: a serialized HloModuleProto
+    graph: str  # path of the file to read
+    dialect: str  # of that file, as in `graph.Graph`
     donated: list[int]  # indices of the parameters whose buffers the results may overwrite
     result: str  # path of the JSON file to write
     program: str  # path of the text file to write
@@ -122,13 +127,17 @@ def compile_module(
 
 
 def compile_graph(request: Request) -> Compiled:
-    """Compile as torch-xla does on a TPU: the compiler chooses the layout of results, and of no parameter."""
+    """Compile as torch-xla and torch_tpu do: the compiler chooses the layout of results, and of no parameter."""
     from jax._src.interpreters import mlir
     from jax._src.lib import xla_client
     from jaxlib.mlir import ir
 
     devices = slice_devices(request.topology, request.num_partitions)
-    stablehlo = xla_client._xla.mlir.hlo_to_stablehlo(Path(request.hlo).read_bytes())
+    graph = Path(request.graph).read_bytes()
+    if request.dialect == "hlo":
+        stablehlo = xla_client._xla.mlir.hlo_to_stablehlo(graph)
+    else:
+        stablehlo = NOT_STABLE.sub(rb"\1", graph)
     with mlir.make_ir_context():
         module = ir.Module.parse(stablehlo)
         mark_donated(module, request.donated)

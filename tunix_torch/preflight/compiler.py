@@ -14,14 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from ..model import tiny
+from ..runtime import device
 from .chips import Topology
 from .compile_tpu import Compiled, Request
+from .graph import Graph
 from .hlo import Collective, collectives_of
-from .trace import Graph
 from .traffic import hbm_traffic_bytes
 
 ROOT = Path(__file__).parent.parent.parent
 VERSION = 4  # of the cached files' format; a new number makes old files unused
+# Of what compiles, by the dialect of the graphs: beside torch-xla 2.9.0 and beside torch_tpu 0.2.0.
+VERSIONS = {
+    "hlo": {"jax": "0.10.2", "libtpu": "0.0.21"},
+    "stablehlo": {"jax": "0.10.2", "libtpu": "0.0.52"},
+}
 REFUSALS = (
     "RESOURCE_EXHAUSTED",
     "Ran out of memory in memory space",
@@ -40,9 +46,8 @@ def check_installed() -> None:
     """Raise ValueError, with the packages to install, when the TPU's compiler is missing."""
     missing = [name for name in ("jax", "libtpu") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(
-            f"the pre-flight compiles with {' and '.join(missing)}: pip install jax==0.10.2 libtpu==0.0.21"
-        )
+        needed = " ".join(f"{name}=={VERSIONS[device.graph_dialect()][name]}" for name in missing)
+        raise ValueError(f"the pre-flight compiles with {' and '.join(missing)}: pip install {needed}")
 
 
 def cache_folder() -> Path:
@@ -87,9 +92,9 @@ def program_from(values: dict[str, Any]) -> Program:
 
 def _compile(topology: Topology, num_partitions: int, graph: Graph) -> Program:
     with tempfile.TemporaryDirectory(prefix="plan-tpu-") as folder:
-        files = {name: os.path.join(folder, name) for name in ("hlo", "result", "program")}
-        Path(files["hlo"]).write_bytes(graph.hlo)
-        request = Request(topology.name, num_partitions, files["hlo"], graph.donated, files["result"], files["program"])
+        files = {name: os.path.join(folder, name) for name in ("graph", "result", "program")}
+        Path(files["graph"]).write_bytes(graph.program)
+        request = Request(topology.name, num_partitions, dialect=graph.dialect, donated=graph.donated, **files)
         run_compiler("compile_tpu", asdict(request), Path(folder), graph.name, topology.libtpu_flags)
         compiled = Compiled(**json.loads(Path(files["result"]).read_text()))
         return program_of(compiled, Path(files["program"]), f"{graph.name}-{graph.digest[:8]}")
@@ -106,8 +111,9 @@ def run_compiler(module: str, request: dict[str, Any], folder: Path, what: str, 
         ValueError: this machine has too little memory for it.
     """
     (folder / "request").write_text(json.dumps(request))
+    inherited = {name: value for name, value in os.environ.items() if name != "TPU_LIBRARY_PATH"}
     environment = {
-        **os.environ,
+        **inherited,  # without the plugin that may stand for a TPU: libtpu shall compile
         "JAX_PLATFORMS": "cpu",  # keeps jax from looking for a TPU: libtpu shall only compile
         "TPU_SKIP_MDS_QUERY": "1",  # keeps libtpu from asking Google Cloud for a TPU
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another plan may be compiling at the same time

@@ -1,4 +1,4 @@
-"""Graphs that torch-xla has traced and not computed, for the pre-flight: read them, and put zeros in their place.
+"""Read the graphs that torch-xla has traced and not computed, for the pre-flight.
 
 torch-xla computes lazily: an operation on a tensor is only noted in a graph, which runs later. Such a tensor is called
 pending here. These functions use torch-xla's private `_XLAC` module, as no public one gives the graph.
@@ -6,7 +6,8 @@ pending here. These functions use torch-xla's private `_XLAC` module, as no publ
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 import torch_xla
 
 from ..runtime.compiled import tensors_in
-from ..runtime.device import sync, torch_device
+from ..runtime.device import sync
 from ..runtime.mesh import has_mesh, lay, sharding_of
+from .graph import Graph, TracedGraph
 
 
 @dataclass(frozen=True)
@@ -55,36 +57,59 @@ def graph_of(tensors: Sequence[torch.Tensor]) -> tuple[bytes, list[int]]:
     )
 
 
-def zeros_in_place_of(tensor: torch.Tensor, sharding: Any) -> torch.Tensor:
-    """Return zeros on the device, of the tensor's shape and type.
+class Reader:
+    """Reads the graphs of a trainer that torch-xla traces.
 
     Args:
-        sharding: how the zeros lie on the mesh, as `runtime.mesh.sharding_of` returns it; None for no sharding.
+        live: gives every tensor on the device that Python can still reach.
+        keep: takes graphs that end in a decode step. torch-xla's end in `sync`, so that it is not called.
     """
-    zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape).to(torch_device())
-    if sharding is not None:
-        lay(zeros, sharding)
-    return zeros
 
+    def __init__(self, live: Callable[[], list[torch.Tensor]], keep: Callable[[TracedGraph], None]) -> None:
+        self.live = live
 
-def traced_once(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a decode step that is traced in its first call; every later call returns the results of the first."""
-    results: list[Any] = []
+    def value_of(self, tensor: torch.Tensor) -> Hashable:
+        """What tells apart the values of two tensors that are there at the same time."""
+        return lazy_tensor(tensor).number
 
-    def traced_step(*args: Any) -> Any:
-        if not results:
-            sync()  # otherwise what is pending now would become part of the step's graph
-            tensors = tensors_in(args)
-            shardings = [sharding_of(tensor) for tensor in tensors]
-            outputs = list(step(*args))
-            changed = torch_xla._XLAC._check_tensor_need_materialization(tensors)
-            if has_mesh():  # results get the sharding of what they replace, as `runtime/compiled.py` does it
-                replaced = list(zip(outputs, shardings, strict=False))
-                replaced += [(t, old) for t, old, new in zip(tensors, shardings, changed, strict=True) if new]
-                for tensor, sharding in replaced:
-                    lay(tensor, sharding)
-            results.append(tuple(outputs))
-            sync()
-        return results[0]
+    def pending_graph(self) -> TracedGraph | None:
+        """The graph of all values that were traced and not computed. None: there are none."""
+        tensors, lazy = defaultdict(list), {}
+        for tensor in self.live():
+            state = lazy_tensor(tensor)
+            tensors[state.number].append(tensor)
+            lazy.setdefault(state.number, state)
+        # sorted by age, as `torch_xla.sync` sorts them, so that the graph is the same each time
+        pending = [state for _, state in sorted(lazy.items()) if state.pending]
+        if not pending:
+            return None
+        hlo, read = graph_of([tensors[state.number][0] for state in pending])
+        overwritten = {state.overwrites for state in pending}
+        live = [state for state in lazy.values() if not state.pending or state.overwrites in read]
+        live_bytes = sum(state.bytes_per_device for state in live)
+        donated = [i for i, number in enumerate(read) if number in overwritten]
+        return TracedGraph(
+            Graph("", hlo, donated, 1, live_bytes), {state.number: tensors[state.number] for state in pending}
+        )
 
-    return traced_step
+    def traced_once(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """A decode step that is traced in its first call; every later call returns the results of the first."""
+        results: list[Any] = []
+
+        def traced_step(*args: Any) -> Any:
+            if not results:
+                sync()  # otherwise what is pending now would become part of the step's graph
+                tensors = tensors_in(args)
+                shardings = [sharding_of(tensor) for tensor in tensors]
+                outputs = list(step(*args))
+                changed = torch_xla._XLAC._check_tensor_need_materialization(tensors)
+                if has_mesh():  # results get the sharding of what they replace, as `runtime/compiled.py` does it
+                    replaced = list(zip(outputs, shardings, strict=False))
+                    replaced += [(t, old) for t, old, new in zip(tensors, shardings, changed, strict=True) if new]
+                    for tensor, sharding in replaced:
+                        lay(tensor, sharding)
+                results.append(tuple(outputs))
+                sync()
+            return results[0]
+
+        return traced_step

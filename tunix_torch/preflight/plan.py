@@ -28,10 +28,11 @@ from ..model.loading import torch_dtype
 from ..runtime import device
 from .chips import Chip, Topology
 from .compiler import Program, compile_for
+from .graph import Graph
 from .graph_names import DECODE
 from .models import kinds_of_layers, vision_parameters, with_depth, with_layers
 from .models import model_config as config_of
-from .trace import Graph, make_trainer, trace_step
+from .trace import make_trainer, trace_step
 
 CUT_DEPTHS = (2, 4)  # layers of the two cuts; each cut has layers with a window and layers without
 # The part of HBM that a plan by arithmetic must leave free, as the compiler may need more: see `report.CAVEAT`.
@@ -285,7 +286,7 @@ def job_of(argv: Sequence[str], topology: Topology, any_mesh: bool = False) -> J
         argv = [*argv, "--mesh_shape", f"1,{topology.num_chips}", "--mesh_axes", "fsdp,tp"]
     _check_mesh(argv, topology)
     device.plan_for_tpu()
-    model, _, args = parse_job([*argv, "--device", "xla"])
+    model, _, args = parse_job([*argv, "--device", device.KIND])
     if not args.use_grpo:
         raise ValueError("use_grpo=False: only GRPO is planned; set use_grpo to true")
     for name, planned in (("steps_per_generation", 1), ("dynamic_sampling", False)):
@@ -307,6 +308,7 @@ def _check_mesh(argv: Sequence[str], topology: Topology) -> None:
     settings |= {name: value for name, value in flags.items() if value is not None}
     mesh = ModelConfig(**{name: settings[name] for name in ("mesh_shape", "mesh_axes") if name in settings}).mesh
     chips = topology.num_chips
+    check_one_chip(mesh, f"mesh_shape={settings.get('mesh_shape')!r}")
     if mesh is not None and math.prod(mesh[0]) not in (1, chips):
         fitting = " ".join(f"{chips // tp},{tp}" for tp in (2**i for i in range(9)) if tp <= chips)
         raise ValueError(
@@ -319,3 +321,14 @@ def check_traceable() -> None:
     """Raise ValueError when this process cannot trace a job's graphs, since torch_xla is missing."""
     if not device.traces_graphs():
         raise ValueError("the pre-flight traces with torch_xla: pip install 'torch-xla[tpu]==2.9.0'")
+
+
+def check_one_chip(mesh: tuple[Sequence[int], Sequence[str]] | None, given: str) -> None:
+    """Raise ValueError when a mesh of several chips is to be planned from the graphs of torch_tpu, which has none.
+
+    Args:
+        given: what asks for the mesh, as words.
+    """
+    if device.graph_dialect() == "stablehlo" and mesh is not None and math.prod(mesh[0]) > 1:
+        hint = "plan it in torch-xla's environment (make setup), or leave the mesh out"
+        raise ValueError(f"{given}: the graphs of torch_tpu are those of one chip; {hint}")

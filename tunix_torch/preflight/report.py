@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ..runtime import device
 from .chips import GiB
 from .graph_names import DECODE, LEARN, OLD, PREFILL, REFERENCE
 from .plan import GraphPlan, Job, Plan
@@ -94,6 +95,8 @@ def _notes(plan: Plan, compiled: Sequence[GraphPlan]) -> list[str]:
             f"{job.config.num_hidden_layers} layers; every figure is extrapolated linearly"
             f"{', for each kind of layer' * (len(depths) > 2)}."
         )
+    if compiled and not plan.by_arithmetic and device.graph_dialect() == "stablehlo":
+        lines.append("Graphs of torch_tpu. All but decoding runs in several programs, and is planned as one each.")
     lines.append(
         f"Peaks of {chip.name}: {chip.flops / 1e12:.0f} bfloat16 TFLOP/s, {chip.hbm_bytes_per_second / 1e9:.0f} GB/s "
         f"of HBM, {chip.ici_bytes_per_second / 1e9:.0f} GB/s sent (source: preflight/chips.py)."

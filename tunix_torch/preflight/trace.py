@@ -1,23 +1,26 @@
-"""Trace the graphs of one training step with torch-xla, without the model's weights and without running the graphs.
+"""Trace the graphs of one training step, without the model's weights and without running the graphs.
 
 A `TunixTrainer` is made around a model of zeros, and its own methods are called: the rollout, the reference's
 log-probabilities, a learning pass and the optimizer's step. Wherever one of them would run a graph, in `device.sync`,
 the graph is handed to a `GraphPlanner` and its results are replaced by zeros. The graphs that are planned are
 therefore those of training; `tests/preflight` compares them with the graphs that a real run compiles.
+
+How a graph is read differs between torch-xla (`lazy_graphs.py`) and torch_tpu (`deferred_graphs.py`).
 """
 
 import gc
-import hashlib
 import logging
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .. import GRPOConfig, ModelConfig, TunixTrainer
@@ -25,24 +28,14 @@ from ..batch import PromptBatch, TrainBatch
 from ..model import tiny
 from ..model.loading import lora_config, torch_dtype
 from ..runtime import device
-from ..runtime.mesh import sharding_of
+from ..runtime.mesh import has_mesh, lay, sharding_of
+from .graph import Graph, TracedGraph
 from .graph_names import DECODE, LEARN, OLD, OPTIMIZER, PREFILL, REFERENCE
-from .lazy_graphs import graph_of, lazy_tensor, traced_once, zeros_in_place_of
 
-
-@dataclass
-class Graph:
-    """One graph of a training step."""
-
-    name: str
-    hlo: bytes  # a serialized HloModuleProto with shardings
-    donated: list[int]  # indices of the arguments whose buffers the results may overwrite
-    runs: int  # how often it runs in a training step
-    live_bytes: int  # of one chip's memory, taken by all tensors when the graph starts, its arguments among them
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.hlo + repr(self.donated).encode()).hexdigest()
+if device.graph_dialect() == "stablehlo":
+    from .deferred_graphs import Reader
+else:
+    from .lazy_graphs import Reader
 
 
 def model_of_zeros(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -102,50 +95,45 @@ class GraphPlanner:
 
     def __init__(self, trainer: TunixTrainer) -> None:
         self.trainer = trainer
-        self.shardings = {id(p): sharding_of(p) for p in trainer.model.parameters()}
+        self.reader = Reader(lambda: live_tensors(trainer.model), self._keep)
+        self.shardings = {id(p): sharding_of(p) for p in trainer.model.parameters()} if has_mesh() else {}
         self.found: list[Graph] = []
 
     def graphs_of(self, run: Callable[[], object]) -> list[Graph]:
         """Return the graphs that a call would run, in order."""
         self.found = []
         few = int(os.environ.get("CPU_NUM_DEVICES", 1)) <= 127  # PyTorch's autograd threads fail with more devices
-        with device.planned_by(self), torch.autograd.set_multithreading_enabled(few):
-            run()
+        gc.collect()
+        gc.disable()  # so that `live_tensors` finds what a graph makes in the order in which it is made
+        try:
+            with device.planned_by(self), torch.autograd.set_multithreading_enabled(few):
+                run()
+        finally:
+            gc.enable()
         return self.found
 
     def plan_step(self, step: Callable[..., object]) -> Callable[..., object]:
         """Return what the trainer calls in place of a decode step: one call of it is traced."""
-        return traced_once(step)
+        return self.reader.traced_once(step)
 
     def graph_ends(self) -> None:
-        """Keep the pending graph, and put zeros in place of its results."""
-        tensors, lazy = [], {}
-        for tensor in live_tensors(self.trainer.model):
-            state = lazy_tensor(tensor)
-            tensors.append((tensor, state))
-            lazy.setdefault(state.number, (tensor, state))
-        # sorted by age, as `torch_xla.sync` sorts them, so that the graph is the same each time
-        pending = [(tensor, state) for _, (tensor, state) in sorted(lazy.items()) if state.pending]
-        if not pending:
-            return
-        hlo, read = graph_of([tensor for tensor, _ in pending])
-        overwritten = {state.overwrites for _, state in pending}
-        live = [state for _, state in lazy.values() if not state.pending or state.overwrites in read]
-        live_bytes = sum(state.bytes_per_device for state in live)
-        donated = [i for i, number in enumerate(read) if number in overwritten]
-        self.found.append(Graph("", hlo, donated, 1, live_bytes))
-        layouts = self._layouts_of_trained()
-        zeros: dict[int, Tensor] = {}
+        """Keep the pending graph, if there is one, and put zeros in place of its results."""
+        traced = self.reader.pending_graph()
+        if traced is not None:
+            self._keep(traced)
+
+    def _keep(self, traced: TracedGraph) -> None:
+        self.found.append(traced.graph)
+        layouts = self._layouts_of_trained() if has_mesh() else {}
         with torch.no_grad():
-            for tensor, state in tensors:
-                if state.pending:
-                    if state.number not in zeros:
-                        layout = sharding_of(tensor) or layouts.get(state.number)
-                        zeros[state.number] = zeros_in_place_of(tensor, layout)
-                    tensor.data = zeros[state.number]
+            for value, tensors in traced.results.items():
+                layout = next(filter(None, map(sharding_of, tensors)), layouts.get(value)) if has_mesh() else None
+                zeros = zeros_in_place_of(tensors[0], layout)
+                for tensor in tensors:
+                    tensor.data = zeros
 
     def _layouts_of_trained(self) -> dict[int, object]:
-        """Return the sharding of each trained parameter, its gradient and AdamW's averages, by `LazyTensor.number`.
+        """Return the sharding of each trained parameter, its gradient and AdamW's averages, by `Reader.value_of`.
 
         A gradient and the averages get their parameter's sharding. Without one, XLA would choose it, and the zeros in
         their place could lie differently than in a real run.
@@ -157,15 +145,28 @@ class GraphPlanner:
                 state = self.trainer.optimizer.state.get(parameter, {}).values()
                 for tensor in (parameter, parameter.grad, *state):
                     if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
-                        layouts[lazy_tensor(tensor).number] = layout
+                        layouts[self.reader.value_of(tensor)] = layout
         return layouts
 
 
 def live_tensors(model: nn.Module) -> list[Tensor]:
-    """Return every tensor on the device that Python can still reach: those that `torch_xla.sync` would compute."""
-    kind = device.torch_device().type
+    """Return every tensor on the device that Python can still reach: those that `device.sync` would compute."""
+    kind, parameters = device.torch_device().type, list(model.parameters())
     found = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and o.device.type == kind]
-    return found + [p.grad for p in model.parameters() if p.grad is not None]
+    found = [tensor for tensor in found if type(tensor) is not FakeTensor]  # which TorchDynamo leaves
+    return [*parameters, *(p.grad for p in parameters if p.grad is not None), *found]
+
+
+def zeros_in_place_of(tensor: Tensor, sharding: Any) -> Tensor:
+    """Return zeros on the device, of the tensor's shape and type.
+
+    Args:
+        sharding: how the zeros lie on the mesh, as `runtime.mesh.sharding_of` returns it; None for no sharding.
+    """
+    zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape).to(device.torch_device())
+    if sharding is not None:
+        lay(zeros, sharding)
+    return zeros
 
 
 def trace_step(trainer: TunixTrainer) -> list[Graph]:
@@ -190,7 +191,7 @@ def trace_step(trainer: TunixTrainer) -> list[Graph]:
     optimizer_graphs = planner.graphs_of(step)
 
     # The graphs that multiply matrices, which the small ones do not.
-    large = [graph for graph in rollout_graphs if b"dot" in graph.hlo]
+    large = [graph for graph in rollout_graphs if graph.multiplies_matrices]
     names = [PREFILL, DECODE] + [REFERENCE] * (args.beta > 0) + [OLD] * (args.num_iterations > 1)
     different = list({graph.digest: graph for graph in large}.values())
     assert len(different) >= len(names), f"{len(different)} graphs for {names}"
@@ -199,8 +200,8 @@ def trace_step(trainer: TunixTrainer) -> list[Graph]:
     graphs = [
         replace(graph, name=name, runs=counts[graph.digest]) for name, graph in zip(names, different, strict=True)
     ]
-    graphs[1].runs = width - 1  # the decode step, of which `traced_once` has traced one run
-    passes = [graph for graph in learn_graphs if b"dot" in graph.hlo]
+    graphs[1].runs = width - 1  # the decode step, of which the reader has traced one run
+    passes = [graph for graph in learn_graphs if graph.multiplies_matrices]
     # of several micro-batches the last one counts: it adds to the gradients of those before
     graphs.append(replace(passes[-1], name=LEARN, runs=len(passes) * args.num_iterations))
     graphs.append(replace(optimizer_graphs[-1], name=OPTIMIZER, runs=args.num_iterations))

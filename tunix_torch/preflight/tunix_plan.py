@@ -22,9 +22,9 @@ from ..model.loading import torch_dtype
 from .chips import Chip
 from .compile_tunix import LEARNING, LOGPS, ROLLOUT, TunixCompiled, TunixRequest
 from .compiler import VERSION, Program, cache_folder, is_passing, keep, program_from, program_of, run_compiler
+from .graph import Graph
 from .graph_names import DECODE, LEARN
 from .plan import CUT_DEPTHS, Cut, GraphPlan, Job, cuts_of, plan_graph
-from .trace import Graph
 
 MODELS = ("gemma2", "gemma3_text")  # model types whose graphs are compiled for Tunix
 REMATERIALISATIONS = ("NONE", "BLOCK", "DECODER")  # from the least computation to the least memory

@@ -13,6 +13,8 @@ if KIND == "xla":
     import torch_xla.core.xla_model as xm
     import torch_xla.utils.buffer_donor_context as buffer_donor_context
 if KIND == "tpu":
+    from .in_place import InPlaceBackend
+
     # A step has a shape for each number of rows and each width of the cache, for sampling and for greedy answers.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
 
@@ -27,12 +29,17 @@ def compile_step(step: Callable[..., Any], model: torch.nn.Module) -> Callable[.
         model: the step reads the parameters, buffers and other tensors of its modules, whose values may change between
             calls. Other state, such as the active adapter, stays that of the first call.
     """
-    if KIND == "tpu":
-        return torch.compile(step, backend="tpu", fullgraph=True, dynamic=False)
-    if KIND != "xla":
-        return step
     planning = planner()
-    return _CompiledStep(step, model) if planning is None else planning.plan_step(step)
+    if planning is not None:
+        return planning.plan_step(step)
+    if KIND == "tpu":
+        return compile_for_torch_tpu(step)
+    return _CompiledStep(step, model) if KIND == "xla" else step
+
+
+def compile_for_torch_tpu(step: Callable[..., Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """Compile a step by torch_tpu, with options of its backend of `torch.compile`."""
+    return torch.compile(step, backend=InPlaceBackend(), fullgraph=True, dynamic=False, options=options)
 
 
 def tensors_in(args: Sequence[Any]) -> list[torch.Tensor]:

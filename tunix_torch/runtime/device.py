@@ -94,7 +94,7 @@ def torch_device() -> torch.device:
 def is_tpu() -> bool:
     """True on a real TPU and in a process that plans a job for one. XLA:CPU runs the same graphs, but is none."""
     if KIND == "tpu":
-        return _HAS_CHIP
+        return _HAS_CHIP or _planned_for_tpu
     return KIND == "xla" and (_planned_for_tpu or os.environ["PJRT_DEVICE"] == "TPU")
 
 
@@ -105,7 +105,7 @@ _HAS_CHIP = KIND == "tpu" and tpu_is_present()  # asked once: a step that is com
 def plan_for_tpu() -> None:
     """Choose all settings as on a TPU from now on. A process that only traces graphs calls this."""
     global _planned_for_tpu
-    assert KIND == "xla", KIND
+    assert traces_graphs(), KIND
     _planned_for_tpu = True
 
 
@@ -129,6 +129,16 @@ def static_shapes() -> bool:
 def traces_graphs() -> bool:
     """Whether operations are traced into graphs for a compiler, so that reading a value makes Python wait."""
     return KIND in ("tpu", "xla")
+
+
+def computes_views_again() -> bool:
+    """Whether each graph that reads a view computes it from the whole tensor, so that graphs of two views differ."""
+    return KIND == "tpu"
+
+
+def graph_dialect() -> str:
+    """What graphs are read as before they are compiled: "stablehlo", as text, through torch_tpu, else "hlo"."""
+    return "stablehlo" if KIND == "tpu" else "hlo"
 
 
 def has_onednn() -> bool:
@@ -356,7 +366,7 @@ def planner() -> Planner | None:
 def planned_by(planner: Planner) -> Iterator[None]:
     """Within this context graphs and compiled steps are handed to a planner and not run."""
     global _planner
-    assert KIND == "xla" and _planner is None
+    assert traces_graphs() and _planner is None
     _planner = planner
     try:
         yield

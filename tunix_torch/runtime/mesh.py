@@ -41,7 +41,7 @@ def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
     if _mesh is not None and _mesh.mesh_shape != tuple(shape):
         raise ValueError(f"{asked}: this process has a mesh of {_mesh.mesh_shape} already, and keeps it")
     if wanted == 1:
-        if is_tpu() and xla_runtime.process_count() > 1:
+        if KIND == "xla" and is_tpu() and xla_runtime.process_count() > 1:
             raise ValueError(f"mesh_shape: {xla_runtime.process_count()} hosts need a mesh of all their devices")
         return
     if KIND == "tpu":
