@@ -14,6 +14,8 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput
 
+from ..completions.keeping import KeepCompletions
+from ..completions.rows import StepRows
 from ..config.grpo import GRPOConfig
 from ..config.loss import warn_of_loss
 from ..config.scale import rows_per_generation
@@ -29,7 +31,9 @@ from ..learn.sft import learn_rows
 from ..model.adapter import REFERENCE_FILE, load_reference, save_reference
 from ..model.checks import has_dropout, remove_dropout
 from ..model.forward import recompute_layers, reference_policy
+from ..model.loading import eos_token_ids
 from ..model.policies import Policy, like, mix
+from ..rewarding.scored import ScoredRollout
 from ..runtime import device, fsdp, together
 from ..runtime.profiling import ProfileStep
 from .contents import load_plain
@@ -38,7 +42,7 @@ from .files import STATE_FILE, digest_of_files, is_finished, why_damaged
 from .resuming import EarlyStoppingCallback, EndGraphWithOptimizer, OwnIntervals, SyncReference
 from .same_run import RunFacts
 from .split_weights import in_main_memory, is_split, load_optimizer, save_optimizer
-from .waiting import WaitingBatch, load_waiting, save_waiting
+from .waiting import WaitingBatch, load_waiting, save_waiting, waiting_rows
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +77,12 @@ class AdapterTrainer(SavesBeforeFailing):
             else []
         )
         self.collapse = CollapseWatch()
+        self.step_rows = StepRows(args, eos_token_ids(policy.model, others["processing_class"]))
+        self.completions = KeepCompletions(self.step_rows, lambda: self.facts.reward_funcs, args)
         own = [
             OwnIntervals(),
             self.collapse,
+            self.completions,
             *syncing,
             *(callbacks or []),
             *early_stopping,
@@ -121,6 +128,8 @@ class AdapterTrainer(SavesBeforeFailing):
         """Keep what must not change during the run. A resumed run finds its reference policy in the checkpoint."""
         self._frozen = self._sums_of_frozen()
         self._ahead, self._waiting = [], [] if checkpoint is None else load_waiting(checkpoint, self.args.device)
+        if self._waiting:
+            self.step_rows.load(waiting_rows(checkpoint))
         # None: the model without its adapter, or there is no reference.
         self.reference: dict[str, Tensor] | None = (
             self._start() if checkpoint is None else self._reference_of(checkpoint)
@@ -305,6 +314,19 @@ class AdapterTrainer(SavesBeforeFailing):
         self.collapse.note(numbers)
         super().add_metrics(numbers)
 
+    def note_rollout(self, scored: ScoredRollout, metrics: dict[str, float]) -> None:
+        """Note what was sampled and rewarded for the next step, and the numbers that are logged about it."""
+        self.add_metrics(metrics)
+        self.collapse.note_equal_rewards(metrics, self.state.global_step + 1, scored.texts[0])
+        self.step_rows.sampled(scored, self.state.global_step)
+
+    def evaluated(self, metrics: dict[str, float], rows: Sequence[Row], answers: Answers | None) -> dict[str, float]:
+        """Log what an evaluation gave, keep its answers, and let callbacks see it. Returns the metrics."""
+        self.completions.evaluated(self.state.global_step, rows, answers)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of each number that `add_metrics` was given since the last log.
 
@@ -368,7 +390,7 @@ class AdapterTrainer(SavesBeforeFailing):
         with together.folder_to_write(output_dir) as folder:
             super()._save_rng_state(folder)
             if self._waiting:
-                save_waiting(self._waiting, folder)
+                save_waiting(self._waiting, folder, self.step_rows.state(self.facts.reward_funcs))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         together.check_same(lambda: {f"files in {resume_from_checkpoint}": digest_of_files(resume_from_checkpoint)})

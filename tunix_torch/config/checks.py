@@ -58,6 +58,7 @@ NOT_NEGATIVE = (
     "num_eval_completions",
     "reward_processes",
     "save_batches",
+    "completions_max_mb",
     "micro_batch_size",
     "seed",
     "learning_rate",

@@ -241,6 +241,12 @@ class GRPOConfig(TrainingArguments):
     save_batches: int = setting(
         0, "keep the first so many steps, inputs and results, in output_dir/batches for python -m crosscheck --from-run"
     )
+    completions_max_mb: int = setting(
+        100,
+        "the completions of each logged step, and an evaluation's answers to its first 64 questions, are kept in "
+        "output_dir/completions as Parquet files of at most so many megabytes: where that gets tight, fewer steps are "
+        "kept, spread evenly over the run; 0: nothing is kept",
+    )
     profile_step: int | None = setting(
         None, "record this optimizer step, from 1, as a Chrome/Perfetto trace in output_dir/profile; the first warm up"
     )

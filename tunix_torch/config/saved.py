@@ -65,6 +65,7 @@ MAY_CHANGE = (
     "save_steps",
     "save_total_limit",
     "save_batches",
+    "completions_max_mb",
     "profile_step",
     "logging_steps",
     "logging_strategy",

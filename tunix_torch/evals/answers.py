@@ -30,6 +30,8 @@ class Answers:
     # rewards[n][i] holds the value of each of R reward functions for completion i of question n; empty: none were asked
     rewards: list[list[list[float | None]]] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)  # numbers that judge and reward functions have logged
+    names: list[str] = field(default_factory=list)  # of the R reward functions
+    weights: list[float] = field(default_factory=list)  # and what each counts for in the total
 
     @property
     def accuracy(self) -> float:

@@ -82,6 +82,7 @@ def evaluate_policy(
         )
         names, weights = [scorer.names[j] for j in reported], scorer.weights[reported]
         greedy = answer_rows(SamplingParams(args.generation_max_length, temperature=0.0))
+        greedy.names, greedy.weights = names, weights.tolist()
         metrics |= {} if judge is None else {"accuracy": greedy.accuracy, "mean_length": greedy.mean_length}
         metrics |= answer_metrics(greedy, names, weights) | means([greedy.metrics])
         if args.num_eval_completions:
