@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers import TrainerCallback, TrainerState
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput
 
 from ..completions.keeping import KeepCompletions
 from ..completions.rows import StepRows
+from ..completions.tables import ShowCompletions
 from ..config.grpo import GRPOConfig
 from ..config.loss import warn_of_loss
 from ..config.scale import rows_per_generation
@@ -78,7 +80,8 @@ class AdapterTrainer(SavesBeforeFailing):
         )
         self.collapse = CollapseWatch()
         self.step_rows = StepRows(args, eos_token_ids(policy.model, others["processing_class"]))
-        self.completions = KeepCompletions(self.step_rows, lambda: self.facts.reward_funcs, args)
+        show = ShowCompletions(args, self._tensorboard_text) if args.log_completions else None
+        self.completions = KeepCompletions(self.step_rows, lambda: self.facts.reward_funcs, args, show)
         own = [
             OwnIntervals(),
             self.collapse,
@@ -326,6 +329,11 @@ class AdapterTrainer(SavesBeforeFailing):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _tensorboard_text(self) -> Callable[[str, str, int], None] | None:
+        """The function that adds a text of a step to TensorBoard; None: the run does not report there."""
+        callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
+        return callbacks[0].tb_writer.add_text if callbacks and callbacks[0].tb_writer is not None else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of each number that `add_metrics` was given since the last log.

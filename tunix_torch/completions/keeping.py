@@ -10,7 +10,8 @@ from ..data.rows import Row
 from ..evals.answers import Answers
 from ..runtime import together
 from .files import EVALUATIONS, STEPS, CompletionFiles
-from .rows import Columns, StepRows, columns_of_answers
+from .rows import StepRows, columns_of_answers
+from .tables import ShowCompletions
 
 
 class KeepCompletions(TrainerCallback):
@@ -26,7 +27,7 @@ class KeepCompletions(TrainerCallback):
         rows: what was sampled last.
         names: gives the names of the reward functions.
         args: the settings of the run.
-        show: is given the columns of each step that is logged, on the first process; None: nobody is.
+        show: shows the completions of steps that are logged; None: nothing is shown.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class KeepCompletions(TrainerCallback):
         rows: StepRows,
         names: Callable[[], Sequence[str]],
         args: GRPOConfig,
-        show: Callable[[Columns], None] | None = None,
+        show: ShowCompletions | None = None,
     ) -> None:
         self.rows, self.names, self.args, self.show = rows, names, args, show
         self._opened: CompletionFiles | None = None
@@ -54,6 +55,8 @@ class KeepCompletions(TrainerCallback):
         )
         if together.is_first():
             self._files.forget_after(state.global_step)
+        if self.show is not None:
+            self.show.begin(state.global_step)
 
     def on_log(
         self,
