@@ -36,7 +36,7 @@ from ..model.forward import recompute_layers, reference_policy
 from ..model.loading import eos_token_ids
 from ..model.policies import Policy, like, mix
 from ..rewarding.scored import ScoredRollout
-from ..runtime import device, fsdp, together
+from ..runtime import device, fsdp, phases, together
 from ..runtime.profiling import ProfileStep
 from .contents import load_plain
 from .failing import SavesBeforeFailing
@@ -214,7 +214,8 @@ class AdapterTrainer(SavesBeforeFailing):
         self.go_on_from(checkpoint)
         if self.args.save_strategy != "no":
             self.facts.know_rows()
-        return super()._inner_training_loop(*args, **kwargs)
+        with phases.closing():
+            return super()._inner_training_loop(*args, **kwargs)
 
     # ---- a run that is finished ----
 

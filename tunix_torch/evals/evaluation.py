@@ -20,13 +20,14 @@ from ..rewarding.scorer import Scorer
 from ..rewarding.scoring import RewardFunc, require_columns
 from ..rollout.sampler import Sampler
 from ..rollout.tokens import SamplingParams
-from ..runtime import together
+from ..runtime import phases, together
 from ..runtime.once import warn_once
 from .answers import Answers, answer
 
 logger = logging.getLogger(__name__)
 
 
+@phases.during("evaluating")
 def evaluate_policy(
     model: nn.Module,
     sampler: Sampler,
