@@ -74,14 +74,15 @@ def test_later_steps_are_forgotten_and_other_files_stay(tmp_path):
     }
 
 
-def test_a_file_without_an_end_is_forgotten(tmp_path):
+def test_files_without_an_end_are_forgotten(tmp_path):
     files = CompletionFiles(tmp_path, 2**20)
     for step in (1, 2):
         files.write(STEPS, step, columns(step))
     cut = tmp_path / "completions" / "completions_00001.parquet"
     cut.write_bytes(cut.read_bytes()[:-1])
+    (cut.parent / "completions_00003.parquet.new").write_bytes(b"PAR1")
     CompletionFiles(tmp_path, 2**20).forget_after(2)
-    assert steps_of(tmp_path, STEPS) == [2]
+    assert [path.name for path in cut.parent.iterdir()] == ["completions_00002.parquet"]
 
 
 def test_a_file_that_can_not_be_written_leaves_nothing_behind(tmp_path, monkeypatch):

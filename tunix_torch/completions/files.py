@@ -44,9 +44,11 @@ class CompletionFiles:
 
     def forget_after(self, step: int) -> None:
         """Delete the files of later steps, which a run that goes on from this step will come to again, and those that a
-        machine which lost power has left without an end."""
+        killed process or a machine that lost power has left without an end."""
         for kind, sizes in self._sizes.items():
             self._keep_only(kind, [known for known in sizes if known <= step and _has_end(self._path(kind, known))])
+            for unfinished in self.folder.glob(f"{kind}_*.parquet.new"):
+                unfinished.unlink()
 
     def write(self, kind: str, step: int, columns: Columns) -> None:
         """Write the file of a step, which no file is later than, and delete those that must make room for it.

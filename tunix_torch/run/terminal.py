@@ -1,5 +1,6 @@
 """What a terminal shows of a run: a line that says what happens now, a line a log, and a summary at the end."""
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ PROGRESS_COLUMNS = (
     ("kl", "kl {:.4f}"),
     ("completions/mean_length", "length {:.0f}"),
 )
+NARROW = 70  # columns: on a narrower terminal the live line leaves out what is counted
 LINES = 20  # about so many lines with means are printed above the live line; without one, a line at each log
 TREND = 10  # logs whose mean is compared with that of as many before them
 SPARKS = {True: "▁▂▃▄▅▆▇█", False: "_.-=+*#@"}  # whether the output takes characters beyond ASCII
@@ -187,7 +189,10 @@ class Now:
         arrow = ARROWS[self.unicode]
         phase, progress = self.phases[-1] if self.phases else ("", "")
         doing = f"{phase} {progress}".strip()
-        self.widest = max(self.widest, len(doing))  # so that the other parts do not come and go with it
+        if width < NARROW:
+            doing = re.sub("(?<=[0-9]) .*", "", doing)
+        else:
+            self.widest = max(self.widest, len(doing))  # so that the other parts do not come and go with it
         parts = [(f"step {self.step}/{self.last}", "bold"), (doing.ljust(self.widest), "cyan")]
         if (left := self._left()) is not None:
             parts.append((f"{left} left", ""))
@@ -201,11 +206,14 @@ class Now:
             parts.append((f"accuracy {known[-1]:.1%} {arrow[way]}", "green"))
         if self.speed is not None:
             parts.append((f"{self.speed:,.0f} tokens/s", "dim"))
-        while len(parts) > 1 and sum(len(text) + 2 for text, _ in parts) - 2 > width:
-            parts.pop()
+        fitting, used = parts[:1], len(parts[0][0])
+        for text, style in parts[1:]:
+            if text and used + 2 + len(text) <= width:
+                fitting.append((text, style))
+                used += 2 + len(text)
         line = Text()
-        for text, style in [parts[0], *parts[2:], *parts[1:2]]:  # what happens now stands at the end
-            line.append(text, style=style).append("  ")
+        for text, style in sorted(fitting, key=lambda part: part[1] == "cyan"):
+            line.append(text, style=style).append("  ")  # what happens now stands at the end
         return line
 
     def _left(self) -> str | None:
