@@ -149,7 +149,7 @@ JOB = """
 from runs import run
 def fails(completions, trainer_state, **columns):
     if trainer_state.global_step == {fails}:
-        raise ArithmeticError("no\\x1b[31m more")
+        raise ValueError("no\\x1b[31m more")
     return [float(len(text)) for text in completions]
 from tunix_torch.cli.script import quiet_transformers, run_script
 from tunix_torch.run import setup
