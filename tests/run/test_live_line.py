@@ -177,7 +177,7 @@ def test_a_job_says_what_it_does_and_leaves_its_log(model_folder, tmp_path, colu
 
 def test_a_job_that_fails_ends_with_one_line(model_folder, tmp_path):
     code = JOB.format(fails=1, model=model_folder, folder=str(tmp_path), settings={})
-    status, text, screen = in_terminal(code, 400)
+    status, text, screen = in_terminal(code, 3000)
     *_, last, empty = shown_lines(screen)
     assert status == 1 and last.startswith("error: ") and r"no\x1b[31m more" in last and empty == "", text
     assert not any(re.match(r"step \d+/3 ", line) for line in screen.lines), "a live line was left behind"

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -84,6 +85,8 @@ def on_terminal(columns: Columns, title: str, width: int) -> RenderableType:
     labels = {name: _label(name) for name in [*names, "length"]}
     widths = {name: max(len(label), WIDEST_NUMBER) for name, label in labels.items()}
     room = width - sum(number + 2 for number in widths.values()) - 2
+    longest = max((cell_len(line) for text in columns["completion"] for line in _shown(text).split("\n")), default=0)
+    room = min(room, max(longest, NARROWEST_TEXT))
     parts, last = [Text(title, style="bold")], None
     table: Table | None = None
     for row, prompt in enumerate(columns["prompt"]):
