@@ -17,7 +17,7 @@ from tunix_torch import GRPOConfig, TunixTrainer
 from tunix_torch.config import recipes
 from tunix_torch.model import tiny
 from tunix_torch.rewards import correctness_reward, format_reward
-from tunix_torch.run.callbacks import ConsoleProgress
+from tunix_torch.run.terminal import ConsoleProgress
 
 SHORT = {**recipes.TINY, "max_steps": 5, "per_device_train_batch_size": 8, "save_strategy": "no", "eval_steps": 5}
 SHORT = {k: v for k, v in SHORT.items() if k not in ("num_eval_completions", "save_steps")}

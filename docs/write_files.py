@@ -13,7 +13,8 @@ TARGET = Path(__file__).parent / "files.md"
 ALGORITHM = ("batch.py", "grpo.py", "trainer.py", "rollout/sampler.py", "learn/step.py")
 # The rooms in the order in which a reader meets them; a room that is not named here comes after them.
 ORDER = (
-    "runtime config model data rollout learn rewarding rewards evals checkpoints run cli compat preflight crosscheck"
+    "runtime config model data rollout learn rewarding rewards evals completions checkpoints run cli compat preflight "
+    "crosscheck"
 ).split()
 
 HEAD = """# Files

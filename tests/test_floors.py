@@ -23,6 +23,7 @@ ROOMS = [
     "learn",
     "rewarding",
     "evals",
+    "completions",
     "checkpoints",
     "trainer",
     "compat",

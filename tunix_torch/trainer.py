@@ -185,8 +185,7 @@ class TunixTrainer(AdapterTrainer):
             scored = replace_equal_groups(scored, draw, self._sample_and_score, *how)
             batch = self._begin_train_batch(scored.prompts, scored.rollout)
         self._rewards, metrics = scored.rewards, scored.metrics(self.scorer.names, self.sampler.eos_token_ids)
-        self.add_metrics(metrics)
-        self.collapse.note_equal_rewards(metrics, self.state.global_step + 1, scored.texts[0])
+        self.note_rollout(scored, metrics)
         return self._with_rewards(batch, scored.totals)
 
     def _sample_and_score(self, prompts: PromptBatch) -> tuple[ScoredRollout, TrainBatch | None]:
@@ -324,6 +323,7 @@ class TunixTrainer(AdapterTrainer):
         off = grouped.mean(dim=1).abs() > 1e-5 * (1 + grouped.abs().amax(dim=1))
         row = int(off.int().argmax()) * group_size
         assert not off.any(), f"advantages are not centred: {self.scorer.describe(self._rewards, row, group_size)}"
+        self.step_rows.weighed(advantages)
         return advantages
 
     def evaluate(
@@ -344,6 +344,4 @@ class TunixTrainer(AdapterTrainer):
             self.model, self.sampler, self.processing_class, rows, *of_run, metric_key_prefix, self.state
         )
         self.first_answers = self.first_answers or self.last_answers
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return self.evaluated(metrics, rows, self.last_answers)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers import TrainerCallback, TrainerState
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput
 
+from ..completions.keeping import KeepCompletions
+from ..completions.rows import StepRows
+from ..completions.tables import ShowCompletions
 from ..config.grpo import GRPOConfig
 from ..config.loss import warn_of_loss
 from ..config.scale import rows_per_generation
@@ -28,8 +32,10 @@ from ..learn.sft import learn_rows
 from ..model.adapter import REFERENCE_FILE, load_reference, save_reference
 from ..model.checks import has_dropout, remove_dropout
 from ..model.forward import recompute_layers, reference_policy
+from ..model.loading import eos_token_ids
 from ..model.policies import Policy, like, mix
-from ..runtime import device, fsdp, together
+from ..rewarding.scored import ScoredRollout
+from ..runtime import device, fsdp, phases, together
 from ..runtime.profiling import ProfileStep
 from .contents import load_plain
 from .files import STATE_FILE, digest_of_files, is_finished, why_damaged
@@ -37,7 +43,7 @@ from .publishing import PushesToHub
 from .resuming import EarlyStoppingCallback, EndGraphWithOptimizer, OwnIntervals, SyncReference
 from .same_run import RunFacts
 from .split_weights import in_main_memory, is_split, load_optimizer, save_optimizer
-from .waiting import WaitingBatch, load_waiting, save_waiting
+from .waiting import WaitingBatch, load_waiting, save_waiting, waiting_rows
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +78,13 @@ class AdapterTrainer(PushesToHub):
             else []
         )
         self.collapse = CollapseWatch()
+        self.step_rows = StepRows(args, eos_token_ids(policy.model, others["processing_class"]))
+        show = ShowCompletions(args, self._tensorboard_text) if args.log_completions else None
+        self.completions = KeepCompletions(self.step_rows, lambda: self.facts.reward_funcs, args, show)
         own = [
             OwnIntervals(),
             self.collapse,
+            self.completions,
             *syncing,
             *(callbacks or []),
             *early_stopping,
@@ -120,6 +130,8 @@ class AdapterTrainer(PushesToHub):
         """Keep what must not change during the run. A resumed run finds its reference policy in the checkpoint."""
         self._frozen = self._sums_of_frozen()
         self._ahead, self._waiting = [], [] if checkpoint is None else load_waiting(checkpoint, self.args.device)
+        if self._waiting:
+            self.step_rows.load(waiting_rows(checkpoint))
         # None: the model without its adapter, or there is no reference.
         self.reference: dict[str, Tensor] | None = (
             self._start() if checkpoint is None else self._reference_of(checkpoint)
@@ -201,7 +213,8 @@ class AdapterTrainer(PushesToHub):
         self.go_on_from(checkpoint)
         if self.args.save_strategy != "no":
             self.facts.know_rows()
-        return super()._inner_training_loop(*args, **kwargs)
+        with phases.closing():
+            return super()._inner_training_loop(*args, **kwargs)
 
     # ---- a run that is finished ----
 
@@ -299,6 +312,24 @@ class AdapterTrainer(PushesToHub):
         self.collapse.note(numbers)
         super().add_metrics(numbers)
 
+    def note_rollout(self, scored: ScoredRollout, metrics: dict[str, float]) -> None:
+        """Note what was sampled and rewarded for the next step, and the numbers that are logged about it."""
+        self.add_metrics(metrics)
+        self.collapse.note_equal_rewards(metrics, self.state.global_step + 1, scored.texts[0])
+        self.step_rows.sampled(scored, self.state.global_step)
+
+    def evaluated(self, metrics: dict[str, float], rows: Sequence[Row], answers: Answers | None) -> dict[str, float]:
+        """Log what an evaluation gave, keep its answers, and let callbacks see it. Returns the metrics."""
+        self.completions.evaluated(self.state.global_step, rows, answers)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _tensorboard_text(self) -> Callable[[str, str, int], None] | None:
+        """The function that adds a text of a step to TensorBoard; None: the run does not report there."""
+        callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
+        return callbacks[0].tb_writer.add_text if callbacks and callbacks[0].tb_writer is not None else None
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of each number that `add_metrics` was given since the last log.
 
@@ -366,7 +397,7 @@ class AdapterTrainer(PushesToHub):
         with together.folder_to_write(output_dir) as folder:
             super()._save_rng_state(folder)
             if self._waiting:
-                save_waiting(self._waiting, folder)
+                save_waiting(self._waiting, folder, self.step_rows.state(self.facts.reward_funcs))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         together.check_same(lambda: {f"files in {resume_from_checkpoint}": digest_of_files(resume_from_checkpoint)})

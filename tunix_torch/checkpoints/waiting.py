@@ -21,13 +21,17 @@ def _file(folder: str | Path, process: int | None = None) -> Path:
     return Path(folder) / f"waiting_batches_{together.index() if process is None else process}.pt"
 
 
-def save_waiting(waiting: Sequence[WaitingBatch], folder: str | Path) -> None:
-    """Write batches into a checkpoint's folder. One that waits for several passes is written once."""
+def save_waiting(waiting: Sequence[WaitingBatch], folder: str | Path, rows: dict[str, Any]) -> None:
+    """Write batches into a checkpoint's folder. One that waits for several passes is written once.
+
+    Args:
+        rows: the completions of these batches, as `StepRows.state` gives them.
+    """
     distinct = list({id(batch): (batch, rewards) for batch, rewards in waiting}.values())
     columns = [vars(batch.in_main_memory()) for batch, _ in distinct]
     order = [next(i for i, (known, _) in enumerate(distinct) if known is batch) for batch, _ in waiting]
     saved = {"batches": columns, "rewards": [r.clone() for _, r in distinct], "order": order}
-    torch.save(saved | {"processes": together.count()}, _file(folder))
+    torch.save(saved | {"processes": together.count(), "rows": rows}, _file(folder))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -60,3 +64,8 @@ def load_waiting(folder: str | Path, device: torch.device) -> list[WaitingBatch]
         for columns in saved["batches"]
     ]
     return [(batches[i], saved["rewards"][i]) for i in saved["order"]]
+
+
+def waiting_rows(folder: str | Path) -> dict[str, Any] | None:
+    """The completions of the batches that `load_waiting` reads; None: an early version, which kept none, wrote them."""
+    return _read(_file(folder)).get("rows")

@@ -42,11 +42,7 @@ def _vllm(kind: Any, default: Any) -> Field:
     return Field(kind, default, note="It belongs to `use_vllm`, which is refused.")
 
 
-def _logged(kind: Any, default: Any, note: str) -> Field:
-    return Field(kind, default, refused=True, note=note)
-
-
-NOT_LOGGED = "Tables of completions are not logged yet; a reward function may log numbers by `log_metric`."
+SHOWN_FIRST = "TRL prints so many at random; here those of the first prompts are printed, whole groups side by side."
 
 # The 77 fields that TRL's config has beside those of `transformers.TrainingArguments`, and the five of the latter whose
 # defaults it changes, in TRL's order.
@@ -154,11 +150,21 @@ FIELDS: dict[str, Field] = {
     "vllm_importance_sampling_clip_min": _vllm(float | None, None),
     "off_policy_mask_threshold": Field(float | None, None, "off_policy_mask_threshold"),
     "use_bias_correction_kl": Field(bool, True, "use_bias_correction_kl"),
-    "log_completions": _logged(bool, False, NOT_LOGGED),
+    "log_completions": Field(
+        bool,
+        False,
+        "log_completions",
+        note="The Parquet files are those of `completions_max_mb`; False: there are none.",
+    ),
     "log_multimodal": Field(bool, True, note="There are no images."),
-    "num_completions_to_print": _logged(int | None, None, NOT_LOGGED),
-    "log_unique_prompts": _logged(bool, False, NOT_LOGGED),
-    "log_completions_hub_repo": _logged(str | None, None, NOT_LOGGED),
+    "num_completions_to_print": Field(int | None, None, "num_completions_to_print", note=SHOWN_FIRST),
+    "log_unique_prompts": Field(bool, False, "log_unique_prompts"),
+    "log_completions_hub_repo": Field(
+        str | None,
+        None,
+        refused=True,
+        note="Nothing is uploaded while a run trains; upload its folder `completions` later.",
+    ),
     "use_transformers_continuous_batching": Field(
         bool, False, refused=True, note="Completions are sampled by this library; leave it out."
     ),
@@ -239,6 +245,8 @@ def to_ours(args: "GRPOConfig") -> OurConfig:
     settings |= {field.ours: getattr(args, name) for name, field in FIELDS.items() if field.ours}
     if args.multi_objective_aggregation == "normalize_then_sum":
         settings["scale_rewards"] = None  # it has scales of its own
+    if not args.log_completions:
+        settings["completions_max_mb"] = 0
     settings["train_sampling_strategy"] = "random" if args.shuffle_dataset else "sequential"
     settings["num_eval_completions"] = args.num_generations_eval or args.num_generations
     settings["eval_temperature"] = args.temperature

@@ -46,6 +46,8 @@ COUNTS = (
     "early_stopping_patience",
     "profile_step",
     "ref_model_sync_steps",
+    "log_completions_steps",
+    "num_completions_to_print",
 )
 NOT_NEGATIVE = (
     "generation_top_k",
@@ -58,6 +60,7 @@ NOT_NEGATIVE = (
     "num_eval_completions",
     "reward_processes",
     "save_batches",
+    "completions_max_mb",
     "micro_batch_size",
     "seed",
     "learning_rate",
@@ -209,6 +212,7 @@ def check_values(args: "GRPOConfig") -> None:
     _check_teacher(args)
     _check_reference(args)
     _check_reward_errors(args)
+    _check_shown_completions(args)
     _check_left_out(args)
     _check_allowed_changes(args)
     for part in (args.optim_args or "").split(","):  # names and values as a text, such as "beta3=0.9,alpha=5"
@@ -330,6 +334,16 @@ def _check_reward_errors(args: "GRPOConfig") -> None:
         require(args.use_grpo, "on_reward_error", how, "is about rollouts: set use_grpo")
         hint = "records are replayed with all groups; leave save_batches out"
         require(not args.save_batches, "on_reward_error", how, hint)
+
+
+def _check_shown_completions(args: "GRPOConfig") -> None:
+    """Check that there are completions to show, and that nothing says how where none are shown."""
+    if args.log_completions:
+        require(args.use_grpo, "log_completions", True, "shows what was sampled to learn from: set use_grpo")
+        return
+    for name in ("log_completions_steps", "log_unique_prompts"):
+        value = getattr(args, name)
+        require(value == getattr(type(args), name), name, value, "has an effect with log_completions only")
 
 
 def _check_left_out(args: "GRPOConfig") -> None:

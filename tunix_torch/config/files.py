@@ -111,15 +111,20 @@ def _is_small(value: object) -> bool:
     return count <= MOST_VALUES
 
 
-def write_whole(path: str | Path, text: str) -> None:
-    """Write a text so that at every moment the file holds either what it held before or all of the new text."""
+def write_whole(path: str | Path, content: str | bytes, flush: bool = True) -> None:
+    """Write a text or bytes so that at every moment the file holds either what it held before or all that is new.
+
+    Args:
+        flush: wait until it is on the disk, which takes milliseconds. False: that holds unless the machine loses power.
+    """
     path = Path(path)
     beside = path.with_name(f"{path.name}.new")
     try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        with open(beside, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)

@@ -241,6 +241,24 @@ class GRPOConfig(TrainingArguments):
     save_batches: int = setting(
         0, "keep the first so many steps, inputs and results, in output_dir/batches for python -m crosscheck --from-run"
     )
+    completions_max_mb: int = setting(
+        100,
+        "the completions of each logged step, and an evaluation's answers to its first 64 questions, are kept in "
+        "output_dir/completions as Parquet files of at most so many megabytes: where that gets tight, fewer steps are "
+        "kept, spread evenly over the run; 0: nothing is kept",
+    )
+    log_completions: bool = setting(
+        False,
+        "show a table of prompts, completions, rewards and advantages on the terminal at each log, and send it to W&B, "
+        "Trackio and TensorBoard where report_to names them",
+    )
+    log_completions_steps: int | None = setting(
+        None, "with log_completions: only at the first log after every so many steps; none: at each log"
+    )
+    num_completions_to_print: int | None = setting(
+        8, "with log_completions: so many on the terminal, those of the first prompts; none: all"
+    )
+    log_unique_prompts: bool = setting(False, "with log_completions: one completion of each prompt only")
     profile_step: int | None = setting(
         None, "record this optimizer step, from 1, as a Chrome/Perfetto trace in output_dir/profile; the first warm up"
     )

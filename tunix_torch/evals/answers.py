@@ -15,7 +15,7 @@ from ..rewarding.scorer import call_on_all_hosts, raised_by_all
 from ..rewarding.scoring import RewardFunc, call_rewards
 from ..rollout.sampler import Sampler
 from ..rollout.tokens import SamplingParams, draw_uniforms
-from ..runtime import device, fsdp, together
+from ..runtime import device, fsdp, phases, together
 
 RIGHT = 1.0  # an answer is right where the judge, a reward function, gives at least this value
 
@@ -30,6 +30,8 @@ class Answers:
     # rewards[n][i] holds the value of each of R reward functions for completion i of question n; empty: none were asked
     rewards: list[list[list[float | None]]] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)  # numbers that judge and reward functions have logged
+    names: list[str] = field(default_factory=list)  # of the R reward functions
+    weights: list[float] = field(default_factory=list)  # and what each counts for in the total
 
     @property
     def accuracy(self) -> float:
@@ -109,17 +111,20 @@ def sample_texts(
     seed: int = 0,
     number: int = 0,
 ) -> tuple[list[list[str]], list[list[list[int]]]]:
-    """All completions and tokens that `sample_batches` gives. A progress bar shows where there are many batches."""
+    """All completions and tokens that `sample_batches` gives. Whoever watches the run is told how far it is; where
+    nobody does and there are many batches, a progress bar shows it."""
     batches = sample_batches(
         sampler, tokenizer, rows, params, collator, batch_size, num_completions, seed, number=number
     )
     count = -(-len(rows) // rows_at_once(len(rows), batch_size, num_completions))
+    hidden = count < 20 or not together.is_first() or phases.is_watched()
     texts, tokens = [], []
     for some_texts, some_tokens in tqdm(
-        batches, desc="Sampling", total=count, unit="batch", leave=False, disable=count < 20 or not together.is_first()
+        batches, desc="Sampling", total=count, unit="batch", leave=False, disable=hidden
     ):
         texts += some_texts
         tokens += some_tokens
+        phases.advance(phases.QUESTIONS, len(texts), len(rows))
     return texts, tokens
 
 

@@ -20,13 +20,14 @@ from ..rewarding.scorer import Scorer
 from ..rewarding.scoring import RewardFunc, require_columns
 from ..rollout.sampler import Sampler
 from ..rollout.tokens import SamplingParams
-from ..runtime import together
+from ..runtime import phases, together
 from ..runtime.once import warn_once
 from .answers import Answers, answer
 
 logger = logging.getLogger(__name__)
 
 
+@phases.during("evaluating")
 def evaluate_policy(
     model: nn.Module,
     sampler: Sampler,
@@ -82,6 +83,7 @@ def evaluate_policy(
         )
         names, weights = [scorer.names[j] for j in reported], scorer.weights[reported]
         greedy = answer_rows(SamplingParams(args.generation_max_length, temperature=0.0))
+        greedy.names, greedy.weights = names, weights.tolist()
         metrics |= {} if judge is None else {"accuracy": greedy.accuracy, "mean_length": greedy.mean_length}
         metrics |= answer_metrics(greedy, names, weights) | means([greedy.metrics])
         if args.num_eval_completions:

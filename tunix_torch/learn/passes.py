@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..batch import TrainBatch
 from ..config.grpo import GRPOConfig
-from ..runtime import device, mesh, together
+from ..runtime import device, mesh, phases, together
 from ..runtime.sharding import shard_rows
 from .packing import first_fit
 
@@ -94,7 +94,12 @@ def in_passes(batch: TrainBatch, args: GRPOConfig, compute: Callable[[Pass], T])
 
     `compute` ends with `device.sync()`, so that on XLA each pass is a graph of its own.
     """
-    return [compute(part) for part in lay_out(batch, args)]
+    results, done, total = [], 0, len(batch.completion_ids)
+    for part in lay_out(batch, args):
+        results.append(compute(part))
+        done += len(part.batch.completion_ids)
+        phases.advance(phases.ROWS, done, total)
+    return results
 
 
 def lay_out(batch: TrainBatch, args: GRPOConfig) -> list[Pass]:

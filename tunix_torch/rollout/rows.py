@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.caches import PrefixCache, RaggedGroups
-from ..runtime import device, together
+from ..runtime import device, phases, together
 from ..runtime.sharding import shard_rows
 from .ladders import FewShapes, make_ladder
 from .own_tokens import Memory, Views, WholeTensors
@@ -109,6 +109,7 @@ class Rows:
         )
         self.tensors = ids, logps, ended, prompt_mask, lengths, uniforms, *seen
         self.used += 1
+        phases.advance(phases.TOKENS, self.used + 1, self.room + 1)
 
     def results(self) -> tuple[Tensor, Tensor]:
         """The ids and logps of all rows, both (B, C)."""

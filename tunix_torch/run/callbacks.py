@@ -1,26 +1,16 @@
-"""Callbacks of a job: progress on the terminal, metrics.jsonl, and a checkpoint when the machine is taken away."""
+"""Callbacks of a job: what precedes training, metrics.jsonl, and a checkpoint when the machine is taken away."""
 
 import json
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config.files import write_whole
 
 METRICS_FILE = "metrics.jsonl"
-# The columns of a progress line: the key in the logs, and how its value is shown.
-PROGRESS_COLUMNS = (
-    ("loss", "loss {:.4f}"),
-    ("reward", "reward {:.3f}"),
-    ("rewards/correctness_reward/mean", "correct {:.0%}"),
-    ("kl", "kl {:.4f}"),
-    ("completions/mean_length", "length {:.0f}"),
-)
 
 
 class BeforeTraining(TrainerCallback):
@@ -123,62 +113,3 @@ def complete_metrics(output_dir: str | Path, state: TrainerState) -> None:
         state.log_history += rows[known:]
     if rows != state.log_history or lines[len(rows) :] != [b""]:
         rewrite_metrics(output_dir, state)
-
-
-class ConsoleProgress(TrainerCallback):
-    """Shows a progress bar, and about twenty lines a run with the means of the steps since the line before."""
-
-    def __init__(self) -> None:
-        self.bar: tqdm | None = None
-        self.since: list[dict[str, float]] = []
-        self.started = 0.0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
-            self.started = time.perf_counter()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(1)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or not logs:
-            return
-        write = print if self.bar is None else self.bar.write  # evaluations may come after the last step
-        place = f"step {state.global_step:>4}/{state.max_steps}"
-        evaluation = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
-        if evaluation:  # the numbers of single reward functions are in the file only
-            shown = [
-                f"{name} {value:.1%}" if name.endswith("accuracy") or "mean@" in name else f"{name} {value:.4g}"
-                for name, value in evaluation.items()
-                if "/" not in name and not name.endswith("reward_std")
-            ]
-            write(f"{place}  evaluation: {', '.join(shown)}")
-        elif "loss" in logs:
-            self.since.append(logs)
-            if state.global_step % max(1, state.max_steps // 20) == 0 or state.global_step == state.max_steps:
-                shown = []
-                for key, form in PROGRESS_COLUMNS:
-                    values = [row[key] for row in self.since if key in row]
-                    if values:
-                        shown.append(form.format(sum(values) / len(values)))
-                seconds = time.perf_counter() - self.started
-                write(f"{place}  {'  '.join(shown)}  ({seconds:.0f} s)")
-                self.since.clear()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None

@@ -11,6 +11,7 @@ from ..checkpoints.files import newest_checkpoint, why_not_whole
 from ..checkpoints.manifest import CHECKSUM_FILE, MANIFEST_FILE
 from ..checkpoints.publishing import UPLOADING
 from ..checkpoints.whole import UNFINISHED
+from ..completions.files import FOLDER as COMPLETIONS
 from ..config.checks import check_template_kwargs
 from ..config.files import load_config
 from ..config.grpo import SYSTEM_MESSAGE
@@ -29,6 +30,7 @@ RUN_FILES = (
     "bad_batches",
     "batches",
     "chat_template.jinja",
+    COMPLETIONS,
     CONFIG_FILE,
     "generation_config.json",
     MANIFEST_FILE,

@@ -1,6 +1,7 @@
 """Runs a whole job: set up, evaluate, train, evaluate, save; resumes a run, and leaves a finished one as it is."""
 
 import contextlib
+import shutil
 import signal
 import sys
 import time
@@ -23,6 +24,7 @@ from .lock import locked
 from .outcome import write_final_files
 from .services import log_in
 from .setup import build_trainer, settings_in_force
+from .terminal import summary
 
 
 def train(
@@ -120,6 +122,8 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
         trainer.log_summary(checkpoint)
     write_final_files(trainer)
     if together.is_first():
+        lines = summary(trainer.state.log_history, shutil.get_terminal_size().columns, sys.stdout.encoding)
+        print("\n" * bool(lines) + "\n".join(lines))
         seconds = time.perf_counter() - started
         print(f"\n{seconds:.0f} s, {device.memory_summary()}. {trainer.policy.what}, metrics and curves: {output_dir}")
     return _uploaded(trainer)

@@ -26,7 +26,8 @@ from ..rewarding.models import looks_like_model
 from ..rewarding.scoring import RewardFunc, name_of, require_columns
 from ..runtime import together
 from ..trainer import TunixTrainer
-from .callbacks import ConsoleProgress, MetricsFile
+from .callbacks import MetricsFile
+from .terminal import ConsoleProgress
 
 logger = logging.getLogger(__name__)
 
