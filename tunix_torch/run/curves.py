@@ -33,7 +33,9 @@ def plot_training_curves(output_dir: str | Path) -> Path | None:
 
     rows = load_metrics(output_dir)
     panels = {
-        "accuracy": [name for name in ("eval_accuracy", *sorted({k for r in rows for k in r if "mean@" in k}))],
+        "accuracy": [
+            name for name in ("eval_accuracy", *sorted({k for r in rows for k in r if "_mean@" in k and "/" not in k}))
+        ],
         "reward": ["reward", "reward_std"],
         "loss": ["loss"],
         "KL from the reference": ["kl"],
