@@ -1,0 +1,43 @@
+"""A finding of the diagnosis: its name, what was seen, the lines of the metrics that say so, and what to try."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Line:
+    """A number that was logged, or a mean of such numbers that ends at this step."""
+
+    step: int
+    key: str  # in metrics.jsonl, or "completions" for what was read in completions/
+    value: float
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.key} = {self.value:.4g}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a run shows that should not be so."""
+
+    name: str
+    shows: str  # one sentence or two
+    lines: Sequence[Line]
+    tries: Sequence[str]  # what to try, with the settings by their names
+
+    def as_dict(self) -> dict[str, Any]:
+        """The finding as JSON holds it."""
+        return asdict(self)
+
+
+def in_plain_text(findings: Sequence[Finding]) -> str:
+    """The findings for a terminal."""
+    if not findings:
+        return "Nothing was found: the curves show none of the troubles that are looked for."
+    parts = []
+    for finding in findings:
+        lines = "".join(f"\n    {line}" for line in finding.lines)
+        tries = "".join(f"\n  - {what}" for what in finding.tries)
+        parts.append(f"{finding.name.upper()}\n  {finding.shows}\n  Seen in:{lines}\n  Try:{tries}")
+    return "\n\n".join(part.replace("\n  - ", "\n    - ") for part in parts)
