@@ -26,12 +26,14 @@ ROOMS = [
     "checkpoints",
     "trainer",
     "compat",
+    "report",
     "run",
     "preflight",
     "crosscheck",
     "cli",
     "export",
     "replay",
+    "diagnose",
 ]
 
 

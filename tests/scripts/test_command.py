@@ -41,7 +41,11 @@ def test_help_lists_the_commands(argv, capsys):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ([], "no command: choose one of train, evaluate, ask, export, replay, plan, beside_tunix, crosscheck"),
+        (
+            [],
+            "no command: choose one of train, evaluate, ask, export, report, diagnose, replay, plan, beside_tunix, "
+            "crosscheck",
+        ),
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (["ask", "--question", "1", "--top_p", "2"], "top_p=2.0: must be in (0, 1]"),
         (["plan"], "--topology"),

@@ -84,7 +84,9 @@ def cut_off(rows: Rows) -> Finding | None:
     if share < bound:
         return None
     lengths = series(rows, "completions/mean_length")
-    grew = f", and completions grew from {lengths[0][1]:.0f} to {lengths[-1][1]:.0f} tokens" if lengths else ""
+    grew = ""
+    if lengths and lengths[-1][1] > 1.2 * lengths[0][1]:
+        grew = f", and completions grew from {lengths[0][1]:.0f} to {lengths[-1][1]:.0f} tokens"
     return Finding(
         name="cut-off completions",
         shows=f"{share:.0%} of the completions of the last {len(points)} logs had no end when they reached "

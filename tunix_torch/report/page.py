@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.files import write_whole
+from ..config.saved import config_file
 from ..data.visible import visible
 from .about import facts_of
 from .completions import Completion, steps_of
@@ -102,7 +103,7 @@ def report_of(run: RunRecord) -> str:
         evaluated=steps_of(run.answers),
         best=best,
         worst=worst,
-        changed=most_changed(run.answers),
+        changed=most_changed(run.answers, questions),
         crosscheck=_crosscheck(run),
         settings=changed_from_defaults(run.settings),
         **_repeat(run),
@@ -135,8 +136,6 @@ def comparison_of(one: RunRecord, other: RunRecord) -> str:
 
 def _repeat(run: RunRecord) -> dict[str, Any]:
     """How the run is repeated: the command, and the versions with which it computed."""
-    from ..config.saved import config_file
-
     if not run.settings:
         return {"command": None, "command_with_file": None}
     by_file = command_with_file(run.folder, config_file(run.folder).name)

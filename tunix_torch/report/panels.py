@@ -129,7 +129,7 @@ def _time(rows: Rows) -> Panel:
     other = {step: max(0.0, total[step] - sum(v.get(step, 0.0) for v in parts.values())) for step in total}
     parts["other" if parts else "whole step"] = other
     curves = [Curve(name, [(step, values.get(step, 0.0)) for step in total]) for name, values in parts.items()]
-    note = "Seconds of a step, by what was done. An accelerator may still be at work when the next part begins."
+    note = "Seconds of a step, by what was done."
     return Panel("time", "Time of a step", note, [c for c in curves if c.points], "seconds", "stacked")
 
 
@@ -141,7 +141,7 @@ def distribution(completions: Sequence[Completion]) -> Panel | None:
         return None
     values = sorted({round(reward, 6) for _, reward in rewarded})
     if len(values) <= MOST_LEVELS:
-        labels, level_of = [f"{value:g}" for value in values], {v: i for i, v in enumerate(values)}
+        labels, level_of = [f"reward {value:g}" for value in values], {v: i for i, v in enumerate(values)}
         levels = [(step, level_of[round(reward, 6)]) for step, reward in rewarded]
     else:
         low, width = values[0], (values[-1] - values[0]) / MOST_LEVELS

@@ -65,13 +65,13 @@ def _svg(panel: Panel) -> Markup:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": panel.name, "font.size": 10, "path.simplify": True}
+    style = {"svg.fonttype": "none", "svg.hashsalt": panel.name, "font.size": 11, "path.simplify": True}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=SIZE, facecolor="none")
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.125, 0.13, 0.855, 0.83), facecolor="none")
+        axes = figure.add_axes((0.13, 0.13, 0.85, 0.84), facecolor="none")
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
         axes.spines["bottom"].set_color(_GRID)
@@ -84,7 +84,7 @@ def _svg(panel: Panel) -> Markup:
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.margins(x=0.02)
         if panel.form == "percent":
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _for_page(file.getvalue(), panel)
@@ -108,8 +108,8 @@ def _draw_lines(axes: "matplotlib.axes.Axes", panel: Panel) -> None:  # noqa: F8
             axes.plot(*zip(*smoothed(points, width), strict=True), color=color, linestyle=dash, linewidth=1.8)
     values = [value for curve in panel.curves for _, value in curve.points]
     if min(values) == max(values):  # Matplotlib would show the noise of rounding around it
-        half = abs(values[0]) or 0.5
-        axes.set_ylim(values[0] - half, values[0] + half)
+        top = values[0] + (abs(values[0]) or 0.5)
+        axes.set_ylim(min(0, 2 * values[0]), min(1.04, top) if panel.form == "percent" else top)
     elif min(values) >= 0:
         axes.set_ylim(bottom=0, top=min(1.04, axes.get_ylim()[1]) if panel.form == "percent" else None)
 

@@ -8,7 +8,7 @@ from .completions import Completion, steps_of
 
 MOST_MOMENTS = 4  # at which the same question is shown
 # Questions shown of each kind: learned, lost, never answered rightly, always answered rightly.
-QUESTIONS = (5, 3, 2, 2)
+QUESTIONS = (4, 2, 2, 1)
 KINDS = ("learned", "lost", "still wrong", "right throughout")
 MOST_SHOWN = 3  # of the best, of the worst, and of those that changed most
 
@@ -68,12 +68,17 @@ def _of_other_prompts(completions: Sequence[Completion]) -> list[Completion]:
     return [c for c in completions if first[c.prompt] is c][:MOST_SHOWN]
 
 
-def most_changed(answers: Sequence[Completion]) -> list[tuple[Completion, Completion]]:
-    """Answers to the same question at the first and the last evaluation that differ most: in reward, then in text."""
+def most_changed(answers: Sequence[Completion], shown: Sequence[Question] = ()) -> list[tuple[Completion, Completion]]:
+    """Answers to the same question at the first and the last evaluation that differ most: in reward, then in text.
+
+    Args:
+        shown: questions that are shown already, and left out here.
+    """
     steps = steps_of(answers)
     if len(steps) < 2:
         return []
-    first = {c.number: c for c in answers if c.step == steps[0]}
+    known = {question.moments[0].number for question in shown if question.moments}
+    first = {c.number: c for c in answers if c.step == steps[0] and c.number not in known}
     pairs = [(first[c.number], c) for c in answers if c.step == steps[-1] and c.number in first]
 
     def change(pair: tuple[Completion, Completion]) -> tuple[float, float]:

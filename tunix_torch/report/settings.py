@@ -47,10 +47,17 @@ def changed_from_defaults(settings: dict[str, Any]) -> list[Setting]:
         if field.name not in settings or field.name in (*_PLACES, *NOT_SAVED):
             continue
         value, default = settings[field.name], json.loads(json.dumps(default_of(field), default=str))
-        if value != default:
-            text = str(field.metadata.get("help", ""))
+        if not _is_default(field.name, value, default, settings):
+            text = str(field.metadata.get("help", "")).partition(". ")[0].replace("`", "").rstrip(".")
             found.append(Setting(field.name, group, shown(value), shown(default), text))
     return found
+
+
+def _is_default(name: str, value: Any, default: Any, settings: dict[str, Any]) -> bool:
+    """Whether a setting has its default, or follows from another one."""
+    if name == "eval_strategy":  # eval_steps says so too
+        return value == default or (value == "steps" and settings.get("eval_steps") is not None)
+    return value == default or value == [default]  # report_to becomes a list
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -80,7 +87,7 @@ def command_of(settings: dict[str, Any]) -> str:
         if name not in settings or name in NOT_SAVED or settings[name] is None:
             continue
         value, default = settings[name], below.get(name, json.loads(json.dumps(default_of(field), default=str)))
-        if value == default or name in _PLACES:
+        if name in _PLACES or _is_default(name, value, default, settings):
             continue
         flags += [f"--{name}", *_words(value)]
     return f"python train.py {shlex.join(flags)}".replace("--use_grpo true", "--use_grpo").rstrip()

@@ -85,7 +85,11 @@ def _changes(run: RunRecord, rows: Rows) -> list[Change]:
 
 def _label(share: re.Match[str]) -> str:
     of = share["stem"].removeprefix("eval_").rstrip("_")
-    name = "right answers, greedy" if share["name"] == "accuracy" else f"right answers, {share['name']} sampled"
+    name = (
+        "right answers, greedy"
+        if share["name"] == "accuracy"
+        else f"right answers, mean of {share['name'][5:]} samples"
+    )
     return f"{name} ({of})" if of else name
 
 

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config.files import write_whole
+from ..report.metrics import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 # The columns of a progress line: the key in the logs, and how its value is shown.
 PROGRESS_COLUMNS = (
     ("loss", "loss {:.4f}"),
