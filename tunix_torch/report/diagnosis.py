@@ -237,4 +237,4 @@ def _lost_reward(rows: Rows) -> tuple[Line, Line] | None:
     error = (sum((v - best) ** 2 for v in window) / (WINDOW - 1) / WINDOW) ** 0.5
     if best - now <= max(0.5 * (best - min(means)), 6 * error) or min(means[at:]) == max(means):
         return None
-    return Line(points[at + WINDOW - 1][0], "reward", best), Line(points[-1][0], "reward", now)
+    return Line(points[at + WINDOW - 1][0], "reward", best, WINDOW), Line(points[-1][0], "reward", now, WINDOW)

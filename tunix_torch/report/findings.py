@@ -7,14 +7,20 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Line:
-    """A number that was logged, or a mean of such numbers that ends at this step."""
+    """A number that was logged at a step, or the mean of the numbers of several logs, of which this is the last."""
 
     step: int
-    key: str  # in metrics.jsonl, or "completions" for what was read in completions/
+    key: str  # in metrics.jsonl; it begins with "completions:" where it was read in the completions that were kept
     value: float
+    logs: int = 1  # whose mean it is
+
+    @property
+    def note(self) -> str:
+        """What must be known besides: whether it is a mean."""
+        return f"mean of {self.logs} logs" if self.logs > 1 else ""
 
     def __str__(self) -> str:
-        return f"step {self.step}: {self.key} = {self.value:.4g}"
+        return f"step {self.step}: {self.key} = {self.value:.4g}{f' ({self.note})' if self.note else ''}"
 
 
 @dataclass(frozen=True)

@@ -45,13 +45,13 @@ def _held_out(rows: Rows, key: str, reward: Points) -> Finding | None:
     at = max(range(len(points) - 1), key=lambda i: points[i][1])
     (then, best), (now, last) = points[at], points[-1]
     earlier, later = _up_to(reward, then), _up_to(reward, now)
-    if not (last < best and _is_worse(rows, key, at) and _difference(earlier, later) > 0):
+    if not (last < best and _is_worse(rows, key, at) and _difference(*map(_values, (earlier, later))) > 0):
         return None
     lines = [Line(then, key, best), Line(now, key, last)]
-    lines += [Line(then, "reward", mean(earlier)), Line(now, "reward", mean(later))]
+    lines += [_mean_line(earlier, "reward"), _mean_line(later, "reward")]
     shows = (
-        f"The mean reward rose from {mean(earlier):.3g} to {mean(later):.3g} between the steps {then} and {now}, while "
-        f"the share of right answers to held-out questions fell from {best:.1%} to {last:.1%}."
+        f"The mean reward rose from {lines[2].value:.3g} to {lines[3].value:.3g} between the steps {then} and {now}, "
+        f"while the share of right answers to held-out questions fell from {best:.1%} to {last:.1%}."
     )
     return _hacked(shows, lines)
 
@@ -174,10 +174,18 @@ def _is_worse(rows: Rows, key: str, at: int) -> bool:
     return difference_interval(points[at][1], intervals[0], points[-1][1], intervals[1])[1] < 0
 
 
-def _up_to(points: Points, step: int) -> list[float]:
-    """The values of the last WIDTH logs up to a step; where it is the start of the run, of its first logs."""
-    values = [value for at, value in points if at <= step][-WIDTH:]
-    return values if len(values) >= 5 else [value for _, value in points[:WIDTH]]
+def _up_to(points: Points, step: int) -> Points:
+    """The last WIDTH logs up to a step; where it is at the start of the run, its first logs."""
+    before = [(at, value) for at, value in points if at <= step][-WIDTH:]
+    return before if len(before) >= 5 else points[:WIDTH]
+
+
+def _values(points: Points) -> list[float]:
+    return [value for _, value in points]
+
+
+def _mean_line(points: Points, key: str) -> Line:
+    return Line(points[-1][0], key, mean(_values(points)), len(points))
 
 
 def _difference(first: Sequence[float], last: Sequence[float]) -> float:
@@ -192,13 +200,13 @@ def _difference(first: Sequence[float], last: Sequence[float]) -> float:
 def _moved(points: Points) -> float:
     """The change of the mean from the first WIDTH logs to the last ones, or 0 where it may be chance."""
     width = min(WIDTH, len(points) // 2)
-    values = [value for _, value in points]
+    values = _values(points)
     return _difference(values[:width], values[-width:]) if width else 0.0
 
 
 def _first_and_last(points: Points) -> tuple[float, float]:
     width = min(WIDTH, len(points) // 2)
-    values = [value for _, value in points]
+    values = _values(points)
     return mean(values[:width]), mean(values[-width:])
 
 
