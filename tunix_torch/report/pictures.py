@@ -146,9 +146,14 @@ def _for_page(svg: str, panel: Panel) -> Markup:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"#a[123]000\d", lambda match: _VARIABLES[match[0]], svg)
-    svg = re.sub(r"font: (\S+) [^;\"]+", r"font: \1 var(--sans)", svg)
+    svg = re.sub(r"font-family: [^;\"]+", "font-family: var(--sans)", svg)
+    svg = re.sub(r"font: (\S+) [^;\"]+", r"font: \1 var(--sans)", svg)  # as earlier versions of Matplotlib write it
     width, height = (72 * inches for inches in SIZE)
     name = f"picture-{panel.name}"
+    # Every picture has ids such as axes_1. Those that nothing refers to are left out, the others are made unique.
+    referred = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in referred else "", svg)
+    svg = re.sub(r"(url\(|href=\")#", rf"\g<1>#{name}-", svg)
     opening = (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-labelledby="{name}-title {name}-text">'
         f'<title id="{name}-title">{escape(panel.title)}</title>'

@@ -76,7 +76,8 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, str
 def command_of(settings: dict[str, Any]) -> str:
     """The command that runs a job with these settings: `python train.py` with a flag for each that it needs.
 
-    A setting that is None, where the command would take something else, can't be given as a flag; it is left out.
+    A setting that is None, where the command would take something else, can't be given as a flag; it is left out. So
+    is `report_to`, which changes nothing that is learned.
     """
     below: dict[str, Any] = {"use_grpo": False, **JOB}
     if settings.get("model_name") == TINY_NAME:
@@ -87,7 +88,7 @@ def command_of(settings: dict[str, Any]) -> str:
         if name not in settings or name in NOT_SAVED or settings[name] is None:
             continue
         value, default = settings[name], below.get(name, json.loads(json.dumps(default_of(field), default=str)))
-        if name in _PLACES or _is_default(name, value, default, settings):
+        if name in (*_PLACES, "report_to") or _is_default(name, value, default, settings):
             continue
         flags += [f"--{name}", *_words(value)]
     return f"python train.py {shlex.join(flags)}".replace("--use_grpo true", "--use_grpo").rstrip()

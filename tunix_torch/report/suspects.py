@@ -10,6 +10,7 @@ from .findings import Finding, Line
 from .metrics import Points, Rows, keys_of, mean, series, steps_of_training
 
 WIDTH = 20  # logs whose mean is the reward at the time of an evaluation
+LEAST_LONG = 4  # long completions; the share of fewer says nothing
 ERRORS = 3.0  # by so many standard errors a mean must have changed
 
 
@@ -109,8 +110,9 @@ def same_text(completions: Sequence[Completion]) -> Finding | None:
 
     The last step that was kept is looked at. Of its completions to different prompts, at least half are the same text,
     and at the first step that was kept they were half as many at most: answers such as "B" are alike by nature, but
-    from the start. Or in a fifth of the completions of at least 200 characters, zlib needs less than 15% of their
-    length: prose and worked answers take 35% or more, a sentence that is said ten times takes 12%.
+    from the start. Or in a fifth of the completions of at least 200 characters, of which there must be LEAST_LONG,
+    zlib needs less than 15% of their length: prose and worked answers take 35% or more, a sentence that is said ten
+    times takes 12%.
     """
     steps = steps_of(completions)
     if not steps:
@@ -118,7 +120,7 @@ def same_text(completions: Sequence[Completion]) -> Finding | None:
     first, last = ([c for c in completions if c.step == step] for step in (steps[0], steps[-1]))
     same, before = _share_of_commonest(last), _share_of_commonest(first)
     long = [c.text for c in last if len(c.text) >= 200]
-    loops = sum(_packed(text) < 0.15 for text in long) / len(long) if long else 0.0
+    loops = sum(_packed(text) < 0.15 for text in long) / len(long) if len(long) >= LEAST_LONG else 0.0
     if len(steps) > 1 and same >= 0.5 and before <= same / 2:
         shows = f"{same:.0%} of the completions to different questions are the same text; at first {before:.0%} were."
         lines = [Line(steps[0], "completions: share of the commonest", before)]
