@@ -111,8 +111,8 @@ def same_text(completions: Sequence[Completion]) -> Finding | None:
     The last step that was kept is looked at. Of its completions to different prompts, at least half are the same text,
     and at the first step that was kept they were half as many at most: answers such as "B" are alike by nature, but
     from the start. Or in a fifth of the completions of at least 200 characters, of which there must be LEAST_LONG,
-    zlib needs less than 15% of their length: of prose and of worked answers of this length it needs two thirds and more,
-    of a sentence that is said ten times 13%.
+    zlib needs less than 15% of their length: of prose and of worked answers of this length it needs two thirds and
+    more, of a sentence that is said ten times 13%.
     """
     steps = steps_of(completions)
     if not steps:
