@@ -16,7 +16,7 @@ from tunix_torch.report.metrics import load_metrics, series
 from tunix_torch.report.panels import panels_of
 from tunix_torch.report.record import read_run
 from tunix_torch.report.settings import changed_from_defaults, command_of
-from tunix_torch.report.verdict import verdict_of
+from tunix_torch.report.verdict import rivals, verdict_of
 
 # Texts that would do something if they were not shown as texts.
 HOSTILE = (
@@ -280,10 +280,30 @@ def test_two_runs_are_compared(run, settings, tmp_path, capsys):
     tags = Tags(file.read_text())
     text = " ".join(tags.text.split())
     assert "<b>run and other" in text and "learning_rate 0.002 0.01" in text and "epsilon" not in text
+    assert "Neither run is surely ahead: 80.0% in <b>run, 80.0% in other." in text
     assert "KL running away" in text and "Nothing was found" in text
     assert len([tag for tag, _ in tags.all if tag == "svg"]) >= 10
     main(["report", str(run), "--compare", str(run)])
     assert "None: both runs have the same settings." in file.read_text()
+
+
+def test_of_two_runs_the_better_one_is_named_where_chance_is_no_reason():
+    from tunix_torch.report.record import RunRecord
+
+    def ending(share, key="eval_accuracy", questions=256):
+        rows = healthy_rows(questions=questions)
+        last = rows[-2] | {key: share, "eval_interval/accuracy_low": share - 0.05}
+        return verdict_of(RunRecord(None, [*rows[:-2], last | {"eval_interval/accuracy_high": share + 0.05}]))
+
+    names = ("a", "b")
+    assert rivals(ending(0.8), ending(0.9), names)[0] == "b ended better: 80.0% in a, 90.0% in b"
+    assert rivals(ending(0.9), ending(0.8), names)[0] == "a ended better: 90.0% in a, 80.0% in b"
+    assert rivals(ending(0.8), ending(0.83), names)[0].startswith("Neither run is surely ahead")
+    losses = [
+        verdict_of(RunRecord(None, [{"step": 0, "eval_loss": 2.0}, {"step": 9, "eval_loss": end}])) for end in (1, 1.5)
+    ]
+    assert rivals(*losses, names)[0] == "a ended better: 1 in a, 1.5 in b"
+    assert "no evaluation in common" in rivals(losses[0], ending(0.8), names)[0]
 
 
 def test_a_page_is_written_anew_and_no_other_file_is_overwritten(run, tmp_path, capsys):

@@ -18,7 +18,7 @@ from .pictures import can_draw, pictures_of
 from .record import RunRecord, read_run
 from .samples import best_and_worst, most_changed, same_questions
 from .settings import changed_from_defaults, command_of, command_with_file, differing
-from .verdict import verdict_of
+from .verdict import rivals, verdict_of
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +124,11 @@ def comparison_of(one: RunRecord, other: RunRecord) -> str:
         for name, run in zip(names, (one, other), strict=True)
     ]
     panels = overlaid([(run["name"], panels_of(record.rows)) for run, record in zip(runs, (one, other), strict=True)])
+    headline, detail = rivals(*(run["verdict"] for run in runs), tuple(run["name"] for run in runs))
     return _page(
         "comparison.html.jinja",
+        headline=headline,
+        detail=detail,
         title=f"{runs[0]['name']} and {runs[1]['name']}",
         runs=runs,
         known=bool(one.settings and other.settings),

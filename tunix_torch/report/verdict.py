@@ -62,6 +62,28 @@ def verdict_of(run: RunRecord) -> Verdict:
     return Verdict(headline, _detail(main, first, last), tone, changes, first, last)
 
 
+def rivals(one: Verdict, other: Verdict, names: tuple[str, str]) -> tuple[str, str]:
+    """Which of two runs ended better, by the first figure of their last evaluations that both have: a headline, and
+    what it rests on."""
+    known = {change.key: change for change in other.changes}
+    pair = next(((mine, known[mine.key]) for mine in one.changes if mine.key in known), None)
+    if pair is None:
+        return "The two runs have no evaluation in common", "So what each says about itself can't be compared."
+    ends = [change.show(change.after) for change in pair]
+    figure = f"By {pair[0].label}, at the last evaluation of each."
+    intervals = [change.after_interval for change in pair]
+    said = f"{ends[0]} in {names[0]}, {ends[1]} in {names[1]}"
+    if None not in intervals:
+        low, high = difference_interval(pair[0].after, intervals[0], pair[1].after, intervals[1])
+        figure += f" The difference lies between {100 * low:+.1f} and {100 * high:+.1f} points, with 95% confidence."
+        if low <= 0 <= high:
+            return f"Neither run is surely ahead: {said}", figure
+    if pair[0].after == pair[1].after:
+        return f"Neither run is ahead: {said}", figure
+    first_ahead = (pair[0].after > pair[1].after) != (pair[0].key == "eval_loss")
+    return f"{names[0] if first_ahead else names[1]} ended better: {said}", figure
+
+
 def _changes(run: RunRecord, rows: Rows) -> list[Change]:
     """What is compared, shares first: those of right answers."""
     shares, others = [], []
