@@ -108,7 +108,7 @@ def _draw_lines(axes: "matplotlib.axes.Axes", panel: Panel) -> None:  # noqa: F8
             axes.plot(*zip(*smoothed(points, width), strict=True), color=color, linestyle=dash, linewidth=1.8)
     values = [value for curve in panel.curves for _, value in curve.points]
     if min(values) == max(values):  # Matplotlib would show the noise of rounding around it
-        top = values[0] + (abs(values[0]) or 0.5)
+        top = values[0] + (abs(values[0]) or 0.1)
         axes.set_ylim(min(0, 2 * values[0]), min(1.04, top) if panel.form == "percent" else top)
     elif min(values) >= 0:
         axes.set_ylim(bottom=0, top=min(1.04, axes.get_ylim()[1]) if panel.form == "percent" else None)
