@@ -172,6 +172,14 @@ def test_the_numbers_of_a_picture_are_those_of_the_metrics(run):
         assert all(at == step for at, _ in parts) and sum(value for _, value in parts) == pytest.approx(seconds)
 
 
+def test_a_picture_does_not_depend_on_those_before_it(run):
+    panels = panels_of(load_metrics(run))
+    together = pictures.pictures_of(panels)
+    for panel, picture in zip(panels, together, strict=True):
+        (alone,) = pictures.pictures_of([panel])
+        assert alone.svg == picture.svg, panel.name
+
+
 def test_a_long_run_makes_no_long_page(tmp_path):
     rows = healthy_rows(steps=3000, evaluated_every=100)
     text = page.report_of(read_run(write_run(tmp_path / "a", rows)))

@@ -50,8 +50,16 @@ def can_draw() -> bool:
 
 def pictures_of(panels: list[Panel]) -> list[Picture]:
     """Draw panels. Without Matplotlib they have their tables only."""
-    drawn = [_svg(panel) for panel in panels] if can_draw() else [None] * len(panels)
+    drawn = _draw(panels) if panels and can_draw() else [None] * len(panels)
     return [Picture(panel, svg, *panel.table()) for panel, svg in zip(panels, drawn, strict=True)]
+
+
+def _draw(panels: list[Panel]) -> list[Markup]:
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 11}):
+        axes = _blank()
+        return [_svg(panel, axes) for panel in panels]
 
 
 def _level_numbers(count: int) -> list[int]:
@@ -61,32 +69,41 @@ def _level_numbers(count: int) -> list[int]:
     return [1 + round(i * (NUM_COLORS - 1) / (count - 1)) for i in range(count)]
 
 
-def _svg(panel: Panel) -> Markup:
-    import matplotlib
+def _blank() -> "matplotlib.axes.Axes":  # noqa: F821
+    """Axes on a figure of their own. Several pictures are drawn on them, one after the other: to make them is slow."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": panel.name, "font.size": 11, "path.simplify": True}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=SIZE, facecolor="none")
-        FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.13, 0.13, 0.85, 0.84), facecolor="none")
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_color(_GRID)
-        axes.tick_params(colors=_INK, length=0, pad=4)
-        axes.grid(axis="y", color=_GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        {"lines": _draw_lines, "stacked": _draw_areas, "bars": _draw_bars}[panel.kind](axes, panel)
-        axes.yaxis.set_major_locator(MaxNLocator(4))
-        if panel.kind != "bars":
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            axes.margins(x=0.02)
-        if panel.form == "percent":
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure = Figure(figsize=SIZE, facecolor="none")
+    FigureCanvasSVG(figure)
+    axes = figure.add_axes((0.13, 0.13, 0.85, 0.84), facecolor="none")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_GRID)
+    axes.tick_params(colors=_INK, length=0, pad=4)
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _svg(panel: Panel, axes: "matplotlib.axes.Axes") -> Markup:  # noqa: F821
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
+
+    axes.relim()
+    axes.autoscale(True)
+    axes.margins(x=0.0 if panel.kind == "bars" else 0.02, y=0.05)
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    percent = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
+    axes.yaxis.set_major_formatter(percent if panel.form == "percent" else ScalarFormatter())
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    {"lines": _draw_lines, "stacked": _draw_areas, "bars": _draw_bars}[panel.kind](axes, panel)
+    file = io.StringIO()
+    axes.figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    for container in tuple(axes.containers):  # which removes its bars
+        container.remove()
+    for artist in (*axes.lines, *axes.collections, *axes.patches):
+        artist.remove()
     return _for_page(file.getvalue(), panel)
 
 
