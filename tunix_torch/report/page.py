@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import os
 import shlex
 from pathlib import Path
@@ -138,7 +139,7 @@ def comparison_of(one: RunRecord, other: RunRecord) -> str:
 
 
 def _repeat(run: RunRecord) -> dict[str, Any]:
-    """How the run is repeated: the command, and the versions with which it computed."""
+    """The commands that repeat the run; None where its settings are not known."""
     if not run.settings:
         return {"command": None, "command_with_file": None}
     by_file = command_with_file(run.folder, config_file(run.folder).name)
@@ -146,20 +147,20 @@ def _repeat(run: RunRecord) -> dict[str, Any]:
 
 
 def _crosscheck(run: RunRecord) -> list[dict[str, Any]]:
-    """The largest difference of each quantity of a cross-check, in units of its tolerance; and how many failed."""
-    found: dict[str, dict[str, Any]] = {}
-    for row in run.crosscheck:
-        quantity = found.setdefault(
-            row["quantity"], {"name": visible(row["quantity"]), "count": 0, "failed": 0, "worst": 0.0}
-        )
-        quantity["count"] += 1
-        quantity["failed"] += row["verdict"] == "fail"
-        quantity["tolerance"] = row["tolerance"]
-        difference = row.get("difference")
-        quantity["worst"] = (
-            None if difference is None or quantity["worst"] is None else max(quantity["worst"], difference)
-        )
-    return list(found.values())
+    """Of each quantity of a cross-check, how many comparisons there were, how many failed, and the worst of them: the
+    one that takes most of its tolerance, or that has no finite difference."""
+
+    def excess(row: dict[str, Any]) -> float:
+        return math.inf if row.get("difference") is None else row["difference"] / max(row["tolerance"], 1e-300)
+
+    found = []
+    for quantity in dict.fromkeys(row["quantity"] for row in run.crosscheck):
+        rows = [row for row in run.crosscheck if row["quantity"] == quantity]
+        worst = max(rows, key=excess)
+        failed = sum(row["verdict"] == "fail" for row in rows)
+        numbers = {"worst": worst.get("difference"), "tolerance": worst["tolerance"]}
+        found.append({"name": visible(quantity), "count": len(rows), "failed": failed, **numbers})
+    return found
 
 
 @functools.cache

@@ -100,6 +100,7 @@ def _crosscheck(folder: Path) -> list[dict[str, Any]]:
         and isinstance(row.get("quantity"), str)
         and row.get("verdict") in ("pass", "fail")
         and is_number(row.get("tolerance"))
+        and (row.get("difference") is None or is_number(row["difference"]))
         for row in rows
     )
     if not good:
