@@ -1,7 +1,7 @@
 """Configuration, checkpoint, metrics and device helpers by the names that other systems' documents use.
 
 Each stands in the library, which chooses the device when its own parts are imported; so a name is looked up when it is
-first used: `utils.load_metrics` is `tunix_torch.run.curves.load_metrics`.
+first used: `utils.load_metrics` is `tunix_torch.report.metrics.load_metrics`.
 """
 
 import importlib
@@ -16,7 +16,7 @@ HOMES = {
     "find_system_message": "run.folder",
     "get_latest_checkpoint": "run.folder",
     "load_config": "config.files",
-    "load_metrics": "run.curves",
+    "load_metrics": "report.metrics",
     "memory_summary": "runtime.device",
     "newest_run": "run.folder",
     "plot_training_curves": "run.curves",

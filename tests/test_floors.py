@@ -27,12 +27,14 @@ ROOMS = [
     "checkpoints",
     "trainer",
     "compat",
+    "report",
     "run",
     "preflight",
     "crosscheck",
     "cli",
     "export",
     "replay",
+    "diagnose",
 ]
 
 

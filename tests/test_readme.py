@@ -14,6 +14,7 @@ SUFFIXES = (".py", ".md", ".sh", ".json", ".yaml", ".toml", ".txt", ".png")
 # What a run, a command or a peer has, and not this repository.
 ELSEWHERE = {
     "config.json",
+    "crosscheck.json",
     "evaluation.summary.json",
     "first_run/recipe/profile/step-10.json",
     "generation_config.json",

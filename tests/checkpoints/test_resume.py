@@ -116,7 +116,8 @@ def test_final_files_that_are_missing_are_written(model_folder, finished_run, tm
     """Final files are missing when a run was killed between its last checkpoint and its end."""
     whole = tmp_path / "whole"
     shutil.copytree(finished_run, whole)
-    for names in (["training_curves.png"], ["adapter_model.safetensors", "trainer_state.json", "training_curves.png"]):
+    weights = ["adapter_model.safetensors", "trainer_state.json"]
+    for names in (["training_curves.png"], ["report.html"], [*weights, "training_curves.png", "report.html"]):
         for name in names:
             (whole / name).unlink()
         kept = files(whole)

@@ -53,6 +53,8 @@ def test_train_writes_everything_that_is_promised(trained):
         "config.json",
         "metrics.jsonl",
         "training_curves.png",
+        "report.html",
+        "starts.jsonl",
         "runs",
         "checkpoint-1",
         "checkpoint-2",

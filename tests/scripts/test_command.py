@@ -41,7 +41,11 @@ def test_help_lists_the_commands(argv, capsys):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ([], "no command: choose one of train, evaluate, ask, export, replay, plan, beside_tunix, crosscheck"),
+        (
+            [],
+            "no command: choose one of train, evaluate, ask, export, report, diagnose, replay, plan, beside_tunix, "
+            "crosscheck",
+        ),
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (["ask", "--question", "1", "--top_p", "2"], "top_p=2.0: must be in (0, 1]"),
         (["plan"], "--topology"),
@@ -91,6 +95,13 @@ def test_the_wheel_has_one_package_with_every_room_and_the_command():
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "tunix_torch").rglob("*.py")}
     assert {name.replace(".", "/") for name in found} == set(map(str, folders))
     assert {name.partition(".")[0] for name in found} == {"tunix_torch"}
+    others = {
+        path for path in (ROOT / "tunix_torch").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    listed = PROJECT["tool"]["setuptools"]["package-data"]
+    assert others == {
+        path for name, globs in listed.items() for g in globs for path in (ROOT / name.replace(".", "/")).glob(g)
+    }
     assert PROJECT["project"]["scripts"] == {"tunix-torch": "tunix_torch.cli.command:main"}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..config.files import write_whole
 from ..learn.optimizer_steps import OptimizerSteps
 from ..runtime import device, together
+from ..runtime.profiling import take_seconds
 
 MEANS_FILE = "since_log.json"
 
@@ -78,12 +80,14 @@ class KeepsMeans(OptimizerSteps):
 
 
 class GoOnWithMeans(TrainerCallback):
-    """Lets a resumed run go on with the sums of its checkpoint, when its trainer has set them to 0."""
+    """Lets a resumed run go on with the sums of its checkpoint, when its trainer has set them to 0; and sums up where
+    the time of each step goes."""
 
     def __init__(self, trainer: KeepsMeans) -> None:
         self.trainer = trainer
         self.checkpoint: str | None = None  # that the run is resumed from
         self.within_step = False
+        self.started = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -94,7 +98,9 @@ class GoOnWithMeans(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.within_step = True
+        self.within_step, self.started = True, time.perf_counter()
+        take_seconds()  # what was before belongs to no step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.within_step = False
+        self.trainer.add_metrics({**take_seconds(), "step_seconds": time.perf_counter() - self.started})

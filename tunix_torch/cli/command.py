@@ -13,6 +13,8 @@ COMMANDS = {
     "evaluate": "sample answers to questions with known answers, judge them, and sum up",
     "ask": "ask a model questions; see its reasoning as numbered steps, then its answer",
     "export": "merge an adapter into its base model: a plain Hugging Face model",
+    "report": "write a report of a run, one page of HTML; --compare two of them",
+    "diagnose": "say what the curves of a run show that should not be so, and what to try",
     "replay": "compute a batch again that was not finite, and say which row and quantity was first",
     "plan": "plan a job for a TPU slice, on a machine without a TPU",
     "beside_tunix": "compare a job's graphs with those of Google's Tunix, both compiled for a TPU slice",

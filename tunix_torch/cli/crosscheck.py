@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from ..crosscheck.job import Job, quiet, run_job
+from ..report.record import CROSSCHECK_FILE
 from .script import Parser, check_output_file, choose_device
 
 if TYPE_CHECKING:
@@ -46,8 +47,11 @@ def parse_args(argv: Sequence[str], command: str) -> argparse.Namespace:
     )
     parser.add_argument("--families", nargs="+", help=f"only these model families, {also}")
     parser.add_argument("--cases", nargs="+", help=f"only these cases, {also}")
-    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    kept = f"also write the table to this file (default with --from-run: {CROSSCHECK_FILE} there, for the run's report)"
+    parser.add_argument("--json", type=Path, help=kept)
     args = parser.parse_args(argv)
+    if args.json is None and args.from_run and args.from_run.is_dir():
+        args.json = args.from_run / CROSSCHECK_FILE
     check_output_file("json", args.json)
     if args.from_run and (args.families or args.cases):
         raise ValueError("from_run: a run has its own model and settings; leave out --families and --cases")

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ..compat.agent_tunix import GRPOTrainingConfig, unknown_setting
 from ..config.model import TINY_NAME
 from ..data.visible import visible
-from ..run.curves import load_metrics
+from ..report.metrics import load_metrics
 from ..run.job import train
 
 NUM_LAST_STEPS = 10  # whose mean reward a sweep's table shows

@@ -302,9 +302,9 @@ class GRPOConfig(TrainingArguments):
             judged: False in SFT without a judge, which samples no answers.
             rewards: the names of the reward functions.
         """
-        metrics = ["accuracy", "mean_length"] if judged else []
-        if judged and self.num_eval_completions:
-            metrics.append(f"mean@{self.num_eval_completions}")
+        shares = ["accuracy", *([f"mean@{self.num_eval_completions}"] if self.num_eval_completions else [])]
+        intervals = [f"interval/{name}_{end}" for name in shares for end in ("low", "high")]
+        metrics = [*shares, "mean_length", *intervals] if judged else []
         of_answers = [f"completions/{name}_length" for name in ("mean", "min", "max")]
         if rewards:
             of_answers += ["reward", "reward_std"]

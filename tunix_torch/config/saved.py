@@ -152,7 +152,8 @@ NOT_SAVED = (
 # ---- settings ----
 
 
-def _default_of(field: dataclasses.Field) -> Any:
+def default_of(field: dataclasses.Field) -> Any:
+    """The default of a setting, as `settings_of` gives its value."""
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if field.name == "accelerator_config":  # None becomes this
         resolved = AcceleratorConfig(dispatch_batches=False).to_dict()
@@ -172,7 +173,7 @@ def settings_of(*configs: Any) -> dict[str, Any]:
         own = list(type(config).__dict__.get("__annotations__", {}))
         values = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
         inherited = [field for field in dataclasses.fields(config) if field.init and field.name not in own]
-        shown = [f.name for f in inherited if f.name in COMMON_FIELDS or values[f.name] != _default_of(f)]
+        shown = [f.name for f in inherited if f.name in COMMON_FIELDS or values[f.name] != default_of(f)]
         settings |= {name: values[name] for name in [*own, *shown] if name not in NOT_SAVED}
     return settings
 
@@ -217,7 +218,7 @@ def changed_settings(now: dict[str, Any], earlier: dict[str, Any]) -> dict[str, 
         own = set(config.__dict__["__annotations__"])
         if not (own & now.keys() and own & earlier.keys()):
             continue
-        for name, default in ((field.name, _default_of(field)) for field in dataclasses.fields(config) if field.init):
+        for name, default in ((field.name, default_of(field)) for field in dataclasses.fields(config) if field.init):
             if name in MAY_CHANGE or name in NOT_SAVED:
                 continue
             here, there = now.get(name, default), earlier.get(name, default)

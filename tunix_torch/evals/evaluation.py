@@ -23,6 +23,7 @@ from ..rollout.tokens import SamplingParams
 from ..runtime import phases, together
 from ..runtime.once import warn_once
 from .answers import Answers, answer
+from .estimators import share_interval
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +57,11 @@ def evaluate_policy(
 
     Returns:
         the metrics, and the greedy answers or None. After `prefix` and "_" the metrics are, where there is a judge,
-        `accuracy` (greedy pass@1), `mean_length` in tokens, and with `num_eval_completions` = k also `mean@k`; with SFT
-        `loss`; what `answer_metrics` gives of the greedy answers, and of k samples a question under names that begin
-        with `sampled/`; what functions log, a number `n` of the greedy answers and `n@k` of the sampled ones; and
-        `runtime`, in seconds.
+        `accuracy` (greedy pass@1), `mean_length` in tokens, and with `num_eval_completions` = k also `mean@k`, each of
+        the shares with its 95% interval as `interval/NAME_low` and `interval/NAME_high`; with SFT `loss`; what
+        `answer_metrics` gives of the greedy answers, and of k samples a question under names that begin with
+        `sampled/`; what functions log, a number `n` of the greedy answers and `n@k` of the sampled ones; and `runtime`,
+        in seconds.
 
     Raises:
         ValueError: see `call_rewards`.
@@ -85,12 +87,14 @@ def evaluate_policy(
         greedy = answer_rows(SamplingParams(args.generation_max_length, temperature=0.0))
         greedy.names, greedy.weights = names, weights.tolist()
         metrics |= {} if judge is None else {"accuracy": greedy.accuracy, "mean_length": greedy.mean_length}
+        metrics |= {} if judge is None else interval("accuracy", greedy)
         metrics |= answer_metrics(greedy, names, weights) | means([greedy.metrics])
         if args.num_eval_completions:
             params = SamplingParams(args.generation_max_length, temperature=args.eval_temperature)
             samples = answer_rows(params, num_completions=args.num_eval_completions)
             logged = means([samples.metrics]) | ({} if judge is None else {"mean": samples.accuracy})
             metrics |= {f"{name}@{args.num_eval_completions}": value for name, value in logged.items()}
+            metrics |= {} if judge is None else interval(f"mean@{args.num_eval_completions}", samples)
             metrics |= {f"sampled/{name}": v for name, v in answer_metrics(samples, names, weights).items()}
     if not args.use_grpo and args.preference_loss is None:
         metrics["loss"] = completion_loss(model, rows, collator, args.per_device_eval_batch_size)
@@ -145,6 +149,13 @@ def answer_metrics(answers: Answers, names: Sequence[str], weights: torch.Tensor
     lengths = [length for row in answers.lengths for length in row]
     metrics |= {"completions/mean_length": sum(lengths) / len(lengths)}
     return metrics | {"completions/min_length": float(min(lengths)), "completions/max_length": float(max(lengths))}
+
+
+def interval(name: str, answers: Answers) -> dict[str, float]:
+    """The 95% confidence interval of the share of right answers, as `interval/NAME_low` and `interval/NAME_high`."""
+    shares = [sum(of_one) / len(of_one) for of_one in answers.right]
+    low, high = share_interval(shares, len(answers.right[0]))
+    return {f"interval/{name}_low": low, f"interval/{name}_high": high}
 
 
 def evaluate_each(evaluate: Callable[..., dict[str, float]], sets: Mapping[str, Any], prefix: str) -> dict[str, float]:

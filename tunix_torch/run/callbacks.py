@@ -9,8 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config.files import write_whole
-
-METRICS_FILE = "metrics.jsonl"
+from ..report.metrics import METRICS_FILE
 
 
 class BeforeTraining(TrainerCallback):

@@ -1,19 +1,12 @@
-"""Reads the metrics of a run, and draws them as curves."""
+"""Draws the metrics of a run as curves, in one picture beside its other files."""
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
-from .callbacks import METRICS_FILE
+from ..report.metrics import load_metrics
 
 CURVES_FILE = "training_curves.png"
-
-
-def load_metrics(output_dir: str | Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl."""
-    path = Path(output_dir) / METRICS_FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def plot_training_curves(output_dir: str | Path) -> Path | None:
@@ -33,7 +26,9 @@ def plot_training_curves(output_dir: str | Path) -> Path | None:
 
     rows = load_metrics(output_dir)
     panels = {
-        "accuracy": [name for name in ("eval_accuracy", *sorted({k for r in rows for k in r if "mean@" in k}))],
+        "accuracy": [
+            name for name in ("eval_accuracy", *sorted({k for r in rows for k in r if "_mean@" in k and "/" not in k}))
+        ],
         "reward": ["reward", "reward_std"],
         "loss": ["loss"],
         "KL from the reference": ["kl"],

@@ -18,6 +18,11 @@ from ..config.grpo import SYSTEM_MESSAGE
 from ..config.saved import CONFIG_FILE, WHOLE_CONFIG_FILE
 from ..model import tiny
 from ..model.loading import base_model_name, resolve_model_name
+from ..report.completions import COMPLETIONS_FOLDER
+from ..report.metrics import METRICS_FILE
+from ..report.page import COMPARISON_FILE, REPORT_FILE
+from ..report.record import CROSSCHECK_FILE
+from ..report.starts import STARTS_FILE
 from .curves import CURVES_FILE
 
 logger = logging.getLogger(__name__)
@@ -35,7 +40,7 @@ RUN_FILES = (
     "generation_config.json",
     MANIFEST_FILE,
     CHECKSUM_FILE,
-    "metrics.jsonl",
+    METRICS_FILE,
     "model.safetensors",
     "model.safetensors.index.json",
     "runs",
@@ -47,6 +52,11 @@ RUN_FILES = (
     UNFINISHED,
     UPLOADING,
     CURVES_FILE,
+    COMPLETIONS_FOLDER,
+    STARTS_FILE,
+    REPORT_FILE,
+    COMPARISON_FILE,
+    CROSSCHECK_FILE,
 )
 
 

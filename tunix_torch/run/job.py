@@ -15,6 +15,8 @@ from ..config.data import DataConfig
 from ..config.grpo import GRPOConfig
 from ..config.model import ModelConfig
 from ..config.saved import CONFIG_FILE, WHOLE_CONFIG_FILE, check_same_run, save_config
+from ..report.page import REPORT_FILE, write_report_of_ended_run
+from ..report.starts import note_start
 from ..runtime import device, mesh, together
 from ..trainer import TunixTrainer
 from .callbacks import BeforeTraining, SaveOnSignal, complete_metrics
@@ -108,6 +110,8 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
             output_dir.mkdir(parents=True, exist_ok=True)
             if not (finished and config_file.is_file()):
                 save_config(settings, config_file)
+            if not finished:
+                note_start(output_dir, trainer.state.global_step, _facts(trainer))
             _describe(trainer, model_config.model_name)
             if checkpoint is not None and not finished:
                 print(f"Continuing from {checkpoint}", flush=True)
@@ -126,6 +130,8 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
         print("\n" * bool(lines) + "\n".join(lines))
         seconds = time.perf_counter() - started
         print(f"\n{seconds:.0f} s, {device.memory_summary()}. {trainer.policy.what}, metrics and curves: {output_dir}")
+        if (output_dir / REPORT_FILE).is_file():
+            print(f"What came of it, as a page: {output_dir / REPORT_FILE}")
     return _uploaded(trainer)
 
 
@@ -187,15 +193,28 @@ def _leave_complete(trainer: TunixTrainer, checkpoint: str | None) -> TunixTrain
     if together.is_first():
         if not (output_dir / CURVES_FILE).is_file():
             plot_training_curves(output_dir)
+        if not (output_dir / REPORT_FILE).is_file():
+            write_report_of_ended_run(output_dir)
         print(f"{trainer.policy.what}, metrics and curves: {output_dir}; resume_from_checkpoint=false begins a new run")
     return _uploaded(trainer)
 
 
-def _describe(trainer: TunixTrainer, model_name: str) -> None:
+def _machine() -> str:
+    """The device, and how many processes and hosts compute together."""
     others = f", {together.count()} processes" if together.count() > 1 else ""
     others += f", {together.num_hosts()} hosts" if together.num_hosts() > 1 else ""
+    return f"{mesh.describe()}{others}"
+
+
+def _facts(trainer: TunixTrainer) -> dict[str, str | int | None]:
+    """What is noted of the start of a run, for its report."""
+    rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else None
+    return {"device": _machine(), "training_rows": rows, "evaluation_rows": len(trainer.eval_dataset or [])}
+
+
+def _describe(trainer: TunixTrainer, model_name: str) -> None:
     kind = "GRPO" if trainer.args.use_grpo else (trainer.args.preference_loss or "SFT").upper()
-    print(f"{kind} of {model_name} on {mesh.describe()}{others}")
+    print(f"{kind} of {model_name} on {_machine()}")
     num_rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
     kind = "packed" if trainer.args.packing else "training"
     print(f"{num_rows} {kind} rows, {len(trainer.eval_dataset or [])} evaluation rows", flush=True)

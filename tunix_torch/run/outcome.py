@@ -1,4 +1,4 @@
-"""What follows the last step of a job: an evaluation, the adapter, curves, and a comparison of before and after."""
+"""What follows the last step of a job: an evaluation, the adapter, curves, the report, and before beside after."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from ..checkpoints.manifest import mark_unfinished, write_manifest
 from ..checkpoints.whole import rotate
 from ..data.rows import answer_text, question_of
 from ..data.visible import visible
+from ..report.page import write_report_of_ended_run
 from ..runtime import together
 from ..trainer import TunixTrainer
 from .curves import plot_training_curves
@@ -15,7 +16,7 @@ NUM_SHOWN = 3  # answers that are printed, each before and after training
 
 
 def write_final_files(trainer: TunixTrainer) -> None:
-    """Evaluate once more where the last step has not been evaluated, then write adapter, state and curves."""
+    """Evaluate once more where the last step has not been evaluated, then write adapter, state, curves and report."""
     args, state = trainer.args, trainer.state
     best = state.best_global_step if args.load_best_model_at_end else None
     if best is not None and together.is_first():
@@ -35,6 +36,7 @@ def write_final_files(trainer: TunixTrainer) -> None:
         plot_training_curves(args.output_dir)
         trainer.create_model_card()
         write_manifest(args.output_dir, final_files(args.output_dir))  # from here on the run is finished
+        write_report_of_ended_run(args.output_dir)
         if trainer.eval_dataset is not None:
             print_comparison(trainer)
 

@@ -1,7 +1,8 @@
-"""Shows where the time of a step goes: a Chrome or Perfetto trace of one optimizer step, and a table of its parts."""
+"""Shows where the time of a step goes: the seconds of its parts, and a Chrome or Perfetto trace of one step."""
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,29 @@ FOLDER = "profile"
 PARTS = ("rollout", "reference", "old policy", "scoring", "learning")
 
 
+_seconds: dict[str, float] = {}  # of each part, since they were taken
+
+
 @contextlib.contextmanager
 def span(name: str) -> Iterator[None]:
-    """A context that shows as a span in the trace and as a row of the table, and to whoever watches the run. It costs
-    microseconds."""
+    """A context that shows as a span in the trace and as a row of the table, and to whoever watches the run, and whose
+    seconds are counted. It costs microseconds."""
     assert name in PARTS, name
+    started = time.perf_counter()
     with record_function(f"tunix_torch.{name}"), during(name):
         yield
+    _seconds[name] = _seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def take_seconds() -> dict[str, float]:
+    """The seconds of each part since this was called before, as `rollout_seconds` and the like.
+
+    Only those of the CPU are known: an accelerator may be at work on one part when the next one begins. It has ended
+    where Python waits for it, which is at the end of the rollout and of learning.
+    """
+    taken = {f"{name.replace(' ', '_')}_seconds": seconds for name, seconds in _seconds.items()}
+    _seconds.clear()
+    return taken
 
 
 class ProfileStep(TrainerCallback):

@@ -1,0 +1,228 @@
+"""Each finding of the diagnosis comes for a run that shows it and for no other; a run that learns has none."""
+
+import json
+
+import pytest
+from written_runs import completion, healthy_rows, with_values, write_run
+
+from tunix_torch.cli.command import main
+from tunix_torch.report.diagnosis import diagnose
+from tunix_torch.report.record import RunRecord, read_run
+
+
+def findings(rows, completions=()):
+    return {finding.name: finding for finding in diagnose(RunRecord(None, rows, completions=list(completions)))}
+
+
+def test_a_run_that_learns_has_none():
+    for seed in range(20):
+        assert findings(healthy_rows(seed=seed)) == {}
+
+
+# What is changed of a run that learns, as functions of the share of steps that are done; and what is then found.
+SHOWN = {
+    "nothing to learn from": {"frac_reward_zero_std": lambda done: 0.95},
+    "cut-off completions": {"completions__clipped_ratio": lambda done: 0.6 * done},
+    "KL running away": {"kl": lambda done: 2 * done**3},
+    "collapse": {"entropy": lambda done: 0.4 if done < 0.6 else 0.0005},
+    "format learned, answers not": {
+        "rewards__format_reward__mean": lambda done: min(1.0, 0.3 + done),
+        "rewards__correctness_reward__mean": lambda done: 0.1 + 0.02 * done,
+    },
+    "learning rate too high": {"reward": lambda done: 1.0 + done if done < 0.5 else 1.05},
+    "reward hacking suspected": {
+        "eval_accuracy": lambda done: 0.7 - 0.4 * done,
+        "eval_interval__accuracy_low": lambda done: 0.65 - 0.4 * done,
+        "eval_interval__accuracy_high": lambda done: 0.75 - 0.4 * done,
+    },
+}
+# The same numbers a little less far: below the bounds.
+NOT_SHOWN = {
+    "nothing to learn from": {"frac_reward_zero_std": lambda done: 0.85},
+    "cut-off completions": {"completions__clipped_ratio": lambda done: 0.2},
+    "KL running away": {"kl": lambda done: 0.4 * done},
+    "collapse": {"entropy": lambda done: 0.4 if done < 0.6 else 0.003},
+    "format learned, answers not": {
+        "rewards__format_reward__mean": lambda done: min(1.0, 0.3 + done),
+        "rewards__correctness_reward__mean": lambda done: 0.1 + 0.3 * done,
+    },
+    "learning rate too high": {"reward": lambda done: 1.0 + done if done < 0.5 else 1.4},
+    "reward hacking suspected": {  # within the interval
+        "eval_accuracy": lambda done: 0.7 - 0.05 * done,
+        "eval_interval__accuracy_low": lambda done: 0.65 - 0.05 * done,
+        "eval_interval__accuracy_high": lambda done: 0.75 - 0.05 * done,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_what_a_run_shows_is_named_alone_with_its_lines_and_what_to_try(name):
+    rows = with_values(healthy_rows(), **SHOWN[name])
+    found = findings(rows)
+    assert list(found) == [name]
+    assert found[name].shows and found[name].tries
+    logged = {(row["step"], key) for row in rows for key in row}
+    assert found[name].lines and all((line.step, line.key) in logged for line in found[name].lines)
+
+
+@pytest.mark.parametrize("name", NOT_SHOWN)
+def test_what_a_run_does_not_show_is_not_named(name):
+    assert findings(with_values(healthy_rows(), **NOT_SHOWN[name])) == {}
+
+
+def test_lines_hold_the_values_that_were_logged():
+    rows = with_values(healthy_rows(), **SHOWN["KL running away"])
+    (finding,) = findings(rows).values()
+    by_step = {row["step"]: row for row in rows if "kl" in row}
+    assert all(by_step[line.step]["kl"] == line.value for line in finding.lines)
+
+
+def test_skipped_steps_and_jumps_of_the_kl_say_that_the_rate_is_too_high():
+    rows = healthy_rows()
+    one = [row | {"skipped_steps": 1} if "kl" in row else row for row in rows]
+    assert findings(one) == {}
+    two = [row | {"skipped_steps": 1 + (row["step"] > 30)} if "kl" in row else row for row in rows]
+    (finding,) = findings(two).values()
+    assert finding.name == "learning rate too high" and "2 steps were skipped" in finding.shows
+
+    def jumping(times):
+        return [row | {"kl": 0.9} if row["step"] in times and "kl" in row else row for row in rows]
+
+    assert findings(jumping({15, 25})) == {}
+    (finding,) = findings(jumping({15, 25, 35})).values()
+    assert finding.name == "learning rate too high" and [line.step for line in finding.lines] == [15, 25, 35]
+
+
+def test_empty_completions_are_a_collapse():
+    rows = with_values(healthy_rows(), completions__mean_length=lambda done: 22.0 if done < 0.5 else 1.0)
+    assert list(findings(rows)) == ["collapse"]
+
+
+def test_rewards_that_rise_while_right_answers_fall_are_suspect_without_evaluations_too():
+    rows = [row for row in healthy_rows() if "eval_runtime" not in row]
+    assert findings(rows) == {}
+    falling = with_values(
+        rows, reward=lambda done: 1.0 + done, rewards__correctness_reward__mean=lambda done: 0.6 - 0.3 * done
+    )
+    assert "reward hacking suspected" in findings(falling)
+
+
+def test_an_accuracy_without_intervals_must_fall_by_more_than_five_points():
+    def falling(by):
+        rows = [{k: v for k, v in row.items() if "interval" not in k} for row in healthy_rows()]
+        return findings(with_values(rows, eval_accuracy=lambda done: 0.7 - by * done))
+
+    assert falling(0.04) == {} and list(falling(0.06)) == ["reward hacking suspected"]
+
+
+def kept(texts_by_step):
+    """Completions to 16 questions of each step."""
+    from tunix_torch.report.completions import Completion
+
+    rows = [completion(s, i, text(i), prompt=f"question {i}") for s, text in texts_by_step.items() for i in range(16)]
+    return [
+        Completion(
+            r["step"], r["prompt_index"], r["prompt"], r["answer"], r["completion"], {}, r["reward"], r["length"]
+        )
+        for r in rows
+    ]
+
+
+def test_the_same_text_for_every_question_is_repetition():
+    rows = healthy_rows()
+    assert findings(rows, kept({1: lambda i: f"answer {i}", 60: lambda i: f"other {i}"})) == {}
+    assert findings(rows, kept({1: lambda i: "B", 60: lambda i: "B"})) == {}, "alike by nature, from the start"
+    (finding,) = findings(rows, kept({1: lambda i: f"answer {i}", 60: lambda i: "I can't know."})).values()
+    assert finding.name == "repetition" and "100%" in finding.shows
+
+
+def test_a_text_that_repeats_itself_is_repetition_and_prose_is_not():
+    prose = (
+        "To find how many apples are left, we first count what Ann had, which is 48, and then take away the 17 that "
+        "she gave to her brother. So 48 minus 17 is 31. After that she buys two bags of 6, or 12 apples, and 31 plus "
+        "12 is 43. The answer is therefore 43 apples, number {}."
+    )
+    rows = healthy_rows()
+    assert findings(rows, kept({60: lambda i: prose.format(i)})) == {}
+    assert list(findings(rows, kept({60: lambda i: f"{i}: " + "so we add the two numbers. " * 20}))) == ["repetition"]
+
+
+def test_a_run_of_a_few_logs_says_nothing():
+    rows = with_values(healthy_rows(steps=4), frac_reward_zero_std=lambda done: 1.0, kl=lambda done: 5.0)
+    assert findings(rows) == {}
+
+
+def test_solved_questions_are_told_from_too_hard_ones():
+    easy = with_values(healthy_rows(), frac_reward_zero_std=lambda done: 0.96, reward=lambda done: 1 + min(1, 2 * done))
+    hard = with_values(
+        healthy_rows(), frac_reward_zero_std=lambda done: 0.96, reward=lambda done: 0.1 + 0.1 * (done < 0.1)
+    )
+    assert "solved" in findings(easy)["nothing to learn from"].shows
+    assert "too hard" in findings(hard)["nothing to learn from"].shows
+
+
+def test_the_command_prints_findings_as_text_and_as_json(tmp_path, capsys):
+    write_run(tmp_path / "a", with_values(healthy_rows(), **SHOWN["KL running away"]))
+    main(["diagnose", str(tmp_path / "a")])
+    printed = capsys.readouterr().out
+    assert printed.startswith("KL RUNNING AWAY\n") and "    step 60: kl = 2\n" in printed
+    assert "    - a larger kl_penalty_coef\n" in printed
+    main(["diagnose", str(tmp_path / "a"), "--json"])
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert finding["name"] == "KL running away" and finding["lines"][-1] == {
+        "step": 60,
+        "key": "kl",
+        "value": 2.0,
+        "logs": 1,
+    }
+    write_run(tmp_path / "b", healthy_rows())
+    main(["diagnose", str(tmp_path / "b")])
+    assert capsys.readouterr().out.startswith("Nothing was found")
+
+
+def test_a_run_at_work_can_be_diagnosed(tmp_path):
+    folder = write_run(tmp_path / "a", with_values(healthy_rows(), **SHOWN["collapse"]))
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 61, "los')  # a line that is being written
+    assert [finding.name for finding in diagnose(read_run(folder))] == ["collapse"]
+
+
+@pytest.mark.parametrize(
+    "harm, words",
+    [
+        (lambda folder: (folder / "metrics.jsonl").unlink(), "holds no metrics.jsonl"),
+        (lambda folder: (folder / "metrics.jsonl").write_text(""), "holds no metrics.jsonl"),
+        (lambda folder: (folder / "metrics.jsonl").write_text('{"step": 1}\n{"ste\n{"step": 2}\n'), "line 2: expected"),
+        (lambda folder: (folder / "metrics.jsonl").write_text('{"step": "1"}\n'), "line 1: expected"),
+        (lambda folder: (folder / "metrics.jsonl").write_bytes(b"\xff\n"), "not UTF-8"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
+        (lambda folder: (folder / "starts.jsonl").write_text("[]\n"), "starts.jsonl, line 1"),
+        (lambda folder: (folder / "crosscheck.json").write_text('{"rows": [1]}'), "crosscheck.json: not the table"),
+        (lambda folder: (folder / "completions" / "completions_00001.parquet").write_bytes(b"PAR1"), "not what a run"),
+        (lambda folder: write_columns(folder), "the column prompt is missing"),
+    ],
+)
+@pytest.mark.parametrize("command", ["diagnose", "report"])
+def test_what_is_damaged_is_one_line_and_exit_code_2(command, harm, words, tmp_path, capsys):
+    folder = write_run(tmp_path / "a", healthy_rows(steps=6), {}, [completion(1)])
+    harm(folder)
+    with pytest.raises(SystemExit) as end:
+        main([command, str(folder)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("error: ") and words in line
+
+
+def write_columns(folder):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist([{k: v for k, v in completion(1).items() if k != "prompt"}])
+    pyarrow.parquet.write_table(table, folder / "completions" / "completions_00001.parquet")
+
+
+def test_no_such_folder_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for name, words in (("nowhere", "no such folder"), ("file", "a file, expected folder")):
+        with pytest.raises(SystemExit) as end:
+            main(["diagnose", str(tmp_path / name)])
+        assert end.value.code == 2 and words in capsys.readouterr().err

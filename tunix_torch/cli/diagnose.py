@@ -1,0 +1,50 @@
+"""Say what the curves of a run show that should not be so, with the lines of its metrics, and what to try."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from ..report.diagnosis import diagnose
+from ..report.findings import in_plain_text
+from ..report.record import read_run
+from .script import Parser
+
+EXAMPLES = """
+COMMAND ./outputs
+COMMAND ./outputs --json
+
+Looked for: a learning rate that is too high, a KL that runs away, a reward that pays for the wrong thing, a collapse,
+repetition, groups without a signal, completions that are cut off, and a layout that is learned without the answers.
+docs/report.md has the bounds.
+"""
+
+
+def parse_args(argv: Sequence[str], command: str) -> argparse.Namespace:
+    """Which run.
+
+    Raises:
+        ValueError: an unknown flag, or no folder.
+    """
+    parser = Parser(command, f"{__doc__}\n{EXAMPLES}")
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="a run's folder; the run may be at work")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
+    """Print the findings.
+
+    Args:
+        argv: the flags; None: those of this process.
+        command: what the user has called; None: `python -m tunix_torch.diagnose`.
+
+    Raises:
+        ValueError: see `read_run`.
+    """
+    args = parse_args(sys.argv[1:] if argv is None else argv, command or "python -m tunix_torch.diagnose")
+    findings = diagnose(read_run(args.output_dir))
+    if args.json:
+        print(json.dumps({"findings": [finding.as_dict() for finding in findings]}, indent=1))
+    else:
+        print(in_plain_text(findings))
