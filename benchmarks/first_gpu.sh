@@ -42,13 +42,14 @@ if [ "$device" = cuda ] && ! "$python" -c "import sys, torch; sys.exit(not torch
     mistake "PyTorch sees no CUDA device here; --device cpu tries everything else"
 fi
 
-failed=()
+failed=() slack=1  # times as long as on a GPU
+[ "$device" = cuda ] || slack=10
 # part NAME SECONDS COMMAND...: runs a command with a time limit; what it prints is shown and kept in FOLDER/NAME.txt
 part() {
     local name=$1 limit=$2 started=$SECONDS status=0
     shift 2
     echo "== $name"
-    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$folder/$name.txt" || status=${PIPESTATUS[0]}
+    timeout --kill-after=5 $((limit * slack)) "$@" 2>&1 | tee "$folder/$name.txt" || status=${PIPESTATUS[0]}
     if [ "$status" -ne 0 ]; then
         failed+=("$name (exit code $status)")
     fi

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import fsdp
 from .device import KIND
 
 
@@ -44,7 +45,7 @@ def float32_scores(head: nn.Module, hidden: Tensor) -> Tensor:
     Only on CUDA are the scores of a plain head in bfloat16 not rounded: elsewhere its weights would have to be widened.
     """
     plain = type(head) is nn.Linear and head.bias is None and hidden.dtype == head.weight.dtype
-    if KIND != "cuda" or not plain or hidden.dtype == torch.float32 or type(head.weight) is not nn.Parameter:
+    if KIND != "cuda" or not plain or hidden.dtype == torch.float32 or fsdp.is_part(head.weight):
         return head(hidden).float()
     rows = hidden.reshape(1, -1, hidden.shape[-1])
     return _Float32Product.apply(rows, head.weight.t()[None])[0].view(*hidden.shape[:-1], -1)
