@@ -179,9 +179,9 @@ def test_a_decode_step_has_no_more_operations_than_it_had(measured):
 
 
 MOST_OPERATIONS = {  # of a decode step: in each layer, and beside the layers
-    "gemma3 float32": (0, 0),
-    "gemma3 bfloat16": (0, 0),
-    "gemma2 bfloat16": (0, 0),
+    "gemma3 float32": (108, 72),
+    "gemma3 bfloat16": (143, 81),
+    "gemma2 bfloat16": (126, 74),
 }
 
 
