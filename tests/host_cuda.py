@@ -165,7 +165,7 @@ class HostCuda(TorchDispatchMode):
             return args[0].device
         if name == "is_pinned":
             return args[0].data_ptr() in self._pinned
-        if name == "_pin_memory":
+        if name in ("_pin_memory", "pin_memory"):  # the second one in inference mode
             copied = args[0].clone()
             self._pinned[copied.data_ptr()] = copied
             return copied
