@@ -57,7 +57,7 @@ def test_a_decode_step_reads_every_weight_once_and_the_keys_and_values_that_are_
     assert bytes_of_a_step(model, 2, 6, 20, 4) == pytest.approx(weights + cached)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_it_runs_through_on_a_cpu_and_names_what_fails(tmp_path):
     done = run("--device", "cpu", "--peers", "ours", "--presets", "270m,huge", tmp_path)
     assert done.returncode == 1
