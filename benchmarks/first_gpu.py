@@ -184,7 +184,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
         left.legend()
     shares = {size: of_size["share_of_bandwidth"] for size, of_size in found["decode"].items() if of_size}
     right.bar(list(shares), list(shares.values()))
-    right.set(ylim=(0, 1), title="decoding: share of the memory's bandwidth")
+    right.set(ylim=(0, 1), title="decoding: share of bandwidth")
     figure.savefig(file, dpi=120)
 
 
