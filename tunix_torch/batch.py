@@ -32,6 +32,11 @@ class Rollout:
     completion_mask: Tensor  # (B, C) bool, True up to and including the first end-of-sequence token
     sampler_logps: Tensor  # (B, C) float32, log-probabilities at the sampling temperature, 0 where masked
 
+    def in_main_memory(self) -> tuple[Tensor, Tensor]:
+        """`completion_ids` and `completion_mask` in main memory, by one copy. Python waits for the device."""
+        both = torch.cat((self.completion_ids, self.completion_mask.long())).cpu()
+        return both[: len(both) // 2], both[len(both) // 2 :].bool()
+
 
 @dataclass
 class TrainBatch:

@@ -26,7 +26,7 @@ from .data.prompts import decode_completions, token_lists
 from .evals.answers import Answers
 from .evals.evaluation import evaluate_each, evaluate_policy
 from .learn.invariants import check_first_pass
-from .learn.metrics import add_up, learning_metrics, sum_up
+from .learn.metrics import add_up, learning_metrics, look_at, sum_up
 from .learn.passes import columns_in_use, rehearse
 from .learn.record import keep_step
 from .learn.step import learn, logps_without_gradient
@@ -159,7 +159,7 @@ class TunixTrainer(AdapterTrainer):
     def _advantages(self, rewards: Tensor, totals: Tensor) -> Tensor:
         """The advantages of rows that have these rewards, (B, R), and totals, (B,): (B,) on the device."""
         self._rewards = rewards
-        return self.compute_group_advantages(totals).to(self.args.device)
+        return device.upload(self.compute_group_advantages(totals), self.args.device)
 
     def grpo_training_step(self, prompts: PromptBatch) -> Tensor:
         """Sample, score and learn. Returns the loss, detached. Accumulated batches were sampled already."""
@@ -183,7 +183,7 @@ class TunixTrainer(AdapterTrainer):
             draw, tokens = partial(self.questions.draw, row_numbers=self._row_numbers), self.sampler
             how = self.args, tokens.pad_token_id, tokens.eos_token_ids
             scored = replace_equal_groups(scored, draw, self._sample_and_score, *how)
-            batch = self._begin_train_batch(scored.prompts, scored.rollout)
+            batch = self._begin_train_batch(scored.prompts, scored.rollout, scored.ids, scored.mask)
         self._rewards, metrics = scored.rewards, scored.metrics(self.scorer.names, self.sampler.eos_token_ids)
         self.note_rollout(scored, metrics)
         return self._with_rewards(batch, scored.totals)
@@ -195,10 +195,10 @@ class TunixTrainer(AdapterTrainer):
         started = time.perf_counter()
         with span("rollout"):
             rollout = self.sample_completions_for_prompts(prompts)
-            ids, mask = rollout.completion_ids.cpu(), rollout.completion_mask.cpu()  # here Python waits for the device
+            ids, mask = rollout.in_main_memory()  # here Python waits for the device
         seconds = time.perf_counter() - started
         # An accelerator works on this while rewards are computed.
-        batch = None if self.args.dynamic_sampling else self._begin_train_batch(prompts, rollout)
+        batch = None if self.args.dynamic_sampling else self._begin_train_batch(prompts, rollout, ids, mask)
         with span("scoring"):
             texts = decode_completions(self.processing_class, ids, mask, self.sampler.eos_token_ids)
             rewards = self.compute_rewards_for_completions(prompts, texts, token_lists(ids, mask))  # (B, R)
@@ -207,12 +207,11 @@ class TunixTrainer(AdapterTrainer):
 
     def make_train_batch(self, prompts: PromptBatch, rollout: Rollout, rewards: Tensor) -> TrainBatch:
         """Everything that the loss needs, from a rollout of N prompts and its total rewards, (B,) on the CPU."""
-        return self._with_rewards(self._begin_train_batch(prompts, rollout), rewards)
+        return self._with_rewards(self._begin_train_batch(prompts, rollout, *rollout.in_main_memory()), rewards)
 
-    def _begin_train_batch(self, prompts: PromptBatch, rollout: Rollout) -> TrainBatch:
-        """Everything that the loss needs, except that the advantages are 0 until there are rewards."""
-        mask = rollout.completion_mask.cpu()
-        learned = learned_tokens(rollout.completion_ids, mask, self.sampler.eos_token_ids, self.args)
+    def _begin_train_batch(self, prompts: PromptBatch, rollout: Rollout, ids: Tensor, mask: Tensor) -> TrainBatch:
+        """Everything that the loss needs, but for advantages. `ids` and `mask` are the rollout's, in main memory."""
+        learned = learned_tokens(ids, mask, self.sampler.eos_token_ids, self.args)
         width = columns_in_use(mask, self.args)
         batch = TrainBatch(
             prompt_ids=prompts.prompt_ids,
@@ -238,7 +237,7 @@ class TunixTrainer(AdapterTrainer):
                 batch.old_per_token_logps = logps_without_gradient(self.model, batch, self.args)
 
     def _with_rewards(self, batch: TrainBatch, rewards: Tensor) -> TrainBatch:
-        advantages = self.compute_group_advantages(rewards).to(self.args.device)
+        advantages = device.upload(self.compute_group_advantages(rewards), self.args.device)
         return replace(without_dropped(batch, rewards, self.args), advantages=advantages, rewards=rewards)
 
     def update(self, batch: TrainBatch, *later: TrainBatch) -> Tensor:
@@ -264,9 +263,10 @@ class TunixTrainer(AdapterTrainer):
                 first_pass = parts
                 if step <= args.save_batches:
                     keep_step(self.model, batch, parts, step, self.optimizer.param_groups[0]["lr"], args)
-        first, last = (together.sum_numbers(sum_up(p)) for p in (first_pass, parts))  # here Python waits again
+        own, rows = look_at(first_pass)  # here Python waits again
+        first, last = (together.sum_numbers(n) for n in (own, own if parts is first_pass else sum_up(parts)))
         check_first_pass(
-            first_pass,
+            rows,
             first,
             self.policy,
             step,

@@ -244,3 +244,30 @@ def test_on_cuda_32_short_rows_take_one_pass(tmp_path, monkeypatch):
     monkeypatch.setattr(mesh, "KIND", "cuda")
     (rows,) = lay_out(ragged_batch(longest=48), args)
     assert len(rows.blocks) <= 5
+
+
+def test_on_cuda_the_batch_of_the_benchmarks_takes_three_passes(tmp_path, monkeypatch):
+    """16 groups of 8 completions, 256 + 512 tokens: 4,352 tokens a group: the budget of 32,768 holds seven."""
+    sizes = {"num_completions_per_prompt": 8, "per_device_train_batch_size": 16}
+    args = config(tmp_path, generation_max_length=512, **sizes | {"max_prompt_length": 256})
+    monkeypatch.setattr(device, "KIND", "cuda")
+    monkeypatch.setattr(mesh, "KIND", "cuda")
+    parts = lay_out(make_batch([256] * 16, [512] * 128), args)
+    groups = [len(part.batch.prompt_ids) for part in parts]
+    assert groups == [6, 6, 4] and max(groups) * (256 + 8 * 512) <= 32_768
+
+
+def test_any_budget_of_tokens_gives_the_same_numbers(tmp_path, monkeypatch):
+    args, results = config(tmp_path), []
+    for budget, num_passes in ((100, 8), (300, 2), (32_768, 1), (32_768, 1)):
+        monkeypatch.setattr(mesh, "tokens_per_pass", lambda budget=budget: budget)
+        model, batch = add_nontrivial_lora(make_model("gemma3")), ragged_batch()
+        batch.sampler_logps = torch.zeros(batch.completion_ids.shape)
+        parts = learn(model, batch, args, lambda loss: loss.backward())
+        assert len(parts) == num_passes
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        results.append((torch.cat([part["logps"] for part in parts]), gradients))
+    for logps, gradients in results[:-1]:
+        assert_close(logps, results[-1][0], 1e-5)
+        assert_close(gradients, results[-1][1], 1e-5)
+    assert all(map(torch.equal, results[-1], results[-2])), "equal budgets give numbers that differ"

@@ -316,7 +316,7 @@ def test_a_dropped_group_weighs_nothing_and_the_others_as_if_it_were_not_there(m
         r = Rollout(r.completion_ids[kept], r.completion_mask[kept], r.sampler_logps[kept])
         rest = {name: getattr(scored, name)[kept] for name in ("ids", "mask", "rewards", "totals")}
         scored = replace(scored, prompts=p, rollout=r, texts=[scored.texts[i] for i in kept.tolist()], **rest)
-        return scored, other._begin_train_batch(p, r)
+        return scored, other._begin_train_batch(p, r, scored.ids, scored.mask)
 
     other._sample_and_score = without
     alone = first_batch(other)

@@ -2,7 +2,7 @@
 
 The CPU has no such graphs, so the step's operations are recorded and replayed. As with CUDA, a recording computes
 nothing, a replay runs no Python, tensors are known by their addresses, and nothing may wait for a result. This does
-not notice a tensor on the wrong device; the one test that needs a GPU would.
+not notice a tensor on the wrong device; `test_cost_on_cuda.py` does, and `test_on_cuda.py` runs on a GPU.
 """
 
 import copy
@@ -232,17 +232,6 @@ def test_only_the_newest_kinds_of_batches_keep_their_graphs(replays):
     assert len(replays) == steps.KEPT_RECORDINGS + 1
     assert_equal(sample_recorded(sampler, group=1), sample_eagerly(sampler, group=1))
     assert len(replays) == steps.KEPT_RECORDINGS + 2, "the oldest was kept"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_cuda_itself_records_the_step(family, many_shapes):
-    model = make_policy(family)
-    expected = sample_with(Sampler(model, MORE, PAD), group=7)
-    sampler = Sampler(model.to("cuda"), MORE, PAD, 2)
-    for _ in range(2):
-        rollout = sample_recorded(sampler, group=7)
-        assert_same(Rollout(*(tensor.cpu() for tensor in vars(rollout).values())), expected)
 
 
 def test_results_take_the_place_of_the_first_arguments(replays):

@@ -57,6 +57,9 @@ class GRPOConfig(TrainingArguments):
     report_to: None | str | list[str] = setting(
         "tensorboard", "where to log to, besides the terminal and metrics.jsonl"
     )
+    logging_nan_inf_filter: bool = setting(
+        False, "the filter of Transformers, which waits for every loss; a loss that is not finite is left out anyway"
+    )
     dataloader_drop_last: bool = setting(True, "leave out an epoch's last, smaller batch: its shape would be new")
     remove_unused_columns: bool = setting(False, "must stay False: reward functions read the data set's columns")
 

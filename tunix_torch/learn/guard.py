@@ -67,8 +67,12 @@ class StepGuard:
         self._batches.append(batch)
         self._losses.append(loss)
 
-    def decide(self, norm: Tensor, step: int) -> None:
-        """Decide whether the optimizer may take this step, whose gradient has this norm, (). `settle` comes first."""
+    def decide(self, norm: Tensor, step: int) -> Tensor:
+        """Decide whether the optimizer may take this step, whose gradient has this norm, (). `settle` comes first.
+
+        Returns:
+            the norm, in main memory where Python has waited for it.
+        """
         assert self._taken is None, "the step before is not settled"
         losses = [loss.to(norm.device, torch.float32) for loss in self._losses]
         numbers = torch.stack([norm.detach().float(), sum(losses, torch.zeros_like(norm, dtype=torch.float32))])
@@ -78,6 +82,7 @@ class StepGuard:
             numbers = numbers.cpu()
             good = not together.anyone(not bool(numbers.isfinite().all()))
         self._taken, self._batches, self._losses = _Taken(step, self._batches, numbers, good), [], []
+        return norm if device.traces_graphs() else numbers[0]
 
     def _before(self, optimizer: torch.optim.Optimizer) -> None:
         taken = self._taken

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ EXACT_GAP, ROUNDED_GAP = 1e-3, 0.1  # how far a first ratio may be off 1: in flo
 
 
 def check_first_pass(
-    parts: Sequence[dict[str, Tensor]],
+    rows: dict[str, Tensor],
     first: dict[str, float],
     policy: Policy,
     step: int,
@@ -33,8 +33,7 @@ def check_first_pass(
     Where the loss is not finite the step will be skipped, so only the weights are looked at.
 
     Args:
-        parts: what `learn_micro_batch` returned for each micro-batch.
-        first: the sums over `parts` that `sum_up` returned.
+        rows, first: the numbers of each row, (B,) float32 in main memory, and the sums: see `metrics.look_at`.
         policy: the policy that learns. Where it computes with float32's precision the limits are narrow. Where products
             are rounded, a token of thousands may have any ratio, so a warning says if many rows have such a token.
         step: the number of the optimizer step, from 1, for messages.
@@ -51,37 +50,33 @@ def check_first_pass(
         return
     exact = device.multiplies_exactly(base_model(policy.model).dtype)
     if not (exact or dropout):
-        _say_if_ratios_are_off(torch.cat([part["row_ratio_gap"].float() for part in parts]).cpu(), step)
-    broken = _broken_invariant(parts, first, exact, at_reference, dropout)
+        _say_if_ratios_are_off(rows["row_ratio_gap"], step)
+    broken = _broken_invariant(rows, first, exact, at_reference, dropout)
     if broken is not None:
         message, row = broken
         raise AssertionError(f"step {step}: {message}; {describe_row(row)}")
 
 
 def _broken_invariant(
-    parts: Sequence[dict[str, Tensor]], first: dict[str, float], exact: bool, at_reference: bool, dropout: bool
+    rows: dict[str, Tensor], first: dict[str, float], exact: bool, at_reference: bool, dropout: bool
 ) -> tuple[str, int] | None:
     """Return what does not hold and the first row of the batch where it does not, or None where everything holds.
 
     Args:
         exact: products have float32's precision, so the limits are narrow.
     """
-
-    def column(name: str) -> Tensor:  # (B,)
-        return torch.cat([part[name].float() for part in parts]).cpu()
-
-    checks = [(column("row_bad"), 0.5, "a log-probability is not finite, or above 0")]
+    checks = [(rows["row_bad"], 0.5, "a log-probability is not finite, or above 0")]
     if not dropout:
-        sampler_gap = column("row_sampler_gap")
+        sampler_gap = rows["row_sampler_gap"]
         if exact:
-            checks.append((column("row_ratio_gap"), EXACT_GAP, "the first ratio is off 1 by {:.3g}"))
+            checks.append((rows["row_ratio_gap"], EXACT_GAP, "the first ratio is off 1 by {:.3g}"))
             checks.append((sampler_gap, 1e-2, "sampler and learner disagree by {:.3g} on a log-probability"))
         elif first["sampler_gap"] > 0.2 * max(first["tokens"], 1.0):  # in bfloat16 only the mean is limited
             most = sampler_gap.max() * (1 - 1e-6)
             checks.append((sampler_gap, most, "sampler and learner disagree by up to {:.3g} on a log-probability"))
         if exact and at_reference:
             message = "the policy has not learned yet, but its KL from the reference policy is {:.3g}"
-            checks.append((column("row_largest_kl"), 1e-4, message))
+            checks.append((rows["row_largest_kl"], 1e-4, message))
     for values, limit, message in checks:
         broken = ~(values <= limit)  # unlike `values > limit`, this is true for NaN
         if broken.any():

@@ -83,9 +83,25 @@ def loss_numbers(
 
 def sum_up(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     """The scalars of what `learn` returned, summed over micro-batches. The host waits for the device once."""
+    names, sums = _sums(parts)
+    return dict(zip(names, sums.tolist(), strict=True))
+
+
+def look_at(parts: Sequence[dict[str, Tensor]]) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """`sum_up(parts)`, and the numbers of each row by their names, (B,) float32 in main memory. The host waits once."""
+    names, sums = _sums(parts)
+    of_rows = [name for name in parts[0] if name.startswith("row_")]
+    columns = torch.stack([torch.cat([part[name].float() for part in parts]) for name in of_rows])  # (names, B)
+    numbers = torch.cat((sums, columns.flatten())).cpu()
+    rows = numbers[len(sums) :].view(columns.shape)
+    return dict(zip(names, numbers[: len(sums)].tolist(), strict=True)), dict(zip(of_rows, rows, strict=True))
+
+
+def _sums(parts: Sequence[dict[str, Tensor]]) -> tuple[list[str], Tensor]:
+    """The names of the scalars of what `learn` returned, and their sums over micro-batches."""
     names = [name for name in parts[0] if parts[0][name].ndim == 0]
     columns = torch.stack([torch.stack([part[name].float() for name in names]) for part in parts])  # (parts, names)
-    return dict(zip(names, columns.sum(dim=0).tolist(), strict=True))
+    return names, columns.sum(dim=0)
 
 
 def add_up(numbers: Sequence[dict[str, float]]) -> dict[str, float]:

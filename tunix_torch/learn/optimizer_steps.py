@@ -43,6 +43,8 @@ class OptimizerSteps(Trainer):
         self._take_back: list[Callable[[], None]] = []  # undo what the newest step changes besides the optimizer
         self._bad_gradients: list[str] = []  # of the newest step, where operations run at once
         super().__init__(**arguments)
+        # A batch from pinned memory is copied to the device without waiting for the work that the device has left.
+        self.accelerator.dataloader_config.non_blocking = self.args.dataloader_pin_memory
 
     # ---- errors of other libraries, as errors of a setting ----
 
@@ -103,7 +105,9 @@ class OptimizerSteps(Trainer):
             return super()._clip_grad_norm(model)
         weights = [weight for weight in model.parameters() if weight.grad is not None]
         norm = nn.utils.get_total_norm([weight.grad for weight in weights])
-        if fsdp.whole(norm).isfinite():
+        if not fsdp.is_part(norm):  # a norm of 0 changes no gradient, and nothing waits for the norm
+            nn.utils.clip_grads_with_norm_(weights, self.args.max_grad_norm, norm.where(norm.isfinite(), 0.0))
+        elif fsdp.whole(norm).isfinite():
             nn.utils.clip_grads_with_norm_(weights, self.args.max_grad_norm, norm)
         return fsdp.whole(norm)
 
@@ -114,7 +118,7 @@ class OptimizerSteps(Trainer):
             grad_norm = fsdp.whole(grad_norm)  # of all processes
         norm = super()._get_grad_norm(model, grad_norm)
         self.settle()
-        self.guard.decide(norm, self.state.global_step + 1)
+        norm = self.guard.decide(norm, self.state.global_step + 1)
         self._bad_gradients = [] if device.traces_graphs() or norm.isfinite() else bad_gradients(model)
         return norm
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..batch import TrainBatch, completion_lengths
 from ..config.grpo import GRPOConfig
 from ..grpo import LOSS_AGGREGATIONS
-from ..runtime import together
+from ..runtime import device, together
 
 
 def aggregation_weights(
@@ -80,7 +80,7 @@ def without_dropped(batch: TrainBatch, totals: Tensor, args: GRPOConfig) -> Trai
     kept = ~totals.isnan()[:, None]  # (B, 1)
     mask, learned = batch.completion_mask.cpu() & kept, (batch.token_weights.cpu() > 0) & kept  # here Python waits
     weights = step_weights([mask], [learned], args)[0]
-    return replace(batch, completion_mask=mask.to(args.device), lengths=completion_lengths(mask), **weights)
+    return replace(batch, completion_mask=device.upload(mask, args.device), lengths=completion_lengths(mask), **weights)
 
 
 def step_weights(
@@ -101,7 +101,7 @@ def step_weights(
     counts = together.sum_numbers(counts)
 
     def of(mask: Tensor, mode: str) -> Tensor:
-        return aggregation_weights(mask, mode, args.generation_max_length, **counts).to(args.device)
+        return device.upload(aggregation_weights(mask, mode, args.generation_max_length, **counts), args.device)
 
     bonus = args.has_entropy_bonus
     return [

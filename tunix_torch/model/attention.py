@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..runtime import device
+from ..runtime.products import float32_product
 
 # The names by which models take the two forms of attention, and that of this process.
 GROUPED = "tunix_grouped"
@@ -161,12 +162,18 @@ def grouped_attention(
         return shared_prefix_attention(query, key, attention_mask, scaling, softcap), None
     rows, heads, num_queries, head_dim = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, num_queries, head_dim)  # (R, KV heads, heads / KV heads, Q, D)
-    scores = torch.einsum("rhgqd,rhkd->rhgqk", grouped, key) * scaling
+    if device.traces_graphs() or query.dtype == torch.float32:
+        scores = torch.einsum("rhgqd,rhkd->rhgqk", grouped, key) * scaling
+    else:
+        scores = float32_product(grouped.flatten(2, 3), key.mT).view(*grouped.shape[:4], -1) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.float().masked_fill(~attention_mask[:, :, None], torch.finfo(torch.float32).min)
-    weights = nn.functional.dropout(scores.softmax(dim=-1).to(query.dtype), dropout, module.training)
-    mixed = torch.einsum("rhgqk,rhkd->rhgqd", weights, value)
+    weights = nn.functional.dropout(scores.softmax(dim=-1), dropout, module.training)
+    if device.traces_graphs() or query.dtype == torch.float32:
+        mixed = torch.einsum("rhgqk,rhkd->rhgqd", weights.to(query.dtype), value)
+    else:
+        mixed = float32_product(weights.flatten(2, 3), value).to(query.dtype)
     return mixed.reshape(rows, heads, num_queries, head_dim).transpose(1, 2).contiguous(), None
 
 
@@ -201,8 +208,9 @@ def shared_prefix_attention(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.float().masked_fill_(~attention_mask, torch.finfo(torch.float32).min)
-    weights = scores.softmax(dim=-1).to(query.dtype)
-    return kv.mix(weights).reshape(rows, 1, heads, -1)
+    weights = scores.softmax(dim=-1)
+    weights = weights.to(query.dtype) if device.traces_graphs() else weights
+    return kv.mix(weights).to(query.dtype).reshape(rows, 1, heads, -1)
 
 
 def _whole_mask(*args: object, **kwargs: object) -> Tensor:
@@ -241,10 +249,12 @@ class SharedPrefixKV:
     def scores(self, query: Tensor) -> Tensor:
         """Products of M queries a row and KV head with all keys: (R, KV heads, M, D) -> (R, KV heads, M, P + K).
 
+        They are float32, except in graphs that are traced, where they have the type of the keys.
+
         With a `new_key`, its products come last: (R, KV heads, M, P + K + 1).
         """
         if self.prompt_keys.shape[2] == 0:  # the window has left the prompt
-            return query @ self.own_keys.mT
+            return float32_product(query, self.own_keys.mT)
         if device.traces_graphs():  # no dimensions are merged, since a mesh may split each (see `grouped_attention`)
             in_groups = query.unflatten(0, (-1, self.group_size))
             of_prompt = torch.einsum("nghmd,nhpd->nghmp", in_groups, self.prompt_keys).flatten(0, 1)
@@ -252,16 +262,16 @@ class SharedPrefixKV:
                 "rhkd,rhmd->rhkm", self.own_keys, query
             ).mT  # in this order XLA:CPU need not transpose keys
         else:  # where einsum would be slower
-            of_prompt = self.by_row(self.by_prompt(query) @ self.prompt_keys.mT)
-            of_row = query @ self.own_keys.mT
+            of_prompt = self.by_row(float32_product(self.by_prompt(query), self.prompt_keys.mT))
+            of_row = float32_product(query, self.own_keys.mT)
         if self.new_key is None:
             return torch.cat((of_prompt, of_row), dim=-1)
         return torch.cat((of_prompt, of_row, torch.einsum("rhmd,rhkd->rhmk", query, self.new_key)), dim=-1)
 
     def mix(self, weights: Tensor) -> Tensor:
-        """Sums of all values, weighted: (R, KV heads, M, P + K), see `scores` -> (R, KV heads, M, D)."""
+        """Sums of all values, weighted: (R, KV heads, M, P + K), see `scores` -> (R, KV heads, M, D) of its type."""
         if self.prompt_keys.shape[2] == 0:
-            return weights @ self.own_values
+            return float32_product(weights, self.own_values)
         if self.new_value is not None:
             weights, of_new = weights.tensor_split([-1], dim=-1)
             return self._mix(weights) + of_new * self.new_value
@@ -273,7 +283,8 @@ class SharedPrefixKV:
             in_groups = of_prompt.unflatten(0, (-1, self.group_size))
             mixed = torch.einsum("nghmp,nhpd->nghmd", in_groups, self.prompt_values).flatten(0, 1)
             return mixed + torch.einsum("rhmk,rhkd->rhmd", of_row, self.own_values)
-        return self.by_row(self.by_prompt(of_prompt) @ self.prompt_values) + of_row @ self.own_values
+        of_prompt = self.by_row(float32_product(self.by_prompt(of_prompt), self.prompt_values))
+        return of_prompt + float32_product(of_row, self.own_values)
 
     def by_prompt(self, x: Tensor) -> Tensor:
         """Rows of a prompt side by side, zeros where one is missing: (R, KV heads, M, E) -> (N, KV heads, G * M, E)."""

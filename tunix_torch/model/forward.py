@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..runtime import device, fsdp
+from ..runtime.products import float32_scores
 from .attention import attention_masks, prompt_positions
 from .caches import PrefixCache
 
@@ -117,7 +118,7 @@ def hidden_states(
 def logits(model: nn.Module, hidden: Tensor) -> Tensor:
     """The head, with Gemma's soft-cap where the model has one: (..., D) -> (..., V) float32."""
     fsdp.gather_outer(base_model(model))
-    scores = base_model(model).get_output_embeddings()(hidden).float()
+    scores = float32_scores(base_model(model).get_output_embeddings(), hidden)
     cap = getattr(text_config(model), "final_logit_softcapping", None)
     return scores if cap is None else torch.tanh(scores / cap) * cap
 

@@ -175,7 +175,7 @@ class Rows:
 
     def _select(self, rows: Tensor) -> Tensor:
         """Select these rows in every tensor except the caches. Returns their numbers on the device."""
-        index = rows.to(self.first[0].device)
+        index = device.upload(rows, self.first[0].device)
         self.tensors = self._hold("rows", [tensor.index_select(0, index) for tensor in self.tensors])
         return index
 
@@ -207,7 +207,7 @@ class Rows:
 
     def _put_back(self) -> None:
         """Write the results of the decoded rows to their places among those of all rows."""
-        index = self.chosen.to(self.first[0].device)
+        index = device.upload(self.chosen, self.first[0].device)
         self.whole = tuple(
             shard_rows(whole.index_copy(0, index, tensor))
             for whole, tensor in zip(self.whole, self.tensors[:2], strict=True)

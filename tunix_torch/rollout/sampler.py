@@ -13,6 +13,7 @@ from ..model.attention import layer_windows, use_own_attention
 from ..model.caches import SharedPrefixCache
 from ..model.decoding import decode_weights
 from ..model.forward import adapters_in_use, base_model, hidden_states, logits, prefill, text_config
+from ..runtime import device
 from .rows import Rows, lay_on_devices
 from .steps import Steps
 from .tokens import SamplingParams, choose_tokens, tokens_in_prompts
@@ -88,7 +89,8 @@ class Sampler:
 
         `in_step` is what `decode_weights` yields.
         """
-        prompt_ids, prompt_mask, uniforms = lay_on_devices(prompt_ids, prompt_mask, uniforms.to(prompt_ids.device))
+        uniforms = device.upload(uniforms, prompt_ids.device)
+        prompt_ids, prompt_mask, uniforms = lay_on_devices(prompt_ids, prompt_mask, uniforms)
         last_hidden, prefix = prefill(self.model, prompt_ids, prompt_mask)
         windows = layer_windows(text_config(self.model))
         prefix.forget(windows)

@@ -302,7 +302,7 @@ def scalar(value: float) -> torch.Tensor:
 
     It is built with shape (1,) and indexed: torch-xla folds a 0-d zero into a constant and would recompile.
     """
-    return torch.tensor([value], device=torch_device())[0]
+    return upload(torch.tensor([value]), torch_device())[0]
 
 
 def peak_memory_bytes() -> int:

@@ -82,10 +82,25 @@ def record(step: Callable[[], Sequence[Tensor]], args: Sequence[Any], pool: Any)
     with torch.cuda.stream(side):  # libraries set themselves up, which can't be recorded
         step()
     main.wait_stream(side)
+    _make_room()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):  # computes nothing
-        num_results = write_over(step(), args)
+    with torch.cuda.stream(side):  # computes nothing
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            num_results = write_over(step(), args)
+        finally:
+            graph.capture_end()
     return num_results, graph.replay
+
+
+def _make_room() -> None:
+    """Give back memory that PyTorch keeps unused, if the device has little else: a graph can't take it from there.
+
+    `torch.cuda.graph` does so every time, and waits for the device, which makes the next learning pass allocate anew.
+    """
+    free, total = torch.cuda.mem_get_info()
+    if free < total // 8:
+        torch.cuda.empty_cache()
 
 
 def write_over(results: Sequence[Tensor], args: Sequence[Any]) -> int:
