@@ -2,6 +2,8 @@
 
 from ..public import public_names
 
+FOLDER = "completions"  # in a run's output_dir
+
 _HOMES = {
     "KeepCompletions": "keeping",
     "StepRows": "rows",

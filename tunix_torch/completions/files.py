@@ -8,12 +8,12 @@ import pyarrow
 import pyarrow.parquet
 
 from ..config.files import write_whole
+from . import FOLDER
 from .rows import Columns
 from .thinning import thinned
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "completions"  # in a run's output_dir
 STEPS, EVALUATIONS = "completions", "evaluation"  # what the files' names begin with
 TYPES = {
     "step": pyarrow.int64(),

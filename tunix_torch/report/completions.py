@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-COMPLETIONS_FOLDER = "completions"
+from ..completions import FOLDER
+
 # Of a long run so many files are read, the first and the last among them, at equal distances.
 MOST_ROLLOUTS, MOST_EVALUATIONS = 40, 12
 _REWARD = "rewards/"
@@ -67,7 +68,7 @@ def steps_of(completions: Sequence[Completion]) -> list[int]:
 
 
 def _read(output_dir: str | Path, kind: str, most: int) -> list[Completion]:
-    folder = Path(output_dir) / COMPLETIONS_FOLDER
+    folder = Path(output_dir) / FOLDER
     numbered = [(re.fullmatch(rf"{kind}_([0-9]{{1,18}})\.parquet", path.name), path) for path in folder.glob("*")]
     files = [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
     return [completion for path in _evenly(files, most) for completion in _rows(path, kind)]

@@ -11,14 +11,13 @@ from ..checkpoints.files import newest_checkpoint, why_not_whole
 from ..checkpoints.manifest import CHECKSUM_FILE, MANIFEST_FILE
 from ..checkpoints.publishing import UPLOADING
 from ..checkpoints.whole import UNFINISHED
-from ..completions.files import FOLDER as COMPLETIONS
+from ..completions import FOLDER as COMPLETIONS
 from ..config.checks import check_template_kwargs
 from ..config.files import load_config
 from ..config.grpo import SYSTEM_MESSAGE
 from ..config.saved import CONFIG_FILE, WHOLE_CONFIG_FILE
 from ..model import tiny
 from ..model.loading import base_model_name, resolve_model_name
-from ..report.completions import COMPLETIONS_FOLDER
 from ..report.metrics import METRICS_FILE
 from ..report.page import COMPARISON_FILE, REPORT_FILE
 from ..report.record import CROSSCHECK_FILE
@@ -52,7 +51,6 @@ RUN_FILES = (
     UNFINISHED,
     UPLOADING,
     CURVES_FILE,
-    COMPLETIONS_FOLDER,
     STARTS_FILE,
     REPORT_FILE,
     COMPARISON_FILE,
