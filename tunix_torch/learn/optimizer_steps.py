@@ -44,6 +44,12 @@ class OptimizerSteps(Trainer):
         self._bad_gradients: list[str] = []  # of the newest step, where operations run at once
         super().__init__(**arguments)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """See `transformers.Trainer`. Data loaders learn which processes have the same rows."""
+        super().create_accelerator_and_postprocess()
+        if together.processes() is not None:
+            self.accelerator.state.device_mesh = together.processes()
+
     # ---- errors of other libraries, as errors of a setting ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -100,7 +106,7 @@ class OptimizerSteps(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip the gradient and return its norm before. One that is not finite is left as it is, to be looked at."""
         if device.traces_graphs():  # where looking at it would make Python wait
-            return super()._clip_grad_norm(model)
+            return fsdp.whole(super()._clip_grad_norm(model))
         weights = [weight for weight in model.parameters() if weight.grad is not None]
         norm = nn.utils.get_total_norm([weight.grad for weight in weights])
         if fsdp.whole(norm).isfinite():

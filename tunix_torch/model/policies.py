@@ -145,8 +145,8 @@ class AdapterPolicy(Policy):
         own = get_peft_model_state_dict(self.model, adapter_name=self.adapter, save_embedding_layers=False)
         if missing := own.keys() - saved.keys():
             raise ValueError(f"model: the adapter in {folder} lacks {min(missing)}; give the model that it was made of")
-        split = {n: p for n, p in self.model.named_parameters(remove_duplicate=False) if fsdp.is_part(p)}
-        saved |= {name: fsdp.like(saved[name], split[name]) for name in saved.keys() & split.keys()}  # embeddings
+        split = own | {n: p for n, p in self.model.named_parameters(remove_duplicate=False) if fsdp.is_part(p)}
+        saved |= {name: fsdp.like(saved[name], split[name]) for name in saved.keys() & split.keys()}
         set_peft_model_state_dict(self.model, saved, self.adapter)
 
     def check_reference(self, reference: str) -> None:

@@ -10,7 +10,7 @@ from ..config.fsdp import check_optimizer
 from ..config.grpo import GRPOConfig
 from ..config.model import ModelConfig
 from ..config.saved import settings_of
-from ..runtime import together
+from ..runtime import tensor_parallel, together
 from .checks import check_head, check_peft_config, check_tokenizer
 from .fingerprint import fingerprint_of
 from .forward import base_model, recompute_layers
@@ -59,7 +59,7 @@ def make_policy(
     place(model, args.splitting, list(policy.weights().values()) if policy.has_base else [])
     if args.gradient_checkpointing:
         recompute_layers(model, args.gradient_checkpointing_kwargs)
-    if args.splitting is None:
+    if args.splitting is None and not tensor_parallel.is_split_along_tp():
         together.keep_frozen_out_of_ddp(model)
     else:
         model._is_accelerate_prepared = True  # else Accelerate would wrap it in DDP
@@ -101,7 +101,8 @@ def _facts(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     """What all hosts of a mesh must have alike of the model."""
 
     def but_for_paths(config: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in config.items() if not name.endswith("name_or_path")}
+        ordered = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+        return {name: value for name, value in ordered.items() if not name.endswith("name_or_path")}
 
     return {
         "weights of the model": together.digest(model.parameters()),
