@@ -69,6 +69,7 @@ def split(root: nn.Module, unused: str) -> dict[nn.Parameter, nn.Parameter]:
                 _lay(module, WHOLE, WHOLE if layer in GATHERED else Shard(-1))
             else:
                 _lay(module, Shard(-1), WHOLE)
+                _sum_in_loras(module)
     for name, module in used.items():  # what else learns
         own = [p for p in module.parameters(recurse=False) if p.requires_grad and p not in new]
         if own:
@@ -106,18 +107,33 @@ def _lay(module: nn.Module, takes: Placement, gives: Placement, own_kv: slice | 
     Args:
         own_kv: which columns of a whole result this process takes on with.
     """
-    # The gradient of a whole result of which a process takes a part is 0 elsewhere: the sum is that of the whole.
-    of_gradient = [gives] if own_kv is None else [Partial()]
 
     def take(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return DTensor.from_local(inputs[0], _mesh(), [takes], run_check=False), *inputs[1:]
+        x = inputs[0]
+        return DTensor.from_local(x, _mesh(), [_counted(takes, x.dim())], run_check=False), *inputs[1:]
 
     def give(module: nn.Module, inputs: tuple[Tensor, ...], output: DTensor) -> Tensor:
-        output = output.redistribute(placements=[gives]).to_local(grad_placements=of_gradient)
-        return output if own_kv is None else output[..., own_kv]
+        placement = _counted(gives, output.dim())
+        output = output.redistribute(placements=[placement])
+        if own_kv is None:
+            return output.to_local(grad_placements=[placement])
+        # Each process's gradient is that of its own columns and 0 elsewhere, so their sum is that of the whole.
+        return output.to_local(grad_placements=[Partial()])[..., own_kv]
 
     module.register_forward_pre_hook(take)
     module.register_forward_hook(give)
+
+
+def _counted(placement: Placement, dims: int) -> Placement:
+    """The placement with its dimension counted from the first: PyTorch takes a -1 of a gradient for another one."""
+    return Shard(placement.dim % dims) if isinstance(placement, Shard) else placement
+
+
+def _sum_in_loras(layer: nn.Module) -> None:
+    """Sum the products of a LoRA's split A, which are small, before B. Left alone, PyTorch would exchange rows."""
+    for name, module in layer.named_modules():
+        if "lora_A" in name.split(".")[:-1]:
+            module.register_forward_hook(lambda module, inputs, output: output.redistribute(placements=[WHOLE]))
 
 
 # ---- what a mesh must divide ----
