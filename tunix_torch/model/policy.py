@@ -11,6 +11,7 @@ from ..config.grpo import GRPOConfig
 from ..config.model import ModelConfig
 from ..config.saved import settings_of
 from ..runtime import tensor_parallel, together
+from .attention import use_own_attention
 from .checks import check_head, check_peft_config, check_tokenizer
 from .fingerprint import fingerprint_of
 from .forward import base_model, recompute_layers
@@ -63,6 +64,7 @@ def make_policy(
         together.keep_frozen_out_of_ddp(model)
     else:
         model._is_accelerate_prepared = True  # else Accelerate would wrap it in DDP
+    use_own_attention(base_model(model))
     check_head(model)
     return policy
 
