@@ -70,6 +70,8 @@ def _split_of(root: nn.Module) -> _Split | None:
 
 @functools.cache
 def _mesh() -> DeviceMesh:
+    if together.processes() is not None:
+        return together.processes()[together.ROWS]
     return init_device_mesh(device.KIND, (together.count(),))
 
 
@@ -97,8 +99,9 @@ def split(
         whole: parameters that every process keeps. Their gradients are summed by `together.sum_gradients`.
     """
     for parameter in whole:
-        parameter.data = parameter.data.to(device.torch_device())
-        torch.distributed.broadcast(parameter.data, 0)
+        if not is_part(parameter):  # along tp
+            parameter.data = parameter.data.to(device.torch_device())
+        torch.distributed.broadcast(own_part(parameter), group=_mesh().get_group(), group_src=0)
     parts = (*unused, *units)
     shared, inner, layers = _shared(root, parts), set(parts), []
     for unit in (*parts, root):

@@ -55,36 +55,43 @@ def split(root: nn.Module, unused: str) -> dict[nn.Parameter, nn.Parameter]:
     own_heads = {name: _own_heads(module) for name, module in used.items() if _is_attention(module)}
     new: dict[nn.Parameter, nn.Parameter] = {}
     for name, module in used.items():
-        layer, parent = name.rpartition(".")[2], name.rpartition(".")[0]
+        parent, _, layer = name.rpartition(".")
         if layer in WEIGHTS and not _is_in_table(parent):
-            heads = own_heads.get(parent)
-            split_kv = heads is None or heads.splits_kv
-            for parameter_name, parameter in module.named_parameters():
-                if parameter not in new:
-                    axes = axes_of(f"{layer}.{parameter_name}", parameter.dim(), split_kv)
-                    new[parameter] = _part(parameter, axes)
-            if layer in ("k_proj", "v_proj") and not split_kv:
-                _lay(module, WHOLE, WHOLE, heads.own_kv)
-            elif WEIGHTS[layer] == BY_OUTPUT:
-                _lay(module, WHOLE, WHOLE if layer in GATHERED else Shard(-1))
-            else:
-                _lay(module, Shard(-1), WHOLE)
-                _sum_in_loras(module)
+            _split_layer(layer, module, own_heads.get(parent), new)
     for name, module in used.items():  # what else learns
-        own = [p for p in module.parameters(recurse=False) if p.requires_grad and p not in new]
-        if own:
-            new |= {parameter: _part(parameter, (None,) * parameter.dim()) for parameter in own}
-            # In heads' norms (rows, tokens, heads, head dim) or (rows, heads, tokens, head dim) only the last dimension
+        learning = [p for p in module.parameters(recurse=False) if p.requires_grad and p not in new]
+        if learning:
+            new |= {parameter: _part(parameter, (None,) * parameter.dim()) for parameter in learning}
+            # In heads' norms, (rows, tokens, heads, head dim) or with heads before tokens, only the last dimension
             # matters, so that each process may take what it has for a part of any other.
             placement = Shard(1) if name.rpartition(".")[2] in NORMS_OF_HEADS else WHOLE
             _lay(module, placement, placement)
     for module in root.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter in new:
-                module._parameters[name] = new[parameter]
+        module._parameters.update({name: new[p] for name, p in module._parameters.items() if p in new})
     for name, heads in own_heads.items():
         used[name].num_key_value_groups = heads.num_queries // heads.num_kv
     return new
+
+
+def _split_layer(
+    layer: str, module: nn.Module, heads: "_Heads | None", new: dict[nn.Parameter, nn.Parameter]
+) -> None:
+    """Split a layer of the table `WEIGHTS`, with its LoRA, and add its parameters to the new ones.
+
+    Args:
+        heads: those of the attention that it is in; None: it is in none.
+    """
+    split_kv_heads = heads is None or heads.splits_kv
+    for name, parameter in module.named_parameters():
+        if parameter not in new:  # tied weights are in two layers
+            new[parameter] = _part(parameter, axes_of(f"{layer}.{name}", parameter.dim(), split_kv_heads))
+    if layer in ("k_proj", "v_proj") and not split_kv_heads:
+        _lay(module, WHOLE, WHOLE, heads.own_kv)
+    elif WEIGHTS[layer] == BY_OUTPUT:
+        _lay(module, WHOLE, WHOLE if layer in GATHERED else Shard(-1))
+    else:
+        _lay(module, Shard(-1), WHOLE)
+        _sum_in_loras(module)
 
 
 def _is_in_table(name: str) -> bool:
