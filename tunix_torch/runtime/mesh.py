@@ -82,7 +82,8 @@ def _use_processes(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if KIND == "cuda" and here > torch.cuda.device_count():
         raise ValueError(f"{asked}: {here} processes on a host with {torch.cuda.device_count()} GPU(s)")
-    _of_processes.update(sizes)
+    if wanted > 1:
+        _of_processes.update(sizes)
     together.share_rows(sizes.get("tp", 1))
 
 

@@ -101,6 +101,11 @@ def is_first() -> bool:
     return index() == 0 and _peer == 0
 
 
+def is_first_peer() -> bool:
+    """Whether this process is the one that writes what is about its rows."""
+    return _peer == 0
+
+
 def wait() -> None:
     """Wait until every process and every host has called this."""
     _everyone(None)
