@@ -1,24 +1,24 @@
-"""Short runs, and passes of every family of models, that a mesh of processes repeats and one process has done.
+"""Short runs, and passes of every family of models, that a mesh of processes does and one process does alone.
 
-Both call `main`: the processes from the file that a test starts, the one process from the test itself.
+Both call `main`: the processes from `JOB`, which a test starts, the one process from the test itself.
 """
 
-import sys
-from pathlib import Path
+JOB = "import sys; from processes_of_mesh import main; main(*sys.argv[1:])"
 
 PROMPTS = 4  # of an optimizer step, over all processes
-WHOLE = {"adam_epsilon": 1e-2, "learning_rate": 1e-3, "sync_ref_model": True, "ref_model_sync_steps": 2}
-SAVED = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+WHOLE = {"adam_epsilon": 1e-2, "learning_rate": 1e-3, "sync_ref_model": True, "ref_model_sync_steps": 1}
+SAVED = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
 CHANGED = {"allow_changes": ["processes", "per_device_train_batch_size"], "fsdp": None}
 CASES = {  # the KV heads of a Gemma 3 with four heads, whether all weights learn, settings
     "lora": (2, False, SAVED),
-    "whole": (1, True, SAVED | WHOLE | {"gradient_checkpointing": True}),
-    "short": (2, False, {"max_steps": 2}),
+    "whole": (1, True, WHOLE | {"gradient_checkpointing": True}),
+    "saved whole": (1, True, SAVED | WHOLE),
+    "short": (2, False, {"generation_max_length": 6}),
     "sft": (2, True, WHOLE | {"use_grpo": False, "sync_ref_model": False, "generation_max_length": 64}),
     "lora of others": (2, False, CHANGED),
-    "whole of others": (1, True, CHANGED | WHOLE),
+    "saved whole of others": (1, True, CHANGED | WHOLE),
     "fsdp lora": (2, False, SAVED | {"fsdp": "full_shard"}),
-    "fsdp whole": (1, True, SAVED | WHOLE | {"fsdp": "full_shard"}),
+    "fsdp saved whole": (1, True, SAVED | WHOLE | {"fsdp": "full_shard"}),
 }
 
 
@@ -45,7 +45,7 @@ def main(shape, root, others, *cases):
 
 
 def run(case, root, others):
-    """Train for some steps, and return what was learned and logged."""
+    """Train for two steps, and return what was learned and logged."""
     import torch
     from models import make_model
     from trainers import make_trainer
@@ -63,15 +63,17 @@ def run(case, root, others):
         num_key_value_heads=kv_heads,
         initializer_range=0.1,
     )
-    common = {"adam_epsilon": 1e-3, "num_completions_per_prompt": 2, "micro_batch_size": None}
-    prompts = {"per_device_train_batch_size": PROMPTS // together.count()}
+    common = {"max_steps": 2, "generation_max_length": 8, "num_completions_per_prompt": 2, "micro_batch_size": None}
+    prompts = {"adam_epsilon": 1e-3, "per_device_train_batch_size": PROMPTS // together.count()}
     place = f"{root}/{case}"
-    trainer = make_trainer(
-        model, place, processing_class=tokenizer, full=full, **common | prompts | settings
+    trainer = make_trainer(model, place, processing_class=tokenizer, full=full, **common | prompts | settings)
+    trainer.train(
+        resume_from_checkpoint=f"{others}/{case.removesuffix(' of others')}/checkpoint-1" if "others" in case else None
     )
-    trainer.train(resume_from_checkpoint=f"{others}/{case.split()[0]}/checkpoint-2" if "others" in case else None)
     parts = {name: (p.numel(), fsdp.own_part(p).numel()) for name, p in trainer.model.named_parameters()}
-    weights = {name: fsdp.whole(p).detach().cpu().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    weights = {
+        name: fsdp.whole(p).detach().cpu().clone() for name, p in trainer.model.named_parameters() if p.requires_grad
+    }
     everyones = together.gather(weights)
     assert all(torch.equal(everyones[0][name], theirs[name]) for theirs in everyones for name in weights)
     head, embeddings = trainer.model.get_output_embeddings(), trainer.model.get_input_embeddings()
@@ -106,7 +108,10 @@ def passes_of_families():
     params = SamplingParams(max_new_tokens=6, temperature=1.0, top_k=8)
     uniforms = draw_uniforms((0, 1), range(6), 6)
     cases = [(family, kv, {}, {}) for family in FAMILIES for kv in (1, 2)]
-    cases += [("gemma3", 2, {"tie_word_embeddings": False}, {}), ("gemma3", 2, {}, {"modules_to_save": ["embed_tokens"]})]
+    cases += [
+        ("gemma3", 2, {"tie_word_embeddings": False}, {}),
+        ("gemma3", 2, {}, {"modules_to_save": ["embed_tokens"]}),
+    ]
     cases += [(family, 1, {}, None) for family in ("gemma3", "qwen3")]
     for family, kv, overrides, lora in cases:
         more = {"vocab_size_per_layer_input": vocabulary} if family == "gemma4" else {}
@@ -117,13 +122,10 @@ def passes_of_families():
         logps, _ = token_logps(model, shared_prompts(batch))
         weighted(logps, batch).backward()
         together.sum_gradients(model.parameters())
-        gradients = {n: fsdp.whole(p.grad) / together.count() for n, p in model.named_parameters() if p.grad is not None}
+        gradients = {
+            n: fsdp.whole(p.grad) / together.count() for n, p in model.named_parameters() if p.grad is not None
+        }
         rollout = Sampler(model, [1], 0).sample(batch.prompt_ids[:3], batch.prompt_mask[:3], 2, params, uniforms)
         results[str((family, kv, overrides, lora))] = logps.detach(), gradients, rollout.completion_ids
     assert all(isinstance(g, torch.Tensor) for _, gradients, _ in results.values() for g in gradients.values())
     return results
-
-
-if __name__ == "__main__":
-    Path(sys.argv[2]).mkdir(exist_ok=True)
-    main(*sys.argv[1:])

@@ -59,7 +59,9 @@ def save_bad_batches(skipped: Decided, policy: Policy, args: GRPOConfig) -> list
     writes = together.is_first_peer()
     model = policy.model
     config = model.peft_config[model.active_adapter].to_dict() if isinstance(model, PeftModel) else None
-    weights = {name: fsdp.whole(w).detach().cpu().clone() for name, w in policy.weights().items()} if policy.has_base else {}
+    weights = (
+        {name: fsdp.whole(w).detach().cpu().clone() for name, w in policy.weights().items()} if policy.has_base else {}
+    )
     base = base_model(model)
     paths = []
     for number, given in enumerate(skipped.batches, 1):

@@ -58,7 +58,9 @@ ON_A_MESH = "on XLA a mesh splits weights: mesh_shape"
 
 def why_not() -> str | None:
     """Why the weights can't be split over processes on this device, with what to do instead; None: they can."""
-    return {"xla": ON_A_MESH, "tpu": "through torch_tpu each chip has all weights: leave it out"}.get(device.KIND)
+    return {"xla": ON_A_MESH, "tpu": "through torch_tpu the axis tp of a mesh splits weights: mesh_shape"}.get(
+        device.KIND
+    )
 
 
 _NAME = "_split_over_processes"  # the attribute of a model that holds its `_Split`, and goes with it

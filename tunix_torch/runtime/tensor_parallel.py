@@ -1,13 +1,13 @@
 """Weights that are split along the axis tp of a mesh of processes, by PyTorch's DTensor.
 
 Each process holds a part of the matrices that `sharding.WEIGHTS` names, and the part of the attention that belongs to
-it: its heads, with their keys, values and caches. Processes along tp have the same rows. Hooks wrap what a layer of that
-table takes as a DTensor and unwrap what it gives, so within the layer PyTorch finds out what is to be sent, forward and
+it: its heads, with their keys, values and caches. Processes along tp have the same rows. Hooks wrap what a layer of the
+table takes as a DTensor and unwrap what it gives. So within the layer PyTorch finds out what is to be sent, forward and
 backward, and everywhere else tensors are plain ones of this process: hidden states and logits are whole.
 
 Every parameter of such a layer is a DTensor, also where it is whole, and so is every parameter that learns, since an
-optimizer takes no mixture. A weight that is whole and meets a part of the numbers, as the matrix A of a LoRA in front of
-a split B, gets a part of its gradient in each process; `together.sum_gradients` sums these.
+optimizer takes no mixture. A weight that is whole and meets a part of the numbers, as the matrix A of a LoRA before a
+split B, gets a part of its gradient in each process; `together.sum_gradients` sums these.
 """
 
 import re
@@ -73,9 +73,7 @@ def split(root: nn.Module, unused: str) -> dict[nn.Parameter, nn.Parameter]:
     return new
 
 
-def _split_layer(
-    layer: str, module: nn.Module, heads: "_Heads | None", new: dict[nn.Parameter, nn.Parameter]
-) -> None:
+def _split_layer(layer: str, module: nn.Module, heads: "_Heads | None", new: dict[nn.Parameter, nn.Parameter]) -> None:
     """Split a layer of the table `WEIGHTS`, with its LoRA, and add its parameters to the new ones.
 
     Args:

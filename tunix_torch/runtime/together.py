@@ -9,7 +9,7 @@ There are three ways in which several processes train together:
   graphs in the same order. So every host has the whole batch, and uploads the part that its own chips need. All hosts
   must decide alike. What a clock or a reward function decides, the first host decides and tells the others. A signal
   counts when any host got it.
-- Processes of a mesh, one for each device, which `torchrun` starts too. Along `fsdp` they are DDP processes. Those along
+- Processes of a mesh, one for each device, which `torchrun` starts. Along `fsdp` they are DDP processes. Those along
   `tp` hold parts of the weights (`tensor_parallel.py`) and have the same prompts, so they decide alike, as hosts do.
 
 Functions that count, gather or sum are about DDP processes, since all hosts of a mesh have the same rows, and so have
@@ -208,7 +208,14 @@ def keep_frozen_out_of_ddp(model: nn.Module) -> None:
 
 PORT = 12355  # on the first host; MASTER_PORT is another one
 PATIENCE = 3600.0  # seconds, with a host that says nothing
-PACKAGES = ("torch", "torch_xla", "torch_tpu", "transformers", "peft", "accelerate")  # they decide how a graph is traced
+PACKAGES = (
+    "torch",
+    "torch_xla",
+    "torch_tpu",
+    "transformers",
+    "peft",
+    "accelerate",
+)  # they decide how a graph is traced
 
 _num_hosts = 1
 _peer, _num_peers = 0, 1
