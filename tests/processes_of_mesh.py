@@ -14,7 +14,7 @@ CASES = {  # the KV heads of a Gemma 3 with four heads, whether all weights lear
     "whole": (1, True, WHOLE | {"gradient_checkpointing": True}),
     "saved whole": (1, True, SAVED | WHOLE),
     "short": (2, False, {"generation_max_length": 6}),
-    "sft": (2, True, WHOLE | {"use_grpo": False, "sync_ref_model": False, "generation_max_length": 64}),
+    "sft": (2, True, {"adam_epsilon": 1e-2, "learning_rate": 1e-3, "use_grpo": False, "generation_max_length": 64}),
     "lora of others": (2, False, CHANGED),
     "saved whole of others": (1, True, CHANGED | WHOLE),
     "fsdp lora": (2, False, SAVED | {"fsdp": "full_shard"}),
@@ -105,7 +105,9 @@ def passes_of_families():
 
     results, vocabulary = {}, 96
     batch = make_batch(vocabulary=vocabulary)
-    params = SamplingParams(max_new_tokens=6, temperature=1.0, top_k=8)
+    params = SamplingParams(
+        max_new_tokens=6
+    )  # of all tokens: where two tie for the last place among some, rounding decides
     uniforms = draw_uniforms((0, 1), range(6), 6)
     cases = [(family, kv, {}, {}) for family in FAMILIES for kv in (1, 2)]
     cases += [
