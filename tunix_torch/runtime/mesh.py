@@ -72,12 +72,12 @@ def _use_processes(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
     if mesh is None:
         return
     shape, axes = mesh
-    wanted, asked, started = math.prod(shape), f"mesh_shape={','.join(map(str, shape))!r}", os.environ.get("WORLD_SIZE")
-    sizes = dict(zip(axes, shape, strict=True))
+    wanted, asked = math.prod(shape), f"mesh_shape={','.join(map(str, shape))!r}"
+    sizes, started = dict(zip(axes, shape, strict=True)), int(os.environ.get("WORLD_SIZE", "1"))
     if _of_processes not in ({}, sizes):
         raise ValueError(f"{asked}: this process has a mesh of {_of_processes} already, and keeps it")
-    if wanted != int(started or "1"):
-        found = f"on {KIND!r} each device of a mesh has a process, which makes {wanted}, and there are {started or 1}"
+    if wanted != started:
+        found = f"on {KIND!r} each device of a mesh has a process, which makes {wanted}, and there are {started}"
         raise ValueError(f"{asked}: {found}; torchrun --nproc_per_node {wanted} train.py starts as many")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if KIND == "cuda" and here > torch.cuda.device_count():

@@ -13,6 +13,7 @@ split B, gets a part of its gradient in each process; `together.sum_gradients` s
 import re
 from dataclasses import dataclass
 
+import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -39,6 +40,8 @@ def _mesh() -> DeviceMesh:
 
 def split(root: nn.Module, unused: str) -> dict[nn.Parameter, nn.Parameter]:
     """Split the weights of a model along tp. Each matrix goes to the device for itself, and only in part.
+
+    All processes must hold the same weights, though those that learn get the values of the first process along fsdp.
 
     Args:
         root: the model, with or without a LoRA, on the CPU or on the device.
@@ -68,6 +71,10 @@ def split(root: nn.Module, unused: str) -> dict[nn.Parameter, nn.Parameter]:
             _lay(module, placement, placement)
     for module in root.modules():
         module._parameters.update({name: new[p] for name, p in module._parameters.items() if p in new})
+    for parameter in new.values():
+        if parameter.requires_grad and together.count() > 1:  # as DDP does, which does not wrap such a model
+            own, group = parameter.detach().to_local(), together.processes().get_group(together.ROWS)
+            torch.distributed.broadcast(own, group=group, group_src=0)
     for name, heads in own_heads.items():
         used[name].num_key_value_groups = heads.num_queries // heads.num_kv
     return new

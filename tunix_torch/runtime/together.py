@@ -168,6 +168,11 @@ def sum_numbers(numbers: dict[str, float]) -> dict[str, float]:
     return {name: sum(theirs[name] for theirs in everyone) for name in numbers}
 
 
+def _by_fsdp(gradient: Tensor) -> bool:
+    """Whether a gradient is of a weight that FSDP2 splits, over the processes with rows of their own."""
+    return isinstance(gradient, DTensor) and gradient.device_mesh.mesh_dim_names != (PEERS,)
+
+
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace each gradient by its sum over the processes. All gradients travel in one exchange.
@@ -182,9 +187,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
             p.grad = p.grad.redistribute(placements=p.placements)
     if count() == 1:
         return
-    split = {p: isinstance(p.grad, DTensor) for p in learning}
-    by_peers = {p: split[p] and p.grad.device_mesh.mesh_dim_names == (PEERS,) for p in learning}
-    gradients = [p.grad.to_local() if by_peers[p] else p.grad for p in learning if by_peers[p] or not split[p]]
+    gradients = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in learning if not _by_fsdp(p.grad)]
     if not gradients:
         return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -208,14 +211,8 @@ def keep_frozen_out_of_ddp(model: nn.Module) -> None:
 
 PORT = 12355  # on the first host; MASTER_PORT is another one
 PATIENCE = 3600.0  # seconds, with a host that says nothing
-PACKAGES = (
-    "torch",
-    "torch_xla",
-    "torch_tpu",
-    "transformers",
-    "peft",
-    "accelerate",
-)  # they decide how a graph is traced
+# They decide how a graph is traced.
+PACKAGES = ("torch", "torch_xla", "torch_tpu", "transformers", "peft", "accelerate")
 
 _num_hosts = 1
 _peer, _num_peers = 0, 1
@@ -305,8 +302,12 @@ def decided_by_first(decide: Callable[[], Any]) -> Any:
     if problem is not None:
         raise problem
     if message is not None:
-        raise ValueError(f"host 0: {message}")
+        raise ValueError(f"{_peer_name(0)}: {message}")
     return value
+
+
+def _peer_name(number: int) -> str:
+    return f"host {number}" if _num_hosts > 1 else f"process {index() * _num_peers + number}"
 
 
 def check_same(facts: Callable[[], dict[str, Any]]) -> None:
@@ -318,13 +319,12 @@ def check_same(facts: Callable[[], dict[str, Any]]) -> None:
     if _peers is None:
         return
     first, *others = _of_all_peers({name: str(value) for name, value in facts().items()})
-    what = "host" if _num_hosts > 1 else "process"
     for number, theirs in enumerate(others, 1):
         for name in sorted(first.keys() | theirs.keys()):
             if first.get(name) != theirs.get(name):
                 raise ValueError(
-                    f"{name}: {first.get(name)} on {what} 0, but {theirs.get(name)} on {what} {number}; "
-                    f"all of a mesh need the same settings, code, data and files"
+                    f"{name}: {first.get(name)} on {_peer_name(0)}, but {theirs.get(name)} on {_peer_name(number)}; "
+                    "all of a mesh need the same settings, code, data and files"
                 )
 
 
