@@ -206,4 +206,13 @@ def like(tensor: Tensor, weight: Tensor) -> Tensor:
 def mix(reference: dict[str, Tensor], policy: Policy, share: float) -> dict[str, Tensor]:
     """The reference policy moved towards the policy: share * policy + (1 - share) * reference, for every weight."""
     weights = policy.weights()
-    return {name: like(share * weights[name] + (1 - share) * old, weights[name]) for name, old in reference.items()}
+
+    def mixed(old: Tensor, weight: Tensor) -> Tensor:
+        values = share * fsdp.own_part(weight) + (1 - share) * fsdp.own_part(old)
+        if not fsdp.is_part(old):
+            return like(values, weight)
+        new = old.clone()  # of what is split along two axes, a new DTensor would forget how
+        fsdp.own_part(new).copy_(values)
+        return new
+
+    return {name: mixed(old, weights[name]) for name, old in reference.items()}
