@@ -267,7 +267,7 @@ def test_config_example_holds_every_setting_with_its_default_and_runs(call, tmp_
         (["--train_fraction", "0.5"], ["train_fraction=0.5", "held-out questions of their own"]),
         (["--dataset", "gsm9k"], ["dataset='gsm9k'", "gsm8k"]),
         (["--model_size", "2b"], ["model_size='2b'", "270m, 1b"]),
-        (["--mesh_shape", "2,2"], ["mesh_shape='2,2'", "needs device='xla'"]),
+        (["--mesh_shape", "2,2"], ["mesh_shape='2,2'", "torchrun --nproc_per_node 4"]),
         (["--use_grpo", "--max_prompt_length", "24", "--overlong_prompts", "raise"], ["max_prompt_length=24", "row 1"]),
         (["--eval_strategy", "no", "--eval_steps", "1"], ["eval_strategy='no'", "eval_steps"]),
         (["--eval_strategy", "no", "--early_stopping_patience", "1"], ["early_stopping_patience=1", "eval_strategy"]),

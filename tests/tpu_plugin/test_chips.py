@@ -3,6 +3,7 @@
 torch_tpu's collectives need the links between chips, so here `host_group.py` stands for them.
 """
 
+import processes_of_mesh
 import pytest
 import torch
 from graphs import KIND
@@ -45,3 +46,19 @@ def test_four_chips_learn_what_one_learns(model_folder, tmp_path):
         assert logs[0] == pytest.approx(logs[1], abs=1e-5) and len(logs[0]) == 3, name
     for name, weight in one["weights"].items():
         assert (many["weights"][name] - weight).abs().max() <= 1e-5, name
+
+
+def test_a_mesh_of_four_chips_learns_what_one_learns(tmp_path):
+    """Of two by two: weights lie along tp as DTensors, prompts along fsdp. A step decodes without being compiled."""
+    one, four = (tmp_path / number for number in ("1", "4"))
+    for shape, number, folder in (("1", 1, one), ("2,2", PROMPTS, four)):
+        folder.mkdir()
+        launch(processes_of_mesh.JOB, number, folder, shape, folder, "", "short", kind="tpu")
+    expected, found = (torch.load(folder / "short.pt") for folder in (one, four))
+    assert (expected["compared"], found["compared"]) == (1, PROMPTS)
+    for name in ("loss", "grad_norm", "reward", "kl"):
+        logs = [[row[name] for row in result["log"] if name in row] for result in (found, expected)]
+        assert logs[0] == pytest.approx(logs[1], abs=1e-5) and len(logs[0]) == 2, name
+    for name, weight in expected["weights"].items():
+        assert (found["weights"][name] - weight).abs().max() <= 1e-5, name
+    assert any(part < size for size, part in found["parts"].values())

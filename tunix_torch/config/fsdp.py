@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-from ..runtime import together
+from ..runtime import mesh, together
 from ..runtime.fsdp import ON_A_MESH, Splitting, why_not
 from .settings import nearest, require
 
@@ -86,6 +86,8 @@ def make_splitting(args: "GRPOConfig", given: Any) -> Splitting | None:
     if given is None:
         return None
     hint = "splits the weights over several processes, and this is the only one: accelerate launch --num_processes 2"
+    if mesh.along_tp() > 1:
+        hint = "splits the weights along fsdp, where the mesh has one process only: leave it out"
     require(together.count() > 1, "fsdp", given, hint)
     plugin, args.fsdp_plugin_args = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args), None
     return Splitting(plugin.reshard_after_forward, args.gather_for_rollout)

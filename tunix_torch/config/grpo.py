@@ -287,6 +287,7 @@ class GRPOConfig(TrainingArguments):
         together.join_hosts(*mesh.hosts())
         with blamed_on_inherited(self, PASSED_ON):
             self._resolve_inherited()
+        together.join_mesh(process_device.KIND)
         self.splitting: Splitting | None = make_splitting(self, given)  # None: each process has all weights
 
     def to_dict(self) -> dict[str, Any]:
@@ -296,7 +297,12 @@ class GRPOConfig(TrainingArguments):
     @property
     def process_index(self) -> int:
         """The number of this process: Transformers lets 0 write files, and torch-xla would call every host 0."""
-        return super().process_index if together.num_hosts() == 1 else int(not together.is_first())
+        return super().process_index if together.num_peers() == 1 else together.index() or int(not together.is_first())
+
+    @property
+    def world_size(self) -> int:
+        """How many processes have prompts of their own."""
+        return super().world_size if together.num_peers() == 1 else together.count()
 
     def evaluation_metrics(self, judged: bool = True, rewards: Sequence[str] = ()) -> list[str]:
         """The metrics that `TunixTrainer.evaluate` gives, without `eval_`.

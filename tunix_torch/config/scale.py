@@ -33,7 +33,7 @@ def check_scale(args: GRPOConfig, num_rows: int | None) -> None:
     fsdp = mesh.axis_size("fsdp")
     hint = f"prompts are spread over fsdp={fsdp}; give a multiple of that"
     require(prompts % fsdp == 0, "per_device_train_batch_size", prompts, hint)
-    alone = not args.save_batches or processes == 1
+    alone = not args.save_batches or processes * mesh.along_tp() == 1
     require(alone, "save_batches", args.save_batches, "a record is of one process; leave it at 0 with several")
     alone = not args.load_best_model_at_end or together.num_hosts() == 1
     require(alone, "load_best_model_at_end", True, "with several hosts the last model stays; leave it out")

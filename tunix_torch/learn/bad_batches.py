@@ -15,7 +15,7 @@ from ..config.grpo import GRPOConfig
 from ..config.saved import settings_of
 from ..model.forward import base_model
 from ..model.policies import Policy
-from ..runtime import together
+from ..runtime import fsdp, together
 from .guard import Decided
 from .pairs import pair_batch
 from .record import Record
@@ -56,10 +56,12 @@ def save_bad_batches(skipped: Decided, policy: Policy, args: GRPOConfig) -> list
         the files.
     """
     folder, kind = Path(args.output_dir) / FOLDER, kind_of(args)
-    writes = args.should_save or together.count() > 1  # each process has rows of its own
+    writes = together.is_first_peer()
     model = policy.model
     config = model.peft_config[model.active_adapter].to_dict() if isinstance(model, PeftModel) else None
-    weights = {name: w.detach().cpu().clone() for name, w in policy.weights().items()} if policy.has_base else {}
+    weights = (
+        {name: fsdp.whole(w).detach().cpu().clone() for name, w in policy.weights().items()} if policy.has_base else {}
+    )
     base = base_model(model)
     paths = []
     for number, given in enumerate(skipped.batches, 1):

@@ -46,6 +46,12 @@ class OptimizerSteps(Trainer):
         # A batch from pinned memory is copied to the device without waiting for the work that the device has left.
         self.accelerator.dataloader_config.non_blocking = self.args.dataloader_pin_memory
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """See `transformers.Trainer`. Data loaders learn which processes have the same rows."""
+        super().create_accelerator_and_postprocess()
+        if together.processes() is not None:
+            self.accelerator.state.device_mesh = together.processes()
+
     # ---- errors of other libraries, as errors of a setting ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -102,7 +108,7 @@ class OptimizerSteps(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip the gradient and return its norm before. One that is not finite is left as it is, to be looked at."""
         if device.traces_graphs():  # where looking at it would make Python wait
-            return super()._clip_grad_norm(model)
+            return fsdp.whole(super()._clip_grad_norm(model))
         weights = [weight for weight in model.parameters() if weight.grad is not None]
         norm = nn.utils.get_total_norm([weight.grad for weight in weights])
         if not fsdp.is_part(norm):  # a norm of 0 changes no gradient, and nothing waits for the norm

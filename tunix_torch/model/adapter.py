@@ -78,7 +78,7 @@ def changes_nothing(weights: dict[str, nn.Parameter]) -> bool:
     matrices = {n: w for n, w in weights.items() if ".lora_" in n and ".lora_magnitude_vector" not in n}
     if not matrices:
         return True
-    sums = torch.stack([weight.detach().abs().sum() for weight in matrices.values()]).tolist()
+    sums = fsdp.whole(torch.stack([weight.detach().abs().sum() for weight in matrices.values()])).tolist()
     of_layer: dict[str, list[float]] = {}  # the sums of a layer's two matrices
     for name, total in zip(matrices, sums, strict=True):
         of_layer.setdefault(name.partition(".lora_")[0], []).append(total)
@@ -110,7 +110,7 @@ def acts_as_base(model: nn.Module, adapter: str) -> bool:
 
 def _distance(one: Tensor, other: Tensor) -> float:
     """The sum of absolute differences."""
-    return float((fsdp.whole(one).detach().float() - other.detach().float()).abs().sum())
+    return float((fsdp.whole(one).detach().float() - fsdp.whole(other).detach().float()).abs().sum())
 
 
 # ---- files ----

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..runtime import device, fsdp, mesh
+from ..runtime import device, fsdp, mesh, tensor_parallel
 from .fast_layers import FAST, FastDecoderLayer
 from .forward import base_model
 from .merged_lora import MergedLinear, faster_lora
@@ -26,7 +26,7 @@ def fast_layers(model: nn.Module) -> Iterator[None]:
 
     Where weights are split over processes, layers keep their own forms and are gathered as they run.
     """
-    if fsdp.is_split(base_model(model)):
+    if _has_parts(model):
         with fsdp.gathered_as_needed(base_model(model)):
             yield
         return
@@ -55,7 +55,7 @@ def decode_weights(model: nn.Module) -> Iterator[bool]:
     Yields:
         whether all who take part must decode equally often, since their weights are gathered for each token.
     """
-    if fsdp.is_split(base_model(model)):
+    if _has_parts(model):
         with fsdp.gathered_to_decode(base_model(model)) as in_step:
             yield in_step
         return
@@ -82,6 +82,10 @@ def with_fast_layers(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(model, *args, **kwargs)
 
     return wrapped
+
+
+def _has_parts(model: nn.Module) -> bool:
+    return fsdp.is_split(base_model(model)) or tensor_parallel.is_split_along_tp()
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:

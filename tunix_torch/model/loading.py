@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.model import ModelConfig
-from ..runtime import device, fsdp, mesh
+from ..runtime import device, fsdp, mesh, tensor_parallel
 from ..runtime.fsdp import Splitting
 from ..runtime.sharding import shard_model
 from . import tiny
@@ -227,6 +227,8 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 def place(model: nn.Module, splitting: Splitting | None = None, whole: Sequence[nn.Parameter] = ()) -> nn.Module:
     """Move a model to this process's device. Tied embeddings come untied on XLA, so they are tied again.
 
+    Its weights are spread over the mesh, or over the processes of one, where there is one.
+
     A model in float32 computes with float32's precision: with less, a TPU would round the effect of a young LoRA away.
     Its layers stay of the classes that they are, see `decoding.fast_layers`. The form of attention is up to the
     `Sampler`.
@@ -238,6 +240,9 @@ def place(model: nn.Module, splitting: Splitting | None = None, whole: Sequence[
     base = base_model(model)
     if base.dtype == torch.float32:
         device.multiply_exactly()
+    if tensor_parallel.is_split_along_tp():
+        new = tensor_parallel.split(model, NOT_TEXT)
+        whole = [new.get(parameter, parameter) for parameter in whole]
     if splitting is None:
         model.to(device.torch_device())
     else:

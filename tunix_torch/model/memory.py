@@ -42,7 +42,7 @@ def check_lengths(model: nn.Module, args: GRPOConfig) -> None:
     if not args.use_grpo:
         return
     config, length = text_config(model), args.generation_max_length
-    heads = config.num_key_value_heads
+    heads = -(-config.num_key_value_heads // mesh.along_tp())
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * heads * size * next(model.parameters()).element_size()
     shared = getattr(config, "num_kv_shared_layers", None) or 0  # Gemma 4: the last layers keep none of their own

@@ -145,8 +145,8 @@ class AdapterPolicy(Policy):
         own = get_peft_model_state_dict(self.model, adapter_name=self.adapter, save_embedding_layers=False)
         if missing := own.keys() - saved.keys():
             raise ValueError(f"model: the adapter in {folder} lacks {min(missing)}; give the model that it was made of")
-        split = {n: p for n, p in self.model.named_parameters(remove_duplicate=False) if fsdp.is_part(p)}
-        saved |= {name: fsdp.like(saved[name], split[name]) for name in saved.keys() & split.keys()}  # embeddings
+        split = own | {n: p for n, p in self.model.named_parameters(remove_duplicate=False) if fsdp.is_part(p)}
+        saved |= {name: fsdp.like(saved[name], split[name]) for name in saved.keys() & split.keys()}
         set_peft_model_state_dict(self.model, saved, self.adapter)
 
     def check_reference(self, reference: str) -> None:
@@ -206,4 +206,13 @@ def like(tensor: Tensor, weight: Tensor) -> Tensor:
 def mix(reference: dict[str, Tensor], policy: Policy, share: float) -> dict[str, Tensor]:
     """The reference policy moved towards the policy: share * policy + (1 - share) * reference, for every weight."""
     weights = policy.weights()
-    return {name: like(share * weights[name] + (1 - share) * old, weights[name]) for name, old in reference.items()}
+
+    def mixed(old: Tensor, weight: Tensor) -> Tensor:
+        values = share * fsdp.own_part(weight) + (1 - share) * fsdp.own_part(old)
+        if not fsdp.is_part(old):
+            return like(values, weight)
+        new = old.clone()  # of what is split along two axes, a new DTensor would forget how
+        fsdp.own_part(new).copy_(values)
+        return new
+
+    return {name: mixed(old, weights[name]) for name, old in reference.items()}

@@ -10,8 +10,9 @@ from ..config.fsdp import check_optimizer
 from ..config.grpo import GRPOConfig
 from ..config.model import ModelConfig
 from ..config.saved import settings_of
-from ..runtime import together
-from .checks import check_head, check_peft_config, check_tokenizer
+from ..runtime import tensor_parallel, together
+from .attention import use_own_attention
+from .checks import check_head, check_peft_config, check_tokenizer, has_dropout
 from .fingerprint import fingerprint_of
 from .forward import base_model, recompute_layers
 from .loading import add_lora, load_model, lora_config, place
@@ -40,7 +41,7 @@ def make_policy(
     Raises:
         ValueError: the tokenizer can neither pad nor end, the LoRA can't be trained or loaded again, the LoRA or a
             rollout can't fit into the memory, a LoRA and `full` are both given, the model's logits are not its head's,
-            or the hosts of a mesh differ.
+            a mesh of processes can't split the model or draw its dropout, or the hosts of a mesh differ.
     """
     if isinstance(model, str | Path):
         model = load_model(str(model))
@@ -55,14 +56,17 @@ def make_policy(
     if base_model(model).is_gradient_checkpointing:  # switched on by the user, or by an earlier trainer
         args.gradient_checkpointing = True
     together.check_same(lambda: settings_of(args) | together.surroundings() | _facts(model) | facts)
+    if tensor_parallel.is_split_along_tp() and has_dropout(model) and not args.disable_dropout:
+        raise ValueError("mesh_shape: along tp dropout would not be drawn alike; set lora_dropout 0 or disable_dropout")
     policy.base_weights = fingerprint_of(model, policy.to_save().values())
     place(model, args.splitting, list(policy.weights().values()) if policy.has_base else [])
     if args.gradient_checkpointing:
         recompute_layers(model, args.gradient_checkpointing_kwargs)
-    if args.splitting is None:
+    if args.splitting is None and not tensor_parallel.is_split_along_tp():
         together.keep_frozen_out_of_ddp(model)
     else:
         model._is_accelerate_prepared = True  # else Accelerate would wrap it in DDP
+    use_own_attention(base_model(model))
     check_head(model)
     return policy
 
@@ -101,7 +105,8 @@ def _facts(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     """What all hosts of a mesh must have alike of the model."""
 
     def but_for_paths(config: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in config.items() if not name.endswith("name_or_path")}
+        ordered = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+        return {name: value for name, value in ordered.items() if not name.endswith("name_or_path")}
 
     return {
         "weights of the model": together.digest(model.parameters()),

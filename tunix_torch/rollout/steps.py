@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable
 from torch import nn
 
 from ..model.forward import base_model
-from ..runtime import compiled, device, fsdp
+from ..runtime import compiled, device, fsdp, tensor_parallel
 from ..runtime.recorded import RecordedStep
 from .own_tokens import Memory
 
@@ -17,7 +17,7 @@ class Steps:
 
     Recorded steps are kept together with the memory that they work in, for the newest kinds of batches only. They are
     recorded anew when a weight has moved to another address. Where weights are split over processes, no step is
-    recorded, since gathering them is more than launching kernels.
+    recorded, since what processes send each other is more than launching kernels.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,6 +43,6 @@ class Steps:
 
     def _prepared(self, step: Callable) -> tuple[Callable, Memory | None]:
         kind = device.step_kind()
-        if kind == "recorded" and not fsdp.is_split(base_model(self.model)):
+        if kind == "recorded" and not (fsdp.is_split(base_model(self.model)) or tensor_parallel.is_split_along_tp()):
             return RecordedStep(step, self.model), {}
         return (compiled.compile_step(step, self.model) if kind == "compiled" else step), None

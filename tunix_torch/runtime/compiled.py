@@ -1,4 +1,7 @@
-"""Compiles a decode step once for each shape of its arguments. On CUDA and the CPU the step is called as it is."""
+"""Compiles a decode step once for each shape of its arguments. On CUDA and the CPU the step is called as it is.
+
+So it is where torch_tpu's processes split the weights along tp: its operations are then deferred, like those of a pass.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,7 +9,7 @@ from typing import Any
 import torch
 
 from .device import KIND, planner
-from .mesh import has_mesh
+from .mesh import along_tp, has_mesh
 
 if KIND == "xla":
     import torch_xla
@@ -32,7 +35,7 @@ def compile_step(step: Callable[..., Any], model: torch.nn.Module) -> Callable[.
     planning = planner()
     if planning is not None:
         return planning.plan_step(step)
-    if KIND == "tpu":
+    if KIND == "tpu" and along_tp() == 1:  # what a step sends along tp has never been compiled
         return compile_for_torch_tpu(step)
     return _CompiledStep(step, model) if KIND == "xla" else step
 

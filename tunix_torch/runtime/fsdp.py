@@ -58,7 +58,9 @@ ON_A_MESH = "on XLA a mesh splits weights: mesh_shape"
 
 def why_not() -> str | None:
     """Why the weights can't be split over processes on this device, with what to do instead; None: they can."""
-    return {"xla": ON_A_MESH, "tpu": "through torch_tpu each chip has all weights: leave it out"}.get(device.KIND)
+    return {"xla": ON_A_MESH, "tpu": "through torch_tpu the axis tp of a mesh splits weights: mesh_shape"}.get(
+        device.KIND
+    )
 
 
 _NAME = "_split_over_processes"  # the attribute of a model that holds its `_Split`, and goes with it
@@ -70,6 +72,8 @@ def _split_of(root: nn.Module) -> _Split | None:
 
 @functools.cache
 def _mesh() -> DeviceMesh:
+    if together.processes() is not None:
+        return together.processes()[together.ROWS]
     return init_device_mesh(device.KIND, (together.count(),))
 
 
@@ -97,8 +101,9 @@ def split(
         whole: parameters that every process keeps. Their gradients are summed by `together.sum_gradients`.
     """
     for parameter in whole:
-        parameter.data = parameter.data.to(device.torch_device())
-        torch.distributed.broadcast(parameter.data, 0)
+        if not is_part(parameter):  # along tp
+            parameter.data = parameter.data.to(device.torch_device())
+        torch.distributed.broadcast(own_part(parameter), group=_mesh().get_group(), group_src=0)
     parts = (*unused, *units)
     shared, inner, layers = _shared(root, parts), set(parts), []
     for unit in (*parts, root):

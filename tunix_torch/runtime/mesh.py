@@ -1,12 +1,20 @@
-"""The mesh of devices that this process computes on. It is made once, before any tensor exists."""
+"""The mesh of devices that a run computes on. It is made once, before any tensor exists.
+
+Through torch-xla one process computes on all devices of a mesh, and tensors lie on it as a whole. Elsewhere a mesh is
+one of processes, each with a device of its own, and tensors are those of the process: see `together.py` for the rows
+that lie along `fsdp`, and `tensor_parallel.py` for the weights along `tp`. What is said here about "a mesh" without
+more is about torch-xla's.
+"""
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from . import together
 from .device import KIND, is_accelerator, is_tpu
 
 if KIND == "xla":
@@ -17,23 +25,27 @@ if KIND == "xla":
     import torch_xla.runtime as xla_runtime
 
 _mesh: "spmd.Mesh | None" = None
+_of_processes: dict[str, int] = {}  # the sizes of the axes of a mesh of processes
 Axis = str | tuple[str, ...] | None  # along which a dimension is split; several: along the first, then along the next
 
 
 def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
-    """Spread this process's tensors over a mesh of devices from now on.
+    """Spread this process's tensors, or the processes of a run, over a mesh of devices from now on.
 
-    This must come before any tensor is on a device, and so before a `GRPOConfig` is made. The devices are those of all
-    hosts of a TPU slice, which must all run the same program (see `together.py`).
+    This must come before any tensor is on a device, and so before a `GRPOConfig` is made. With torch-xla the devices
+    are those of all hosts of a TPU slice, which must all run the same program (see `together.py`).
 
     Args:
         mesh: the sizes of the mesh's axes, and their names. With None, or with one device, nothing changes.
 
     Raises:
-        ValueError: there are not as many devices, the process is not on XLA, the device is in use already, or a mesh
-            of another shape is; or there are several hosts, and no mesh.
+        ValueError: there are not as many devices or processes, the device is in use already, or a mesh of another
+            shape is; or there are several hosts, and no mesh.
     """
     global _mesh
+    if KIND != "xla":
+        _use_processes(mesh)
+        return
     if mesh is None and _mesh is not None:
         return
     shape, axes = mesh or ((1,), ("fsdp",))
@@ -44,11 +56,6 @@ def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
         if KIND == "xla" and is_tpu() and xla_runtime.process_count() > 1:
             raise ValueError(f"mesh_shape: {xla_runtime.process_count()} hosts need a mesh of all their devices")
         return
-    if KIND == "tpu":
-        hint = f"start a process for each chip, without mesh_shape: torchrun --nproc_per_node {wanted} train.py"
-        raise ValueError(f"{asked}: torch_tpu has no mesh here; {hint}")
-    if KIND != "xla":
-        raise ValueError(f"{asked}: a mesh needs device='xla', and this process is on {KIND!r}")
     if not xla_runtime.is_spmd():
         if torch_xla._XLAC._xla_get_spmd_config_is_locked():
             raise ValueError(f"{asked}: too late, the device is in use; call device.use_mesh before GRPOConfig is made")
@@ -58,6 +65,31 @@ def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
         hint = "" if is_tpu() else f"; CPU_NUM_DEVICES={wanted} makes as many on the CPU"
         raise ValueError(f"{asked}: {wanted} devices, and there are {found}{hint}")
     _mesh = spmd.Mesh(np.arange(wanted), tuple(shape), tuple(axes))
+
+
+def _use_processes(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
+    """Lay the processes that `torchrun` has started on a mesh. Those along tp are neighbours."""
+    if mesh is None:
+        return
+    shape, axes = mesh
+    wanted, asked = math.prod(shape), f"mesh_shape={','.join(map(str, shape))!r}"
+    sizes, started = dict(zip(axes, shape, strict=True)), int(os.environ.get("WORLD_SIZE", "1"))
+    if _of_processes not in ({}, sizes):
+        raise ValueError(f"{asked}: this process has a mesh of {_of_processes} already, and keeps it")
+    if wanted != started:
+        found = f"on {KIND!r} each device of a mesh has a process, which makes {wanted}, and there are {started}"
+        raise ValueError(f"{asked}: {found}; torchrun --nproc_per_node {wanted} train.py starts as many")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if KIND == "cuda" and here > torch.cuda.device_count():
+        raise ValueError(f"{asked}: {here} processes on a host with {torch.cuda.device_count()} GPU(s)")
+    if wanted > 1:
+        _of_processes.update(sizes)
+    together.share_rows(sizes.get("tp", 1))
+
+
+def along_tp() -> int:
+    """How many processes hold parts of the weights together: 1 where each has all, or one process has all devices."""
+    return _of_processes.get("tp", 1)
 
 
 def hosts() -> tuple[int, int, str]:
@@ -76,7 +108,7 @@ def hosts() -> tuple[int, int, str]:
 
 
 def has_mesh() -> bool:
-    """Whether this process spreads its tensors over several devices."""
+    """Whether this process spreads its tensors over several devices, as torch-xla does."""
     return _mesh is not None
 
 
@@ -88,10 +120,10 @@ def axis_size(axis: str | None) -> int:
 def merges_lora() -> bool:
     """Whether a LoRA layer is faster when it multiplies once, by the sum of its weights: on the CPU, also through XLA.
 
-    On a mesh each matrix is laid out for itself, and a GPU or TPU hardly waits for the small products of a LoRA. Nor
-    would a TPU see a young LoRA in the sum if it rounded that to bfloat16.
+    On a mesh of either kind each matrix is laid out for itself, and a GPU or TPU hardly waits for the small products of
+    a LoRA. Nor would a TPU see a young LoRA in the sum if it rounded that to bfloat16.
     """
-    return not is_accelerator() and not has_mesh()
+    return not is_accelerator() and not has_mesh() and along_tp() == 1
 
 
 def writes_caches_last() -> bool:
@@ -142,6 +174,11 @@ def shard_activation(tensor: torch.Tensor, axes: Sequence[Axis]) -> torch.Tensor
 
 def describe() -> str:
     """One line of words about the device, and about how many there are."""
+    sizes = ", ".join(f"{axis} {size}" for axis, size in _of_processes.items())
+    return f"{_describe_device()}, one of a mesh of {sizes}" if along_tp() > 1 else _describe_device()
+
+
+def _describe_device() -> str:
     if KIND == "xla":
         count = len(xm.get_xla_supported_devices())
         name = f"TPU through torch-xla, {count} device(s)" if is_tpu() else "XLA on the CPU (no TPU was found)"

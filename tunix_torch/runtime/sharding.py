@@ -1,6 +1,7 @@
 """Which dimension of each tensor is split along which axis of the (fsdp, tp) mesh. XLA's partitioner does the rest.
 
-`mesh.use_mesh` makes the mesh of the process before any tensor exists. Without a mesh nothing here has an effect.
+`mesh.use_mesh` makes the mesh of the process before any tensor exists. Without a mesh nothing here has an effect. Where
+a mesh is one of processes, `tensor_parallel.py` splits weights by the same table, `WEIGHTS`, and DTensor does the rest.
 """
 
 import contextlib

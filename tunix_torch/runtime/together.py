@@ -1,6 +1,6 @@
 """Collectives over DDP processes and over the hosts of a mesh. In a process that is alone, each does nothing.
 
-There are two ways in which several processes train together:
+There are three ways in which several processes train together:
 
 - DDP processes, one for each GPU, or for each chip through torch_tpu. `accelerate launch` or `torchrun` starts them and
   `GRPOConfig` joins them. Each process has prompts of its own, and all prompts together are the batch that one process
@@ -9,13 +9,17 @@ There are two ways in which several processes train together:
   graphs in the same order. So every host has the whole batch, and uploads the part that its own chips need. All hosts
   must decide alike. What a clock or a reward function decides, the first host decides and tells the others. A signal
   counts when any host got it.
+- Processes of a mesh, one for each device, which `torchrun` starts. Along `fsdp` they are DDP processes. Those along
+  `tp` hold parts of the weights (`tensor_parallel.py`) and have the same prompts, so they decide alike, as hosts do.
 
-Functions that count, gather or sum are about DDP processes, since all hosts of a mesh have the same rows.
+Functions that count, gather or sum are about DDP processes, since all hosts of a mesh have the same rows, and so have
+all processes along `tp`. The latter two are called *peers* here.
 """
 
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import tempfile
@@ -28,6 +32,7 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from .choice import tpu_chips
@@ -49,19 +54,56 @@ def join_chips() -> None:
         torch.distributed.init_process_group("cpu:gloo,tpu:tpu_dist")
 
 
+# Processes of a mesh that lie along tp; see `share_rows`.
+_along_tp = 1
+_processes: DeviceMesh | None = None
+# The names by which Accelerate's data loaders know which processes have rows of their own, and which have the same.
+ROWS, PEERS = "dp_shard", "tp"
+
+
+def share_rows(along_tp: int) -> None:
+    """Let so many processes, side by side, have the same prompts. `join_mesh` follows when all processes have met."""
+    global _along_tp
+    _along_tp = along_tp
+
+
+def join_mesh(kind: str) -> None:
+    """Lay the processes on a mesh of devices of a kind, if `share_rows` has said that some have the same prompts."""
+    global _processes, _peer, _num_peers, _peers
+    if _along_tp > 1 and _processes is None:
+        _processes = init_device_mesh(kind, (count(), _along_tp), mesh_dim_names=(ROWS, PEERS))
+        _peer, _num_peers = _processes.get_local_rank(PEERS), _along_tp
+        _peers, _ = torch.distributed.new_subgroups(_along_tp, backend="gloo")  # for words, in main memory
+
+
+def processes() -> DeviceMesh | None:
+    """The mesh of processes, whose axes are `ROWS` and `PEERS`; None: each process has prompts of its own."""
+    return _processes
+
+
+def _with_own_rows() -> torch.distributed.ProcessGroup | None:
+    """The processes with prompts of their own that hold the same parts of the weights; None: all processes."""
+    return None if _processes is None else _processes.get_group(ROWS)
+
+
 def count() -> int:
     """How many processes with prompts of their own take part in this run."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return torch.distributed.get_world_size() // _along_tp if torch.distributed.is_initialized() else 1
 
 
 def index() -> int:
     """The number of this process among those with prompts of their own, from 0."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    return torch.distributed.get_rank() // _along_tp if torch.distributed.is_initialized() else 0
 
 
 def is_first() -> bool:
     """Whether this process is the one that writes and prints."""
-    return index() == 0 and _host == 0
+    return index() == 0 and _peer == 0
+
+
+def is_first_peer() -> bool:
+    """Whether this process is the one that writes what is about its rows."""
+    return _peer == 0
 
 
 def wait() -> None:
@@ -79,7 +121,7 @@ def gather(value: Any) -> list[Any]:
     if count() == 1:
         return [value]
     values: list[Any] = [None] * count()
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group=_with_own_rows())
     return values
 
 
@@ -126,19 +168,30 @@ def sum_numbers(numbers: dict[str, float]) -> dict[str, float]:
     return {name: sum(theirs[name] for theirs in everyone) for name in numbers}
 
 
+def _by_fsdp(gradient: Tensor) -> bool:
+    """Whether a gradient is of a weight that FSDP2 splits, over the processes with rows of their own."""
+    return isinstance(gradient, DTensor) and gradient.device_mesh.mesh_dim_names != (PEERS,)
+
+
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace each gradient by its sum over the processes. All gradients travel in one exchange.
 
-    Where weights are split over the processes (`fsdp.py`), FSDP2 has summed their gradients in the backward pass.
+    Where weights are split over the processes with rows of their own (`fsdp.py`), FSDP2 has summed their gradients in
+    the backward pass. Where they are split along tp, a weight that is whole on each process has got a part of its
+    gradient on each, and these are summed first.
     """
+    learning = [p for p in parameters if p.grad is not None]
+    for p in learning:
+        if isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
+            p.grad = p.grad.redistribute(placements=p.placements)
     if count() == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+    gradients = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in learning if not _by_fsdp(p.grad)]
     if not gradients:
         return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    torch.distributed.all_reduce(flat)
+    torch.distributed.all_reduce(flat, group=_with_own_rows())
     for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(total.view_as(gradient))
 
@@ -154,15 +207,17 @@ def keep_frozen_out_of_ddp(model: nn.Module) -> None:
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen + buffers)
 
 
-# ---- hosts ----
+# ---- hosts, and processes along tp ----
 
 PORT = 12355  # on the first host; MASTER_PORT is another one
 PATIENCE = 3600.0  # seconds, with a host that says nothing
-PACKAGES = ("torch", "torch_xla", "transformers", "peft", "accelerate")  # they decide how a graph is traced
+# They decide how a graph is traced.
+PACKAGES = ("torch", "torch_xla", "torch_tpu", "transformers", "peft", "accelerate")
 
-_host, _num_hosts = 0, 1
+_num_hosts = 1
+_peer, _num_peers = 0, 1
 # Not the default group: Transformers and Accelerate would take its members for processes with prompts of their own.
-_hosts: torch.distributed.ProcessGroupGloo | None = None
+_peers: torch.distributed.ProcessGroupGloo | torch.distributed.ProcessGroup | None = None
 
 
 def join_hosts(host: int, num_hosts: int, address: str) -> None:
@@ -172,16 +227,16 @@ def join_hosts(host: int, num_hosts: int, address: str) -> None:
         host: the number of this host, from 0.
         address: where the first host is reached.
     """
-    global _host, _num_hosts, _hosts
-    if num_hosts > 1 and _hosts is None:
+    global _peer, _num_peers, _peers, _num_hosts
+    if num_hosts > 1 and _peers is None:
         port = int(os.environ.get("MASTER_PORT", PORT))
         try:
             store = torch.distributed.TCPStore(address, port, num_hosts, is_master=host == 0)
-            _hosts = torch.distributed.ProcessGroupGloo(store, host, num_hosts, timedelta(seconds=PATIENCE))
+            _peers = torch.distributed.ProcessGroupGloo(store, host, num_hosts, timedelta(seconds=PATIENCE))
         except RuntimeError as error:
             met = f"mesh_shape: the {num_hosts} hosts can't meet at {address}:{port}"
             raise ValueError(f"{met}: {error}") from error
-        _host, _num_hosts = host, num_hosts
+        _peer, _num_peers, _num_hosts = host, num_hosts, num_hosts
 
 
 def num_hosts() -> int:
@@ -189,28 +244,38 @@ def num_hosts() -> int:
     return _num_hosts
 
 
+def num_peers() -> int:
+    """How many processes have this process's rows, itself among them: those along tp, or the hosts of a mesh."""
+    return _num_peers
+
+
 def _everyone(value: Any) -> list[Any]:
-    """The value of every process or host, in the order of their numbers. JSON must be able to hold it.
+    """The value of every process or host. JSON must be able to hold it."""
+    return [of_one for of_peers in gather(_of_all_peers(value)) for of_one in of_peers]
+
+
+def _of_all_peers(value: Any) -> list[Any]:
+    """The value of every peer, in the order of their numbers. JSON must be able to hold it.
 
     Raises:
-        ValueError: another host has ended, or has said nothing for `PATIENCE` seconds.
+        ValueError: another one has ended, or has said nothing for `PATIENCE` seconds.
     """
-    if _hosts is None:
-        return gather(value)
+    if _peers is None:
+        return [value]
     said = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
     try:
-        lengths = [int(length) for length in _of_each_host(torch.tensor([len(said)]))]
-        texts = _of_each_host(nn.functional.pad(said, (0, max(lengths) - len(said))))
+        lengths = [int(length) for length in _of_each_peer(torch.tensor([len(said)]))]
+        texts = _of_each_peer(nn.functional.pad(said, (0, max(lengths) - len(said))))
     except RuntimeError as error:
         said_by_gloo = f"see what it said ({error})"
         raise ValueError(f"another host has ended or says nothing, and so this one ends; {said_by_gloo}") from error
     return [json.loads(bytes(text[:length].tolist())) for text, length in zip(texts, lengths, strict=True)]
 
 
-def _of_each_host(tensor: Tensor) -> list[Tensor]:
-    """The tensor of every host, in the order of their numbers. All must have one shape."""
-    tensors = [torch.empty_like(tensor) for _ in range(_num_hosts)]
-    work = _hosts.allgather([tensors], [tensor])
+def _of_each_peer(tensor: Tensor) -> list[Tensor]:
+    """The CPU tensor of every peer, in the order of their numbers. All must have one shape."""
+    tensors = [torch.empty_like(tensor) for _ in range(_num_peers)]
+    work = _peers.allgather([tensors], [tensor])
     while not work.is_completed():  # `work.wait` alone would keep Python from noticing Ctrl-C
         time.sleep(0.001)
     work.wait()
@@ -220,41 +285,46 @@ def _of_each_host(tensor: Tensor) -> list[Tensor]:
 def decided_by_first(decide: Callable[[], Any]) -> Any:
     """What `decide()` returns on the first host, which is the only one that calls it. JSON must be able to hold it.
 
-    DDP processes have rows of their own, so each of them decides for itself.
+    Of the processes along tp, the first one decides. DDP processes have rows of their own, so each of them decides for
+    itself.
 
     An exception of `decide` is raised on the first host as it is, and on the others as a ValueError.
     """
-    if _hosts is None:
+    if _peers is None:
         return decide()
     value = problem = None
-    if _host == 0:
+    if _peer == 0:
         try:
             value = decide()
         except Exception as error:  # told to the others first, which would wait for an answer otherwise
             problem = error
-    value, message = _everyone((value, None if problem is None else str(problem)))[0]
+    value, message = _of_all_peers((value, None if problem is None else str(problem)))[0]
     if problem is not None:
         raise problem
     if message is not None:
-        raise ValueError(f"host 0: {message}")
+        raise ValueError(f"{_peer_name(0)}: {message}")
     return value
 
 
+def _peer_name(number: int) -> str:
+    return f"host {number}" if _num_hosts > 1 else f"process {index() * _num_peers + number}"
+
+
 def check_same(facts: Callable[[], dict[str, Any]]) -> None:
-    """See that all hosts have the same facts. On one host `facts` is not called.
+    """See that all hosts have the same facts, and all processes along tp. Where there is one, `facts` is not called.
 
     Raises:
         ValueError: raised on every host when two hosts differ. The message names the fact and the host.
     """
-    if _hosts is None:
+    if _peers is None:
         return
-    first, *others = _everyone({name: str(value) for name, value in facts().items()})
-    for host, theirs in enumerate(others, 1):
+    first, *others = _of_all_peers({name: str(value) for name, value in facts().items()})
+    for number, theirs in enumerate(others, 1):
         for name in sorted(first.keys() | theirs.keys()):
             if first.get(name) != theirs.get(name):
                 raise ValueError(
-                    f"{name}: {first.get(name)} on host 0, but {theirs.get(name)} on host {host}; "
-                    "the hosts of a mesh need the same settings, code, data and files"
+                    f"{name}: {first.get(name)} on {_peer_name(0)}, but {theirs.get(name)} on {_peer_name(number)}; "
+                    "all of a mesh need the same settings, code, data and files"
                 )
 
 
@@ -263,8 +333,10 @@ def surroundings() -> dict[str, Any]:
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
         code.update(path.read_bytes())
-    facts = {f"version of {name}": importlib.metadata.version(name) for name in PACKAGES}
-    facts["hash of a word (set PYTHONHASHSEED=0)"] = hash("word")  # decides the order of sets
+    there = [name for name in PACKAGES if importlib.util.find_spec(name) is not None]
+    facts: dict[str, Any] = {f"version of {name}": importlib.metadata.version(name) for name in there}
+    if _num_hosts > 1:
+        facts["hash of a word (set PYTHONHASHSEED=0)"] = hash("word")  # decides the order of sets
     return facts | {"code of tunix_torch": code.hexdigest()[:12]}
 
 
@@ -280,7 +352,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
 @contextlib.contextmanager
 def folder_to_write(folder: str) -> Iterator[str]:
     """Where code that must run on all hosts writes: into this folder on the first, elsewhere into a temporary one."""
-    if _host == 0:
+    if _peer == 0:
         yield folder
     else:
         with tempfile.TemporaryDirectory() as scratch:
