@@ -1,7 +1,7 @@
 """Compare the seconds of training until 80% of held-out questions are right: this library and TRL on the default job.
 
 python -m benchmarks.time_to_accuracy                                        # three seeds
-python -m benchmarks.time_to_accuracy --seeds 1,2,3,4,5,6,7,8 --stop_after 15 --json FILE --picture FILE
+python -m benchmarks.time_to_accuracy --goal 0.6 --stop_after 100 --json FILE --picture FILE
 """
 
 import argparse
