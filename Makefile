@@ -39,7 +39,7 @@ train-show-config: setup  ## the settings of run_training.py, of any command giv
 	$(BIN)/python run_training.py --cfg job $(ARGS)
 
 train-sweep: setup  ## the main job with three learning rates, and a table of what came out
-	$(BIN)/python run_training.py --multirun optimizer.learning_rate=5e-4,1e-3,2e-3 $(ARGS)
+	$(BIN)/python run_training.py --multirun optimizer.learning_rate=1e-3,2e-3,4e-3 $(ARGS)
 
 evaluate: setup  ## evaluate.py: how many held-out questions a model answers (ARGS="--model_path outputs/mine")
 	$(BIN)/python evaluate.py $(ARGS)

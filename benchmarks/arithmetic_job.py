@@ -29,7 +29,7 @@ class Job:
     """
 
     seed: int = 42
-    steps: int = 240  # training steps: a rollout and an optimizer step each; the learning rate falls linearly to 0
+    steps: int = 200  # training steps: a rollout and an optimizer step each; the learning rate falls linearly to 0
     # the batch
     num_prompts: int = 32  # N
     num_completions: int = 4  # G, for each prompt
@@ -43,7 +43,7 @@ class Job:
     lora_alpha: float = 32.0
     beta: float = 0.0  # weight of the KL penalty
     epsilon: float = 0.2
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     schedule: str = "linear"
     warmup: float = 0.05  # share of all steps in which the learning rate rises
     max_grad_norm: float = 1.0
