@@ -201,7 +201,7 @@ def _warm_start(model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
     steps, size = WARM_START["planned_steps"], WARM_START["batch_size"]
     rows = arithmetic_rows("train", size * steps, WARM_START["seed"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_START["learning_rate"], weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 50, 1 - s / steps * 2 / 3))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 50, 1 - s / steps * 0.667))
     model.train()
     for step in tqdm(range(WARM_START["steps"]), desc="Making the tiny Gemma, once", unit="step", file=sys.stderr):
         ids, labels = _encode_demonstrations(tokenizer, rows[step * size :][:size])
