@@ -29,7 +29,7 @@ class Job:
     """
 
     seed: int = 42
-    steps: int = 80  # training steps: a rollout and an optimizer step each; the learning rate falls linearly to 0
+    steps: int = 200  # training steps: a rollout and an optimizer step each; the learning rate falls linearly to 0
     # the batch
     num_prompts: int = 32  # N
     num_completions: int = 4  # G, for each prompt
@@ -38,19 +38,20 @@ class Job:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    # learning: GRPO with the KL estimator k3, and AdamW without weight decay
+    # learning: GRPO, where there is a KL penalty with the estimator k3, and AdamW without weight decay
     lora_rank: int = 16
     lora_alpha: float = 32.0
-    beta: float = 0.01  # weight of the KL penalty
+    beta: float = 0.0  # weight of the KL penalty
     epsilon: float = 0.2
     learning_rate: float = 2e-3
     schedule: str = "linear"
+    warmup: float = 0.05  # share of all steps in which the learning rate rises
     max_grad_norm: float = 1.0
     # the measurement
     trl_rows: int = 32  # completions in one learning pass of TRL; README.md tells how it was chosen
     stop_after: int | None = None  # step after which to stop; the learning rate falls as in a run of all steps
-    eval_first: int = 10  # each of so many first steps is evaluated, as most is learned there
-    eval_every: int = 5  # after those, every so many steps are evaluated
+    eval_first: int = 0  # each of so many first steps is evaluated
+    eval_every: int = 10  # after those, every so many steps are evaluated
     num_questions: int = 256  # held-out questions of an evaluation
     threads: int = 2
 

@@ -5,7 +5,7 @@ python -m benchmarks.dynamic_sampling --seeds 42 --tokens 20000 --json FILE
 
 A run samples until it has used up its tokens, whatever steps that makes. Rounds whose groups are dropped count in full.
 The learning rate is constant, so that a run does not depend on how many steps it will have taken; it and the number of
-prompts are lower than the default job's, which otherwise reaches its end after four steps.
+prompts are lower than the default job's.
 """
 
 import tunix_torch  # noqa: F401  # first: it decides for or against XLA

@@ -40,6 +40,7 @@ def settings(job: Job, output_dir: Path) -> GRPOConfig:
         epsilon=job.epsilon,
         learning_rate=job.learning_rate,
         lr_scheduler_type=job.schedule,
+        warmup_steps=job.warmup,
         max_grad_norm=job.max_grad_norm,
         train_sampling_strategy="sequential",
         logging_strategy="no",

@@ -41,6 +41,7 @@ def settings(job: Job, output_dir: Path) -> GRPOConfig:
         scale_rewards="group",
         learning_rate=job.learning_rate,
         lr_scheduler_type=job.schedule,
+        warmup_steps=job.warmup,
         max_grad_norm=job.max_grad_norm,
         use_cpu=True,
         bf16=False,

@@ -41,7 +41,7 @@ STEPS = 6
 FLAGS = (
     f"--max_steps {STEPS} --save_strategy steps --save_steps 1 --save_total_limit 3 --eval_strategy steps "
     f"--eval_steps 2 --eval_on_start true --save_batches {STEPS} --num_eval_completions 2 --logging_steps 1 "
-    "--resume_from_checkpoint auto"
+    "--resume_from_checkpoint auto --warmup_steps 0 --kl_penalty_coef 0.01"
 ).split()
 TIMED = ("_runtime", "_per_second", "_time", "seconds", "_memory", "compilations")
 PHASES = (

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -145,3 +146,18 @@ def test_make_has_the_documented_targets(target, command):
         ["make", "--dry-run", "--old-file", ".venv/.installed", target], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0 and command in result.stdout, result.stdout + result.stderr
+
+
+def test_the_picture_of_the_readme_is_drawn_from_runs_and_a_folder_without_any_is_named(tmp_path):
+    pytest.importorskip("matplotlib")
+    spec = importlib.util.spec_from_file_location("draw_learning_curve", ROOT / "docs" / "draw_learning_curve.py")
+    drawing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawing)
+    rows = [{"step": step, "reward": 1 + step / 100} for step in range(1, 31)]
+    rows += [{"step": step, "eval_accuracy": 0.4, "eval_mean@8": 0.3} for step in (0, 30)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    drawing.draw([tmp_path, tmp_path], tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert drawing.smooth([1.0] * 9 + [11.0] * 2) == [1.0] * 9 + [2.0, 3.0]
+    with pytest.raises(ValueError, match="no 'eval_accuracy': expected the folder of a run"):
+        drawing.draw([tmp_path / "none"], tmp_path / "curve.png")

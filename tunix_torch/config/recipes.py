@@ -22,10 +22,12 @@ TINY: dict[str, Any] = {
     "num_eval_completions": 8,
     "micro_batch_size": 0,
     "learning_rate": 2e-3,
-    "max_steps": 80,
+    "warmup_steps": 0.05,
+    "kl_penalty_coef": 0.0,
+    "max_steps": 200,
     "stop_check_interval": 4,
-    "eval_steps": 40,
-    "save_steps": 40,
+    "eval_steps": 50,
+    "save_steps": 50,
 }
 
 # agent-tunix's settings for any other model, which `GRPOTrainingConfig` and so run_training.py take.
