@@ -15,7 +15,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 KAGGLE, COLAB = ROOT / "notebooks" / "kaggle_tpu_v5e8.ipynb", ROOT / "notebooks" / "colab_gpu.ipynb"
-NOTEBOOKS = pytest.mark.parametrize("path", [KAGGLE, COLAB], ids=lambda path: path.stem)
+QUICKSTART = ROOT / "notebooks" / "quickstart.ipynb"
+NOTEBOOKS = pytest.mark.parametrize("path", [KAGGLE, COLAB], ids=lambda path: path.stem)  # of machines
+ALL = pytest.mark.parametrize("path", [KAGGLE, COLAB, QUICKSTART], ids=lambda path: path.stem)
 # The commands that cells call, by the word that names each, with the module of `tunix_torch.cli` that reads its flags.
 COMMANDS = {
     "train.py": "train",
@@ -67,7 +69,7 @@ def flags_known_to(command):
     return set(re.findall(r"(?<![\w-])--\w+", printed.getvalue()))
 
 
-@NOTEBOOKS
+@ALL
 def test_a_notebook_is_valid_and_holds_no_results(path):
     book = json.loads(path.read_text(encoding="utf-8"))
     assert (book["nbformat"], book["nbformat_minor"]) == (4, 5)
@@ -101,7 +103,7 @@ def test_every_flag_that_a_notebook_passes_exists(path):
         assert flags and not flags - known, name
 
 
-@NOTEBOOKS
+@ALL
 def test_every_file_that_a_notebook_names_exists(path):
     text = "\n".join([*cells(path, "code").values(), *cells(path, "markdown").values()])
     named = set(re.findall(r"(?<![\w/])(?:configs|docs)/[\w/.]+\.\w+|(?<![\w/.])\w+\.py\b", text))
@@ -210,6 +212,17 @@ def test_the_kaggle_notebook_runs_to_its_end(settings):
 def test_the_colab_notebook_runs_to_its_end(settings):
     execute(COLAB, ())
     check_results(settings)
+
+
+@pytest.mark.thorough
+def test_the_quickstart_notebook_runs_to_its_end(settings, monkeypatch, capsys):
+    pytest.importorskip("tunix")  # its last part compares with Tunix
+    for name, value in {"MPLBACKEND": "Agg", "TUNIX_NOTEBOOK_PROMPTS": "8", "TUNIX_NOTEBOOK_GROUP": "4"}.items():
+        monkeypatch.setenv(name, value)
+    execute(QUICKSTART, ())
+    assert (settings / "adapter_model.safetensors").is_file()
+    printed = capsys.readouterr().out
+    assert printed.count("Question: ") == 3 and "policy log-probabilities" in printed and "fail" not in printed
 
 
 @NOTEBOOKS

@@ -163,4 +163,5 @@ def _compare_updates(records: dict[int, StepRecord], args: GRPOConfig, tunix: Tu
         moved = sum((ours[name] - start[name]).double().square().sum().item() for name in theirs)
         if number in (1, len(numbers) - 1):
             note = "relative to how far they moved"
-            yield Row("run", f"parameters after {count_of_steps(number)}", float(np.sqrt(gap / moved)), MOVEMENT, note)
+            share = np.sqrt(gap / moved) if moved else float("inf" if gap else 0)  # 0: no step had anything to learn
+            yield Row("run", f"parameters after {count_of_steps(number)}", float(share), MOVEMENT, note)

@@ -1,0 +1,107 @@
+"""Draws the pictures of troubleshooting.md: each is of a short run of the tiny model that was made to go wrong so.
+
+python docs/draw_troubles.py outputs/troubles            # runs the jobs that are not there yet, then draws
+python docs/draw_troubles.py outputs/troubles cut_off    # one of them
+
+A picture is drawn only if the diagnosis of its run names the trouble, so the page and the diagnosis agree.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parent.parent
+PICTURES = Path(__file__).parent / "troubles"
+SEVERAL = ("--max_steps", "60", "--eval_steps", "20", "--per_device_train_batch_size", "16")
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A job that goes wrong in one way."""
+
+    flags: Sequence[str]  # of train.py, beside --use_grpo
+    finding: str  # what the diagnosis calls it
+    metrics: Sequence[str]  # what the picture shows, each in a panel
+
+
+TROUBLES = {
+    "nothing_to_learn": Trouble(
+        ("--reward_funcs", "format", *SEVERAL), "nothing to learn from", ("frac_reward_zero_std", "reward")
+    ),
+    "cut_off": Trouble(
+        ("--generation_max_length", "20", *SEVERAL), "cut-off completions", ("completions/clipped_ratio", "reward")
+    ),
+    "rate_too_high": Trouble(
+        ("--learning_rate", "0.1", "--kl_penalty_coef", "0.04", *SEVERAL), "learning rate too high", ("kl", "reward")
+    ),
+    "kl_runs_away": Trouble(
+        ("--learning_rate", "0.02", "--kl_penalty_coef", "1e-6", *SEVERAL), "KL running away", ("kl", "entropy")
+    ),
+    "collapse": Trouble(
+        ("--learning_rate", "0.05", "--kl_penalty_coef", "0", *SEVERAL), "collapse", ("entropy", "reward")
+    ),
+    "reward_hacking": Trouble(
+        ("--reward_funcs", "docs.draw_troubles.length_reward", "--judge", "correctness", *SEVERAL),
+        "reward hacking suspected",
+        ("reward", "eval_accuracy"),
+    ),
+}
+
+
+def length_reward(completions: Sequence[str], **columns: object) -> list[float]:
+    """Pay for length and nothing else: what a policy makes of it is shown."""
+    return [min(len(completion) / 100, 1.0) for completion in completions]
+
+
+def run(name: str, folder: Path) -> None:
+    """Run the job of a trouble, if its folder is not there yet."""
+    if not (folder / "metrics.jsonl").is_file():
+        flags = ["--use_grpo", *TROUBLES[name].flags, "--output_dir", str(folder), "--report_to", "none"]
+        subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, check=True)
+
+
+def draw(name: str, folder: Path) -> Path:
+    """Draw a run's metrics.
+
+    Raises:
+        ValueError: the diagnosis does not find the trouble that the run was made to have.
+    """
+    sys.path.insert(0, str(ROOT))
+    from tunix_torch.report.diagnosis import diagnose
+    from tunix_torch.report.record import read_run
+
+    record, trouble = read_run(folder), TROUBLES[name]
+    found = [finding.name for finding in diagnose(record)]
+    if trouble.finding not in found:
+        raise ValueError(f"{folder}: expected the diagnosis {trouble.finding!r}, got {found}")
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(1, len(trouble.metrics), figsize=(9, 2.6))
+    for axis, metric in zip(axes, trouble.metrics, strict=True):
+        points = [(row["step"], row[metric]) for row in record.rows if metric in row]
+        marker = "o" if metric.startswith("eval_") else None
+        axis.plot(*zip(*points, strict=True), color="#0b5394", marker=marker)
+        axis.set(title=metric, xlabel="step")
+    figure.tight_layout()
+    PICTURES.mkdir(exist_ok=True)
+    path = PICTURES / f"{name}.png"
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+    return path
+
+
+def main(folder: Path, names: Sequence[str]) -> None:
+    """Run and draw these troubles; without names, all."""
+    for name in names or TROUBLES:
+        run(name, folder / name)
+        print(draw(name, folder / name))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
