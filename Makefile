@@ -8,7 +8,7 @@ TESTS_OF_TPU := tests/test_xla.py tests/runtime/test_compiled_step.py tests/runt
 	tests/runtime/test_policies_on_xla.py tests/learn tests/tpu_plugin
 
 .PHONY: help setup train train-quick train-show-config train-sweep evaluate check-device test test-all test-slow test-plans crosscheck bench torture soak config lint format \
-	tensorboard clean
+	docs tensorboard clean
 .PHONY: fuzz lock audit  # of what comes from outside: input, packages
 .PHONY: setup-tpu test-tpu bench-tpu plan-tpu  # of torch_tpu, which needs an environment of its own
 .DEFAULT_GOAL := help
@@ -135,6 +135,9 @@ lint: setup  ## formatting and lint
 format: setup  ## mend formatting and what lint can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: setup  ## the documentation as a site, in site/index.html (ARGS=serve: shown, and built anew, while it is written)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build)
 
 tensorboard: setup  ## curves of the runs under ./outputs, on http://localhost:6006
 	$(BIN)/tensorboard --logdir outputs

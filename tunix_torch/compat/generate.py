@@ -1,4 +1,4 @@
-"""Writes `conf/`, `config_example.json` and a table of `docs/from_trl.md` from the dataclasses and recipes of settings.
+"""Writes `conf/`, `config_example.json` and pages of docs/ from the dataclasses and recipes of settings.
 
 These hold every default.
 
@@ -17,8 +17,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..config.flags import parse_job
+from ..config.flags import CONFIGS, parse_job
 from ..config.grpo import GRPOConfig
+from ..config.help import group_titles
 from ..config.model import GEMMA3_SIZES, TINY_NAME
 from ..config.recipes import AGENT_TUNIX, AGENT_TUNIX_AGREES, AGENT_TUNIX_MODEL, JOB, TINY
 from ..config.saved import settings_of
@@ -53,7 +54,14 @@ hydra:
       level: WARNING
 """
 MAX_WIDTH = 110  # of a line
-FROM_TRL = "docs/from_trl.md"
+FROM_TRL, ALL_SETTINGS = "docs/from_trl.md", "docs/all_settings.md"
+ALL_SETTINGS_HEAD = """\
+# Every setting
+
+Written by `python -m tunix_torch.compat.generate` from the dataclasses that hold the settings. Each is a flag of
+`train.py`, a key of `--config FILE` and an argument of its class in Python. Defaults are those for any model; what the
+tiny model's job has instead stands behind them, in brackets. What settings mean together is in [settings.md](settings.md).
+"""
 TABLE_BEGINS, TABLE_ENDS = "<!-- fields: written by python -m tunix_torch.compat.generate -->\n", "<!-- end -->"
 OF_A_MODEL = "# @package _global_\n"
 TINY_HEAD = "# The embedded model and the job it is made for, offline: what `python train.py --use_grpo` runs.\n"
@@ -73,11 +81,35 @@ def files() -> dict[str, str]:
         written[f"conf/{name}/default.yaml"] = "".join(lines)
     settings = settings_of(*parse_job(["--use_grpo"]))
     written["config_example.json"] = json.dumps(settings, indent=2) + "\n"
+    written[ALL_SETTINGS] = _all_settings()
     page = (Path(__file__).parents[2] / FROM_TRL).read_text()
     before, begin, rest = page.partition(TABLE_BEGINS)
     _, end, after = rest.partition(TABLE_ENDS)
     written[FROM_TRL] = before + begin + table_of_fields() + end + after
     return written
+
+
+def _all_settings() -> str:
+    """A page with a table for each group of settings."""
+    fields = {field.name: field for config in CONFIGS for field in dataclasses.fields(config) if field.init}
+    titles, text = group_titles(CONFIGS), ALL_SETTINGS_HEAD
+    for title in dict.fromkeys(titles.values()):
+        text += f"\n## {title}\n| setting | default | what it does |\n|---|---|---|\n"
+        for name in (name for name in titles if titles[name] == title):
+            field = fields[name]
+            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+            tiny = f" [`{_as_word(TINY[name])}`]" if name in TINY else ""
+            help = " ".join(field.metadata.get("help", "").replace("%%", "%").split()).replace("|", "\\|")
+            text += f"| `{name}` | `{_as_word(default)}`{tiny} | {help} |\n"
+    return text
+
+
+def _as_word(value: Any) -> str:
+    """A default as a flag takes it."""
+    value = getattr(value, "value", value)
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else repr(value) if value == "" else str(value)
 
 
 def _shown(name: str, section: type) -> list[dataclasses.Field]:
