@@ -189,7 +189,7 @@ def test_without_a_terminal_there_is_a_line_a_log_and_no_control_character(model
     run(model_folder, tmp_path, max_steps=3, disable_tqdm=False, log_completions=True, num_completions_to_print=2)
     out = capfd.readouterr().out
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", out), out
-    assert [line[:12] for line in out.splitlines() if "loss" in line and "step" in line] == [
+    assert [line[:11] for line in out.splitlines() if "loss" in line and "step" in line] == [
         f"step    {step}/3" for step in (1, 2, 3)
     ]
     assert out.count("advantage") == 3 and re.search(r"\nreward +\d", out)
