@@ -10,7 +10,7 @@ from tunix_torch.config import recipes
 from tunix_torch.config.files import load_config
 
 ROOT = Path(__file__).parent.parent.parent
-GENERATED = [ROOT / "config_example.json", ROOT / generate.FROM_TRL]
+GENERATED = [ROOT / "config_example.json", ROOT / generate.FROM_TRL, ROOT / generate.ALL_SETTINGS]
 
 
 def test_the_files_of_defaults_are_what_the_generator_writes(tmp_path):

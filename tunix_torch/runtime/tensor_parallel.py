@@ -142,7 +142,7 @@ def _counted(placement: Placement, dims: int) -> Placement:
 
 
 def _sum_in_loras(layer: nn.Module) -> None:
-    """Sum the products of a LoRA's split A, which are small, before B. Left alone, PyTorch would exchange rows."""
+    """Sum the products of a LoRA's split A, which are small, so that B takes whole numbers."""
     for name, module in layer.named_modules():
         if "lora_A" in name.split(".")[:-1]:
             module.register_forward_hook(lambda module, inputs, output: output.redistribute(placements=[WHOLE]))
