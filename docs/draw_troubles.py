@@ -19,7 +19,8 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 PICTURES = Path(__file__).parent / "troubles"
-SEVERAL = ("--max_steps", "60", "--eval_steps", "20", "--per_device_train_batch_size", "16")
+SHORT = ("--max_steps", "60", "--per_device_train_batch_size", "8", "--num_completions_per_prompt", "4")
+SHORT += ("--eval_steps", "20", "--num_eval_rows", "64", "--num_eval_completions", "0")
 
 
 @dataclass(frozen=True)
@@ -33,22 +34,22 @@ class Trouble:
 
 TROUBLES = {
     "nothing_to_learn": Trouble(
-        ("--reward_funcs", "format", *SEVERAL), "nothing to learn from", ("frac_reward_zero_std", "reward")
+        ("--reward_funcs", "format", *SHORT), "nothing to learn from", ("frac_reward_zero_std", "reward")
     ),
     "cut_off": Trouble(
-        ("--generation_max_length", "20", *SEVERAL), "cut-off completions", ("completions/clipped_ratio", "reward")
+        ("--generation_max_length", "20", *SHORT), "cut-off completions", ("completions/clipped_ratio", "reward")
     ),
     "rate_too_high": Trouble(
-        ("--learning_rate", "0.1", "--kl_penalty_coef", "0.04", *SEVERAL), "learning rate too high", ("kl", "reward")
+        ("--learning_rate", "0.1", "--kl_penalty_coef", "0.04", *SHORT), "learning rate too high", ("kl", "reward")
     ),
     "kl_runs_away": Trouble(
-        ("--learning_rate", "0.02", "--kl_penalty_coef", "1e-6", *SEVERAL), "KL running away", ("kl", "entropy")
+        ("--learning_rate", "0.02", "--kl_penalty_coef", "1e-6", *SHORT), "KL running away", ("kl", "entropy")
     ),
     "collapse": Trouble(
-        ("--learning_rate", "0.05", "--kl_penalty_coef", "0", *SEVERAL), "collapse", ("entropy", "reward")
+        ("--learning_rate", "0.05", "--kl_penalty_coef", "0", *SHORT), "collapse", ("entropy", "reward")
     ),
     "reward_hacking": Trouble(
-        ("--reward_funcs", "docs.draw_troubles.length_reward", "--judge", "correctness", *SEVERAL),
+        ("--reward_funcs", "docs.draw_troubles.length_reward", "--judge", "correctness", *SHORT),
         "reward hacking suspected",
         ("reward", "eval_accuracy"),
     ),
