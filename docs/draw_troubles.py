@@ -37,13 +37,15 @@ TROUBLES = {
         ("--reward_funcs", "format", *SHORT), "nothing to learn from", ("frac_reward_zero_std", "reward")
     ),
     "cut_off": Trouble(
-        ("--generation_max_length", "20", *SHORT), "cut-off completions", ("completions/clipped_ratio", "reward")
+        ("--generation_max_length", "20", *SHORT, "--max_steps", "30"),
+        "cut-off completions",
+        ("completions/clipped_ratio", "reward"),
     ),
     "rate_too_high": Trouble(
-        ("--learning_rate", "0.1", "--kl_penalty_coef", "0.04", *SHORT), "learning rate too high", ("kl", "reward")
+        ("--learning_rate", "0.02", "--kl_penalty_coef", "1e-6", *SHORT), "learning rate too high", ("kl", "reward")
     ),
     "kl_runs_away": Trouble(
-        ("--learning_rate", "0.02", "--kl_penalty_coef", "1e-6", *SHORT), "KL running away", ("kl", "entropy")
+        ("--learning_rate", "0.006", "--kl_penalty_coef", "1e-6", *SHORT), "KL running away", ("kl", "entropy")
     ),
     "collapse": Trouble(
         ("--learning_rate", "0.05", "--kl_penalty_coef", "0", *SHORT), "collapse", ("entropy", "reward")

@@ -261,15 +261,18 @@ def test_layers_under_gradient_checkpointing_give_the_same_gradient():
             "num_iterations": 2,
             "off_policy_mask_threshold": 0.05,
         },
-        {
-            "loss_type": "sapo",
-            "sampler_correction": "sequence_mask",
-            "entropy_coef": 0.05,
-            "use_bias_correction_kl": True,
-            "scale_rewards": "batch",
-            "gradient_accumulation_steps": 2,
-            "overlong_buffer_length": 4,
-        },
+        pytest.param(
+            {
+                "loss_type": "sapo",
+                "sampler_correction": "sequence_mask",
+                "entropy_coef": 0.05,
+                "use_bias_correction_kl": True,
+                "scale_rewards": "batch",
+                "gradient_accumulation_steps": 2,
+                "overlong_buffer_length": 4,
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["vespo", "sapo"],
 )
