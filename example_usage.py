@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from transformers import ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 import utils
@@ -33,6 +34,7 @@ def run(args: GRPOConfig, *reward_funcs) -> TunixTrainer:
         eval_dataset=tiny.arithmetic_rows("test", 64),
         callbacks=[ConsoleProgress()],
     )
+    trainer.remove_callback(ProgressCallback)  # one line is enough
     trainer.train()
     return trainer
 

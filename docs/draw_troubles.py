@@ -48,7 +48,17 @@ TROUBLES = {
         ("--learning_rate", "0.006", "--kl_penalty_coef", "1e-6", *SHORT), "KL running away", ("kl", "entropy")
     ),
     "collapse": Trouble(
-        ("--learning_rate", "0.05", "--kl_penalty_coef", "0", *SHORT), "collapse", ("entropy", "reward")
+        (
+            "--reward_funcs",
+            "docs.draw_troubles.brevity_reward",
+            "--judge",
+            "correctness",
+            "--learning_rate",
+            "0.005",
+            *SHORT,
+        ),
+        "collapse",
+        ("completions/mean_length", "entropy"),
     ),
     "reward_hacking": Trouble(
         ("--reward_funcs", "docs.draw_troubles.length_reward", "--judge", "correctness", *SHORT),
@@ -61,6 +71,11 @@ TROUBLES = {
 def length_reward(completions: Sequence[str], **columns: object) -> list[float]:
     """Pay for length and nothing else: what a policy makes of it is shown."""
     return [min(len(completion) / 100, 1.0) for completion in completions]
+
+
+def brevity_reward(completions: Sequence[str], **columns: object) -> list[float]:
+    """Pay for shortness and nothing else: the policy ends at once, and then writes one thing only."""
+    return [-min(len(completion) / 100, 1.0) for completion in completions]
 
 
 def run(name: str, folder: Path) -> None:

@@ -61,18 +61,17 @@ class Figure:
     first: float | None  # None: there was one evaluation only
     last: float
     steps: tuple[int, int]  # of both evaluations
+    intervals: tuple[tuple[float, float], tuple[float, float]]  # 95%, of both evaluations
     num_questions: int
 
-    def interval(self, share: float) -> tuple[float, float]:
-        """The 95% interval, as of one answer to each question: for the mean of several answers it is never too narrow,
-        however alike the answers to one question are."""
-        return wilson_interval(min(1.0, max(0.0, share)), self.num_questions)
-
-    def shown(self, share: float | None) -> str:
-        if share is None:
-            return ""
-        low, high = self.interval(share)
-        return f"{share:.1%} ({low:.1%} to {high:.1%})"
+    @property
+    def shown(self) -> tuple[str, str]:
+        """Both shares with their intervals; the first is empty where there was one evaluation only."""
+        words = [
+            "" if share is None else f"{share:.1%} ({low:.1%} to {high:.1%})"
+            for share, (low, high) in zip((self.first, self.last), self.intervals, strict=True)
+        ]
+        return words[0], words[1]
 
 
 def model_card(folder: str | Path, facts: CardFacts, metadata: Mapping[str, Any] | None = None) -> ModelCard:
@@ -205,8 +204,18 @@ def figures(facts: CardFacts) -> list[Figure]:
             if known:
                 first, steps = known[0][name] if len(known) > 1 else None, (known[0]["step"], known[-1]["step"])
                 short = name.removeprefix(start)
-                found.append(Figure(data_set, short, first, known[-1][name], steps, num_questions))
+                intervals = tuple(_interval(row, start, short, num_questions) for row in (known[0], known[-1]))
+                found.append(Figure(data_set, short, first, known[-1][name], steps, intervals, num_questions))
     return found
+
+
+def _interval(row: Mapping[str, Any], start: str, name: str, num_questions: int) -> tuple[float, float]:
+    """The 95% interval of a share that an evaluation logged, or Wilson's of one answer to each question where early
+    versions logged none."""
+    low, high = (row.get(f"{start}interval/{name}_{end}") for end in ("low", "high"))
+    if low is None or high is None:
+        return wilson_interval(min(1.0, max(0.0, row[f"{start}{name}"])), num_questions)
+    return low, high
 
 
 def _in_words(figure: Figure) -> str:
@@ -226,15 +235,15 @@ def _figures_text(found: Sequence[Figure], folder: Path) -> str:
         first = "before training" if first == 0 else f"after step {first}"
         lines += [f"| on {' or '.join(map(str, counts))} held-out questions | {first} | after step {last} |"]
         lines += ["|---|---|---|"]
-        lines += [f"| {_in_words(f)} | {f.shown(f.first)} | {f.shown(f.last)} |" for f in found]
-        lines += ["", "In brackets: 95% intervals (Wilson), for as many independent answers as there are questions."]
+        lines += [f"| {_in_words(f)} | {' | '.join(f.shown)} |" for f in found]
+        lines += ["", "In brackets: 95% intervals."]
     if (folder / CURVES_FILE).is_file():
         lines += [""] * bool(lines) + [f"![Curves of the training]({CURVES_FILE})"]
     return "\n".join(lines)
 
 
 def _eval_result(figure: Figure, settings: Mapping[str, Any]) -> EvalResult:
-    low, high = figure.interval(figure.last)
+    low, high = figure.intervals[1]
     data_set = _hub_data_set(settings)
     return EvalResult(
         task_type="text-generation",

@@ -26,7 +26,7 @@ from .same_run import RunFacts
 logger = logging.getLogger(__name__)
 
 # What is uploaded of a run's folder. Checkpoints, earlier runs, kept batches and files of other programs are not.
-UPLOADED = (*FINAL_FILES, CARD_FILE, CURVES_FILE, "config.json", "run_config.json", "metrics.jsonl", "*.html")
+UPLOADED = (*FINAL_FILES, CARD_FILE, CURVES_FILE, "config.json", "run_config.json", "metrics.jsonl", "report.html")
 UPLOADED += ("runs/**/*",)  # of TensorBoard
 UPLOADING = "uploading"  # the folder in output_dir where the files of a checkpoint wait until they are uploaded
 

@@ -10,7 +10,7 @@ from .serving import serving_lines
 
 EXAMPLES = """
 COMMAND ./outputs --merged ./merged
-COMMAND ./outputs/checkpoint-40 --merged ./merged --dtype bfloat16 --push_to_hub NAME/MODEL
+COMMAND ./outputs/checkpoint-50 --merged ./merged --dtype bfloat16 --push_to_hub NAME/MODEL
 """
 
 

@@ -120,7 +120,7 @@ def sample_texts(
     hidden = count < 20 or not together.is_first() or phases.is_watched()
     texts, tokens = [], []
     for some_texts, some_tokens in tqdm(
-        batches, desc="Sampling", total=count, unit="batch", leave=False, disable=hidden
+        batches, desc="Sampling", total=count, unit="batch", leave=False, disable=hidden or None
     ):
         texts += some_texts
         tokens += some_tokens

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import huggingface_hub
+import yaml
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import validate_repo_id
 
@@ -65,7 +66,7 @@ def licence_of(name: str, model_type: str) -> str | None:
             return licence
     card = Path(name) / "README.md" if repo is None else huggingface_hub.try_to_load_from_cache(repo, "README.md")
     if isinstance(card, str | Path) and Path(card).is_file():
-        with contextlib.suppress(ValueError):  # a card whose metadata can't be read says nothing
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # a card that can't be read says nothing
             return ModelCard.load(card).data.license
     elif repo is not None:
         with contextlib.suppress(OSError, ValueError, httpx.HTTPError):  # there is no network, or no such model

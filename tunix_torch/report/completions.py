@@ -90,6 +90,8 @@ def _rows(path: Path, kind: str) -> list[Completion]:
         if missing:
             raise ValueError(f"the column {missing[0]} is missing")
         return [_completion(row) for row in table.to_pylist()]
+    except FileNotFoundError:  # the run is at work, and has dropped this file since the folder was listed
+        return []
     except (pyarrow.ArrowException, OSError, ValueError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: not what a run writes: {reason}") from error

@@ -19,15 +19,17 @@ def note_start(output_dir: str | Path, step: int, facts: dict[str, Any]) -> None
         facts: what else is known about it, such as the device. JSON must be able to hold it.
     """
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, **facts, "versions": versions()}
-    with open(Path(output_dir) / STARTS_FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    path = Path(output_dir) / STARTS_FILE
+    cut_short = path.is_file() and not path.read_bytes().endswith(b"\n")  # by a full disk, or with the machine
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("\n" * cut_short + json.dumps(line) + "\n")
 
 
 def read_starts(output_dir: str | Path) -> list[dict[str, Any]]:
     """What was noted, oldest first. A line that was cut short is left out; early versions noted nothing.
 
     Raises:
-        ValueError: another line is not what a run writes.
+        ValueError: a line is JSON, and not what a run writes.
     """
     path = Path(output_dir) / STARTS_FILE
     lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
@@ -36,7 +38,7 @@ def read_starts(output_dir: str | Path) -> list[dict[str, Any]]:
         try:
             start = json.loads(line)
         except ValueError:
-            start = None
+            continue
         if not isinstance(start, dict) or not isinstance(start.get("versions"), dict):
             raise ValueError(f"{path}, line {number}: not what a run writes")
         starts.append(start)

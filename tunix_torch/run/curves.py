@@ -4,9 +4,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from ..checkpoints.card import CURVES_FILE
 from ..report.metrics import load_metrics
-
-CURVES_FILE = "training_curves.png"
 
 
 def plot_training_curves(output_dir: str | Path) -> Path | None:
