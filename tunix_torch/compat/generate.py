@@ -60,7 +60,8 @@ ALL_SETTINGS_HEAD = """\
 
 Written by `python -m tunix_torch.compat.generate` from the dataclasses that hold the settings. Each is a flag of
 `train.py`, a key of `--config FILE` and an argument of its class in Python. Defaults are those for any model; what the
-tiny model's job has instead stands behind them, in brackets. What settings mean together is in [settings.md](settings.md).
+tiny model's job has instead stands behind them, in brackets. [settings.md](settings.md) says what settings mean
+together.
 """
 TABLE_BEGINS, TABLE_ENDS = "<!-- fields: written by python -m tunix_torch.compat.generate -->\n", "<!-- end -->"
 OF_A_MODEL = "# @package _global_\n"
