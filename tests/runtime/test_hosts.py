@@ -168,7 +168,7 @@ def test_hosts_that_differ_are_refused_on_each_of_them(hosts):
         assert missing.startswith(f"files in run/checkpoint-{KILLED}: ") and "but none on host 1" in missing
         assert differing.startswith("beta: 0 on host 0, but 1 on host 1; ")
         assert undecided.endswith("a reward function's mistake\"")
-    assert ended and ended[0].startswith("another host has ended or says nothing, and so this one ends")
+    assert ended and ended[0].startswith("another host or process has ended or says nothing, and so this one ends")
 
 
 def test_hosts_are_the_workers_of_one_slice_and_need_a_mesh(monkeypatch):

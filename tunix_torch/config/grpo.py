@@ -444,7 +444,7 @@ class GRPOConfig(TrainingArguments):
         if chosen == "tpu":
             together.join_chips()
         # Accelerate knows no processes on "tpu": it takes them for processes on the CPU, whose device is another one.
-        self.use_cpu = chosen == "cpu" or (chosen == "tpu" and together.count() > 1)
+        self.use_cpu = chosen == "cpu" or (chosen == "tpu" and together.num_processes() > 1)
         self.dataloader_pin_memory = chosen == "cuda"
         cores = self.num_tpu_cores
         require(cores in (None, 1), "num_tpu_cores", cores, "one core is used; leave it out or set it to 1")

@@ -44,7 +44,8 @@ class OptimizerSteps(Trainer):
         self._bad_gradients: list[str] = []  # of the newest step, where operations run at once
         super().__init__(**arguments)
         # A batch from pinned memory is copied to the device without waiting for the work that the device has left.
-        self.accelerator.dataloader_config.non_blocking = self.args.dataloader_pin_memory
+        if not self.accelerator.dataloader_config.non_blocking:
+            self.accelerator.dataloader_config.non_blocking = self.args.dataloader_pin_memory
 
     def create_accelerator_and_postprocess(self) -> None:
         """See `transformers.Trainer`. Data loaders learn which processes have the same rows."""

@@ -109,7 +109,7 @@ def lay_out(batch: TrainBatch, args: GRPOConfig) -> list[Pass]:
     else:  # as many rows as their real lengths allow
         rows = args.rows_in_pass_of(int(batch.lengths.sum()) / len(batch.prompt_ids))
     parts = batch.split(rows)
-    if len(parts) > 1 and device.computes_views_again():
+    if device.computes_views_again():  # a part that stands alone here may be a view as well
         parts = [_with_own_tensors(part) for part in parts]
     passes = [_laid_out(part, args) for part in parts]
     for part in parts:

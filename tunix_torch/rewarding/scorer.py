@@ -199,7 +199,7 @@ class Scorer:
         self.metrics["rewards/skipped_groups"] = float(counts["failed"])
         first = failed[min(failed)] if failed else "they are those of another process"
         what = f"Step {step + 1}: the rewards of {len(failed)} of {num_groups} groups failed. The first: {first}"
-        if failed and (together.is_first() or together.count() > 1):
+        if failed and together.is_first_peer():
             logger.warning("%s. on_reward_error='skip_group': nothing is learned from these", what)
         too_many = self.budget.count(counts["failed"], counts["groups"], step)
         if too_many is not None:

@@ -176,7 +176,7 @@ def multiply_exactly() -> None:
 
 def upload(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
     """Copy a tensor from the CPU's memory to a device, without waiting for the work that the device has left."""
-    if place.type != "cuda":
+    if place.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(place)
     return tensor.pin_memory().to(place, non_blocking=True)  # a copy from memory that is not pinned waits
 

@@ -53,7 +53,7 @@ def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
     if _mesh is not None and _mesh.mesh_shape != tuple(shape):
         raise ValueError(f"{asked}: this process has a mesh of {_mesh.mesh_shape} already, and keeps it")
     if wanted == 1:
-        if KIND == "xla" and is_tpu() and xla_runtime.process_count() > 1:
+        if is_tpu() and xla_runtime.process_count() > 1:
             raise ValueError(f"mesh_shape: {xla_runtime.process_count()} hosts need a mesh of all their devices")
         return
     if not xla_runtime.is_spmd():
@@ -69,7 +69,7 @@ def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
 
 def _use_processes(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
     """Lay the processes that `torchrun` has started on a mesh. Those along tp are neighbours."""
-    if mesh is None:
+    if mesh is None or (math.prod(mesh[0]) == 1 and not _of_processes):
         return
     shape, axes = mesh
     wanted, asked = math.prod(shape), f"mesh_shape={','.join(map(str, shape))!r}"

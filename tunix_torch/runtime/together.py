@@ -73,7 +73,7 @@ def join_mesh(kind: str) -> None:
     if _along_tp > 1 and _processes is None:
         _processes = init_device_mesh(kind, (count(), _along_tp), mesh_dim_names=(ROWS, PEERS))
         _peer, _num_peers = _processes.get_local_rank(PEERS), _along_tp
-        _peers, _ = torch.distributed.new_subgroups(_along_tp, backend="gloo")  # for words, in main memory
+        _peers, _ = torch.distributed.new_subgroups(_along_tp, timeout=timedelta(seconds=PATIENCE), backend="gloo")
 
 
 def processes() -> DeviceMesh | None:
@@ -89,6 +89,11 @@ def _with_own_rows() -> torch.distributed.ProcessGroup | None:
 def count() -> int:
     """How many processes with prompts of their own take part in this run."""
     return torch.distributed.get_world_size() // _along_tp if torch.distributed.is_initialized() else 1
+
+
+def num_processes() -> int:
+    """How many processes take part in this run, those with the same prompts included."""
+    return count() * _along_tp
 
 
 def index() -> int:
@@ -268,7 +273,9 @@ def _of_all_peers(value: Any) -> list[Any]:
         texts = _of_each_peer(nn.functional.pad(said, (0, max(lengths) - len(said))))
     except RuntimeError as error:
         said_by_gloo = f"see what it said ({error})"
-        raise ValueError(f"another host has ended or says nothing, and so this one ends; {said_by_gloo}") from error
+        raise ValueError(
+            f"another host or process has ended or says nothing, and so this one ends; {said_by_gloo}"
+        ) from error
     return [json.loads(bytes(text[:length].tolist())) for text, length in zip(texts, lengths, strict=True)]
 
 
