@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tunix_torch.cli.answering import answer
+from tunix_torch.cli.answering import Asked
 from tunix_torch.cli.ask import parse_args
 from tunix_torch.cli.evaluation import render_questions
 from tunix_torch.data.rows import PROMPT, PROMPT_IDS
@@ -31,7 +31,7 @@ def test_a_question_is_rendered_with_the_names_and_values_of_the_run(trained):
     assert find_system_message(str(trained)) == ""
     assert find_prompt_settings(str(trained)) == {"chat_template_kwargs": {"enable_thinking": False}}
     args = parse_args(["--question", "1 + 1?", "--max_new_tokens", "2"], "ask")
-    (asked,) = answer(args, ["1 + 1?"], str(trained))
+    ((asked,),) = Asked(args, str(trained)).answers(["1 + 1?"])
     assert asked["prompt"].endswith("<start_of_turn>model\n<answer>")
     tokenizer, settings = load_tokenizer(str(trained)), find_prompt_settings(str(trained))
     ((row,), _) = render_questions([{"prompt": "1 + 1?"}], tokenizer, "", None, settings)
@@ -41,7 +41,7 @@ def test_a_question_is_rendered_with_the_names_and_values_of_the_run(trained):
 def test_a_text_that_was_not_wrapped_in_the_run_is_not_wrapped(trained):
     (trained.parent / "config.json").write_text(json.dumps({"system_message": "", "wrap_prompts": False}))
     args = parse_args(["--question", "1 + 1?", "--max_new_tokens", "2"], "ask")
-    (asked,) = answer(args, ["1 + 1?"], str(trained))
+    ((asked,),) = Asked(args, str(trained)).answers(["1 + 1?"])
     assert asked["prompt"] == "1 + 1?"
     tokenizer, settings = load_tokenizer(str(trained)), find_prompt_settings(str(trained))
     ((row,), _) = render_questions([{"prompt": "1 + 1?"}], tokenizer, "", None, settings)
