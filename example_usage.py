@@ -45,7 +45,7 @@ def supervised() -> None:
 
 def custom_configuration() -> None:
     path = Path(tempfile.mkdtemp()) / "config.json"
-    utils.save_config({**SHORT, "algorithm": "dr_grpo", "num_generations": 8, "beta": 0.02}, path)
+    utils.save_config({**SHORT, "algorithm": "dr_grpo", "num_generations": 8, "kl_penalty_coef": 0.02}, path)
     args = GRPOConfig(**utils.load_config(path), output_dir=str(path.parent))
     print(f"{args.algorithm}: {args.num_completions_per_prompt} completions, {args.aggregation}, KL {args.beta}")
     run(args, correctness_reward)

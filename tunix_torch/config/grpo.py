@@ -313,7 +313,7 @@ class GRPOConfig(TrainingArguments):
         """
         shares = ["accuracy", *([f"mean@{self.num_eval_completions}"] if self.num_eval_completions else [])]
         intervals = [f"interval/{name}_{end}" for name in shares for end in ("low", "high")]
-        metrics = [*shares, "mean_length", *intervals] if judged else []
+        metrics = [shares[0], "mean_length", *shares[1:], *intervals] if judged else []
         of_answers = [f"completions/{name}_length" for name in ("mean", "min", "max")]
         if rewards:
             of_answers += ["reward", "reward_std"]
