@@ -127,7 +127,7 @@ def test_a_learning_rate_that_ruins_the_policy_is_said_during_the_run_and_once_m
 @pytest.mark.thorough
 def test_the_ruin_of_a_fine_tuning_is_said_too(model_folder, tmp_path):
     settings = {"use_grpo": False, "logging_steps": 1, "generation_max_length": 64, "judge": False}
-    taught = make_trainer(model_folder, tmp_path / "a", None, max_steps=30, learning_rate=3e-2, **settings)
+    taught = make_trainer(model_folder, tmp_path / "a", None, max_steps=60, learning_rate=1e-2, **settings)
     taught.train()
     assert not taught.collapse.said
     taught.save_model()
@@ -136,7 +136,7 @@ def test_the_ruin_of_a_fine_tuning_is_said_too(model_folder, tmp_path):
         tmp_path / "b",
         None,
         max_steps=6,
-        learning_rate=30.0,
+        learning_rate=300.0,
         lr_scheduler_type="constant",
         **settings,
     )

@@ -147,6 +147,8 @@ def test_no_color_is_respected(environment, colours):
 
 JOB = """
 from runs import run
+from tunix_torch.run import live
+live.INTERVAL = 0.01  # so that short phases are seen, too
 def fails(completions, trainer_state, **columns):
     if trainer_state.global_step == {fails}:
         raise ValueError("no\\x1b[31m more")
