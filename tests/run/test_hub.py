@@ -12,7 +12,14 @@ from trainers import make_trainer
 REPO = "me/out"
 FINAL = {
     *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "config.json"),
-    *("metrics.jsonl", "tokenizer.json", "tokenizer_config.json", "trainer_state.json", "training_curves.png"),
+    *(
+        "metrics.jsonl",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "trainer_state.json",
+        "training_curves.png",
+        "report.html",
+    ),
 }
 
 
@@ -72,7 +79,7 @@ def test_a_hub_that_fails_at_the_end_loses_nothing(server, failing, complete_run
     assert left_by(complete_run) == before and server.files[REPO] == {}
     server.failing = None
     push_again(model_folder, complete_run)  # the same command tries again
-    assert FINAL - {"training_curves.png"} <= server.files[REPO].keys()
+    assert FINAL - {"training_curves.png", "report.html"} <= server.files[REPO].keys()
 
 
 @pytest.mark.parametrize("failing", [("/repos/create", 401), None])
