@@ -36,7 +36,9 @@ class Recorder(TrainerCallback):
     def on_step_end(self, *args, **kwargs):
         gc.collect()
         tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter, fsdp.DTensor)]
-        storages = {x.data_ptr(): x.nbytes() for x in (fsdp.own_part(x).untyped_storage() for x in tensors)}
+        parts = [fsdp.own_part(x) for x in tensors]
+        parts = [x.untyped_storage() for x in parts if torch._C._has_storage(x)]  # not of one that is just let go
+        storages = {x.data_ptr(): x.nbytes() for x in parts}
         held.append(sum(storages.values()) - sum(g.nbytes for of_step in gradients for g in of_step.values()))
 
 whole = {"adam_epsilon": 1e-2, "learning_rate": 1e-3, "sync_ref_model": True, "ref_model_sync_steps": 2}
