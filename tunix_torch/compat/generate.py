@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from ..config.flags import CONFIGS, parse_job
 from ..config.grpo import GRPOConfig
-from ..config.help import group_titles
+from ..config.help import as_flag, group_titles
 from ..config.model import GEMMA3_SIZES, TINY_NAME
 from ..config.recipes import AGENT_TUNIX, AGENT_TUNIX_AGREES, AGENT_TUNIX_MODEL, JOB, TINY
 from ..config.saved import settings_of
@@ -99,18 +99,10 @@ def _all_settings() -> str:
         for name in (name for name in titles if titles[name] == title):
             field = fields[name]
             default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-            tiny = f" [`{_as_word(TINY[name])}`]" if name in TINY else ""
+            tiny = f" [`{as_flag(TINY[name])}`]" if name in TINY else ""
             help = " ".join(field.metadata.get("help", "").replace("%%", "%").split()).replace("|", "\\|")
-            text += f"| `{name}` | `{_as_word(default)}`{tiny} | {help} |\n"
+            text += f"| `{name}` | `{as_flag(default)}`{tiny} | {help} |\n"
     return text
-
-
-def _as_word(value: Any) -> str:
-    """A default as a flag takes it."""
-    value = getattr(value, "value", value)
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else repr(value) if value == "" else str(value)
 
 
 def _shown(name: str, section: type) -> list[dataclasses.Field]:

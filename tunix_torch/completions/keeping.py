@@ -50,9 +50,8 @@ class KeepCompletions(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._questions = self._opened = (
-            None  # the files of an earlier run have been moved, or `train` was called again
-        )
+        # The files of an earlier run have been moved by now, or `train` was called again.
+        self._questions = self._opened = None
         if together.is_first():
             self._files.forget_after(state.global_step)
         if self.show is not None:

@@ -151,12 +151,12 @@ def _shown(action: argparse.Action, words: str | None) -> argparse.Action:
         action.dest,
         nargs="+" if action.nargs in ("+", "*") else None,
         metavar=METAVARS.get(reader, "TEXT"),
-        help=f"{text} [{_value(action.default).replace('%', '%%')}]",
+        help=f"{text} [{as_flag(action.default).replace('%', '%%')}]",
     )
 
 
-def _value(default: Any) -> str:
-    """A default as one would write it after the flag."""
+def as_flag(default: Any) -> str:
+    """A default as one would write it after its flag, in words: "none" where there is no value."""
     default = _plain(default)
     if default is None or default is argparse.SUPPRESS:
         return "none"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..learn.signs import MOST_KL, RATE, SIGNS, Streak
 from .findings import Finding, Line
-from .metrics import Rows, mean, series, steps_of_training
+from .metrics import Points, Rows, mean, series, steps_of_training
 from .record import RunRecord
 from .suspects import format_without_answers, reward_hacking, same_text
 
@@ -42,8 +42,7 @@ def nothing_to_learn(rows: Rows) -> Finding | None:
     others.
     """
     bound, key = 0.9, "frac_reward_zero_std"
-    points = series(rows, key)[-WINDOW:]
-    share = mean([value for _, value in points]) if len(points) >= LEAST_LOGS else 0.0
+    points, share = _recently(rows, key)
     if share < bound:
         return None
     rewards = series(rows, "reward")
@@ -79,8 +78,7 @@ def cut_off(rows: Rows) -> Finding | None:
     average, is judged by how long it is and not by what it says.
     """
     bound, key = 0.25, "completions/clipped_ratio"
-    points = series(rows, key)[-WINDOW:]
-    share = mean([value for _, value in points]) if len(points) >= LEAST_LOGS else 0.0
+    points, share = _recently(rows, key)
     if share < bound:
         return None
     lengths = series(rows, "completions/mean_length")
@@ -204,6 +202,12 @@ def collapse(rows: Rows) -> Finding | None:
             RATE,
         ),
     )
+
+
+def _recently(rows: Rows, key: str) -> tuple[Points, float]:
+    """The values of the last WINDOW logs that have this key, and their mean; 0 where these are too few to tell."""
+    points = series(rows, key)[-WINDOW:]
+    return points, mean([value for _, value in points]) if len(points) >= LEAST_LOGS else 0.0
 
 
 def _line(point: tuple[int, float], key: str) -> Line:
