@@ -51,7 +51,9 @@ def in_terminal(code, columns=80, act=None, **environment):
     """
     process, terminal = pty.fork()
     if process == 0:
-        environment = {"TUNIX_DEVICE": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TERM": "xterm"} | environment
+        settled = {"TUNIX_DEVICE": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TERM": "xterm"}
+        settled["COLUMNS"] = "80"  # as it was when a shell exported it, before the window was made narrow
+        environment = settled | environment
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.execvpe(sys.executable, [sys.executable, "-c", code], os.environ | environment)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))

@@ -4,6 +4,7 @@ It never hides the cursor and takes no part of the screen, so a process that is 
 a line of text.
 """
 
+import contextlib
 import os
 import re
 import sys
@@ -86,9 +87,10 @@ class LiveLine:
                     return
 
     def _draw(self) -> None:
-        width = self._console.width - 1  # in the last column, terminals differ in what they do
+        width = self._width() - 1  # in the last column, terminals differ in what they do
         if self._column or width < 1:
             return
+        self._console.width = width
         text = self.content(width)
         text.truncate(width, overflow="crop")
         with self._console.capture() as capture:
@@ -97,6 +99,13 @@ class LiveLine:
             self._drawn = capture.get()
             self._out.write(f"{ERASE}{self._drawn}")
             self._out.flush()
+
+    def _width(self) -> int:
+        """The columns of the terminal as it is now. COLUMNS may say another number, and a line that wraps stays."""
+        with contextlib.suppress(OSError, ValueError):  # a stream that is no terminal
+            if columns := os.get_terminal_size(self._out.fileno()).columns:
+                return columns
+        return self._console.width
 
     def _erase(self) -> None:
         if self._drawn:
