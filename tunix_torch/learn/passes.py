@@ -90,12 +90,18 @@ def _look_up(table: Tensor, numbers: Tensor, parts: int) -> Tensor:
 
 
 def in_passes(batch: TrainBatch, args: GRPOConfig, compute: Callable[[Pass], T]) -> list[T]:
-    """Return what `compute` returns for each pass of a batch. All forward and backward passes of learning run in here.
+    """Return what `compute` returns for each pass of a batch. All forward and backward passes of learning run in here,
+    or in `run_passes`.
 
     `compute` ends with `device.sync()`, so that on XLA each pass is a graph of its own.
     """
-    results, done, total = [], 0, len(batch.completion_ids)
-    for part in lay_out(batch, args):
+    return run_passes(lay_out(batch, args), compute)
+
+
+def run_passes(passes: Sequence[Pass], compute: Callable[[Pass], T]) -> list[T]:
+    """`in_passes` of a batch that is laid out already."""
+    results, done, total = [], 0, sum(len(part.batch.completion_ids) for part in passes)
+    for part in passes:
         results.append(compute(part))
         done += len(part.batch.completion_ids)
         phases.advance(phases.ROWS, done, total)

@@ -15,6 +15,7 @@ from ..runtime import device
 from .corrections import policy_weights, sampler_ratios
 from .distillation import token_scores
 from .entropy import keep_high_entropy
+from .equal_rewards import learn_in_passes
 from .logprobs import token_logps
 from .metrics import loss_numbers
 from .passes import Pass, in_passes
@@ -54,17 +55,16 @@ def learn(
     """Forward and backward of every micro-batch of a batch. The gradients add up in the parameters.
 
     Args:
-        backward: computes the gradient of a micro-batch's loss and adds it to the parameters'
-            (`AdapterTrainer.backward`).
+        backward: adds the gradient of a micro-batch's loss to the parameters' (`AdapterTrainer.backward`).
         teacher: its reverse KL is added to the loss; see `distillation.py`.
 
     Returns:
-        for each micro-batch, in order, what `learn_micro_batch` returns.
+        for each micro-batch, in order, what `learn_micro_batch` returns; or one of all, see `learn_in_passes`.
     """
     if args.top_entropy_quantile < 1:
         batch = keep_high_entropy(batch, scores_without_gradient(model, batch, args)[1], args.top_entropy_quantile)
     model.train()
-    return in_passes(batch, args, lambda part: learn_micro_batch(model, part, args, backward, teacher))
+    return learn_in_passes(batch, args, lambda part: learn_micro_batch(model, part, args, backward, teacher))
 
 
 def learn_micro_batch(
@@ -96,7 +96,8 @@ def learn_micro_batch(
     if teacher_kl is not None:
         teacher_loss = (teacher_kl * batch.token_weights).sum()
         loss, distance = loss + args.distillation_coef * teacher_loss, {"teacher_kl": teacher_loss.detach()}
-    backward(loss)
+    if torch.is_grad_enabled():
+        backward(loss)
     logps, mask = logps.detach(), batch.completion_mask
     own = logps if batch.old_per_token_logps is None else batch.old_per_token_logps  # by the policy that sampled
     gap = (own - batch.sampler_logps) * mask

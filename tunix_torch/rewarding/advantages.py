@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from ..config.grpo import GRPOConfig
+from ..learn.equal_rewards import all_equal
 from ..runtime import together
-
-ROUNDING = 8 * 2.0**-52  # rewards that differ by less, relative to the largest, count as equal: it is float64 rounding
 
 
 def compute_group_advantages(
@@ -49,16 +48,6 @@ def compute_group_advantages(
         centred = centred / ((centred.std(dim=1, keepdim=True) if std is None else std) + epsilon)
     # else a residue of rounding, divided by itself, would count in full
     return torch.where(all_equal(grouped), 0.0, centred).flatten().float()
-
-
-def all_equal(grouped: Tensor) -> Tensor:
-    """Whether the rewards of each group differ by no more than rounding: (N, G, ...) -> (N, 1, ...) bool. NaN counts as
-    no reward."""
-    least, most = (
-        grouped.nan_to_num(math.inf).amin(1, keepdim=True),
-        grouped.nan_to_num(-math.inf).amax(1, keepdim=True),
-    )
-    return most - least <= ROUNDING * grouped.nan_to_num(0.0).abs().amax(dim=1, keepdim=True)
 
 
 def step_advantages(rewards: Tensor, totals: Tensor, weights: Tensor, args: GRPOConfig) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..batch import PromptBatch, Rollout
 from ..config.grpo import GRPOConfig
 from ..data.batches import join_prompts
+from ..learn.equal_rewards import all_equal
 from ..runtime import together
-from .advantages import all_equal
 from .context import means
 from .scored import ScoredRollout
 
