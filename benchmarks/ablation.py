@@ -2,6 +2,7 @@
 
     python -m benchmarks.ablation                   # preset small, on the CPU
     python -m benchmarks.ablation --preset long --rounds 1
+    python -m benchmarks.ablation --equal_groups 0.5   # half of the groups teach nothing, and there is no KL penalty
 
 Each variant trains the same model on the same rows with completions of the same lengths. A ratio above 1 says how much
 longer a step takes without the optimisation. Results differ by rounding only.
@@ -12,7 +13,7 @@ import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -25,13 +26,15 @@ import torch
 from transformers import TrainerCallback
 
 from tunix_torch import trainer as trainer_module
-from tunix_torch.learn import passes
+from tunix_torch.learn import equal_rewards, passes
 from tunix_torch.model import decoding
+from tunix_torch.rewarding.scoring import RewardFunc
 from tunix_torch.rollout import ladders, rows
 from tunix_torch.runtime import device, mesh
 
+from . import peer_ours
 from .peer_ours import force_lengths, make_trainer
-from .workload import PRESETS, Spec, make_inputs
+from .workload import PRESETS, Spec, make_inputs, share_of_even_words
 
 # What is left out -> the name to replace, and what stands in its place.
 VARIANTS = {
@@ -41,6 +44,7 @@ VARIANTS = {
     "both of these": ((decoding, "_faster_class", lambda module: None),),
     "one prompt for its group in learning": ((passes, "bucketed_rows", passes.plain_rows),),
     "buckets of similar length in learning": ((passes, "bucketed_rows", passes.padded_rows),),
+    "equal rewards without a gradient": ((equal_rewards, "groups_without_gradient", lambda batch, args: None),),
     "rows that leave when they have ended": ((rows, "make_ladder", lambda n, g, t, i: ladders.FewShapes(n, g, t, i)),),
 }
 
@@ -67,11 +71,22 @@ def without(variant: str) -> Iterator[None]:
         yield
 
 
-def seconds_of_a_step(spec: Spec, folder: Path, variant: str) -> float:
+def rewarded_equally(spec: Spec, share: float) -> RewardFunc:
+    """The reward of the benchmark, but the first groups of a step, this share of them, get 0."""
+
+    def reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
+        first = round(share * spec.num_prompts) * spec.num_completions
+        return [0.0] * first + share_of_even_words(prompts[first:], completions[first:], **columns)
+
+    return reward
+
+
+def seconds_of_a_step(spec: Spec, folder: Path, variant: str, reward: RewardFunc) -> float:
     """The median of the steps that count."""
     times = StepTimes()
     drawn = force_lengths(trainer_module.draw_uniforms, spec)
-    with without(variant), mock.patch.object(trainer_module, "draw_uniforms", drawn):
+    rewarded = mock.patch.object(peer_ours, "share_of_even_words", reward)
+    with without(variant), rewarded, mock.patch.object(trainer_module, "draw_uniforms", drawn):
         make_trainer(spec, folder, [times]).train()
     return statistics.median(times.seconds[spec.warmup :])
 
@@ -81,8 +96,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=("small", "long"), default="small")
     parser.add_argument("--rounds", type=int, default=3, help="how often all variants are measured")
+    parser.add_argument("--equal_groups", type=float, default=0.0, help="share of the groups whose rewards are equal")
     args = parser.parse_args()
     spec = replace(PRESETS[args.preset], warmup=1, steps=3)
+    if args.equal_groups:
+        spec = replace(spec, beta=0.0)
     torch.set_num_threads(spec.threads)
     ratios: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     with tempfile.TemporaryDirectory() as name:
@@ -90,7 +108,7 @@ def main() -> None:
         for _ in range(args.rounds):
             usual = None
             for variant in VARIANTS:
-                seconds = seconds_of_a_step(spec, Path(name), variant)
+                seconds = seconds_of_a_step(spec, Path(name), variant, rewarded_equally(spec, args.equal_groups))
                 usual = usual or seconds
                 ratios[variant].append(seconds / usual)
     print(f"{'without':<42}{'a step takes':>14}  ({args.preset}, {args.rounds} rounds in turns)")
