@@ -9,25 +9,42 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import itertools
 import re
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from shown_commands import ROOT, called_by_make
 
 from tunix_torch.cli.command import COMMANDS
+from tunix_torch.cli.script import values_of
 from tunix_torch.config.flags import parse_job
 from tunix_torch.preflight.chips import parse_topology
-from tunix_torch.runtime import mesh
+from tunix_torch.runtime import mesh, together
 
 DEVICES = ("auto", "cpu", "cuda", "tpu", "xla")
 # Programs of others: what a page shows of them is theirs. Of an environment's folder the last word of the path counts.
 OTHERS = {"curl", "echo", "find", "gcc", "gcloud", "git", "grep", "kill", "llama-server", "mkdir", "mkdocs", "pgrep"}
-OTHERS |= {"pip-audit", "rm", "ruff", "sed", "sleep", "tee", "tensorboard", "touch", "transformers", "uv", "vllm", "awk"}
+OTHERS |= {
+    "pip-audit",
+    "rm",
+    "ruff",
+    "sed",
+    "sleep",
+    "tee",
+    "tensorboard",
+    "touch",
+    "transformers",
+    "uv",
+    "vllm",
+    "awk",
+}
 SCRIPTS_OF_OTHERS = {"convert_hf_to_gguf.py"}
+MODULES_OF_OTHERS = {"torch.tpu.distributed", "venv"}
+OURS = {"benchmarks", "crosscheck", "preflight", "tunix_torch"}
 # Ours that take words and no flags, and so have no parser.
 ONLY_WORDS = {"docs/draw_learning_curve.py", "docs/draw_troubles.py", "docs/write_files.py", "example_usage.py"}
 ONLY_WORDS |= {"rewards_example.py", "tunix_torch.compat.generate"}
@@ -44,10 +61,11 @@ def check(words: Sequence[str]) -> None:
         WrongCommandError: with what is wrong.
     """
     program, *given = words
-    given = [word for word in given if word not in ("...", "…")]  # what a page leaves to the reader
+    # Three dots stand for what a reader adds; after a flag they are its value.
+    given = [word for before, word in zip(words, given, strict=False) if word != "..." or before.startswith("--")]
     name = program.rpartition("/")[2]
     try:
-        if name in ("python", "python3"):
+        if re.fullmatch(r"python[\d.]*", name):
             _check_python(given)
         elif name == "make":
             for called in called_by_make(given) if given else []:
@@ -94,8 +112,6 @@ def _check_python(words: Sequence[str]) -> None:
 
 def _check_module(name: str, given: Sequence[str]) -> None:
     """Check a module, or a script by its path, and what is given to it."""
-    if name == "torch.tpu.distributed":
-        return  # of torch_tpu, which is in an environment of its own
     if name == "torch.distributed.run":
         _check_launched(name, "get_args_parser", given)
     elif name == "pytest":
@@ -108,17 +124,17 @@ def _check_module(name: str, given: Sequence[str]) -> None:
         flags = [word for word in given if word.startswith("-")]
         if flags:
             raise ValueError(f"{name} takes no flags, and {flags[0]} is given")
-    else:
-        _parse(importlib.import_module(_module_of(name)), given)
+    elif name not in MODULES_OF_OTHERS:
+        _parse(importlib.import_module(module_of(name)), given)
 
 
-def _module_of(name: str) -> str:
+def module_of(name: str) -> str:
     """The name by which a script, or what `python -m` is given, is imported."""
     if name.endswith(".py"):
         return name.removesuffix(".py").replace("/", ".")
-    spec = importlib.util.find_spec(name)
+    spec = importlib.util.find_spec(name) if name.partition(".")[0] in OURS else None
     if spec is None:
-        raise ValueError(f"no module {name}")
+        raise ValueError(f"no module {name} here: mend it, or add it to MODULES_OF_OTHERS in tests/command_lines.py")
     return f"{name}.__main__" if spec.submodule_search_locations else name
 
 
@@ -139,7 +155,7 @@ def _parse(module: object, given: Sequence[str]) -> None:
     if name == "tunix_torch.cli.train":
         _of_train(given)
     elif name in ("tunix_torch.cli.plan", "tunix_torch.cli.beside_tunix"):
-        ours, rest = home.parse_args(given, name)
+        ours, rest = _parsed(lambda: home.parse_args(given, name))
         parse_topology(ours.topology)
         _of_train(rest)
     elif name.startswith("tunix_torch.cli."):
@@ -147,54 +163,54 @@ def _parse(module: object, given: Sequence[str]) -> None:
     elif hasattr(home, "parse_args"):
         _parsed(lambda: home.parse_args(given))
     else:
-        with mock.patch.object(sys, "argv", [name, *given]):
-            _parsed(home.main)
+        _parsed_by_main(home.main, [name, *given])
 
 
-class _Parsed(BaseException):
+class _ParsedError(BaseException):
     """Leaves a `main` when its parser has read the arguments."""
 
 
-def _parsed(parse: Callable[[], object]) -> None:
-    """Let a command parse, and stop it there.
+def _parsed(parse: Callable[[], Any]) -> Any:
+    """What a call of a parser returns; None where it printed its help.
 
     Raises:
         ValueError: with what the parser says.
     """
-    real, said = argparse.ArgumentParser.parse_args, io.StringIO()
-
-    def parse_args(parser, *args, **named):
-        real(parser, *args, **named)
-        raise _Parsed
-
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args), contextlib.redirect_stderr(said):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         try:
-            parse()
-        except _Parsed:
-            return
+            return parse()
         except SystemExit as end:
             if end.code != 0:
                 raise ValueError(said.getvalue().strip().splitlines()[-1]) from end
+    return None
+
+
+def _parsed_by_main(main: Callable[[], object], words: Sequence[str]) -> None:
+    """Let a `main` parse the words, with the program first, and leave it there."""
+    real = argparse.ArgumentParser.parse_args
+
+    def parse_args(parser, *args, **named):
+        real(parser, *args, **named)
+        raise _ParsedError
+
+    with (
+        mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args),
+        mock.patch.object(sys, "argv", list(words)),
+        contextlib.suppress(_ParsedError),
+    ):
+        _parsed(main)
 
 
 def _of_train(given: Sequence[str]) -> None:
     """Parse the settings of `train.py` as it does, on a machine that has the device and the mesh that they name."""
-    given, here = [word.replace("$", "") for word in given], []
-    while given:
-        word = given.pop(0)
-        name, equals, value = word.partition("=")
-        if name == "--device":
-            value = value if equals else given.pop(0)
-            if value not in DEVICES:
-                raise ValueError(f"device={value!r}: choose one of {', '.join(DEVICES)}")
-        else:
-            here.append(word)
-    with mock.patch.object(mesh, "use_mesh"), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            parse_job(here)
-        except SystemExit as end:
-            if end.code != 0:
-                raise ValueError(f"exit code {end.code}") from end
+    device = values_of(("--device",), given).get("--device", "auto")
+    if device not in DEVICES:
+        raise ValueError(f"device={device!r}: choose one of {', '.join(DEVICES)}")
+    here = [word for before, word in zip(["", *given], given, strict=False) if "--device" not in (before, word)]
+    here = [word for word in here if not word.startswith("--device=")]
+    with mock.patch.object(mesh, "use_mesh"):
+        _parsed(lambda: parse_job(here))
 
 
 def _check_hydra(given: Sequence[str]) -> None:
@@ -206,16 +222,15 @@ def _check_hydra(given: Sequence[str]) -> None:
     from tunix_torch.cli.hydra_app import config_from, explain
 
     overrides = [word for word in given if "=" in word]
-    flags = [word for word in given if "=" not in word]
+    flags, jobs = [word for word in given if "=" not in word], [overrides]
     if flags not in ([], ["--multirun"], ["--cfg", "job"]):
-        raise ValueError(f"flags of Hydra: {' '.join(flags)}")
-    if "--multirun" not in flags:
-        jobs = [overrides]
-    else:
-        jobs = [[]]
-        for word in overrides:
-            name, _, values = word.partition("=")
-            jobs = [[*job, f"{name}={value}"] for job in jobs for value in values.split(",")]
+        raise ValueError(f"run_training.py {' '.join(flags)}: expected no flags, --multirun or --cfg job")
+    if flags == ["--multirun"]:
+        values = [
+            [f"{name}={value}" for value in all_of.split(",")]
+            for name, _, all_of in (w.partition("=") for w in overrides)
+        ]
+        jobs = list(map(list, itertools.product(*values)))
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for job in jobs:
             try:
@@ -223,15 +238,16 @@ def _check_hydra(given: Sequence[str]) -> None:
             except HydraException as error:
                 raise explain(error) from error
             with open_dict(config), mock.patch.object(mesh, "use_mesh"):
-                config_from(config, "outputs")
+                config_from(config, "outputs").flat()
 
 
 def _check_launched(module: str, parser: str, given: Sequence[str]) -> None:
     """Check what starts several processes of a script, and the script with its flags."""
     if not [word for word in given if not word.startswith("-")]:
         return  # only the launcher is named
-    args = getattr(importlib.import_module(module), parser)().parse_args(given)
-    _check_python([args.training_script, *args.training_script_args])
+    args = _parsed(lambda: getattr(importlib.import_module(module), parser)().parse_args(given))
+    with mock.patch.object(together, "count", return_value=2):  # as the script finds it in each process
+        _check_python([args.training_script, *args.training_script_args])
 
 
 def _check_pytest(given: Sequence[str]) -> None:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+FILES = [ROOT / "README.md", ROOT / "AGENTS.md", ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}  # place -> text
 SHELL = ("bash", "sh", "console")
 # What a line begins with, after settings of the environment, that is a command.
-BEGINS = r"(?:[A-Z_]+=\S+ )*(?:\$ )?(?:\S*bin/)?(?:python|make|tunix-torch|accelerate|torchrun|pip|vllm|transformers|git|\S+\.sh)(?: |$)"
+BEGINS = r"(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\S*bin/)?"
+BEGINS += r"(?:python|make|tunix-torch|accelerate|torchrun|pip|vllm|transformers|git|\S+\.sh)(?: |$)"
 # Notes every call of a program: the line, the number of words, the words; after them, what `python -` reads.
 NOTING = r"""
 PATH=/nowhere
@@ -62,15 +64,18 @@ def blocks_of(text: str) -> Iterator[tuple[int, str, list[str]]]:
             inside.append(line)
 
 
-def in_blocks(path: Path) -> list[Command]:
-    """The commands of a page's blocks of shell, and those that a block of systemd's settings starts."""
-    text, place = path.read_text(), path.relative_to(ROOT)
+def in_blocks(place: str, text: str) -> list[Command]:
+    """The commands of a page's blocks of shell, and those that a block of systemd's settings starts.
+
+    Raises:
+        ValueError: Bash can't read a block.
+    """
     script, blocks = [""] * (text.count("\n") + 1), {}
     for first, language, lines in blocks_of(text):
         if language == "console":  # lines without a prompt are what the commands print
             lines = [line.removeprefix("$ ") if line.startswith("$ ") else "" for line in lines]
         elif language == "ini":
-            lines = [re.sub(r"/srv/[\w-]+/", "", line.partition("ExecStart=")[2]) for line in lines]
+            lines = [re.sub(r"/srv/[\w-]+/(?:\.venv/bin/)?", "", line.partition("ExecStart=")[2]) for line in lines]
         elif language not in SHELL:
             continue
         script[first - 1 : first - 1 + len(lines)] = lines
@@ -85,23 +90,22 @@ def in_blocks(path: Path) -> list[Command]:
     return found
 
 
-def in_backticks(path: Path) -> list[Command]:
+def in_backticks(place: str, text: str) -> list[Command]:
     """The commands among the words of a page that are set as code."""
-    text = re.sub(r"^ *```.*?^ *```", lambda block: "\n" * block[0].count("\n"), path.read_text(), flags=re.M | re.S)
+    text = re.sub(r"^ *```.*?^ *```", lambda block: "\n" * block[0].count("\n"), text, flags=re.M | re.S)
     found = []
     for number, line in enumerate(text.splitlines(), start=1):
         for code in re.findall(r"`([^`]+)`", line):
             if re.match(BEGINS, code):
-                place = f"{path.relative_to(ROOT)}:{number}"
-                found += [Command(words, place) for _, words in called_by(code)]
+                found += [Command(words, f"{place}:{number}") for _, words in called_by(code)]
     return found
 
 
-def without_language(path: Path) -> list[str]:
+def without_language(place: str, text: str) -> list[str]:
     """The lines of a page that look like commands, and stand in a block that does not say that it is shell."""
-    blocks = [(first, lines) for first, language, lines in blocks_of(path.read_text()) if language in ("", "text")]
+    blocks = [(first, lines) for first, language, lines in blocks_of(text) if language in ("", "text")]
     return [
-        f"{path.relative_to(ROOT)}:{first + i}: {line}"
+        f"{place}:{first + i}: {line}"
         for first, lines in blocks
         for i, line in enumerate(lines)
         if re.match(BEGINS, line)
