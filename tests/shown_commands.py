@@ -4,6 +4,7 @@ Bash itself reads a page's blocks, in an empty folder and without any program: e
 down and not run. So loops, variables, quotes and pipes mean what they mean to a reader who pastes the block.
 """
 
+import ast
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", ROOT / "AGENTS.md", ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}  # place -> text
 SHELL = ("bash", "sh", "console")
+NOT_SHELL = ("ini", "json", "python", "toml", "yaml")
 # What a line begins with, after settings of the environment, that is a command.
 BEGINS = r"(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\S*bin/)?"
 BEGINS += r"(?:python|make|tunix-torch|accelerate|torchrun|pip|vllm|transformers|git|\S+\.sh)(?: |$)"
@@ -91,19 +93,42 @@ def in_blocks(place: str, text: str) -> list[Command]:
 
 
 def in_backticks(place: str, text: str) -> list[Command]:
-    """The commands among the words of a page that are set as code."""
+    """The commands among the words of a page that are set as code, over the end of a line too."""
     text = re.sub(r"^ *```.*?^ *```", lambda block: "\n" * block[0].count("\n"), text, flags=re.M | re.S)
     found = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        for code in re.findall(r"`([^`]+)`", line):
-            if re.match(BEGINS, code):
-                found += [Command(words, f"{place}:{number}") for _, words in called_by(code)]
+    for code in re.finditer(r"`((?:[^`\n]|\n(?!\n))+)`", text):
+        if re.match(BEGINS, code[1]):
+            number = text.count("\n", 0, code.start()) + 1
+            found += [Command(words, f"{place}:{number}") for _, words in called_by(code[1].replace("\n", " "))]
     return found
 
 
+def in_source() -> list[Command]:
+    """The commands that sources give as examples: docstrings of scripts, helps of `tunix-torch`, and the Makefile."""
+    lines = []
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("docs/*.py")]:
+        docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+        lines += [(path, re.sub(r"^ *(?:Run: )?", "", line)) for line in docstring.splitlines()]
+    for path in ROOT.glob("tunix_torch/cli/*.py"):
+        lines += [
+            (path, line.replace("COMMAND", f"tunix-torch {path.stem}"))
+            for line in path.read_text().splitlines()
+            if line.startswith("COMMAND ")
+        ]
+    makefile = (ROOT / "Makefile").read_text()
+    for target, given in re.findall(r"^([a-z-]+):.*##.*\bARGS=(\"[^\"]+\"|[^\s:)]+)", makefile, re.MULTILINE):
+        lines.append((ROOT / "Makefile", f"make {target} ARGS={given}"))
+    return [
+        Command(words, str(path.relative_to(ROOT)))
+        for path, line in lines
+        if re.match(BEGINS, line)
+        for _, words in called_by(line)
+    ]
+
+
 def without_language(place: str, text: str) -> list[str]:
-    """The lines of a page that look like commands, and stand in a block that does not say that it is shell."""
-    blocks = [(first, lines) for first, language, lines in blocks_of(text) if language in ("", "text")]
+    """The lines of a page that look like commands, and stand in a block whose language is none that is read here."""
+    blocks = [(first, lines) for first, language, lines in blocks_of(text) if language not in SHELL + NOT_SHELL]
     return [
         f"{place}:{first + i}: {line}"
         for first, lines in blocks
@@ -160,11 +185,12 @@ def called_by_make(words: Sequence[str]) -> list[tuple[str, ...]]:
     Raises:
         ValueError: make has no such target.
     """
+    inherited = {name: value for name, value in os.environ.items() if name not in ("ARGS", "CASES")}
     installed = [word for stamp in (".venv/.installed", ".venv-tpu/.installed") for word in ("--old-file", stamp)]
     ended = subprocess.run(
         ["make", "--dry-run", "--no-print-directory", *installed, *words],
         cwd=ROOT,
-        env=os.environ | {"MAKEFLAGS": ""},
+        env=inherited | {"MAKEFLAGS": ""},
         capture_output=True,
         text=True,
     )
