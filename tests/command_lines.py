@@ -28,21 +28,10 @@ from tunix_torch.runtime import mesh, together
 
 DEVICES = ("auto", "cpu", "cuda", "tpu", "xla")
 # Programs of others: what a page shows of them is theirs. Of an environment's folder the last word of the path counts.
-OTHERS = {"curl", "echo", "find", "gcc", "gcloud", "git", "grep", "kill", "llama-server", "mkdir", "mkdocs", "pgrep"}
-OTHERS |= {
-    "pip-audit",
-    "rm",
-    "ruff",
-    "sed",
-    "sleep",
-    "tee",
-    "tensorboard",
-    "touch",
-    "transformers",
-    "uv",
-    "vllm",
-    "awk",
-}
+OTHERS = set(
+    "awk curl echo find gcc gcloud git grep kill llama-server mkdir mkdocs pgrep pip-audit rm ruff sed sleep tee "
+    "tensorboard touch transformers uv vllm".split()
+)
 SCRIPTS_OF_OTHERS = {"convert_hf_to_gguf.py"}
 MODULES_OF_OTHERS = {"torch.tpu.distributed", "venv"}
 OURS = {"benchmarks", "crosscheck", "preflight", "tunix_torch"}

@@ -5,8 +5,8 @@
 
 from dataclasses import dataclass
 
-# A comment ends in "needs" and one or more of these. It stands at the end of a command, or on a line of its own above the
-# commands of a block that it is meant for.
+# A comment ends in "needs" and one or more of these. It stands at the end of a command, or on a line of its own above
+# the commands of a block that it is meant for.
 NEEDS = (
     "a TPU",
     "a GPU",
@@ -76,7 +76,24 @@ RUNS = {
     "python -m tunix_torch.export ./outputs --merged ./served --dtype bfloat16": Run(leaves="served/model.safetensors"),
     "python report.py ./outputs": Run(leaves="outputs/report.html"),
     "python report.py ./outputs --compare ./outputs/previous/TIME": Run(leaves="outputs/comparison.html"),
-    "python -m tunix_torch.diagnose ./outputs": Run(prints="."),
+    "python -m tunix_torch.diagnose ./outputs": Run(prints="Nothing was found"),
+}
+# A model of the hub is needed on the page. Here the tiny model stands for it, since of two values the last one counts.
+RUNS |= {
+    "python train.py --use_grpo --model_name google/gemma-3-270m-it --data_path my.jsonl "
+    "--num_completions_per_prompt 8 --max_steps 200 --train_fraction 0.9 --eval_steps 50": Run(
+        f"{FEW_STEPS} --model_name tiny", leaves="outputs/previous/*/config.json"
+    ),
+    "python train.py --use_grpo --model_name google/gemma-3-270m-it --lora_rank 0 --learning_rate 1e-6": Run(
+        f"{FEW_STEPS} --model_name tiny", leaves="outputs/model.safetensors"
+    ),
+    "python train.py --model_name google/gemma-3-270m-it --data_path answers.jsonl --output_dir outputs/sft": Run(
+        f"{FEW_STEPS} --model_name tiny", leaves="outputs/sft/adapter_model.safetensors"
+    ),
+    "python train.py --use_grpo --model_name google/gemma-3-270m-it --teacher google/gemma-3-1b-it "
+    "--data_path questions.jsonl --learning_rate 1e-4 --generation_top_k 0 --generation_top_p 1": Run(
+        f"{FEW_STEPS} --model_name tiny --teacher tiny", leaves="outputs/previous/*/config.json"
+    ),
 }
 HERE = "tests/test_commands_in_docs.py"
 CROSSCHECKED = f"{HERE}::test_a_run_is_recorded_cross_checked_and_reported"
@@ -92,7 +109,9 @@ ELSEWHERE = {
     "make test-plans": f"{PREFLIGHT}::test_every_recipe_fits_its_slice",
     "make crosscheck": "tests/crosscheck/test_crosscheck.py::test_the_command_prints_a_table_and_writes_it",
     "make bench": "tests/benchmarks/test_benchmarks.py::test_all_three_do_the_same_work",
-    "make torture": "tests/benchmarks/test_torture.py::test_jobs_that_are_killed_ten_times_end_as_one_that_is_not",
+    "make torture": (
+        "tests/benchmarks/test_torture.py::test_jobs_that_are_killed_at_random_moments_end_as_one_that_is_not"
+    ),
     "make fuzz": "tests/fuzz/test_settings.py::test_flags_mean_what_they_say_or_are_refused",
     "make config": "tests/scripts/test_defaults.py::test_the_files_of_defaults_are_what_the_generator_writes",
     "make tensorboard": f"{HERE}::test_tensorboard_has_the_curves_of_the_runs",
@@ -122,6 +141,6 @@ ELSEWHERE = {
     "python train.py --model_name outputs/simpo --use_grpo --data_path questions.jsonl --output_dir outputs/grpo": (
         PIPELINE
     ),
-    "python run_training.py +experiment=quick_test": ("tests/scripts/test_run_training.py::test_experiment_quick_test"),
+    "python run_training.py +experiment=quick_test": "tests/scripts/test_run_training.py::test_experiment_quick_test",
     "python run_training.py --multirun": "tests/scripts/test_run_training.py::test_multirun_over_learning_rates",
 }

@@ -29,6 +29,8 @@ from shown_commands import (
     without_language,
 )
 
+from tunix_torch.model import tiny
+
 MARK = re.compile(r"#.*?\bneeds (?P<what>.+)$")
 
 
@@ -64,7 +66,7 @@ def needs_of(command):
 
 
 def missing_from(command):
-    """What there is to do before a command may stand on a page, as a text; None: nothing."""
+    """The place and the words of a command that no table knows and no comment marks; None: it may stand on the page."""
     if command.words[0] in EVERYWHERE or shlex.join(command.words) in RUNS:
         return None
     try:
@@ -85,7 +87,7 @@ def test_every_command_in_a_block_is_run_by_a_test_or_says_what_it_needs():
     assert not missing, "\n".join(["no test runs these commands:", *missing, WHAT_TO_DO])
 
 
-def test_a_command_that_no_test_knows_is_named_with_what_to_do():
+def test_a_command_that_no_test_knows_is_named_with_its_place():
     page = "\n".join(
         [
             "```bash",
@@ -124,7 +126,7 @@ def test_the_tables_hold_what_the_pages_show_and_tests_that_exist():
         else:
             file, _, name = place.partition("::")
             functions = [node.name for node in ast.parse((ROOT / file).read_text()).body if hasattr(node, "name")]
-            assert name in functions, place
+            assert name in functions, f"{place}: ELSEWHERE in tests/how_commands_are_run.py names a test that is gone"
 
 
 # ---- what they are called with exists ----
@@ -141,6 +143,12 @@ def checkout(finished_run, tmp_path, monkeypatch):
     shutil.copytree(finished_run, outputs / "previous" / "TIME")
     (outputs / "report.html").unlink()
     (tmp_path / "first_run").mkdir()
+    rows = "".join(json.dumps(row) + "\n" for row in tiny.arithmetic_rows("train", 32))
+    texts = "".join(
+        json.dumps({"prompt": f"{n} + 1?", "completion": f"<answer>{n + 1}</answer>"}) + "\n" for n in range(16)
+    )
+    for name, text in {"my.jsonl": rows, "questions.jsonl": rows, "answers.jsonl": texts}.items():
+        (tmp_path / name).write_text(text)
     (tmp_path / "FILE").write_text((ROOT / "configs" / "gemma3_270m.json").read_text())
     with open(tmp_path / "questions.csv", "w", newline="") as file:
         csv.writer(file).writerows([["number", "ask"], [1, "What is 47 + 38?"], [2, "And 12 more?"]])
