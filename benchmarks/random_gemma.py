@@ -2,7 +2,7 @@
 
 It is for runs at real size on a machine that can download nothing, such as a GPU machine without a network:
 
-    python -m benchmarks.random_gemma /tmp/gemma-270m --text ../shared/data/gsm8k/train.jsonl
+    python -m benchmarks.random_gemma /tmp/gemma-270m --text train.jsonl
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Compare the seconds of training until 70% of held-out questions are right: this library and TRL on the default job.
 
 python -m benchmarks.time_to_accuracy                                        # three seeds
-python -m benchmarks.time_to_accuracy --goal 0.6 --stop_after 100 --json FILE --picture FILE
+python -m benchmarks.time_to_accuracy --goal 0.6 --stop_after 100 --json FILE --picture curves.png
 """
 
 import argparse

@@ -182,7 +182,7 @@ def test_an_adapter_that_is_trained_further_by_accumulated_batches_is_that_of_th
     assert runs[1]["left_to_the_host"] == []
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_shared_rollouts_that_are_sampled_in_rounds_are_those_of_the_cpu(model_folder, tmp_path):
     """Half of the rewards are equal, so later steps need other numbers of rounds; none of them compiles anything."""
     settings = {"steps_per_generation": 2, "dynamic_sampling": True, "repetition_penalty": 1.3, "min_p": 0.001}
@@ -261,22 +261,19 @@ def test_layers_under_gradient_checkpointing_give_the_same_gradient():
             "num_iterations": 2,
             "off_policy_mask_threshold": 0.05,
         },
-        pytest.param(
-            {
-                "loss_type": "sapo",
-                "sampler_correction": "sequence_mask",
-                "entropy_coef": 0.05,
-                "use_bias_correction_kl": True,
-                "scale_rewards": "batch",
-                "gradient_accumulation_steps": 2,
-                "overlong_buffer_length": 4,
-            },
-            marks=pytest.mark.slow,
-        ),
+        {
+            "loss_type": "sapo",
+            "sampler_correction": "sequence_mask",
+            "entropy_coef": 0.05,
+            "use_bias_correction_kl": True,
+            "scale_rewards": "batch",
+            "gradient_accumulation_steps": 2,
+            "overlong_buffer_length": 4,
+        },
     ],
     ids=["vespo", "sapo"],
 )
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_other_losses_give_the_same_numbers_and_compile_nothing_after_the_second_step(model_folder, tmp_path, settings):
     """With an adaptive entropy bonus too, whose weight is another number in each step.
 

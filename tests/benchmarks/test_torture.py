@@ -8,9 +8,11 @@ from benchmarks.soak import Sample, report
 from benchmarks.torture import PHASES, Watched, draw, torture
 
 
-@pytest.mark.thorough
-def test_jobs_that_are_killed_ten_times_end_as_one_that_is_not(tmp_path):
-    assert torture(10, 0, tmp_path) == 0
+@pytest.mark.parametrize(
+    "kills", [pytest.param(3, marks=pytest.mark.thorough), pytest.param(10, marks=pytest.mark.slow)]
+)
+def test_jobs_that_are_killed_at_random_moments_end_as_one_that_is_not(tmp_path, kills):
+    assert torture(kills, 0, tmp_path) == 0
 
 
 @pytest.mark.slow
