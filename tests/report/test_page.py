@@ -15,7 +15,7 @@ from tunix_torch.report import metrics, page, pictures
 from tunix_torch.report.metrics import load_metrics, series
 from tunix_torch.report.panels import panels_of
 from tunix_torch.report.record import read_run
-from tunix_torch.report.settings import changed_from_defaults, command_of
+from tunix_torch.report.settings import command_of, not_at_default
 from tunix_torch.report.verdict import rivals, verdict_of
 
 # Texts that would do something if they were not shown as texts.
@@ -274,7 +274,7 @@ def test_the_command_that_repeats_a_run_gives_its_settings(flags):
 
 
 def test_settings_that_differ_are_those_that_differ(settings):
-    differ = {setting.name: setting for setting in changed_from_defaults(settings)}
+    differ = {setting.name: setting for setting in not_at_default(settings)}
     assert differ["max_steps"].value == "60" and differ["generation_top_p"].default == "0.9"
     assert not {"epsilon", "output_dir", "report_to", "eval_strategy"} & differ.keys()
 

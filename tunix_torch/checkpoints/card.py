@@ -11,9 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config.checks import PREFERENCE_LOSSES as WITH_PAIRS
 from ..config.data import DataConfig
-from ..config.grpo import GRPOConfig
-from ..config.model import ModelConfig
-from ..config.saved import changed_settings
+from ..config.saved import MAY_BE_ADDED, MAY_CHANGE, changed_from_defaults
 from ..evals.estimators import wilson_interval
 from ..model import tiny
 from ..model.origin import hub_id, is_tiny, licence_of, public_name
@@ -24,7 +22,8 @@ ADAPTER, MERGED = "A LoRA adapter for", "A plain model, of an adapter that was m
 ABOUT, LOADING, SETTINGS, LICENCE = "What it is", "How to load it", "Settings", "Licence"  # headings
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 DATA_SETS = {"gsm8k": "openai/gsm8k", "math": "MATH", "arc": "allenai/ai2_arc"}
-NOT_SHOWN = ("model_name", "system_message", "data_path", "val_data_path", "use_grpo")  # they stand elsewhere
+STAND_ELSEWHERE = ("model_name", "system_message", "data_path", "val_data_path", "use_grpo")
+NOT_SHOWN = (*STAND_ELSEWHERE, *MAY_CHANGE, *MAY_BE_ADDED)  # the rest changes what is learned
 
 
 @dataclass
@@ -316,12 +315,8 @@ def _asking(settings: Mapping[str, Any]) -> list[str]:
 def _settings_text(settings: Mapping[str, Any], folder: Path) -> str:
     if not settings:
         return ""
-    defaults = {}  # one for each dataclass of which the run has settings: a missing one counts as the default
-    for config in (ModelConfig, DataConfig, GRPOConfig):
-        known = sorted(config.__dict__["__annotations__"].keys() & settings.keys())
-        defaults |= {name: config.__dataclass_fields__[name].default for name in known[:1]}
-    changed = changed_settings(dict(settings), defaults)
-    shown = {name: now for name, (now, _) in changed.items() if name not in NOT_SHOWN}
+    changed = changed_from_defaults(dict(settings))
+    shown = {name: value for name, (value, _) in changed.items() if name not in NOT_SHOWN}
     length = "max_steps" if settings.get("max_steps", -1) > 0 else "num_train_epochs"
     shown |= {length: settings[length]} if length in settings else {}
     lines = ["These differ from the defaults:", "", "| setting | value |", "|---|---|"]
