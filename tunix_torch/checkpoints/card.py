@@ -9,8 +9,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..config.checks import PREFERENCE_LOSSES as WITH_PAIRS
+from ..config.checks import PREFERENCE_LOSSES
 from ..config.data import DataConfig
+from ..config.method import method_name, method_of
 from ..config.saved import MAY_BE_ADDED, MAY_CHANGE, changed_from_defaults
 from ..evals.estimators import wilson_interval
 from ..model import tiny
@@ -91,7 +92,7 @@ def model_card(folder: str | Path, facts: CardFacts, metadata: Mapping[str, Any]
         license=licence,
         model_name=title if found else None,
         pipeline_tag="text-generation",
-        tags=sorted({TAG, _method(facts.settings).lower(), *(["lora"] if facts.is_adapter else [])} - {""}),
+        tags=sorted([TAG, *([method_of(facts.settings)] if facts.settings else []), *["lora"] * facts.is_adapter]),
     )
     for name, value in (metadata or {}).items():
         data[name] = value
@@ -110,29 +111,23 @@ def model_card(folder: str | Path, facts: CardFacts, metadata: Mapping[str, Any]
 # ---- what it is ----
 
 
-def _method(settings: Mapping[str, Any]) -> str:
-    if not settings:
-        return ""
-    if settings.get("use_grpo", True):
-        return "distillation" if settings.get("teacher") else str(settings.get("algorithm", "grpo")).upper()
-    return (settings.get("preference_loss") or "sft").upper()
-
-
-# How each method learns; the others are those of GRPO's kind.
-METHODS = {
-    "": "",
-    "SFT": "by supervised fine-tuning: from completions that the rows hold",
-    "distillation": "by on-policy distillation: from a teacher's view of answers that the model sampled itself",
-    **{loss.upper(): f"with {loss.upper()}: from pairs of a chosen and a rejected completion" for loss in WITH_PAIRS},
-}
+def _how(settings: Mapping[str, Any]) -> str:
+    """By which method the model learned, and from what."""
+    method, name = method_of(settings), method_name(settings)
+    if method == "sft":
+        return "by supervised fine-tuning: from completions that the rows hold"
+    if method == "distillation":
+        return f"by {name}: from a teacher's view of answers that the model sampled itself"
+    if method in PREFERENCE_LOSSES:
+        return f"with {name}: from pairs of a chosen and a rejected completion"
+    return f"with {name}: from answers that the model sampled itself and reward functions scored"
 
 
 def _about(facts: CardFacts) -> str:
-    method = _method(facts.settings)
-    how = METHODS.get(method, f"with {method}: from answers that the model sampled itself and reward functions scored")
     what = ADAPTER if facts.is_adapter else "A model with all weights trained, from"
-    lines = [f"{what} {_base_text(facts.base)}." + (f" Tunix-Torch trained it {how}." if how else "")]
+    lines = [f"{what} {_base_text(facts.base)}."]
     if facts.settings:
+        lines[0] += f" Tunix-Torch trained it {_how(facts.settings)}."
         lines += [
             "",
             "| | |",
