@@ -314,7 +314,7 @@ def test_the_command_line_learns_from_a_file_of_pairs(model_folder, tmp_path, ca
     words += f"--output_dir {tmp_path}/out --val_data_path {tmp_path}/pairs.jsonl --eval_steps 2 --report_to none "
     words += "--per_device_train_batch_size 4 --generation_max_length 48 --disable_tqdm true --save_strategy no"
     main(words.split())
-    assert f"SIMPO of {model_folder}" in capsys.readouterr().out
+    assert f"SimPO of {model_folder}" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "rewards/margins" in row] == [1, 2]
     assert [row["step"] for row in rows if "eval_rewards/accuracies" in row] == [0, 2]

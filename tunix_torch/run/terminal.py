@@ -117,7 +117,7 @@ class Now:
         self.rewards = [row["reward"] for row in state.log_history if "reward" in row]
         self.losses = [row["loss"] for row in state.log_history if "loss" in row]
         self.accuracies = [row["eval_accuracy"] for row in state.log_history if "eval_accuracy" in row]
-        self.speed: float | None = None  # tokens a second of sampling
+        self.speed: float | None = None  # tokens a second of sampling, or else of learning
         self.phases: list[tuple[str, str]] = []  # those that have begun, each with how far it is
         self.began_at: float | None = None  # when the first step began
         self.spent, self._since = 0.0, 0.0  # seconds in evaluations, which the time that is left doesn't count
@@ -161,7 +161,8 @@ class Now:
         for key, values in (("reward", self.rewards), ("loss", self.losses), ("eval_accuracy", self.accuracies)):
             if key in logs:
                 values.append(logs[key])
-        self.speed = logs.get("rollout_tokens_per_second", self.speed)
+        for key in ("learning_tokens_per_second", "rollout_tokens_per_second"):  # the latter where there are rollouts
+            self.speed = logs.get(key, self.speed)
 
     def train_ended(self) -> None:
         """Training is over; evaluations may follow."""
