@@ -1,6 +1,5 @@
 """`GRPOConfig`: every setting of `TunixTrainer`, on top of `transformers.TrainingArguments`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ from ..grpo import LOSS_AGGREGATIONS, LOSS_TYPES
 from ..runtime import device as process_device
 from ..runtime import mesh, together
 from ..runtime.fsdp import Splitting
+from .best_metric import check_best_metric
 from .checks import PASSED_ON, WITH_REFERENCE, check_values
 from .fsdp import make_splitting, read_fsdp
 from .generation import read_generation_kwargs
@@ -290,53 +290,10 @@ class GRPOConfig(OnThisMachine):
         together.join_mesh(process_device.KIND)
         self.splitting: Splitting | None = make_splitting(self, given)  # None: each process has all weights
 
-    def evaluation_metrics(self, judged: bool = True, rewards: Sequence[str] = ()) -> list[str]:
-        """The metrics that `TunixTrainer.evaluate` gives, without `eval_`.
-
-        Args:
-            judged: False in SFT without a judge, which samples no answers.
-            rewards: the names of the reward functions.
-        """
-        shares = ["accuracy", *([f"mean@{self.num_eval_completions}"] if self.num_eval_completions else [])]
-        intervals = [f"interval/{name}_{end}" for name in shares for end in ("low", "high")]
-        metrics = [shares[0], "mean_length", *shares[1:], *intervals] if judged else []
-        of_answers = [f"completions/{name}_length" for name in ("mean", "min", "max")]
-        if rewards:
-            of_answers += ["reward", "reward_std"]
-            of_answers += [f"rewards/{name}/{number}" for name in rewards for number in ("mean", "std")]
-        for prefix in ("", *(["sampled/"] if self.num_eval_completions else [])):
-            metrics += [prefix + name for name in of_answers if judged]
-        given = [] if self.use_grpo else ["loss"]
-        if self.preference_loss is not None:
-            given += [f"rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected")]
-        return [*metrics, *given, "runtime"]
-
     @property
     def follows_metric(self) -> bool:
         """Whether the learning rate follows `metric_for_best_model`."""
         return self.lr_scheduler_type in SCHEDULES_BY_METRIC
-
-    def check_best_metric(
-        self, judged: bool = True, rewards: Sequence[str] | None = None, prefixes: Sequence[str] | None = None
-    ) -> None:
-        """Raise ValueError when `metric_for_best_model` is a metric that no evaluation gives.
-
-        Args:
-            rewards: the names of the reward functions; None: not known yet.
-            prefixes: what stands before the metrics of each data set, `""` or its name and "_"; None: not known yet.
-        """
-        if self.metric_for_best_model is None:
-            return
-        metric = self.metric_for_best_model.removeprefix("eval_")
-        named = (
-            metric.split("rewards/")[-1].rpartition("/")[0] if rewards is None and "rewards/" in metric else "reward"
-        )
-        metrics = self.evaluation_metrics(judged, [named] if rewards is None else rewards)
-        known = [prefix + name for prefix in prefixes or [""] for name in metrics]
-        good = metric in known or (prefixes is None and metric.endswith(tuple(f"_{name}" for name in metrics)))
-        shown = [name for name in known if rewards is not None or "rewards/" not in name]
-        hint = f"an evaluation gives {', '.join(shown)}"
-        require(good, "metric_for_best_model", self.metric_for_best_model, hint)
 
     @property
     def beta(self) -> float:
@@ -412,7 +369,7 @@ class GRPOConfig(OnThisMachine):
             require(not value or self.eval_strategy != "no", name, value, hint)
             if value and self.metric_for_best_model is None:
                 self.metric_for_best_model = "accuracy"
-        self.check_best_metric()
+        check_best_metric(self)
         if self.early_stopping_patience:
             self.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
         if self.max_length is not None:
