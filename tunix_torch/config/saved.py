@@ -228,12 +228,15 @@ def differing_settings(one: dict[str, Any], other: dict[str, Any]) -> dict[str, 
 def changed_from_defaults(settings: dict[str, Any], taken: dict[str, Any] | None = None) -> dict[str, tuple[Any, Any]]:
     """The settings of a job that are not at their defaults, each as (value, default), in the order of the dataclasses.
 
+    An `eval_strategy` that follows from `eval_steps` is none of them.
+
     Args:
         taken: what a command takes for some settings in place of the defaults of the dataclasses.
     """
-    follows = {"eval_strategy"} if settings.get("eval_strategy") == "steps" and settings.get("eval_steps") else set()
-    differing = differing_settings(settings, taken or {})
-    return {name: values for name, values in differing.items() if name in settings.keys() - follows}
+    given = set(settings)
+    if settings.get("eval_strategy") == "steps" and settings.get("eval_steps") is not None:
+        given.remove("eval_strategy")
+    return {name: values for name, values in differing_settings(settings, taken or {}).items() if name in given}
 
 
 def changed_settings(now: dict[str, Any], earlier: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
