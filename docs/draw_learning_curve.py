@@ -1,9 +1,8 @@
 """Draws learning_curve.png, the picture in README.md, from the metrics of runs of the default job.
 
-python docs/draw_learning_curve.py outputs/seed-42 outputs/seed-43 outputs/seed-44
+python -m docs.draw_learning_curve outputs/seed-42 outputs/seed-43 outputs/seed-44
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,22 +12,22 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from tunix_torch.report.metrics import load_metrics, series
+
 PICTURE = Path(__file__).parent / "learning_curve.png"
 GREEDY, SAMPLED, TRAINING = "#0b5394", "#c55a11", "#9fc5e8"
 SMOOTHED_OVER = 10  # steps
 
 
 def read_points(folder: Path, name: str) -> tuple[list[int], list[float]]:
-    """Return the steps of a run at which its metrics.jsonl has this number, and the numbers.
+    """Return the steps of a run at which it logged this number, and the numbers.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has logged none.
     """
-    path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    points = [(row["step"], row[name]) for row in rows if name in row]
+    points = series(load_metrics(folder), name)
     if not points:
-        raise ValueError(f"{str(path)!r} has no {name!r}: expected the folder of a run with evaluations")
+        raise ValueError(f"{str(folder)!r} has no {name!r}: expected the folder of a run with evaluations")
     steps, values = zip(*points, strict=True)
     return list(steps), list(values)
 
@@ -76,7 +75,7 @@ def draw(folders: Sequence[Path], picture: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        sys.exit("usage: python docs/draw_learning_curve.py RUN [RUN ...]")
+        sys.exit("usage: python -m docs.draw_learning_curve RUN [RUN ...]")
     try:
         draw([Path(word) for word in sys.argv[1:]], PICTURE)
     except ValueError as error:

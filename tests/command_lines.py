@@ -36,7 +36,7 @@ SCRIPTS_OF_OTHERS = {"convert_hf_to_gguf.py"}
 MODULES_OF_OTHERS = {"torch.tpu.distributed", "venv"}
 OURS = {"benchmarks", "crosscheck", "preflight", "tunix_torch"}
 # Ours that take words and no flags, and so have no parser.
-ONLY_WORDS = {"docs/draw_learning_curve.py", "docs/draw_troubles.py", "docs/write_files.py", "example_usage.py"}
+ONLY_WORDS = {"docs.draw_learning_curve", "docs/draw_troubles.py", "docs/write_files.py", "example_usage.py"}
 ONLY_WORDS |= {"benchmarks.first_gpu", "benchmarks.small_job", "rewards_example.py", "tunix_torch.compat.generate"}
 
 

@@ -19,6 +19,7 @@ from transformers.trainer_utils import TrainOutput
 
 from .batch import PromptBatch, Rollout, TrainBatch, completion_lengths
 from .checkpoints.adapter_trainer import AdapterTrainer
+from .config.best_metric import check_best_metric
 from .config.grpo import GRPOConfig
 from .config.scale import check_scale
 from .config.services import check_reporting
@@ -122,7 +123,7 @@ class TunixTrainer(AdapterTrainer):
         Raises:
             ValueError: no reward function, weights that don't match them, or fewer rows than one step needs.
         """
-        self.args.check_best_metric(self.judge is not None, self.scorer.names, self.questions.evaluation_names)
+        check_best_metric(self.args, self.judge is not None, self.scorer.names, self.questions.evaluation_names)
         self.scorer.check(needed=self.args.use_grpo and self.args.teacher is None)
         check_scale(self.args, self.questions.sizes[0])
 

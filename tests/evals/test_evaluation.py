@@ -9,6 +9,7 @@ import torch
 from trainers import digits_reward, ends_early, make_trainer
 
 from tunix_torch import GRPOConfig, TunixTrainer
+from tunix_torch.config.best_metric import evaluation_metrics
 from tunix_torch.evals.answers import Answers
 from tunix_torch.evals.evaluation import answer_metrics
 from tunix_torch.model import tiny
@@ -69,7 +70,7 @@ def test_rewards_of_the_greedy_and_the_sampled_answers_are_reported(model_folder
     assert metrics["eval_completions/mean_length"] == metrics["eval_mean_length"]
     sampled = {name for name in metrics if name.startswith("eval_sampled/")}
     assert {name.replace("sampled/", "") for name in sampled} <= metrics.keys() and "eval_sampled/reward" in sampled
-    promised = trainer.args.evaluation_metrics(rewards=["digits_reward", "ends_early"])
+    promised = evaluation_metrics(trainer.args, rewards=["digits_reward", "ends_early"])
     assert {f"eval_{name}" for name in promised} == metrics.keys() - {"epoch"}
 
 

@@ -13,9 +13,9 @@ from tunix_torch.config.flags import parse_job
 from tunix_torch.config.saved import settings_of
 from tunix_torch.report import metrics, page, pictures
 from tunix_torch.report.metrics import load_metrics, series
-from tunix_torch.report.panels import panels_of
+from tunix_torch.report.panels import Curve, Panel, overlaid, panels_of
 from tunix_torch.report.record import read_run
-from tunix_torch.report.settings import changed_from_defaults, command_of
+from tunix_torch.report.settings import command_of, not_at_default
 from tunix_torch.report.verdict import rivals, verdict_of
 
 # Texts that would do something if they were not shown as texts.
@@ -274,7 +274,7 @@ def test_the_command_that_repeats_a_run_gives_its_settings(flags):
 
 
 def test_settings_that_differ_are_those_that_differ(settings):
-    differ = {setting.name: setting for setting in changed_from_defaults(settings)}
+    differ = {setting.name: setting for setting in not_at_default(settings)}
     assert differ["max_steps"].value == "60" and differ["generation_top_p"].default == "0.9"
     assert not {"epsilon", "output_dir", "report_to", "eval_strategy"} & differ.keys()
 
@@ -293,6 +293,28 @@ def test_two_runs_are_compared(run, settings, tmp_path, capsys):
     assert len([tag for tag, _ in tags.all if tag == "svg"]) >= 10
     main(["report", str(run), "--compare", str(run)])
     assert "None: both runs have the same settings." in file.read_text()
+
+
+def test_a_comparison_draws_every_curve_of_both_runs():
+    panels, others = panels_of(healthy_rows()), panels_of(with_values(healthy_rows(seed=3), kl=lambda done: done))
+    for alone, other, both in zip(panels, others, overlaid([("a", panels), ("b", others)]), strict=True):
+        assert [c.points for c in both.curves if c.run == 0] == [c.points for c in alone.curves], alone.name
+        assert [c.points for c in both.curves if c.run == 1] == [c.points for c in other.curves], alone.name
+        names = both.table()[0][1:]
+        assert len(set(names)) == len(names) == 2 * len(alone.curves), "a column for each curve of each run"
+        (picture,) = pictures.pictures_of([both])
+        runs = [label for mark, label in picture.legend if mark in (("r1", "r2") if len(names) > 2 else ("l1", "l2"))]
+        labels = alone.labels if len(names) > 2 else []
+        assert runs == ["a", "b"] and [label for _, label in picture.legend[2:]] == labels
+        colors = set(re.findall(r"stroke: (var\(--s\d\))", picture.svg))
+        assert len(colors) == max(2, len(alone.curves)) and "stroke-dasharray" in picture.svg
+
+
+def test_of_curves_that_one_picture_cannot_hold_those_of_both_runs_are_shown():
+    own, others = ([Curve(label, [(1, 0.5)]) for label in labels] for labels in ("abcdefg", "xgbyz"))
+    (panel,) = overlaid([("one", [Panel("p", "", "Note.", own)]), ("other", [Panel("p", "", "", others)])])
+    assert [(curve.label, curve.run) for curve in panel.curves[:4]] == [("b", 0), ("b", 1), ("g", 0), ("g", 1)]
+    assert panel.labels == list("bgacde") and panel.note == "Note. Left out: f, x, y, z."
 
 
 def test_of_two_runs_the_better_one_is_named_where_chance_is_no_reason():

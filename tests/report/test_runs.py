@@ -8,6 +8,7 @@ from runs import run
 
 from tunix_torch.report.diagnosis import diagnose
 from tunix_torch.report.metrics import load_metrics, steps_of_training
+from tunix_torch.report.panels import panels_of
 from tunix_torch.report.record import read_run
 from tunix_torch.report.starts import read_starts
 
@@ -65,7 +66,15 @@ def test_other_kinds_of_training_have_a_report_too(model_folder, tmp_path, setti
         disable_tqdm=True,
         **settings,
     )
-    train(ModelConfig(model_folder), DataConfig(data_path=str(tmp_path / "rows.jsonl")), args)
+    trainer = train(ModelConfig(model_folder), DataConfig(data_path=str(tmp_path / "rows.jsonl")), args)
+    num_tokens = int(next(iter(trainer.get_train_dataloader()))["completion_mask"].sum())  # all rows are the same
+    rows = steps_of_training(load_metrics(tmp_path / "out"))
+    for row in rows:
+        assert row["learning_tokens_per_second"] * row["learning_seconds"] == pytest.approx(num_tokens, rel=0.1)
+        parts = row["learning_seconds"] + row.get("reference_seconds", 0.0)
+        assert ("reference_seconds" in row) == ("preference_loss" in settings) and parts <= row["step_seconds"]
+    panels = {panel.name: panel.labels for panel in panels_of(rows)}
+    assert "learning" in panels["time"] and panels["speed"] == ["learning"]
     text = (tmp_path / "out" / "report.html").read_text()
     assert "Loss" in text and settings.get("preference_loss", "sft").upper() in text
     assert diagnose(read_run(tmp_path / "out")) == []

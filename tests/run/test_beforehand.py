@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from tunix_torch import GRPOConfig, TunixTrainer, load_model, load_tokenizer
 from tunix_torch.config import services
+from tunix_torch.config.best_metric import evaluation_metrics
 from tunix_torch.model import tiny
 from tunix_torch.rewarding.workers import RewardWorkers
 from tunix_torch.trainer import TunixTrainer as Trainer
@@ -134,7 +135,7 @@ def test_evaluations_give_the_metrics_that_are_promised(model_folder, tmp_path):
         args = GRPOConfig(output_dir=str(tmp_path), **settings)
         given = TunixTrainer(model_folder, reward_funcs, args, *data).evaluate()
         names = [] if reward_funcs is None else ["digits_reward"]
-        promised = args.evaluation_metrics(judged=reward_funcs is not None, rewards=names)
+        promised = evaluation_metrics(args, judged=reward_funcs is not None, rewards=names)
         assert set(given) - {"epoch"} == {f"eval_{name}" for name in promised}
 
 

@@ -176,7 +176,7 @@ def test_a_job_says_what_it_does_and_leaves_its_log(model_folder, tmp_path, colu
     assert max(map(len, live)) < columns and (columns == 40 or any("reward" in line for line in live))
     assert sum(line.startswith("step    2/3  loss") for line in lines) == 1
     assert not any(re.match(r"step \d+/3 ", line) for line in lines), "a live line was left behind"
-    assert any(line.startswith("reward ") and SPARKS[True][-1] in line for line in lines), lines
+    assert any(line.startswith("training reward ") and SPARKS[True][-1] in line for line in lines), lines
 
 
 def test_a_job_that_fails_ends_with_one_line(model_folder, tmp_path):
@@ -196,7 +196,7 @@ def test_without_a_terminal_there_is_a_line_a_log_and_no_control_character(model
     assert [line[:11] for line in out.splitlines() if "loss" in line and "step" in line] == [
         f"step    {step}/3" for step in (1, 2, 3)
     ]
-    assert out.count("advantage") == 3 and re.search(r"\nreward +\d", out)
+    assert out.count("advantage") == 3 and re.search(r"\ntraining reward +\d", out)
 
 
 # ---- numbers ----
@@ -213,15 +213,30 @@ def test_sparklines_have_the_shape_of_the_numbers():
     assert sparkline([0, 0, 1, 1], 2) == "▁█"
 
 
+SUMMED = [{"reward": step / 100, "loss": 0.1} for step in range(100)]
+SUMMED += [
+    {"eval_accuracy": v, "eval_mean@8": 0.5, "eval_interval/accuracy_low": 0.2, "eval_interval/accuracy_high": 0.875}
+    for v in (0.25, 0.5)
+]
+
+
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_the_summary_fits_and_shows_first_and_last(width):
-    history = [{"reward": step / 100} for step in range(100)] + [{"eval_accuracy": v} for v in (0.25, 0.5)]
-    lines = summary(history, width)
-    assert len(lines) == 2 and all(len(line) < width for line in lines)
-    assert lines[0].startswith("reward ") and lines[0].endswith("0.990") and lines[1].endswith("50.0%")
-    assert summary([{"loss": 2.0}, {"loss": 1.0}], width)[0].startswith("loss")
-    assert summary([], width) == summary([{"reward": 1.0}], width) == []
-    assert "".join(summary(history, width, "ascii")).isascii()
+    head, greedy, sampled, reward = lines = summary(SUMMED, width)
+    assert all(len(line) < width for line in lines) and head.split()[:2] == ["first", "last"]
+    assert re.fullmatch(r"greedy pass@1 +25.0%  50.0%( +20.0% to 87.5%)?  ▁█", greedy)
+    assert ("20.0% to 87.5%" in greedy) == ("95% interval" in head) == (width > 40)
+    assert re.fullmatch(r"mean@8 \(sampled\)  50.0%  50.0% +▁▁", sampled)
+    assert re.fullmatch(r"training reward +0.000  0.990 +▁.*█", reward) and len(reward.split()[-1]) >= 4
+    assert "".join(summary(SUMMED, width, "ascii")).isascii()
+
+
+def test_the_summary_shows_what_there_is():
+    (_, line) = summary([{"loss": 2.0}, {"loss": 1.0}])
+    assert line.split() == ["training", "loss", "2.0000", "1.0000", "█▁"] and summary([]) == []
+    once = summary([{"eval_accuracy": 1.0, "eval_loss": 0.5, "rewards/accuracies": 0.5, "eval_sampled/reward": 1}])
+    assert [line.split("  ")[0] for line in once[1:]] == ["greedy pass@1", "held-out loss", "training pairs right"]
+    assert once[1].split("  ")[-1] == "100.0%", "there is nothing to compare it with"
 
 
 def test_encodings_that_take_no_bars_are_known():

@@ -205,7 +205,7 @@ def test_supervised_fine_tuning_needs_no_answers(call, model_folder, tmp_path):
     logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["eval_loss"] for row in logged if "eval_loss" in row]
     assert len(losses) == 3 and not any("eval_accuracy" in row for row in logged)
-    assert f"{'loss':<24}{losses[0]:>10.4f}{losses[-1]:>10.4f}" in result.stdout
+    assert f"held-out loss  {losses[0]:.4f}  {losses[-1]:.4f}" in result.stdout
     refused(
         call(train, *flags, "--use_grpo", "--output_dir", tmp_path / "grpo"),
         *("rows.jsonl, row 1: no answer", "'correctness_reward' takes 'answer'"),

@@ -32,6 +32,15 @@ if together.is_first():
 """
 
 
+def check_same(found, expected, steps):
+    """Check that two runs, of so many steps each, have logged the same numbers and learned the same weights."""
+    for name in ("loss", "grad_norm", "reward", "kl"):
+        logs = [[row[name] for row in result["log"] if name in row] for result in (found, expected)]
+        assert logs[0] == pytest.approx(logs[1], abs=1e-5) and len(logs[0]) == steps, name
+    for name, weight in expected["weights"].items():
+        assert (found["weights"][name] - weight).abs().max() <= 1e-5, name
+
+
 def test_four_chips_learn_what_one_learns(model_folder, tmp_path):
     results = {}
     for number in (1, PROMPTS):
@@ -39,13 +48,8 @@ def test_four_chips_learn_what_one_learns(model_folder, tmp_path):
         folder.mkdir()
         launch(JOB, number, folder, model_folder, folder, PROMPTS, kind="tpu")
         results[number] = torch.load(folder / "result.pt")
-    one, many = results[1], results[PROMPTS]
-    assert (one["processes"], many["processes"]) == (1, PROMPTS)
-    for name in ("loss", "grad_norm", "reward", "kl"):
-        logs = [[row[name] for row in result["log"] if name in row] for result in (many, one)]
-        assert logs[0] == pytest.approx(logs[1], abs=1e-5) and len(logs[0]) == 3, name
-    for name, weight in one["weights"].items():
-        assert (many["weights"][name] - weight).abs().max() <= 1e-5, name
+        assert results[number]["processes"] == number
+    check_same(results[PROMPTS], results[1], steps=3)
 
 
 def test_a_mesh_of_four_chips_learns_what_one_learns(tmp_path):
@@ -56,9 +60,5 @@ def test_a_mesh_of_four_chips_learns_what_one_learns(tmp_path):
         launch(processes_of_mesh.JOB, number, folder, shape, folder, "", "short", kind="tpu")
     expected, found = (torch.load(folder / "short.pt") for folder in (one, four))
     assert (expected["compared"], found["compared"]) == (1, PROMPTS)
-    for name in ("loss", "grad_norm", "reward", "kl"):
-        logs = [[row[name] for row in result["log"] if name in row] for result in (found, expected)]
-        assert logs[0] == pytest.approx(logs[1], abs=1e-5) and len(logs[0]) == 2, name
-    for name, weight in expected["weights"].items():
-        assert (found["weights"][name] - weight).abs().max() <= 1e-5, name
+    check_same(found, expected, steps=2)
     assert any(part < size for size, part in found["parts"].values())

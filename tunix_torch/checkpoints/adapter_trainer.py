@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers import TrainerCallback, TrainerState
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput
 
-from ..completions.keeping import KeepCompletions
-from ..completions.rows import StepRows
-from ..completions.tables import ShowCompletions
 from ..config.grpo import GRPOConfig
 from ..config.loss import warn_of_loss
 from ..config.scale import rows_per_generation
 from ..config.settings import require
 from ..data.rows import Row
 from ..evals.answers import Answers
-from ..learn.collapse import CollapseWatch
 from ..learn.entropy import EntropyControl
 from ..learn.finite import check_finite
 from ..learn.pairs import learn_pair_rows, pair_metrics
@@ -32,14 +27,12 @@ from ..learn.sft import learn_rows
 from ..model.adapter import REFERENCE_FILE, load_reference, save_reference
 from ..model.checks import has_dropout, remove_dropout
 from ..model.forward import recompute_layers, reference_policy
-from ..model.loading import eos_token_ids
 from ..model.policies import Policy, like, mix
-from ..rewarding.scored import ScoredRollout
 from ..runtime import device, fsdp, phases, together
 from ..runtime.profiling import ProfileStep
 from .contents import load_plain
 from .files import STATE_FILE, digest_of_files, is_finished, why_damaged
-from .publishing import PushesToHub
+from .logs import LogsSteps
 from .resuming import EarlyStoppingCallback, EndGraphWithOptimizer, OwnIntervals, SyncReference
 from .same_run import RunFacts
 from .split_weights import in_main_memory, is_split, load_optimizer, save_optimizer
@@ -48,7 +41,7 @@ from .waiting import WaitingBatch, load_waiting, save_waiting, waiting_rows
 logger = logging.getLogger(__name__)
 
 
-class AdapterTrainer(PushesToHub):
+class AdapterTrainer(LogsSteps):
     """A `transformers.Trainer` that trains what a policy says and nothing else, and writes it in the policy's layout.
 
     When a run begins, the trainer keeps two things. One is a number for each frozen weight, by which a change would be
@@ -77,14 +70,9 @@ class AdapterTrainer(PushesToHub):
             if args.sync_ref_model
             else []
         )
-        self.collapse = CollapseWatch()
-        self.step_rows = StepRows(args, eos_token_ids(policy.model, others["processing_class"]))
-        show = ShowCompletions(args, self._tensorboard_text) if args.log_completions else None
-        self.completions = KeepCompletions(self.step_rows, lambda: self.facts.reward_funcs, args, show)
         own = [
             OwnIntervals(),
-            self.collapse,
-            self.completions,
+            *self.watching(args, others["processing_class"]),
             *syncing,
             *(callbacks or []),
             *early_stopping,
@@ -305,42 +293,6 @@ class AdapterTrainer(PushesToHub):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the estimate that Transformers makes leaves rollouts out
-
-    # ---- metrics ----
-
-    def add_metrics(self, numbers: dict[str, float]) -> None:
-        self.collapse.note(numbers)
-        super().add_metrics(numbers)
-
-    def note_rollout(self, scored: ScoredRollout, metrics: dict[str, float]) -> None:
-        """Note what was sampled and rewarded for the next step, and the numbers that are logged about it."""
-        self.add_metrics(metrics)
-        self.collapse.note_equal_rewards(metrics, self.state.global_step + 1, scored.texts[0])
-        self.step_rows.sampled(scored, self.state.global_step)
-
-    def evaluated(self, metrics: dict[str, float], rows: Sequence[Row], answers: Answers | None) -> dict[str, float]:
-        """Log what an evaluation gave, keep its answers, and let callbacks see it. Returns the metrics."""
-        self.completions.evaluated(self.state.global_step, rows, answers)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _tensorboard_text(self) -> Callable[[str, str, int], None] | None:
-        """The function that adds a text of a step to TensorBoard; None: the run does not report there."""
-        callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
-        return callbacks[0].tb_writer.add_text if callbacks and callbacks[0].tb_writer is not None else None
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the mean of each number that `add_metrics` was given since the last log.
-
-        Of a step that was skipped some numbers are not finite. The means leave them out.
-        """
-        if "loss" in logs or "train_loss" in logs:  # the summary has what came after the last log of a step
-            finite = {name: [v for v in values if math.isfinite(v)] for name, values in self._metrics.items()}
-            logs |= {name: sum(values) / len(values) for name, values in finite.items() if values}
-            logs |= self.entropy.metrics()
-            self._metrics.clear()
-        super().log(logs | device.counters(), start_time)
 
     # ---- files ----
 

@@ -9,11 +9,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..config.checks import PREFERENCE_LOSSES as WITH_PAIRS
+from ..config.checks import PREFERENCE_LOSSES
 from ..config.data import DataConfig
-from ..config.grpo import GRPOConfig
-from ..config.model import ModelConfig
-from ..config.saved import changed_settings
+from ..config.method import method_name, method_of
+from ..config.saved import MAY_BE_ADDED, MAY_CHANGE, changed_from_defaults
 from ..evals.estimators import wilson_interval
 from ..model import tiny
 from ..model.origin import hub_id, is_tiny, licence_of, public_name
@@ -24,7 +23,8 @@ ADAPTER, MERGED = "A LoRA adapter for", "A plain model, of an adapter that was m
 ABOUT, LOADING, SETTINGS, LICENCE = "What it is", "How to load it", "Settings", "Licence"  # headings
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 DATA_SETS = {"gsm8k": "openai/gsm8k", "math": "MATH", "arc": "allenai/ai2_arc"}
-NOT_SHOWN = ("model_name", "system_message", "data_path", "val_data_path", "use_grpo")  # they stand elsewhere
+STAND_ELSEWHERE = ("model_name", "system_message", "data_path", "val_data_path", "use_grpo")
+NOT_SHOWN = (*STAND_ELSEWHERE, *MAY_CHANGE, *MAY_BE_ADDED)  # the rest changes what is learned
 
 
 @dataclass
@@ -92,7 +92,7 @@ def model_card(folder: str | Path, facts: CardFacts, metadata: Mapping[str, Any]
         license=licence,
         model_name=title if found else None,
         pipeline_tag="text-generation",
-        tags=sorted({TAG, _method(facts.settings).lower(), *(["lora"] if facts.is_adapter else [])} - {""}),
+        tags=sorted([TAG, *([method_of(facts.settings)] if facts.settings else []), *["lora"] * facts.is_adapter]),
     )
     for name, value in (metadata or {}).items():
         data[name] = value
@@ -111,29 +111,23 @@ def model_card(folder: str | Path, facts: CardFacts, metadata: Mapping[str, Any]
 # ---- what it is ----
 
 
-def _method(settings: Mapping[str, Any]) -> str:
-    if not settings:
-        return ""
-    if settings.get("use_grpo", True):
-        return "distillation" if settings.get("teacher") else str(settings.get("algorithm", "grpo")).upper()
-    return (settings.get("preference_loss") or "sft").upper()
-
-
-# How each method learns; the others are those of GRPO's kind.
-METHODS = {
-    "": "",
-    "SFT": "by supervised fine-tuning: from completions that the rows hold",
-    "distillation": "by on-policy distillation: from a teacher's view of answers that the model sampled itself",
-    **{loss.upper(): f"with {loss.upper()}: from pairs of a chosen and a rejected completion" for loss in WITH_PAIRS},
-}
+def _how(settings: Mapping[str, Any]) -> str:
+    """By which method the model learned, and from what."""
+    method, name = method_of(settings), method_name(settings)
+    if method == "sft":
+        return "by supervised fine-tuning: from completions that the rows hold"
+    if method == "distillation":
+        return f"by {name}: from a teacher's view of answers that the model sampled itself"
+    if method in PREFERENCE_LOSSES:
+        return f"with {name}: from pairs of a chosen and a rejected completion"
+    return f"with {name}: from answers that the model sampled itself and reward functions scored"
 
 
 def _about(facts: CardFacts) -> str:
-    method = _method(facts.settings)
-    how = METHODS.get(method, f"with {method}: from answers that the model sampled itself and reward functions scored")
     what = ADAPTER if facts.is_adapter else "A model with all weights trained, from"
-    lines = [f"{what} {_base_text(facts.base)}." + (f" Tunix-Torch trained it {how}." if how else "")]
+    lines = [f"{what} {_base_text(facts.base)}."]
     if facts.settings:
+        lines[0] += f" Tunix-Torch trained it {_how(facts.settings)}."
         lines += [
             "",
             "| | |",
@@ -316,12 +310,8 @@ def _asking(settings: Mapping[str, Any]) -> list[str]:
 def _settings_text(settings: Mapping[str, Any], folder: Path) -> str:
     if not settings:
         return ""
-    defaults = {}  # one for each dataclass of which the run has settings: a missing one counts as the default
-    for config in (ModelConfig, DataConfig, GRPOConfig):
-        known = sorted(config.__dict__["__annotations__"].keys() & settings.keys())
-        defaults |= {name: config.__dataclass_fields__[name].default for name in known[:1]}
-    changed = changed_settings(dict(settings), defaults)
-    shown = {name: now for name, (now, _) in changed.items() if name not in NOT_SHOWN}
+    changed = changed_from_defaults(dict(settings))
+    shown = {name: value for name, (value, _) in changed.items() if name not in NOT_SHOWN}
     length = "max_steps" if settings.get("max_steps", -1) > 0 else "num_train_epochs"
     shown |= {length: settings[length]} if length in settings else {}
     lines = ["These differ from the defaults:", "", "| setting | value |", "|---|---|"]

@@ -1,6 +1,7 @@
-"""Keeps in a checkpoint what has been summed up for the next log, and the losses for the summary at the end."""
+"""Sums up the numbers of steps for the next log, and keeps the sums in a checkpoint, so that a resumed run goes on."""
 
 import json
+import math
 import sys
 import time
 from collections import defaultdict
@@ -37,8 +38,17 @@ class KeepsMeans(OptimizerSteps):
             self._metrics[name].append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """See `transformers.Trainer`, which keeps every log: so names are kept once, which take more than numbers."""
-        super().log({sys.intern(name): value for name, value in logs.items()}, start_time)
+        """Log, with the mean of each number that `add_metrics` was given since the last log.
+
+        Of a step that was skipped some numbers are not finite. The means leave them out. `transformers.Trainer` keeps
+        every log: so names are kept once, which take more than numbers.
+        """
+        if "loss" in logs or "train_loss" in logs:  # the summary has what came after the last log of a step
+            finite = {name: [v for v in values if math.isfinite(v)] for name, values in self._metrics.items()}
+            logs |= {name: sum(values) / len(values) for name, values in finite.items() if values}
+            logs |= self.entropy.metrics()
+            self._metrics.clear()
+        super().log({sys.intern(name): value for name, value in (logs | device.counters()).items()}, start_time)
 
     def _save_means(self, folder: str) -> None:
         """Write the sums into a checkpoint's folder. All processes take part.

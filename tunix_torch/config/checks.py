@@ -1,11 +1,10 @@
 """Checks the values of `GRPOConfig`: bounds of numbers, choices of words, and settings that exclude each other."""
 
 import os
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 from transformers import SchedulerType
-from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
@@ -149,45 +148,6 @@ PASSED_ON = (
     "log_level",
     "parallelism_config",
 )
-
-# Arguments of `apply_chat_template` that the library gives itself.
-OWN_TEMPLATE_ARGUMENTS = (
-    "conversation",
-    "chat_template",
-    "add_generation_prompt",
-    "continue_final_message",
-    "tokenize",
-    "padding",
-    "truncation",
-    "max_length",
-    "return_tensors",
-    "return_dict",
-    "return_assistant_tokens_mask",
-    "tokenizer_kwargs",
-)
-
-
-def check_template_kwargs(value: object) -> None:
-    """Check that names and values can be given to a chat template.
-
-    Raises:
-        ValueError: `value` is no mapping with texts as names, or has a name that the library gives itself.
-    """
-    name, named = "chat_template_kwargs", isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
-    require(named, name, value, 'expected names and values, such as {"enable_thinking": false}')
-    own = next((key for key in value if key in OWN_TEMPLATE_ARGUMENTS), None)
-    require(own is None, name, value, f"{own!r} is given by the library itself; leave it out")
-
-
-def check_accelerator_config(value: Mapping[str, Any]) -> None:
-    """Check that a mapping has nothing but fields of `AcceleratorConfig`.
-
-    Raises:
-        ValueError: it has another name.
-    """
-    known = list(AcceleratorConfig.__dataclass_fields__)
-    for name in value:
-        require(name in known, "accelerator_config", dict(value), f"it has no {name!r}{nearest(name, known)}")
 
 
 def check_values(args: "GRPOConfig") -> None:

@@ -1,24 +1,21 @@
 """`GRPOConfig`: every setting of `TunixTrainer`, on top of `transformers.TrainingArguments`."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import SchedulerType, TrainingArguments
 
 from ..grpo import LOSS_AGGREGATIONS, LOSS_TYPES
 from ..runtime import device as process_device
 from ..runtime import mesh, together
-from ..runtime.choice import KINDS
 from ..runtime.fsdp import Splitting
-from .checks import PASSED_ON, WITH_REFERENCE, check_accelerator_config, check_template_kwargs, check_values
-from .files import NotJSON, load_config, parse_json
+from .best_metric import check_best_metric
+from .checks import PASSED_ON, WITH_REFERENCE, check_values
 from .fsdp import make_splitting, read_fsdp
 from .generation import read_generation_kwargs
 from .loss import loss_type_of
+from .machine import OnThisMachine
+from .mappings import read_mappings
 from .services import blamed_on_inherited
 from .settings import accept_aliases, check_types, require, setting
 
@@ -34,7 +31,7 @@ SYSTEM_MESSAGE = (
 
 @accept_aliases
 @dataclass
-class GRPOConfig(TrainingArguments):
+class GRPOConfig(OnThisMachine):
     """Settings of `TunixTrainer`: those of `transformers.TrainingArguments`, and GRPO's.
 
     One optimizer step is one rollout batch: `per_device_train_batch_size` counts prompts (times
@@ -274,8 +271,8 @@ class GRPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self._check_device()
-        self._read_mappings()
+        self.check_device()
+        read_mappings(self)
         if isinstance(self.scale_rewards, bool):  # TRL's older form
             self.scale_rewards = "group" if self.scale_rewards else "none"
         for name, value in read_generation_kwargs(self.generation_kwargs).items():
@@ -286,71 +283,17 @@ class GRPOConfig(TrainingArguments):
         self._resolve()
         together.join_hosts(*mesh.hosts())
         with blamed_on_inherited(self, PASSED_ON):
-            self._resolve_inherited()
+            super().__post_init__()
+        if self.follows_metric:  # by default these schedules take every metric for a loss
+            mode = {"mode": "max" if self.greater_is_better else "min"}
+            self.lr_scheduler_kwargs = mode | (self.lr_scheduler_kwargs or {})
         together.join_mesh(process_device.KIND)
         self.splitting: Splitting | None = make_splitting(self, given)  # None: each process has all weights
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what `TrainingArguments.to_dict` does, but with the device as the word that was asked for."""
-        return super().to_dict() | {"device": self._requested_device}
-
-    @property
-    def process_index(self) -> int:
-        """The number of this process: Transformers lets 0 write files, and torch-xla would call every host 0."""
-        return super().process_index if together.num_peers() == 1 else together.index() or int(not together.is_first())
-
-    @property
-    def world_size(self) -> int:
-        """How many processes have prompts of their own."""
-        return super().world_size if together.num_peers() == 1 else together.count()
-
-    def evaluation_metrics(self, judged: bool = True, rewards: Sequence[str] = ()) -> list[str]:
-        """The metrics that `TunixTrainer.evaluate` gives, without `eval_`.
-
-        Args:
-            judged: False in SFT without a judge, which samples no answers.
-            rewards: the names of the reward functions.
-        """
-        shares = ["accuracy", *([f"mean@{self.num_eval_completions}"] if self.num_eval_completions else [])]
-        intervals = [f"interval/{name}_{end}" for name in shares for end in ("low", "high")]
-        metrics = [shares[0], "mean_length", *shares[1:], *intervals] if judged else []
-        of_answers = [f"completions/{name}_length" for name in ("mean", "min", "max")]
-        if rewards:
-            of_answers += ["reward", "reward_std"]
-            of_answers += [f"rewards/{name}/{number}" for name in rewards for number in ("mean", "std")]
-        for prefix in ("", *(["sampled/"] if self.num_eval_completions else [])):
-            metrics += [prefix + name for name in of_answers if judged]
-        given = [] if self.use_grpo else ["loss"]
-        if self.preference_loss is not None:
-            given += [f"rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected")]
-        return [*metrics, *given, "runtime"]
 
     @property
     def follows_metric(self) -> bool:
         """Whether the learning rate follows `metric_for_best_model`."""
         return self.lr_scheduler_type in SCHEDULES_BY_METRIC
-
-    def check_best_metric(
-        self, judged: bool = True, rewards: Sequence[str] | None = None, prefixes: Sequence[str] | None = None
-    ) -> None:
-        """Raise ValueError when `metric_for_best_model` is a metric that no evaluation gives.
-
-        Args:
-            rewards: the names of the reward functions; None: not known yet.
-            prefixes: what stands before the metrics of each data set, `""` or its name and "_"; None: not known yet.
-        """
-        if self.metric_for_best_model is None:
-            return
-        metric = self.metric_for_best_model.removeprefix("eval_")
-        named = (
-            metric.split("rewards/")[-1].rpartition("/")[0] if rewards is None and "rewards/" in metric else "reward"
-        )
-        metrics = self.evaluation_metrics(judged, [named] if rewards is None else rewards)
-        known = [prefix + name for prefix in prefixes or [""] for name in metrics]
-        good = metric in known or (prefixes is None and metric.endswith(tuple(f"_{name}" for name in metrics)))
-        shown = [name for name in known if rewards is not None or "rewards/" not in name]
-        hint = f"an evaluation gives {', '.join(shown)}"
-        require(good, "metric_for_best_model", self.metric_for_best_model, hint)
 
     @property
     def beta(self) -> float:
@@ -412,81 +355,6 @@ class GRPOConfig(TrainingArguments):
         """Completions in the rollout batch of this process: B."""
         return self.per_device_train_batch_size * self.num_completions_per_prompt
 
-    @property
-    def rows_per_pass(self) -> int | None:
-        """Rows in one learning pass where every completion may have its greatest length; None: the whole batch."""
-        return self.rows_in_pass_of(self.num_completions_per_prompt * self.generation_max_length)
-
-    def rows_in_pass_of(self, completion_tokens: float) -> int | None:
-        """Rows in one learning pass where a group has `completion_tokens` tokens in all; None: the whole batch."""
-        if self.micro_batch_size is not None or not self.use_grpo:
-            return self.micro_batch_size or None
-        budget = mesh.tokens_per_pass()
-        if budget is None:
-            groups = mesh.axis_size("fsdp")  # one group for each device
-        else:  # as many groups as the budget holds, and at least one, in passes of about the same size
-            tokens = self.max_prompt_length + completion_tokens
-            passes = math.ceil(self.per_device_train_batch_size / max(1, budget // tokens))
-            groups = math.ceil(self.per_device_train_batch_size / passes)
-        return self.num_completions_per_prompt * groups
-
-    def _check_device(self) -> None:
-        chosen = process_device.KIND
-        if isinstance(self.device, torch.device):  # this config is made from another one
-            self.device = chosen
-        self._requested_device = self.device
-        require(self.device in KINDS, "device", self.device, f"choose one of {', '.join(KINDS)}")
-        if self.device not in ("auto", chosen):
-            raise ValueError(
-                f"device={self.device!r}: this process has already chosen {chosen!r}; "
-                f"set TUNIX_DEVICE={self.device} before tunix_torch is imported"
-            )
-        if chosen == "tpu":
-            together.join_chips()
-        # Accelerate knows no processes on "tpu": it takes them for processes on the CPU, whose device is another one.
-        self.use_cpu = chosen == "cpu" or (chosen == "tpu" and together.num_processes() > 1)
-        self.dataloader_pin_memory = chosen == "cuda"
-        cores = self.num_tpu_cores
-        require(cores in (None, 1), "num_tpu_cores", cores, "one core is used; leave it out or set it to 1")
-
-    def _read_mappings(self) -> None:
-        """Parse settings that are mappings, where a flag gave them as JSON text."""
-        for name in self._VALID_DICT_FIELDS:
-            value = getattr(self, name)
-            if isinstance(value, str) and value.startswith("{"):
-                try:
-                    setattr(self, name, parse_json(value))
-                except NotJSON as error:
-                    raise ValueError(f"{name}={value!r}: {error}") from error
-        if isinstance(self.fsdp_config, str):
-            hint = "no such file; expected one with settings of FSDP, or the settings as JSON"
-            require(Path(self.fsdp_config).is_file(), "fsdp_config", self.fsdp_config, hint)
-            self.fsdp_config = load_config(self.fsdp_config)
-        if isinstance(self.accelerator_config, str):
-            hint = "no such file; expected one with settings of Accelerate, or the settings as JSON"
-            require(Path(self.accelerator_config).is_file(), "accelerator_config", self.accelerator_config, hint)
-            self.accelerator_config = load_config(self.accelerator_config)
-        if isinstance(self.accelerator_config, dict):
-            check_accelerator_config(self.accelerator_config)
-        value = self.lr_scheduler_kwargs
-        hint = 'expected names and values, such as {"num_cycles": 2}'
-        require(value is None or isinstance(value, dict), "lr_scheduler_kwargs", value, hint)
-        if self.chat_template_kwargs is not None:
-            check_template_kwargs(self.chat_template_kwargs)
-
-    def _resolve_inherited(self) -> None:
-        """Let `transformers.TrainingArguments` check and fill in its fields, then mend what would not fit here."""
-        super().__post_init__()
-        if self.follows_metric:  # by default these schedules take every metric for a loss
-            mode = {"mode": "max" if self.greater_is_better else "min"}
-            self.lr_scheduler_kwargs = mode | (self.lr_scheduler_kwargs or {})
-        if self.accelerator_config.dispatch_batches is None:
-            self.accelerator_config.dispatch_batches = False  # rows hold texts, which a process can't send to others
-        self._n_gpu = min(1, self.n_gpu)  # one process, one GPU: Trainer would split batches over all that it sees
-        # Trainer reads `device`, a property of TrainingArguments that our field replaces. With several processes
-        # Accelerate calls the CPU "cpu:0", which torch.load doesn't know, so it is "cpu" here.
-        self.device = torch.device("cpu") if self._setup_devices.type == "cpu" else self._setup_devices
-
     def _resolve(self) -> None:
         """Fill in the fields that follow from other fields."""
         if self.eval_steps is not None and self.eval_strategy == "no":
@@ -501,7 +369,7 @@ class GRPOConfig(TrainingArguments):
             require(not value or self.eval_strategy != "no", name, value, hint)
             if value and self.metric_for_best_model is None:
                 self.metric_for_best_model = "accuracy"
-        self.check_best_metric()
+        check_best_metric(self)
         if self.early_stopping_patience:
             self.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
         if self.max_length is not None:

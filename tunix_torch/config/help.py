@@ -65,7 +65,7 @@ def group_titles(configs: Sequence[type]) -> dict[str, str]:
         if config.__name__ in SECTIONS:
             titles |= dict.fromkeys(fields, SECTIONS[config.__name__])
             continue
-        inherited = _headings(config.__mro__[1])
+        inherited = _headings(next(base for base in config.__mro__ if base.__name__ == "TrainingArguments"))
         title = ""
         for name in fields:
             if name not in inherited:

@@ -13,6 +13,8 @@ from .files import load_config, write_whole
 from .grpo import GRPOConfig
 from .model import ModelConfig
 
+GROUPS = (ModelConfig, DataConfig, GRPOConfig)  # the dataclasses of a job's settings
+
 CONFIG_FILE = "config.json"
 # Where a run that trains a whole model keeps its settings, since `config.json` is that of the model.
 WHOLE_CONFIG_FILE = "run_config.json"
@@ -159,6 +161,8 @@ def default_of(field: dataclasses.Field) -> Any:
         resolved = AcceleratorConfig(dispatch_batches=False).to_dict()
         resolved.pop("use_configured_state")
         return resolved
+    if field.name == "report_to":  # one name becomes a list of it
+        return [default]
     return getattr(default, "value", default)  # the word of an enumeration's member
 
 
@@ -207,25 +211,53 @@ def saved_settings(checkpoint: str | Path) -> dict[str, Any] | None:
     return settings if "learning_rate" in settings else None  # else it is the config of a whole model
 
 
+def differing_settings(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings of two jobs that differ, each with both values, in the order of the dataclasses.
+
+    A setting that is missing on one side has its default there. Those of NOT_SAVED are not compared.
+    """
+    one, other, differing = _as_json(one), _as_json(other), {}
+    for field in (field for config in GROUPS for field in dataclasses.fields(config) if field.init):
+        default = _as_json(default_of(field))
+        values = one.get(field.name, default), other.get(field.name, default)
+        if values[0] != values[1] and field.name not in NOT_SAVED:
+            differing[field.name] = values
+    return differing
+
+
+def changed_from_defaults(settings: dict[str, Any], taken: dict[str, Any] | None = None) -> dict[str, tuple[Any, Any]]:
+    """The settings of a job that are not at their defaults, each as (value, default), in the order of the dataclasses.
+
+    An `eval_strategy` that follows from `eval_steps` is none of them.
+
+    Args:
+        taken: what a command takes for some settings in place of the defaults of the dataclasses.
+    """
+    given = set(settings)
+    if settings.get("eval_strategy") == "steps" and settings.get("eval_steps") is not None:
+        given.remove("eval_strategy")
+    return {name: values for name, values in differing_settings(settings, taken or {}).items() if name in given}
+
+
 def changed_settings(now: dict[str, Any], earlier: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The settings that differ in what changes what is learned, each as (now, earlier).
 
-    A setting that is missing on one side has its default. A group of settings of which one side has none at all is not
-    compared: who makes a `TunixTrainer` gives no `ModelConfig` and no `DataConfig`.
+    A group of settings of which one side has none at all is not compared: who makes a `TunixTrainer` gives no
+    `ModelConfig` and no `DataConfig`.
     """
-    now, changed = json.loads(json.dumps(now, default=str)), {}
-    for config in (ModelConfig, DataConfig, GRPOConfig):
-        own = set(config.__dict__["__annotations__"])
-        if not (own & now.keys() and own & earlier.keys()):
-            continue
-        for name, default in ((field.name, default_of(field)) for field in dataclasses.fields(config) if field.init):
-            if name in MAY_CHANGE or name in NOT_SAVED:
-                continue
-            here, there = now.get(name, default), earlier.get(name, default)
-            added = name in MAY_BE_ADDED and None in (here, there)
-            if here != there and not added:
-                changed[name] = here, there
-    return dict(sorted(changed.items()))
+    names = {config: set(config.__dict__["__annotations__"]) for config in GROUPS}
+    groups = [config for config in GROUPS if names[config] & now.keys() and names[config] & earlier.keys()]
+    compared = {field.name for config in groups for field in dataclasses.fields(config)} - {*MAY_CHANGE}
+    return {
+        name: values
+        for name, values in sorted(differing_settings(now, earlier).items())
+        if name in compared and not (name in MAY_BE_ADDED and None in values)
+    }
+
+
+def _as_json(value: Any) -> Any:
+    """A value as a config file that was written and read again has it."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def refuse_changes(changed: dict[str, tuple[Any, Any]], checkpoint: str | Path, allowed: Sequence[str] | None) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..config.checks import check_template_kwargs
 from ..config.files import NotJSON, parse_json
+from ..config.mappings import check_template_kwargs
 from .rows import Row
 
 KWARGS = "chat_template_kwargs"  # the column of a row's own names and values for the template

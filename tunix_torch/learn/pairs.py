@@ -135,17 +135,18 @@ def learn_pair_rows(
 
     `as_reference` is entered for the passes of the reference policy, where the loss needs it.
     """
-    started = time.perf_counter()
     counts = {"pairs": sum(len(batch["prompt_ids"]) for batch in together_with)}
     counts = together.sum_numbers(counts | {"tokens": int(inputs["completion_mask"].sum())})
     batch = pair_batch(inputs, counts["pairs"])
     _add_reference(model, batch, args, as_reference)
+    started = time.perf_counter()
     with span("learning"):
         own = sum_up(learn_pairs(model, batch, args, backward))  # here Python waits for the device
         sum_gradients()
+    seconds = time.perf_counter() - started
     numbers = together.sum_numbers(own)
     metrics = {name: value / numbers["weight"] for name, value in numbers.items() if "/" in name}
-    metrics["learning_tokens_per_second"] = counts["tokens"] / (time.perf_counter() - started)
+    metrics["learning_tokens_per_second"] = counts["tokens"] / seconds
     loss = device.scalar(own["loss"] * together.count())
     device.sync()
     return loss, metrics

@@ -118,5 +118,6 @@ def learn_rows(
         layout = {name: inputs[name].to(device.torch_device()) for name in LAYOUT if name in inputs}
         loss = learn_completions(model, sft_batch(inputs, tokens["step"]), args, backward, layout)
         sum_gradients()
+        device.wait()  # so that the seconds of learning are those that it takes
     seconds = time.perf_counter() - started
     return loss * together.count(), {"learning_tokens_per_second": tokens["batch"] / seconds}

@@ -11,7 +11,7 @@ from .record import RunRecord
 def facts_of(run: RunRecord) -> list[tuple[str, str]]:
     """What was trained, on what, for how long and where, as (name, text). What is not known is left out."""
     settings = run.settings
-    facts = [("model", _model(settings)), ("method", run.algorithm), ("data", _data(run)), ("rewards", _rewards(run))]
+    facts = [("model", _model(settings)), ("method", run.method), ("data", _data(run)), ("rewards", _rewards(run))]
     facts += [("steps", _steps(run)), ("computed on", _machine(run.starts)), ("time", _time(run))]
     return [(name, visible(text)) for name, text in facts if text]
 

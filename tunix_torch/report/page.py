@@ -18,7 +18,7 @@ from .panels import distribution, mean_seconds, overlaid, panels_of
 from .pictures import can_draw, pictures_of
 from .record import RunRecord, read_run
 from .samples import best_and_worst, most_changed, same_questions
-from .settings import changed_from_defaults, command_of, command_with_file, differing
+from .settings import command_of, command_with_file, differing, not_at_default
 from .verdict import rivals, verdict_of
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def report_of(run: RunRecord) -> str:
         worst=worst,
         changed=most_changed(run.answers, questions),
         crosscheck=_crosscheck(run),
-        settings=changed_from_defaults(run.settings),
+        settings=not_at_default(run.settings),
         **_repeat(run),
     )
 

@@ -1,7 +1,7 @@
 """Which curves a report shows: the numbers of metrics.jsonl that belong together, as panels with a title each."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .completions import Completion, steps_of
 from .metrics import Points, Rows, keys_of, mean, series, steps_of_training, thinned
@@ -10,6 +10,7 @@ MOST_ROWS = 40  # of the table below a panel
 PARTS = ("rollout", "scoring", "reference", "old_policy", "learning")  # of a step, as `runtime/profiling.py` names them
 MOST_LEVELS = 6  # of rewards, in the panel of their distribution
 MOST_BARS = 12
+MOST_COMPARED = 6  # curves of each run, in a panel of a comparison
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Curve:
     points: Points
     band: list[tuple[int, float, float]] = field(default_factory=list)  # (step, low, high) around the line
     is_evaluation: bool = False  # few points, each of which is marked
+    run: int = 0  # of a comparison: 0 for the first run, 1 for the second
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,19 @@ class Panel:
     curves: list[Curve]
     form: str = "number"  # of the values: number, percent, or seconds
     kind: str = "lines"  # or stacked (areas), or bars (each step a bar, each curve a part of it)
+    runs: tuple[str, ...] = ()  # of a comparison: what both runs are called
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of the curves. In a comparison both runs may have a curve of the same label."""
+        return list(dict.fromkeys(curve.label for curve in self.curves))
+
+    def name_of(self, curve: Curve) -> str:
+        """A name that no other curve of the panel has."""
+        if not self.runs:
+            return curve.label
+        run = self.runs[curve.run]
+        return f"{curve.label}, {run}" if len(self.labels) > 1 else run
 
     def describe(self) -> str:
         """What a screen reader says instead of the picture."""
@@ -40,7 +55,7 @@ class Panel:
             (first, before), (last, after) = curve.points[0], curve.points[-1]
             where = f"{show(before, self.form)} at step {first}"
             there = f" to {show(after, self.form)} at step {last}" if len(curve.points) > 1 else ""
-            parts.append(f"{curve.label}: {'from ' if there else ''}{where}{there}")
+            parts.append(f"{self.name_of(curve)}: {'from ' if there else ''}{where}{there}")
         return "; ".join(parts) + "."
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -48,7 +63,7 @@ class Panel:
         columns = [dict(thinned(curve.points, MOST_ROWS)) for curve in self.curves]
         steps = sorted({step for column in columns for step in column})
         rows = [[str(s), *(show(c[s], self.form) if s in c else "" for c in columns)] for s in steps]
-        return ["step", *(curve.label for curve in self.curves)], rows
+        return ["step", *map(self.name_of, self.curves)], rows
 
 
 def show(value: float, form: str) -> str:
@@ -164,25 +179,28 @@ def distribution(completions: Sequence[Completion]) -> Panel | None:
 
 
 def overlaid(panels: Sequence[tuple[str, list[Panel]]]) -> list[Panel]:
-    """Panels that two runs both have, with the first curve of each run over the other.
+    """Panels that two runs both have, with the curves of both as lines, those of the same label beside each other.
 
     Args:
         panels: for each run what it is called, and its panels.
     """
-    (one, first), (other, second) = panels
+    names, (first, second) = zip(*panels, strict=True)
     by_name = {panel.name: panel for panel in second}
-    made = []
-    for panel in first:
-        rival = by_name.get(panel.name)
-        if rival is None or panel.kind != "lines":
-            continue
-        curves = [
-            Curve(name, curve.points, curve.band if curve.is_evaluation else [], curve.is_evaluation)
-            for name, curve in ((one, panel.curves[0]), (other, rival.curves[0]))
-        ]
-        what = f" Shown is: {panel.curves[0].label}." if len(panel.curves) > 1 else ""
-        made.append(Panel(panel.name, panel.title, panel.note + what, curves, panel.form))
-    return made
+    return [_overlaid(panel, by_name[panel.name], names) for panel in first if panel.name in by_name]
+
+
+def _overlaid(one: Panel, other: Panel, names: tuple[str, ...]) -> Panel:
+    labels = [label for label in one.labels if label in other.labels]  # a picture has colours for some of them
+    labels = list(dict.fromkeys([*labels, *one.labels, *other.labels]))
+    curves = [
+        replace(curve, run=run, band=curve.band if curve.is_evaluation else [])
+        for label in labels[:MOST_COMPARED]
+        for run, panel in enumerate((one, other))
+        for curve in panel.curves
+        if curve.label == label
+    ]
+    left_out = f" Left out: {', '.join(labels[MOST_COMPARED:])}." if len(labels) > MOST_COMPARED else ""
+    return replace(one, curves=curves, kind="lines", runs=names, note=one.note + left_out)
 
 
 def mean_seconds(rows: Rows) -> float | None:

@@ -35,12 +35,17 @@ class Picture:
 
     @property
     def legend(self) -> list[tuple[str, str]]:
-        """The class of each curve's mark, and its label; none where there is one curve, which the title names."""
-        if len(self.panel.curves) < 2:
+        """The class of each mark, and its label; none where there is one curve, which the title names. In a comparison
+        of several curves the colour says which one it is, and the dashes say of which run."""
+        panel = self.panel
+        if panel.runs and len(panel.labels) > 1:
+            runs = [(f"r{i}", name) for i, name in enumerate(panel.runs, start=1)]
+            return runs + [(f"a{i}", label) for i, label in enumerate(panel.labels, start=1)]
+        if len(panel.curves) < 2:
             return []
-        marks = {"lines": "l", "stacked": "a", "bars": "q"}[self.panel.kind]
-        numbers = _level_numbers(len(self.panel.curves)) if marks == "q" else itertools.count(1)
-        return [(f"{marks}{i}", curve.label) for i, curve in zip(numbers, self.panel.curves, strict=False)]
+        marks = {"lines": "l", "stacked": "a", "bars": "q"}[panel.kind]
+        numbers = _level_numbers(len(panel.curves)) if marks == "q" else itertools.count(1)
+        return [(f"{marks}{i}", panel.name_of(curve)) for i, curve in zip(numbers, panel.curves, strict=False)]
 
 
 def can_draw() -> bool:
@@ -108,7 +113,10 @@ def _svg(panel: Panel, axes: "matplotlib.axes.Axes") -> Markup:  # noqa: F821
 
 
 def _draw_lines(axes: "matplotlib.axes.Axes", panel: Panel) -> None:  # noqa: F821
-    for curve, color, dash in zip(panel.curves, itertools.cycle(_SERIES), itertools.cycle(_DASHES), strict=False):
+    for i, curve in enumerate(panel.curves):
+        color, dash = _SERIES[i % NUM_COLORS], _DASHES[i % NUM_COLORS]
+        if panel.runs and len(panel.labels) > 1:
+            color, dash = _SERIES[panel.labels.index(curve.label)], _DASHES[curve.run]
         if curve.band:
             steps, low, high = zip(*_thin_band(curve), strict=True)
             axes.fill_between(steps, low, high, color=color, alpha=0.14, linewidth=0)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..config.method import method_name
 from ..data.visible import visible
 from .completions import Completion, read_answers, read_completions
 from .metrics import METRICS_FILE, is_number, load_metrics
@@ -39,11 +40,10 @@ class RunRecord:
         return max(row["step"] for row in self.rows)
 
     @property
-    def algorithm(self) -> str:
-        """What a reader calls the training: GRPO, GSPO and so on, DPO and so on, or SFT."""
-        if any("frac_reward_zero_std" in row for row in self.rows) or self.settings.get("use_grpo"):
-            return str(self.settings.get("algorithm") or "grpo").upper().replace("DR_GRPO", "Dr. GRPO")
-        return str(self.settings.get("preference_loss") or "SFT").upper()
+    def method(self) -> str:
+        """What a reader calls the training: GRPO, DPO, SFT and so on."""
+        samples = any("frac_reward_zero_std" in row for row in self.rows)  # where no settings say it
+        return method_name({"use_grpo": samples} | self.settings)
 
 
 def read_run(output_dir: str | Path) -> RunRecord:

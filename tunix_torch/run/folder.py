@@ -12,9 +12,9 @@ from ..checkpoints.manifest import CHECKSUM_FILE, MANIFEST_FILE
 from ..checkpoints.publishing import UPLOADING
 from ..checkpoints.whole import UNFINISHED
 from ..completions import FOLDER as COMPLETIONS
-from ..config.checks import check_template_kwargs
 from ..config.files import load_config
 from ..config.grpo import SYSTEM_MESSAGE
+from ..config.mappings import check_template_kwargs
 from ..config.saved import CONFIG_FILE, WHOLE_CONFIG_FILE
 from ..model import tiny
 from ..model.loading import base_model_name, resolve_model_name

@@ -7,12 +7,14 @@ import sys
 import time
 from collections.abc import Iterator, Sized
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints.files import STATE_FILE, has_final_files
 from ..checkpoints.whole import explaining_full_disk, finish_writing
 from ..compat.agent_tunix import GRPOTrainingConfig
 from ..config.data import DataConfig
 from ..config.grpo import GRPOConfig
+from ..config.method import method_name
 from ..config.model import ModelConfig
 from ..config.saved import CONFIG_FILE, WHOLE_CONFIG_FILE, check_same_run, save_config
 from ..report.page import REPORT_FILE, write_report_of_ended_run
@@ -112,7 +114,7 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
                 save_config(settings, config_file)
             if not finished:
                 note_start(output_dir, trainer.state.global_step, _facts(trainer))
-            _describe(trainer, model_config.model_name)
+            _describe(trainer, settings)
             if checkpoint is not None and not finished:
                 print(f"Continuing from {checkpoint}", flush=True)
 
@@ -212,9 +214,9 @@ def _facts(trainer: TunixTrainer) -> dict[str, str | int | None]:
     return {"device": _machine(), "training_rows": rows, "evaluation_rows": len(trainer.eval_dataset or [])}
 
 
-def _describe(trainer: TunixTrainer, model_name: str) -> None:
-    kind = "GRPO" if trainer.args.use_grpo else (trainer.args.preference_loss or "SFT").upper()
-    print(f"{kind} of {model_name} on {_machine()}")
+def _describe(trainer: TunixTrainer, settings: dict[str, Any]) -> None:
+    method = method_name(settings)
+    print(f"{method[0].upper()}{method[1:]} of {settings['model_name']} on {_machine()}")
     num_rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
     kind = "packed" if trainer.args.packing else "training"
     print(f"{num_rows} {kind} rows, {len(trainer.eval_dataset or [])} evaluation rows", flush=True)

@@ -1,4 +1,4 @@
-"""What follows the last step of a job: an evaluation, the adapter, curves, the report, and before beside after."""
+"""What follows the last step of a job: an evaluation, the adapter, curves, the report, and answers before and after."""
 
 from pathlib import Path
 
@@ -37,8 +37,7 @@ def write_final_files(trainer: TunixTrainer) -> None:
         trainer.create_model_card()
         write_manifest(args.output_dir, final_files(args.output_dir))  # from here on the run is finished
         write_report_of_ended_run(args.output_dir)
-        if trainer.eval_dataset is not None:
-            print_comparison(trainer)
+        print_answers(trainer)
 
 
 def evaluations(trainer: TunixTrainer) -> list[dict[str, float]]:
@@ -46,19 +45,10 @@ def evaluations(trainer: TunixTrainer) -> list[dict[str, float]]:
     return [row for row in trainer.state.log_history if "eval_runtime" in row] or [{"step": -1}]
 
 
-def print_comparison(trainer: TunixTrainer) -> None:
-    """Print the accuracy before and after, and a few answers of both. Without a judge, print the loss."""
-    rows = evaluations(trainer)
-    names = [name for name in rows[0] if name == "eval_accuracy" or name.startswith("eval_mean@")]
-    print(f"\n{'on held-out questions':<24}{'before':>10}{'after':>10}")
-    for name in names:
-        label = "greedy pass@1" if name == "eval_accuracy" else f"{name.removeprefix('eval_')} (sampled)"
-        print(f"{label:<24}{rows[0][name]:>10.1%}{rows[-1][name]:>10.1%}")
-    if trainer.judge is None:
-        print(f"{'loss':<24}{rows[0]['eval_loss']:>10.4f}{rows[-1]['eval_loss']:>10.4f}")
-        return
+def print_answers(trainer: TunixTrainer) -> None:
+    """Print a few answers to evaluation questions before and after training, those first that came right or wrong."""
     first, last = trainer.first_answers, trainer.last_answers
-    if last is None:  # a finished run that is resumed was evaluated by another process
+    if last is None:  # there is no judge or no question, or another process has evaluated a run that was finished
         return
     changed = [i for i in range(len(last.right)) if first.right[i] != last.right[i]]
     for i in (changed or list(range(len(last.right))))[:NUM_SHOWN]:

@@ -26,15 +26,10 @@ LINES = 20  # about so many lines with means are printed above the live line; wi
 TREND = 10  # logs whose mean is compared with that of as many before them
 SPARKS = {True: "▁▂▃▄▅▆▇█", False: "_.-=+*#@"}  # whether the output takes characters beyond ASCII
 ARROWS = {True: {"up": "↗", "down": "↘", "": "→"}, False: {"up": "/", "down": "\\", "": "-"}}
-# What the summary shows, where it was logged: the key, its name, and how its values are shown.
-SUMMARY = (
-    ("reward", "reward", "{:.3f}"),
-    ("eval_accuracy", "accuracy", "{:.1%}"),
-    ("rewards/accuracies", "pairs right", "{:.1%}"),
-    ("loss", "loss", "{:.4f}"),
-    ("eval_loss", "held-out loss", "{:.4f}"),
-)
-MOST_SUMMED = 2  # of these rows
+# What the summary shows of training: the first of these that was logged.
+TRAINED = {"reward": "training reward", "rewards/accuracies": "training pairs right", "loss": "training loss"}
+FORMS = {"reward": "{:.3f}", "loss": "{:.4f}", "eval_loss": "{:.4f}"}  # all else is a share
+LONGEST, SHORTEST = 50, 4  # of its curves
 
 
 class ConsoleProgress(TrainerCallback):
@@ -122,7 +117,7 @@ class Now:
         self.rewards = [row["reward"] for row in state.log_history if "reward" in row]
         self.losses = [row["loss"] for row in state.log_history if "loss" in row]
         self.accuracies = [row["eval_accuracy"] for row in state.log_history if "eval_accuracy" in row]
-        self.speed: float | None = None  # tokens a second of sampling
+        self.speed: float | None = None  # tokens a second of sampling, or else of learning
         self.phases: list[tuple[str, str]] = []  # those that have begun, each with how far it is
         self.began_at: float | None = None  # when the first step began
         self.spent, self._since = 0.0, 0.0  # seconds in evaluations, which the time that is left doesn't count
@@ -166,7 +161,8 @@ class Now:
         for key, values in (("reward", self.rewards), ("loss", self.losses), ("eval_accuracy", self.accuracies)):
             if key in logs:
                 values.append(logs[key])
-        self.speed = logs.get("rollout_tokens_per_second", self.speed)
+        for key in ("learning_tokens_per_second", "rollout_tokens_per_second"):  # the latter where there are rollouts
+            self.speed = logs.get(key, self.speed)
 
     def train_ended(self) -> None:
         """Training is over; evaluations may follow."""
@@ -262,23 +258,52 @@ def sparkline(values: Sequence[float], width: int, unicode: bool = True) -> str:
 
 
 def summary(history: Sequence[dict[str, float]], width: int = 80, encoding: str | None = "utf-8") -> list[str]:
-    """Lines that sum up a run: its reward and its accuracy, or without them its loss, from the first value to the last.
+    """A table that sums up a run, as lines: the first and the last value of each figure and a curve between them, and
+    of right answers to held-out questions the 95% interval of the last; without it where the terminal is too narrow.
 
     Args:
         history: `log_history` of the trainer's state.
         width: columns of the terminal.
     """
-    rows = []
-    for key, name, form in SUMMARY:
-        values = [row[key] for row in history if key in row]
-        if len(values) > 1 and len(rows) < MOST_SUMMED:
-            rows.append((name, form.format(values[0]), values, form.format(values[-1])))
-    if not rows:
+    rows = [("", "first", "last", "95% interval")]
+    curves: list[list[float]] = [[]]
+    for key, name in _summed(history).items():
+        logged, form = [row for row in history if key in row], FORMS.get(key, "{:.1%}")
+        values = [row[key] for row in logged]
+        first = form.format(values[0]) if len(values) > 1 else ""
+        rows.append((name, first, form.format(values[-1]), _interval(logged[-1], key)))
+        curves.append(values if len(values) > 1 else [])
+    if len(rows) == 1:
         return []
-    names, firsts, lasts = (max(len(row[i]) for row in rows) for i in (0, 1, 3))
-    room = max(4, min(50, width - 1 - names - firsts - lasts - 5))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    room = width - 1 - sum(widths[:3]) - 3 * 2
+    with_intervals = any(row[3] for row in rows[1:]) and room >= widths[3] + 2 + SHORTEST
+    if not with_intervals:
+        widths = widths[:3]
+    length = max(SHORTEST, min(LONGEST, room - (widths[3] + 2 if with_intervals else 0)))
     bars = takes_unicode(encoding)
-    return [
-        f"{name:<{names}}  {first:>{firsts}} {sparkline(values, room, bars)} {last:>{lasts}}"
-        for name, first, values, last in rows
-    ]
+    lines = []
+    for row, values in zip(rows, curves, strict=True):
+        name, *cells = (cell.ljust(n) for cell, n in zip(row, widths, strict=False))
+        curve = sparkline(values, length, bars) if values else ""
+        lines.append("  ".join([name, *cells, curve]).rstrip())
+    return lines
+
+
+def _summed(history: Sequence[dict[str, float]]) -> dict[str, str]:
+    """The keys in the logs of what the summary shows, each with its name."""
+    logged = {key for row in history for key in row}
+    names = {
+        "eval_accuracy": "greedy pass@1",
+        **{key: f"{key.removeprefix('eval_')} (sampled)" for key in sorted(logged) if key.startswith("eval_mean@")},
+        "eval_rewards/accuracies": "held-out pairs right",
+        "eval_loss": "held-out loss",
+        **{key: TRAINED[key] for key in [key for key in TRAINED if key in logged][:1]},
+    }
+    return {key: name for key, name in names.items() if key in logged}
+
+
+def _interval(row: dict[str, float], key: str) -> str:
+    """The 95% interval of a figure of an evaluation, where it has one."""
+    bounds = [row.get(f"eval_interval/{key.removeprefix('eval_')}_{end}") for end in ("low", "high")]
+    return "" if None in bounds else "{:.1%} to {:.1%}".format(*bounds)
