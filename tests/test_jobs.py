@@ -34,11 +34,11 @@ def on_cpu(tmp_path_factory):
 
 
 def check_learned(rows):
-    """A skill grows: from about half of the questions to seven of ten or more, and over more than the first steps."""
+    """A skill grows: from under half of the questions to eight of ten, sampled answers twice as often, all the way."""
     first, middle, last = (evaluations(rows)[i] for i in (0, 2, -1))
-    assert middle["step"] == 100 and last["step"] == 200
-    assert 0.3 <= first["eval_accuracy"] <= 0.55 and last["eval_accuracy"] >= max(0.7, first["eval_accuracy"] + 0.2)
-    assert last["eval_mean@8"] > 1.8 * first["eval_mean@8"]
+    assert middle["step"] == 140 and last["step"] == 280
+    assert 0.3 <= first["eval_accuracy"] < 0.5 and last["eval_accuracy"] >= 0.8
+    assert last["eval_mean@8"] > 2 * first["eval_mean@8"]
     assert first["eval_mean@8"] + 0.1 < middle["eval_mean@8"] < last["eval_mean@8"] - 0.02
 
 

@@ -133,7 +133,7 @@ def test_answers_and_every_step_are_right(split):
         steps, answer = layout[1].split("\n"), layout[2]
         assert answer == row["answer"] and len(steps) >= 2
         for step in steps:
-            left, sign, right, result = re.fullmatch(r"(\d+)([-+x])(\d+)=(\d+)", step).groups()
+            left, sign, right, result = re.fullmatch(r"(\d+)([-+x])(\d+)=(-?\d+)", step).groups()
             assert OPERATIONS[sign](int(left), int(right)) == int(result), (row["question"], step)
         assert operation != "+" or steps[0].startswith(f"{a // 10 * 10}+"), "terms in another order than asked"
         assert steps[-1].endswith(f"={answer}")

@@ -98,7 +98,7 @@ def test_the_config_that_a_run_wrote_repeats_the_run(trained, call, tmp_path):
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        ("--use_grpo --max_length 128", {"max_prompt_length": 80, "max_steps": 200}),
+        ("--use_grpo --max_length 128", {"max_prompt_length": 80, "max_steps": 280}),
         ("--config config_example.json --max_length 128", {"max_prompt_length": 80}),
         ("--use_grpo --num_epochs 2", {"max_steps": -1, "num_train_epochs": 2}),
         ("--config config_example.json --num_epochs 2", {"max_steps": -1}),
@@ -109,7 +109,7 @@ def test_the_config_that_a_run_wrote_repeats_the_run(trained, call, tmp_path):
         ("--config config_example.json --epsilon 0.3", {"clip_high": 0.3}),
         ("--use_grpo --eval_strategy no", {"eval_strategy": "no", "eval_steps": None}),
         ("--config config_example.json --eval_strategy no", {"eval_strategy": "no"}),
-        ("--use_grpo --early_stopping_patience 2", {"metric_for_best_model": "accuracy", "eval_steps": 50}),
+        ("--use_grpo --early_stopping_patience 2", {"metric_for_best_model": "accuracy", "eval_steps": 70}),
     ],
 )
 def test_what_is_said_last_and_nearest_counts(flags, expected, monkeypatch):

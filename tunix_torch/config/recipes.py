@@ -24,10 +24,10 @@ TINY: dict[str, Any] = {
     "learning_rate": 2e-3,
     "warmup_steps": 0.05,
     "kl_penalty_coef": 0.0,
-    "max_steps": 200,
+    "max_steps": 280,
     "stop_check_interval": 4,
-    "eval_steps": 50,
-    "save_steps": 50,
+    "eval_steps": 70,
+    "save_steps": 70,
 }
 
 # agent-tunix's settings for any other model, which `GRPOTrainingConfig` and so run_training.py take.

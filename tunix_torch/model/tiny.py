@@ -50,7 +50,7 @@ TEMPLATES = {
 }
 NUM_HELD_OUT = {"+": 400, "-": 400, "x": 120}  # problems that no training row ever shows
 
-WARM_START = {"seed": 0, "steps": 240, "planned_steps": 300, "batch_size": 32, "learning_rate": 4e-3}
+WARM_START = {"seed": 0, "steps": 243, "planned_steps": 300, "batch_size": 32, "learning_rate": 4e-3}
 
 Problem = tuple[int, str, int]
 
@@ -123,7 +123,9 @@ def _problems() -> tuple[list[Problem], list[Problem]]:
 def work_out(problem: Problem) -> tuple[list[str], int]:
     """The written steps of a calculation, each of them small, and its answer.
 
-    (47, "x", 8) -> ["40x8=320", "7x8=56", "320+50=370", "370+6=376"], 376.
+    (47, "x", 8) -> ["40x8=320", "7x8=56", "320+50=370", "370+6=376"], 376;
+    (62, "-", 35) -> ["60-30=30", "2-5=-3", "30-3=27"], 27. No step needs to look ahead, as borrowing does: what is not
+    found by trying at random, GRPO can't learn.
     """
     a, operation, b = problem
     a_ones, b_ones = a % 10, b % 10
