@@ -32,6 +32,22 @@ def sampler_ratios(batch: TrainBatch, logps: Tensor, args: GRPOConfig) -> Tensor
     return limited if args.sampler_correction.endswith("truncate") else torch.where(limited == ratios, ratios, 0.0)
 
 
+def sampler_gap(batch: TrainBatch, logps: Tensor, args: GRPOConfig) -> Tensor:
+    """How far the log-probabilities of the policy that sampled are from those that its sampler gave: (B, C) float32.
+
+    It is 0 up to rounding, where both do the same. Where sampling truncates the distribution, only what can't be is
+    counted: truncation raises log-probabilities, and a repetition penalty may do anything.
+
+    Args:
+        logps: (B, C) float32 without gradient, in place of `batch.old_per_token_logps` where there are none.
+    """
+    own = logps if batch.old_per_token_logps is None else batch.old_per_token_logps
+    gap = (own - batch.sampler_logps) * batch.completion_mask
+    if not args.corrects_sampler:
+        return gap.abs()
+    return gap.clamp(min=0.0) if args.repetition_penalty == 1 else torch.zeros_like(gap)
+
+
 def policy_weights(batch: TrainBatch, logps: Tensor, ratios: Tensor | None, args: GRPOConfig) -> Tensor | None:
     """The weights of the tokens in the policy loss, (B, C) float32; None where they are `batch.token_weights`.
 

@@ -12,7 +12,7 @@ from ..grpo import grpo_loss
 from ..model.decoding import with_fast_layers
 from ..model.teacher import Teacher
 from ..runtime import device
-from .corrections import policy_weights, sampler_ratios
+from .corrections import policy_weights, sampler_gap, sampler_ratios
 from .distillation import token_scores
 from .entropy import keep_high_entropy
 from .equal_rewards import learn_in_passes
@@ -99,12 +99,7 @@ def learn_micro_batch(
     if torch.is_grad_enabled():
         backward(loss)
     logps, mask = logps.detach(), batch.completion_mask
-    own = logps if batch.old_per_token_logps is None else batch.old_per_token_logps  # by the policy that sampled
-    gap = (own - batch.sampler_logps) * mask
-    if not args.corrects_sampler:
-        gap = gap.abs()
-    else:  # truncation only raises log-probabilities, and a penalty may do anything
-        gap = gap.clamp(min=0.0) if args.repetition_penalty == 1 else torch.zeros_like(gap)
+    gap = sampler_gap(batch, logps, args)
     numbers = {
         "loss": loss.detach(),
         **distance,
