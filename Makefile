@@ -81,8 +81,10 @@ PLUGIN = $$(echo $(abspath $(TPU))/lib/python3*/site-packages/xla_plugins/xla_cp
 $(TPU)/shim.so: tests/tpu_plugin/shim.c $(TPU)/.installed
 	gcc -O1 -Wall -shared -fPIC -I"$(PLUGIN)/include" -o $@ $< -ldl
 
-# torch_tpu on this CPU: the plugin that stands for a TPU, and a sitecustomize.py that makes torch_tpu see a chip
-ON_PLUGIN = TUNIX_DEVICE=tpu TPU_LIBRARY_PATH=$(abspath $(TPU)/shim.so) PYTHONPATH=$(abspath tests/tpu_plugin) OMP_NUM_THREADS=1 \
+# torch_tpu on this CPU: the plugin that stands for a TPU, and a sitecustomize.py that makes torch_tpu see a chip. Programs
+# that wait for each other's results hold threads of the plugin's pool, of which there are as many as cores unless NPROC
+# says more: with two all of them come to wait for ever.
+ON_PLUGIN = NPROC=16 TUNIX_DEVICE=tpu TPU_LIBRARY_PATH=$(abspath $(TPU)/shim.so) PYTHONPATH=$(abspath tests/tpu_plugin) OMP_NUM_THREADS=1 \
 	TUNIX_PJRT_PLUGIN="$(PLUGIN)/xla_cpu_pjrt.so"
 
 setup-tpu: $(TPU)/.installed  ## .venv-tpu, the environment of a TPU VM that computes through torch_tpu (3 GB)
