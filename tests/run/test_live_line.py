@@ -159,7 +159,7 @@ from tunix_torch.cli.script import quiet_transformers, run_script
 from tunix_torch.run import setup
 setup.choose_rewards = lambda config, args: [fails]
 quiet_transformers()
-run_script(lambda: run({model!r}, {folder!r}, disable_tqdm=False, eval_on_start=True, log_completions=True,
+run_script(lambda: run({model!r}, {folder!r}, disable_tqdm=None, eval_on_start=True, log_completions=True,
     num_completions_to_print=1, max_steps=3, **{settings}))
 """
 
@@ -174,7 +174,7 @@ def test_a_job_says_what_it_does_and_leaves_its_log(model_folder, tmp_path, colu
     for phase in ("evaluating", "rollout", "learning"):
         assert any(phase in line for line in live), (phase, live)
     assert max(map(len, live)) < columns and (columns == 40 or any("reward" in line for line in live))
-    assert sum(line.startswith("step    2/3  loss") for line in lines) == 1
+    assert sum(line.startswith("step    2/3  reward") for line in lines) == 1
     assert not any(re.match(r"step \d+/3 ", line) for line in lines), "a live line was left behind"
     assert any(line.startswith("training reward ") and SPARKS[True][-1] in line for line in lines), lines
 
@@ -193,7 +193,7 @@ def test_without_a_terminal_there_is_a_line_a_log_and_no_control_character(model
     run(model_folder, tmp_path, max_steps=3, disable_tqdm=False, log_completions=True, num_completions_to_print=2)
     out = capfd.readouterr().out
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", out), out
-    assert [line[:11] for line in out.splitlines() if "loss" in line and "step" in line] == [
+    assert [line[:11] for line in out.splitlines() if line.startswith("step") and "(" in line] == [
         f"step    {step}/3" for step in (1, 2, 3)
     ]
     assert out.count("advantage") == 3 and re.search(r"\ntraining reward +\d", out)

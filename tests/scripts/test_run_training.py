@@ -361,7 +361,7 @@ def test_example_of_the_guide_trains(here, model_folder):
         ({"training": TrainingConfig(num_batches=10, num_epochs=2)}, 20, 3),
         ({"training": TrainingConfig(num_batches=10, max_steps=3)}, 3, 3),
         ({"training": TrainingConfig(num_epochs=2)}, -1, 2),
-        ({}, 200, 3),
+        ({}, 280, 3),
         ({"model": ModelConfig(model_size="1b")}, -1, 1),
     ],
 )

@@ -27,6 +27,13 @@ def start(code, **how):
 # ---- endings ----
 
 
+def test_a_python_without_pytorch_is_told_where_it_is():
+    """`-S` leaves out the environment's packages, as another Python has none."""
+    result = subprocess.run([sys.executable, "-S", "train.py"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert "has no PyTorch" in result.stderr and ". .venv/bin/activate" in result.stderr
+
+
 def test_a_second_ctrl_c_leaves_at_once():
     """The first one lets the script close what it has open, which may take long."""
     process = start(

@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from ..config.checks import NOT_FOR_US
 from ..config.flags import CONFIGS, parse_job
 from ..config.grpo import GRPOConfig
 from ..config.help import as_flag, group_titles
@@ -100,7 +101,8 @@ def _all_settings() -> str:
             field = fields[name]
             default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
             tiny = f" [`{as_flag(TINY[name])}`]" if name in TINY else ""
-            help = " ".join(field.metadata.get("help", "").replace("%%", "%").split()).replace("|", "\\|")
+            refused = "Does not work here: leave it out. In Transformers: " if name in NOT_FOR_US else ""
+            help = refused + " ".join(field.metadata.get("help", "").replace("%%", "%").split()).replace("|", "\\|")
             text += f"| `{name}` | `{as_flag(default)}`{tiny} | {help} |\n"
     return text
 

@@ -86,10 +86,10 @@ FIELDS: dict[str, Field] = {
         int | str | None, "auto", note="Widths are chosen by this library, and padding changes no number."
     ),
     "generation_batch_size": Field(
-        int | None, None, note="With `steps_per_generation`: see how batches are counted, below."
+        int | None, None, note="With `steps_per_generation`: see how batches are counted, above."
     ),
     "steps_per_generation": Field(
-        int | None, None, note="With `generation_batch_size`: see how batches are counted, below."
+        int | None, None, note="With `generation_batch_size`: see how batches are counted, above."
     ),
     "temperature": Field(float, 1.0, "generation_temperature"),
     "top_p": Field(float, 1.0, "generation_top_p"),
@@ -115,7 +115,7 @@ FIELDS: dict[str, Field] = {
     "vllm_max_model_length": _vllm(int | None, None),
     "vllm_tensor_parallel_size": _vllm(int, 1),
     "beta": Field(float, 0.0, "kl_penalty_coef"),
-    "num_iterations": Field(int, 1, "num_iterations", note="See how batches are counted, below."),
+    "num_iterations": Field(int, 1, "num_iterations", note="See how batches are counted, above."),
     "epsilon": Field(float, 0.2, "epsilon"),
     "delta": Field(float | None, None, "delta"),
     "epsilon_high": Field(float | None, None, "epsilon_high"),

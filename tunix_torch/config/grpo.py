@@ -282,6 +282,8 @@ class GRPOConfig(OnThisMachine):
         given = read_fsdp(self)
         self._resolve()
         together.join_hosts(*mesh.hosts())
+        if self.disable_tqdm is None:  # else Transformers decides by the level of its log, which commands raise
+            self.disable_tqdm = False
         with blamed_on_inherited(self, PASSED_ON):
             super().__post_init__()
         if self.follows_metric:  # by default these schedules take every metric for a loss

@@ -272,6 +272,10 @@ def completion_of(row: Row) -> str | list[Mapping[str, Any]]:
     elif isinstance(completion, list | tuple | np.ndarray):
         completion = _completion_in_messages(row, completion, where)
     elif completion is None and "completion" not in row:
+        if row.get("chosen") is not None and row.get("rejected") is not None:
+            raise ValueError(
+                f"{where}: a pair, chosen and rejected: set preference_loss, such as dpo, to learn from pairs"
+            )
         raise ValueError(f"{where}: no completion to learn from, and none can be made: {row[NO_ANSWER]}")
     if isinstance(completion, list):
         return completion

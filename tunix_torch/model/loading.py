@@ -54,7 +54,12 @@ def resolve_model_name(name: str) -> str:
     if os.path.isdir(name):
         files = os.listdir(name)
         if "config.json" not in files and "adapter_config.json" not in files:
-            raise ValueError(f"model_name={name!r}: the folder has no config.json, so it is not a Hugging Face model")
+            checkpoints = [file for file in files if re.fullmatch(r"checkpoint-\d+", file)]
+            newest = max(checkpoints, key=lambda file: int(file.split("-")[1]), default=None)
+            hint = f"; it has {newest}: give that, or let the trainer call save_model()" if newest else ""
+            raise ValueError(
+                f"model_name={name!r}: the folder has no config.json, so it is not a Hugging Face model{hint}"
+            )
         if not any(file.endswith((".safetensors", ".bin", ".safetensors.index.json")) for file in files):
             raise ValueError(f"model_name={name!r}: the folder has no weights (expected model.safetensors)")
     elif name.startswith((".", "/", "~")):

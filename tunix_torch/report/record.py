@@ -57,7 +57,7 @@ def read_run(output_dir: str | Path) -> RunRecord:
         raise ValueError(f"output_dir={str(folder)!r}: {'a file, expected' if folder.exists() else 'no such'} folder")
     rows = load_metrics(folder)
     if not rows:
-        hint = f"holds no {METRICS_FILE} with a step in it, so no run of train.py has logged there"
+        hint = f"holds no {METRICS_FILE} with a step in it; runs of train.py write it, a script's TunixTrainer doesn't"
         raise ValueError(f"output_dir={str(folder)!r}: {hint}")
     return RunRecord(
         folder=folder,

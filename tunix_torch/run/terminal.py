@@ -98,6 +98,8 @@ def is_terminal() -> bool:
 def _means(logs: Sequence[dict[str, float]]) -> list[str]:
     shown = []
     for key, form in PROGRESS_COLUMNS:
+        if key == "loss" and "reward" in logs[0]:  # GRPO's is about 0 where a policy learns from its own samples
+            continue
         values = [row[key] for row in logs if key in row]
         if values:
             shown.append(form.format(sum(values) / len(values)))

@@ -188,7 +188,8 @@ def _describe_device() -> str:
         return f"TPU through torch_tpu: {torch.tpu.get_device_name()}" if is_tpu() else "torch_tpu on the CPU, no TPU"
     if KIND == "cuda":
         return f"CUDA: {torch.cuda.get_device_name(0)}, {torch.cuda.device_count()} device(s)"
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}"
 
 
 def sharding_of(tensor: torch.Tensor) -> Any:
