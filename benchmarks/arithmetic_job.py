@@ -29,7 +29,7 @@ class Job:
     """
 
     seed: int = 42
-    steps: int = 200  # training steps: a rollout and an optimizer step each; the learning rate falls linearly to 0
+    steps: int = 280  # training steps: a rollout and an optimizer step each; the learning rate falls linearly to 0
     # the batch
     num_prompts: int = 32  # N
     num_completions: int = 4  # G, for each prompt

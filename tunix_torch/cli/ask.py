@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import math
 import re
-import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from ..config.model import TINY_NAME
 from ..config.settings import require
 from ..data.visible import visible
 from ..rewards import extract_answer, extract_reasoning
+from ..runtime.columns import columns_of
 from .script import Parser, called_as, check_output_file, choose_device, quiet_transformers
 from .serving import how_to_serve
 
@@ -154,7 +154,7 @@ def show(result: dict[str, object], show_prompt: bool) -> None:
         lines = [visible(line) for line in lines_of(completion)]
         if "base_completions" in result:
             of_base = [visible(line) for line in lines_of(result["base_completions"][number - 1])]
-            width = shutil.get_terminal_size().columns
+            width = columns_of(sys.stdout)
             lines = side_by_side(["with the adapter", *lines], ["base model", *of_base], width)
         print("\n".join(lines))
 

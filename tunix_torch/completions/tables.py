@@ -11,6 +11,7 @@ from rich.text import Text
 
 from ..config.grpo import GRPOConfig
 from ..data.visible import visible
+from ..runtime.columns import columns_of
 from .rows import Columns
 
 LONGEST = 600  # characters of a text on the terminal; files and services get all of it
@@ -41,7 +42,7 @@ class ShowCompletions:
         if not due:
             return
         rows = chosen(columns, self.args.num_completions_to_print, self.args.log_unique_prompts)
-        console = Console(file=sys.stdout, highlight=False)
+        console = Console(file=sys.stdout, highlight=False, width=columns_of(sys.stdout))
         console.print(on_terminal(rows, f"Step {step}", console.width))
         self._report(chosen(columns, None, self.args.log_unique_prompts), step)
 

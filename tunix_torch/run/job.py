@@ -1,7 +1,6 @@
 """Runs a whole job: set up, evaluate, train, evaluate, save; resumes a run, and leaves a finished one as it is."""
 
 import contextlib
-import shutil
 import signal
 import sys
 import time
@@ -20,6 +19,7 @@ from ..config.saved import CONFIG_FILE, WHOLE_CONFIG_FILE, check_same_run, save_
 from ..report.page import REPORT_FILE, write_report_of_ended_run
 from ..report.starts import note_start
 from ..runtime import device, mesh, together
+from ..runtime.columns import columns_of
 from ..trainer import TunixTrainer
 from .callbacks import BeforeTraining, SaveOnSignal, complete_metrics
 from .curves import CURVES_FILE, plot_training_curves
@@ -128,7 +128,7 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
         trainer.log_summary(checkpoint)
     write_final_files(trainer)
     if together.is_first():
-        lines = summary(trainer.state.log_history, shutil.get_terminal_size().columns, sys.stdout.encoding)
+        lines = summary(trainer.state.log_history, columns_of(sys.stdout), sys.stdout.encoding)
         print("\n" * bool(lines) + "\n".join(lines))
         seconds = time.perf_counter() - started
         print(f"\n{seconds:.0f} s, {device.memory_summary()}. {trainer.policy.what}, metrics and curves: {output_dir}")

@@ -4,7 +4,6 @@ It never hides the cursor and takes no part of the screen, so a process that is 
 a line of text.
 """
 
-import contextlib
 import os
 import re
 import sys
@@ -14,6 +13,8 @@ from typing import IO, Any
 
 from rich.console import Console
 from rich.text import Text
+
+from ..runtime.columns import columns_of
 
 INTERVAL = 0.2  # seconds between two looks at what the line should say
 ERASE = "\r\x1b[2K"
@@ -87,7 +88,7 @@ class LiveLine:
                     return
 
     def _draw(self) -> None:
-        width = self._width() - 1  # in the last column, terminals differ in what they do
+        width = columns_of(self._out) - 1  # in the last column, terminals differ in what they do
         if self._column or width < 1:
             return
         self._console.width = width
@@ -99,13 +100,6 @@ class LiveLine:
             self._drawn = capture.get()
             self._out.write(f"{ERASE}{self._drawn}")
             self._out.flush()
-
-    def _width(self) -> int:
-        """The columns of the terminal as it is now. COLUMNS may say another number, and a line that wraps stays."""
-        with contextlib.suppress(OSError, ValueError):  # a stream that is no terminal
-            if columns := os.get_terminal_size(self._out.fileno()).columns:
-                return columns
-        return self._console.width
 
     def _erase(self) -> None:
         if self._drawn:
