@@ -237,7 +237,7 @@ def test_mistakes_are_one_line(subtests):
         (["--seeds", "1,2,1"], "each once"),
         (["--goal", "90"], "goal=90.0: must be in (0, 1]"),
         (["--steps", "0"], "steps=0: must be at least 1"),
-        (["--stop_after", "201"], "stop_after=201: must be from 1 to steps=200"),
+        (["--stop_after", "281"], "stop_after=281: must be from 1 to steps=280"),
         (["--threads", "4096"], "threads=4096: this process may use"),
         (["--trl_rows", "48"], "trl_rows=48: must divide the 128 completions of a step"),
         (["--json", "/no/such/folder/x.json"], "expected a file in a folder that exists"),
