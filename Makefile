@@ -24,8 +24,9 @@ HAS_LOCK := $(BIN)/python -c "import platform as p, sys; \
 
 $(STAMP): requirements.txt requirements.lock
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or later is needed: make PYTHON=..."; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	if $(HAS_LOCK); then $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock; \
+	@echo "Installing the requirements in .venv: about five minutes and 9 GB, without a word until it is done"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@if $(HAS_LOCK); then $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock; \
 	else $(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt; fi
 	touch $(STAMP)
 
