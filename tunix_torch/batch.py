@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+IN_MAIN_MEMORY = ("lengths", "rewards")  # fields of a `TrainBatch`; all others lie on the device
+
 
 @dataclass
 class PromptBatch:
@@ -60,7 +62,7 @@ class TrainBatch:
 
     def tensors(self) -> list[Tensor]:
         """The tensors on the device, without those that are None."""
-        values = [getattr(self, field.name) for field in fields(self) if field.name not in ("rewards", "lengths")]
+        values = [getattr(self, field.name) for field in fields(self) if field.name not in IN_MAIN_MEMORY]
         return [value for value in values if value is not None]
 
     def in_main_memory(self) -> "TrainBatch":

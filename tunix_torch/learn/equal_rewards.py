@@ -13,10 +13,10 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from ..batch import TrainBatch
+from ..batch import IN_MAIN_MEMORY, TrainBatch
 from ..config.grpo import GRPOConfig
 from ..runtime import device
-from .passes import Pass, lay_out, run_passes
+from .passes import Pass, in_passes, lay_out, run_passes
 
 ROUNDING = 8 * 2.0**-52  # rewards that differ by less, relative to the largest, count as equal: it is float64 rounding
 
@@ -42,7 +42,7 @@ def learn_in_passes(
     """
     without = groups_without_gradient(batch, args)
     if without is None:
-        return run_passes(lay_out(batch, args), compute)
+        return in_passes(batch, args, compute)
     groups = [(~without).nonzero()[:, 0], without.nonzero()[:, 0]]
     learned, others = (lay_out(_of_groups(batch, some), args) for some in groups)
     remaining = len(learned)
@@ -91,7 +91,7 @@ def _of_groups(batch: TrainBatch, groups: Tensor) -> TrainBatch:
     on_device = {name: device.upload(some, place) for name, some in (("groups", groups), ("rows", rows))}
     columns = {field.name: getattr(batch, field.name) for field in fields(batch)}
     for name, value in columns.items():
-        if name in ("lengths", "rewards"):
+        if name in IN_MAIN_MEMORY:
             columns[name] = value if value is None else value[rows]
         elif value is not None:
             columns[name] = value[on_device["groups" if name.startswith("prompt_") else "rows"]]

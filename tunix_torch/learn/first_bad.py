@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batch import TrainBatch
+from ..batch import IN_MAIN_MEMORY, TrainBatch
 from ..config.grpo import GRPOConfig
 from ..model.forward import reference_policy
 from ..model.teacher import Teacher
@@ -51,7 +51,7 @@ def look_at_rows(
 def _parts(record: BadBatch, device: torch.device) -> list[Pass]:
     """One pass for each row of a batch; for preference pairs, for each pair."""
     columns = {name: value for name, value in vars(record.batch).items() if value is not None}
-    batch = TrainBatch(**{name: v if name in ("lengths", "rewards") else v.to(device) for name, v in columns.items()})
+    batch = TrainBatch(**{name: v if name in IN_MAIN_MEMORY else v.to(device) for name, v in columns.items()})
     if record.layout:
         return lay_out_packs(batch, **{name: v.to(device) for name, v in record.layout.items()}, rows_per_pass=1)
     return [plain_rows(part) for part in batch.split(2 if record.kind == "pairs" else 1)]

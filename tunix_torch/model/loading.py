@@ -16,6 +16,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..config.model import ModelConfig
 from ..runtime import device, fsdp, mesh, tensor_parallel
@@ -54,8 +55,7 @@ def resolve_model_name(name: str) -> str:
     if os.path.isdir(name):
         files = os.listdir(name)
         if "config.json" not in files and "adapter_config.json" not in files:
-            checkpoints = [file for file in files if re.fullmatch(r"checkpoint-\d+", file)]
-            newest = max(checkpoints, key=lambda file: int(file.split("-")[1]), default=None)
+            newest = get_last_checkpoint(name)
             hint = f"; it has {newest}: give that, or let the trainer call save_model()" if newest else ""
             raise ValueError(
                 f"model_name={name!r}: the folder has no config.json, so it is not a Hugging Face model{hint}"
