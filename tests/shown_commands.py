@@ -179,18 +179,26 @@ def _read_notes(fields: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
         at += 2 + count
 
 
+def as_if_not_called_by_make() -> dict[str, str]:
+    """This process's environment without what a make above it says to its children: flags, level, and our variables.
+
+    Tests may be run by make, whose level alone changes the name by which a make below speaks: make[1].
+    """
+    said = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "ARGS", "CASES")
+    return {name: value for name, value in os.environ.items() if name not in said}
+
+
 def called_by_make(words: Sequence[str]) -> list[tuple[str, ...]]:
     """What a call of make would run, without what installs packages.
 
     Raises:
         ValueError: make has no such target.
     """
-    inherited = {name: value for name, value in os.environ.items() if name not in ("ARGS", "CASES")}
     installed = [word for stamp in (".venv/.installed", ".venv-tpu/.installed") for word in ("--old-file", stamp)]
     ended = subprocess.run(
         ["make", "--dry-run", "--no-print-directory", *installed, *words],
         cwd=ROOT,
-        env=inherited | {"MAKEFLAGS": ""},
+        env=as_if_not_called_by_make(),
         capture_output=True,
         text=True,
     )

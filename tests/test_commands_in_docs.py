@@ -5,7 +5,6 @@ import csv
 import importlib
 import io
 import json
-import os
 import re
 import shlex
 import shutil
@@ -21,6 +20,7 @@ from shown_commands import (
     PAGES,
     ROOT,
     SHELL,
+    as_if_not_called_by_make,
     blocks_of,
     called_by_make,
     in_backticks,
@@ -285,8 +285,9 @@ def test_the_seconds_of_each_step_are_those_of_the_metrics(checkout, capsys, mon
 @pytest.mark.parametrize("target, prints", [("help", "make train "), ("check-device", "kind         cpu")])
 def test_targets_of_make_run(target, prints):
     command = ["make", "--old-file", ".venv/.installed", target]
-    environment = os.environ | {"MAKEFLAGS": ""}  # this test may be run by make, whose flags are not meant here
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(
+        command, cwd=ROOT, env=as_if_not_called_by_make(), capture_output=True, text=True, timeout=120
+    )
     assert ended.returncode == 0 and prints in ended.stdout, ended.stdout + ended.stderr
 
 

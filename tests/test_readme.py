@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from shown_commands import as_if_not_called_by_make
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -144,7 +145,11 @@ def test_the_map_of_files_is_up_to_date():
 )
 def test_make_has_the_documented_targets(target, command):
     result = subprocess.run(
-        ["make", "--dry-run", "--old-file", ".venv/.installed", target], cwd=ROOT, capture_output=True, text=True
+        ["make", "--dry-run", "--old-file", ".venv/.installed", target],
+        cwd=ROOT,
+        env=as_if_not_called_by_make(),
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0 and command in result.stdout, result.stdout + result.stderr
 
