@@ -178,6 +178,21 @@ def test_the_command_prints_findings_as_text_and_as_json(tmp_path, capsys):
     write_run(tmp_path / "b", healthy_rows())
     main(["diagnose", str(tmp_path / "b")])
     assert capsys.readouterr().out.startswith("Nothing was found")
+    write_run(tmp_path / "c", healthy_rows(steps=4))
+    main(["diagnose", str(tmp_path / "c")])
+    assert capsys.readouterr().out.startswith("Too early to tell: 4 logs of training steps so far")
+
+
+def test_a_run_without_a_file_of_metrics_is_read_from_its_newest_state(tmp_path):
+    """A trainer that a script has made writes none; its checkpoints hold what was logged."""
+    for step in (9, 20, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        state = {"log_history": healthy_rows(steps=step) + [{"epoch": 1.0}]}
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    run = read_run(tmp_path)
+    assert run.rows == healthy_rows(steps=100) and diagnose(run) == []
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": healthy_rows(steps=120)}))  # save_state()
+    assert read_run(tmp_path).last_step == 120
 
 
 def test_a_run_at_work_can_be_diagnosed(tmp_path):
@@ -190,11 +205,13 @@ def test_a_run_at_work_can_be_diagnosed(tmp_path):
 @pytest.mark.parametrize(
     "harm, words",
     [
-        (lambda folder: (folder / "metrics.jsonl").unlink(), "holds no metrics.jsonl"),
-        (lambda folder: (folder / "metrics.jsonl").write_text(""), "holds no metrics.jsonl"),
+        (lambda folder: (folder / "metrics.jsonl").unlink(), "holds neither a metrics.jsonl"),
+        (lambda folder: (folder / "metrics.jsonl").write_text(""), "holds neither a metrics.jsonl"),
         (lambda folder: (folder / "metrics.jsonl").write_text('{"step": 1}\n{"ste\n{"step": 2}\n'), "line 2: expected"),
         (lambda folder: (folder / "metrics.jsonl").write_text('{"step": "1"}\n'), "line 1: expected"),
         (lambda folder: (folder / "metrics.jsonl").write_bytes(b"\xff\n"), "not UTF-8"),
+        (lambda folder: only_a_state(folder, "{"), "trainer_state.json: not the state of a trainer"),
+        (lambda folder: only_a_state(folder, "[]"), "trainer_state.json: not the state of a trainer"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
         (lambda folder: (folder / "starts.jsonl").write_text("[]\n"), "starts.jsonl, line 1"),
         (lambda folder: (folder / "crosscheck.json").write_text('{"rows": [1]}'), "crosscheck.json: not the table"),
@@ -210,6 +227,13 @@ def test_what_is_damaged_is_one_line_and_exit_code_2(command, harm, words, tmp_p
         main([command, str(folder)])
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and line.startswith("error: ") and words in line
+
+
+def only_a_state(folder, text):
+    """A run that has a checkpoint and no metrics.jsonl."""
+    (folder / "metrics.jsonl").unlink()
+    (folder / "checkpoint-6").mkdir()
+    (folder / "checkpoint-6" / "trainer_state.json").write_text(text)
 
 
 def write_columns(folder):

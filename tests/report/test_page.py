@@ -214,7 +214,9 @@ def test_without_matplotlib_there_are_tables_and_a_line_says_so(run, monkeypatch
     "rows, words",
     [
         ([{"step": 1, "loss": 0.1, "learning_rate": 1e-3}], "The run has logged 1 training step so far"),
-        ([{"step": i, "loss": 2.0 - i / 10, "learning_rate": 1.0} for i in range(1, 9)], "fell from 1.9 to 1.2"),
+        ([{"step": i, "loss": 2.0 - i / 10, "learning_rate": 1.0} for i in range(1, 9)], "fell from 1.75 to 1.35"),
+        ([{"step": i, "reward": 1.0 + i % 3, "learning_rate": 1.0} for i in range(1, 9)], "which may be chance"),
+        ([{"step": i, "reward": 1.0 * i, "learning_rate": 1.0} for i in range(1, 4)], "logged 3 training steps so far"),
         (healthy_rows()[:1], "Right answers are 50.0%"),
         (with_values(healthy_rows(), eval_accuracy=lambda done: 0.5), "which may be chance"),
         ([row for row in healthy_rows() if "eval_runtime" not in row], "The mean reward of training rose"),

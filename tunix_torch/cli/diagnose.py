@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from ..report.diagnosis import diagnose
+from ..report.diagnosis import diagnose, without_findings
 from ..report.findings import in_plain_text
 from ..report.record import read_run
 from .script import Parser
@@ -43,8 +43,9 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
         ValueError: see `read_run`.
     """
     args = parse_args(sys.argv[1:] if argv is None else argv, command or "python -m tunix_torch.diagnose")
-    findings = diagnose(read_run(args.output_dir))
+    run = read_run(args.output_dir)
+    findings = diagnose(run)
     if args.json:
         print(json.dumps({"findings": [finding.as_dict() for finding in findings]}, indent=1))
     else:
-        print(in_plain_text(findings))
+        print(in_plain_text(findings, without_findings(run)))

@@ -34,6 +34,14 @@ def diagnose(run: RunRecord) -> list[Finding]:
     return [finding for finding in found if finding is not None]
 
 
+def without_findings(run: RunRecord) -> str:
+    """What is to be said where nothing was found: that all is well, or that it is too early to tell."""
+    logs = len(steps_of_training(run.rows))
+    if logs >= LEAST_LOGS:
+        return "Nothing was found: the curves show none of the troubles that are looked for."
+    return f"Too early to tell: {logs} log{'s' * (logs != 1)} of training steps so far, and a trend takes {LEAST_LOGS}."
+
+
 def nothing_to_learn(rows: Rows) -> Finding | None:
     """Groups whose rewards are all equal have an advantage of 0, so nothing is learned from them.
 

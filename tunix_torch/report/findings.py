@@ -37,10 +37,10 @@ class Finding:
         return asdict(self)
 
 
-def in_plain_text(findings: Sequence[Finding]) -> str:
-    """The findings for a terminal."""
+def in_plain_text(findings: Sequence[Finding], without: str) -> str:
+    """The findings for a terminal; `without` is what to say where there are none."""
     if not findings:
-        return "Nothing was found: the curves show none of the troubles that are looked for."
+        return without
     parts = []
     for finding in findings:
         lines = "".join(f"\n    {line}" for line in finding.lines)

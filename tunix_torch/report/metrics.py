@@ -1,28 +1,30 @@
-"""Reads a run's metrics.jsonl, and gives the numbers of its steps as series of points."""
+"""Reads what a run has logged, and gives the numbers of its steps as series of points."""
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
+STATE_FILE = "trainer_state.json"  # Transformers writes it into each checkpoint, and `Trainer.save_state` beside them
 
 Rows = Sequence[dict[str, Any]]
 Points = list[tuple[int, float]]  # (step, value), in the order in which they were logged
 
 
 def load_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; none where there is no such file.
+    """The rows of a run's metrics.jsonl. A trainer that a script has made writes none: those of its newest checkpoint.
 
     A last line without its end is left out: a run that goes on is writing it, or one that was killed was.
 
     Raises:
-        ValueError: another line is no row of metrics; the message names it.
+        ValueError: another line is no row of metrics; the message names it. Or the checkpoint's state is damaged.
     """
     path = Path(output_dir) / METRICS_FILE
     if not path.exists():
-        return []
+        return _logs_of_the_newest_state(Path(output_dir))
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -39,6 +41,22 @@ def load_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
         elif number < len(lines):
             raise ValueError(f"{path}, line {number}: expected a JSON object with a step, got {line[:60]!r}")
     return rows
+
+
+def _logs_of_the_newest_state(folder: Path) -> list[dict[str, Any]]:
+    """What had been logged when a run last saved its state, in a checkpoint or at its end; none: it saved none."""
+    numbered = [
+        (re.fullmatch(r"checkpoint-([0-9]{1,18})", path.parent.name), path) for path in folder.glob(f"*/{STATE_FILE}")
+    ]
+    checkpoints = sorted((int(match[1]), path) for match, path in numbered if match)
+    for path in [folder / STATE_FILE, *(path for _, path in reversed(checkpoints))]:
+        if path.is_file():
+            try:
+                rows = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}: not the state of a trainer: {error}") from error
+            return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+    return []
 
 
 def series(rows: Rows, key: str) -> Points:
@@ -64,6 +82,12 @@ def keys_of(rows: Rows) -> list[str]:
 def mean(values: Sequence[float]) -> float:
     """The mean of values, of which there must be some."""
     return sum(values) / len(values)
+
+
+def squared_error(values: Sequence[float]) -> float:
+    """The variance of the mean of values, of which there must be two: the square of its standard error."""
+    center = mean(values)
+    return sum((value - center) ** 2 for value in values) / (len(values) - 1) / len(values)
 
 
 def smoothed(points: Points, width: int) -> Points:

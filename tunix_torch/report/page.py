@@ -13,7 +13,7 @@ from ..config.saved import config_file
 from ..data.visible import visible
 from .about import facts_of
 from .completions import Completion, steps_of
-from .diagnosis import diagnose
+from .diagnosis import diagnose, without_findings
 from .panels import distribution, mean_seconds, overlaid, panels_of
 from .pictures import can_draw, pictures_of
 from .record import RunRecord, read_run
@@ -97,6 +97,7 @@ def report_of(run: RunRecord) -> str:
         facts=facts_of(run),
         verdict=verdict_of(run),
         findings=diagnose(run),
+        without_findings=without_findings(run),
         pictures=pictures_of(panels_of(run.rows)),
         distribution=pictures_of([moves])[0] if moves is not None else None,
         counts=counts,
@@ -120,6 +121,7 @@ def comparison_of(one: RunRecord, other: RunRecord) -> str:
             "facts": facts_of(run),
             "verdict": verdict_of(run),
             "findings": diagnose(run),
+            "without_findings": without_findings(run),
             "seconds": mean_seconds(run.rows),
         }
         for name, run in zip(names, (one, other), strict=True)

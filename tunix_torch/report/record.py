@@ -22,7 +22,7 @@ class RunRecord:
     """What a run left on disk."""
 
     folder: Path
-    rows: list[dict[str, Any]]  # of metrics.jsonl, at least one
+    rows: list[dict[str, Any]]  # of its logs, at least one: see `load_metrics`
     settings: dict[str, Any] = field(default_factory=dict)  # {}: it was no job of `train`, which writes them
     starts: list[dict[str, Any]] = field(default_factory=list)  # see `starts.py`; none of an early version
     completions: list[Completion] = field(default_factory=list)  # of training steps; none: they were not kept
@@ -57,7 +57,7 @@ def read_run(output_dir: str | Path) -> RunRecord:
         raise ValueError(f"output_dir={str(folder)!r}: {'a file, expected' if folder.exists() else 'no such'} folder")
     rows = load_metrics(folder)
     if not rows:
-        hint = f"holds no {METRICS_FILE} with a step in it; runs of train.py write it, a script's TunixTrainer doesn't"
+        hint = f"holds neither a {METRICS_FILE} with a step in it nor a checkpoint"
         raise ValueError(f"output_dir={str(folder)!r}: {hint}")
     return RunRecord(
         folder=folder,

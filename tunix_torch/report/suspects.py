@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..evals.estimators import difference_interval
 from .completions import Completion, steps_of
 from .findings import Finding, Line
-from .metrics import Points, Rows, keys_of, mean, series, steps_of_training
+from .metrics import Points, Rows, keys_of, mean, series, squared_error, steps_of_training
 
 WIDTH = 20  # logs whose mean is the reward at the time of an evaluation
 LEAST_LONG = 4  # long completions; the share of fewer says nothing
@@ -194,9 +194,9 @@ def _difference(first: Sequence[float], last: Sequence[float]) -> float:
     """By how much the mean has changed, or 0 where that is less than ERRORS standard errors."""
     if min(len(first), len(last)) < 5:
         return 0.0
-    variances = [sum((v - mean(part)) ** 2 for v in part) / (len(part) - 1) / len(part) for part in (first, last)]
+    error = (squared_error(first) + squared_error(last)) ** 0.5
     change = mean(last) - mean(first)
-    return change if abs(change) > ERRORS * sum(variances) ** 0.5 else 0.0
+    return change if abs(change) > ERRORS * error else 0.0
 
 
 def _moved(points: Points) -> float:

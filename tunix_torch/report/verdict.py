@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from ..evals.estimators import difference_interval, wilson_interval
-from .metrics import Rows, keys_of, mean, series, steps_of_training
+from .metrics import Rows, keys_of, mean, series, squared_error, steps_of_training
 from .record import RunRecord
 
 _SHARE = re.compile(r"(?P<stem>eval_(?:.+_)?)(?P<name>accuracy|mean@\d+)")
@@ -168,21 +168,29 @@ def _once(change: Change, step: int) -> str:
 
 
 def _without_evaluation(run: RunRecord) -> Verdict:
-    """The verdict by what training steps have logged: the first tenth of the logs against the last."""
+    """The verdict by what training steps have logged: the first tenth of the logs, or five of them, against the last.
+
+    A change is named where the 95% interval of it, by the standard errors of both means, has no 0 in it.
+    """
     rows = steps_of_training(run.rows)
     for key, name in (("reward", "mean reward"), ("loss", "loss")):
-        points = series(rows, key)
-        if len(points) < 2:
+        values = [value for _, value in series(rows, key)]
+        if len(values) < 4:
             continue
-        width = max(1, len(points) // 10)
-        before, after = (mean([value for _, value in part]) for part in (points[:width], points[-width:]))
-        verb = "rose" if after > before else "fell" if after < before else "stayed"
-        better = (after > before) == (key == "reward")
+        width = min(len(values) // 2, max(5, len(values) // 10))
+        first, last = values[:width], values[-width:]
+        before, after = mean(first), mean(last)
+        reach = 1.96 * (squared_error(first) + squared_error(last)) ** 0.5
+        low, high = after - before - reach, after - before + reach
         detail = (
             "Nothing was evaluated, so this says nothing about questions that the model has not seen. The first "
-            f"{width} and the last {width} of {len(points)} logs are compared."
+            f"{width} and the last {width} of {len(values)} logs are compared: the change lies between {low:+.3g} and "
+            f"{high:+.3g}, with 95% confidence."
         )
-        tone = "same" if after == before else "better" if better else "worse"
-        return Verdict(f"The {name} of training {verb} from {before:.4g} to {after:.4g}", detail, tone, [])
+        if low <= 0 <= high:
+            said = f"The {name} of training went from {before:.4g} to {after:.4g}, which may be chance"
+            return Verdict(said, detail, "same", [])
+        said = f"The {name} of training {'rose' if low > 0 else 'fell'} from {before:.4g} to {after:.4g}"
+        return Verdict(said, detail, "better" if (low > 0) == (key == "reward") else "worse", [])
     steps = f"The run has logged {len(rows)} training step{'s' * (len(rows) != 1)} so far"
     return Verdict(steps, "That is too little to compare.", "unknown", [])
