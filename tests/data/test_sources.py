@@ -602,6 +602,7 @@ def test_known_data_set_is_evaluated_on_its_test_split(monkeypatch):
         return datasets.Dataset.from_list([ARC] * 2)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it is not asked whether it answers
     train, evaluation = load_data(DataConfig(dataset="arc"), seed=0)
     assert len(train) == len(evaluation) == 2
     assert asked == [("allenai/ai2_arc", "ARC-Challenge", "train"), ("allenai/ai2_arc", "ARC-Challenge", "test")]

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from ..config.hub import require_hub_for_data
 from .files import format_of, read_file
 from .rows import Row
 from .values import features_to_convert, plain_row
@@ -107,6 +108,7 @@ def _open_huggingface(
     """Open a data set of the hub, a folder of parquet, csv or json files, or a folder that `save_to_disk` wrote."""
     with _loading("Hugging Face", path, config_name, split, setting):
         if not any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            require_hub_for_data(path, datasets.config.HF_DATASETS_CACHE)
             return datasets.load_dataset(path, config_name, split=split, streaming=streaming)
         saved = datasets.load_from_disk(path)
         if isinstance(saved, datasets.DatasetDict):

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..config.hub import require_hub_for_model
 from ..config.model import ModelConfig
 from ..runtime import device, fsdp, mesh, tensor_parallel
 from ..runtime.fsdp import Splitting
@@ -52,19 +53,31 @@ def resolve_model_name(name: str) -> str:
     """
     if name == tiny.NAME or (not os.path.exists(name) and Path(name).name.startswith(tiny.FOLDER_PREFIX)):
         return str(_tiny_folder(Path(name).name))
+    check_folder(name, f"model_name={name!r}", ("config.json", ADAPTER_CONFIG))
+    return name
+
+
+def check_folder(name: str, what: str, configs: Collection[str] = ("config.json",)) -> None:
+    """Make sure that what is a folder by its name has a config and weights. Any other name is taken for a hub id.
+
+    Args:
+        name: a folder or a hub id.
+        what: what the user gave, for error messages: "model_name='x'".
+        configs: the files of which it must have one.
+
+    Raises:
+        ValueError: there is no such folder, or it holds no model.
+    """
     if os.path.isdir(name):
         files = os.listdir(name)
-        if "config.json" not in files and "adapter_config.json" not in files:
+        if not any(config in files for config in configs):
             newest = get_last_checkpoint(name)
             hint = f"; it has {newest}: give that, or let the trainer call save_model()" if newest else ""
-            raise ValueError(
-                f"model_name={name!r}: the folder has no config.json, so it is not a Hugging Face model{hint}"
-            )
+            raise ValueError(f"{what}: the folder has no config.json, so it is not a Hugging Face model{hint}")
         if not any(file.endswith((".safetensors", ".bin", ".safetensors.index.json")) for file in files):
-            raise ValueError(f"model_name={name!r}: the folder has no weights (expected model.safetensors)")
+            raise ValueError(f"{what}: the folder has no weights (expected model.safetensors)")
     elif name.startswith((".", "/", "~")):
-        raise ValueError(f"model_name={name!r}: no such folder")
-    return name
+        raise ValueError(f"{what}: no such folder")
 
 
 def _tiny_folder(name: str) -> Path:
@@ -112,6 +125,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     path = resolve_model_name(name)
     with _hub_errors(name):
+        require_hub_for_model(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -130,6 +144,7 @@ def load_base_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedMo
     """
     path = resolve_model_name(name)
     with _hub_errors(name):
+        require_hub_for_model(path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         # sdpa has no soft-cap on attention scores, so Gemma 2 would be silently wrong with it
         attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"

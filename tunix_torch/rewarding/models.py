@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from .. import rewards
-from ..model.loading import default_dtype
+from ..config.hub import require_hub_for_model
+from ..model.loading import check_folder, default_dtype
 from ..runtime import device, mesh, together
 
 logger = logging.getLogger(__name__)
@@ -258,15 +259,9 @@ def _check_outputs(config: PretrainedConfig, what: str, architecture: str | None
 
 def _load(name: str, what: str) -> PreTrainedModel:
     """Load a reward model with all of its weights, on the CPU."""
-    if os.path.isdir(name):
-        files = os.listdir(name)
-        if "config.json" not in files:
-            raise ValueError(f"{what}: the folder has no config.json, so it is not a Hugging Face model")
-        if not any(file.endswith((".safetensors", ".bin", ".safetensors.index.json")) for file in files):
-            raise ValueError(f"{what}: the folder has no weights (expected model.safetensors)")
-    elif name.startswith((".", "/", "~")):
-        raise ValueError(f"{what}: no such folder")
+    check_folder(name, what)
     try:
+        require_hub_for_model(name)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         _check_outputs(config, what, next(iter(config.architectures or []), None))
         # sdpa has no soft-cap on attention scores, so Gemma 2 would be silently wrong with it
