@@ -156,6 +156,22 @@ def judged(row, number, right, vote="1", near=False, formed=True, length=10):
     return JudgedCompletion(row, number, "?", "1", "", vote, vote, right, right or near, formed, {}, length)
 
 
+def test_flags_have_the_names_of_train_too():
+    given = "--model_name m --num_eval_rows 3 --reward_funcs format --generation_max_length 9".split()
+    given += "--generation_temperature 0.5 --generation_top_k 4 --generation_top_p 0.5".split()
+    own = "--model_path m --max_samples 3 --rewards format --max_new_tokens 9 --temperature 0.5 --top_k 4 --top_p 0.5"
+    assert evaluate.parse_args(given, "evaluate") == evaluate.parse_args(own.split(), "evaluate")
+    with pytest.raises(ValueError, match="unknown argument '--max_sample'; did you mean '--max_samples'"):
+        evaluate.parse_args(["--max_sample", "3"], "evaluate")
+
+
+def test_what_is_the_accuracy_by_another_name_is_shown_once():
+    one = evaluation.format_metrics(summarize([judged(1, 1, True), judged(2, 1, False)]))
+    assert one.count("50.0%") == 2 and "partial accuracy" in one and "@1" not in one
+    two = evaluation.format_metrics(summarize([judged(i, k, i == k) for i in (1, 2) for k in (1, 2)]))
+    assert all(name in two for name in ("pass@1", "pass@2", "mean@2", "maj@2"))
+
+
 def test_metrics_of_a_small_case_by_hand():
     completions = [
         *(judged(1, i, i == 1, vote="1" if i == 1 else "2", near=i == 2) for i in (1, 2, 3)),

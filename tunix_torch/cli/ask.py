@@ -56,14 +56,15 @@ def parse_args(argv: Sequence[str], command: str) -> argparse.Namespace:
     parser.add_argument("--compare_base", action="store_true", help="answers without the adapter too, side by side")
     parser.add_argument(
         "--model_path",
+        "--model_name",
         help="model or adapter folder, or hub id (default: newest run under ./outputs, else the tiny model)",
     )
     parser.add_argument("--prompt_template", choices=["default", *PROMPT_TEMPLATES], default="default")
     parser.add_argument("--system_message", help="put before the question (default: that of the training run)")
-    parser.add_argument("--max_new_tokens", type=int, default=512)
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--top_p", type=float, default=0.9)
-    parser.add_argument("--top_k", type=int, default=50)
+    parser.add_argument("--max_new_tokens", "--generation_max_length", type=int, default=512)
+    parser.add_argument("--temperature", "--generation_temperature", type=float, default=0.7)
+    parser.add_argument("--top_p", "--generation_top_p", type=float, default=0.9)
+    parser.add_argument("--top_k", "--generation_top_k", type=int, default=50)
     parser.add_argument("--do_sample", action="store_true", default=True, help="the default")
     parser.add_argument("--no_do_sample", dest="do_sample", action="store_false", help="always the likeliest token")
     parser.add_argument("--num_samples", type=int, default=1, help="answers to each question")

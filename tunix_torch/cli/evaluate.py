@@ -15,8 +15,9 @@ COMMAND                                                   # newest run, generate
 COMMAND --model_path ./outputs --data_path test.jsonl --output_file results.jsonl
 COMMAND --model_path google/gemma-3-270m-it --dataset gsm8k --preset standard --num_passes 8
 
-A base model, an adapter folder, a checkpoint folder and a merged model will do. With --output_file every completion is
-kept as a line of JSON, and the same command continues after an interruption.
+A base model, an adapter folder, a checkpoint folder and a merged model will do. Where a flag has two names, the second
+is that of train.py. With --output_file every completion is kept as a line of JSON, and the same command continues after
+an interruption.
 """
 # agent-tunix's: the likeliest token; some variety; much. (temperature, top_k, top_p)
 PRESETS = {"greedy": (1e-4, 1, 1.0), "standard": (0.7, 50, 0.95), "liberal": (0.85, 2000, 1.0)}
@@ -51,6 +52,7 @@ def parse_args(argv: Sequence[str], command: str) -> argparse.Namespace:
 def _add_flags(parser: Parser) -> None:
     parser.add_argument(
         "--model_path",
+        "--model_name",
         help="model, adapter or checkpoint folder, or hub id (default: newest run in ./outputs, else the tiny model)",
     )
     parser.add_argument(
@@ -61,17 +63,20 @@ def _add_flags(parser: Parser) -> None:
         parser.add_argument(f"--{name}", help=DataConfig.__dataclass_fields__[name].metadata["help"])
     parser.add_argument("--split", default="test", help="split of the data set (default: test)")
     parser.add_argument("--preset", choices=PRESETS, default="greedy", help="how tokens are chosen (default: greedy)")
-    parser.add_argument("--temperature", type=float, help="instead of the preset's; 0: the likeliest token")
-    parser.add_argument("--top_k", type=int, help="instead of the preset's; 0 is off")
-    parser.add_argument("--top_p", type=float, help="instead of the preset's; 1 is off")
+    parser.add_argument(
+        "--temperature", "--generation_temperature", type=float, help="instead of the preset's; 0: the likeliest token"
+    )
+    parser.add_argument("--top_k", "--generation_top_k", type=int, help="instead of the preset's; 0 is off")
+    parser.add_argument("--top_p", "--generation_top_p", type=float, help="instead of the preset's; 1 is off")
     parser.add_argument("--num_passes", type=int, default=1, help="completions of each question: K of pass@K")
-    parser.add_argument("--max_samples", type=int, help="use at most so many questions")
-    parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument("--max_samples", "--num_eval_rows", type=int, help="use at most so many questions")
+    parser.add_argument("--max_new_tokens", "--generation_max_length", type=int, default=512)
     parser.add_argument("--max_prompt_length", type=int, help="leave out questions with longer prompts, in tokens")
     parser.add_argument("--batch_size", type=int, default=64, help="completions at a time")
     parser.add_argument("--output_file", help="write every completion here, one JSON object a line")
     parser.add_argument(
         "--rewards",
+        "--reward_funcs",
         nargs="+",
         help="their values go into output_file: names from rewards/, or functions by dotted path (my_module.my_reward; "
         "default: correctness, or math_equal with dataset=math, and format)",

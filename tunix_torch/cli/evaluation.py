@@ -201,12 +201,17 @@ def judge_batch(
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
-    """The metrics as a table, the shares with their confidence intervals."""
+    """The metrics as a table, the shares with their confidence intervals. With one completion of each question pass@1,
+    mean@1 and maj@1 are the accuracy by other names, and left out."""
     lines = [f"{'':<20}{'':>8}   95% interval"]
-    for name, value in metrics.items():
-        if f"{name}_low" in metrics:
-            interval = f"{metrics[f'{name}_low']:>6.1%} to {metrics[f'{name}_high']:>6.1%}"
-            lines.append(f"{name.replace('_', ' '):<20}{value:>8.1%}   {interval}")
+    shares = {
+        name: (value, metrics[f"{name}_low"], metrics[f"{name}_high"])
+        for name, value in metrics.items()
+        if f"{name}_low" in metrics
+    }
+    for name, (value, low, high) in shares.items():
+        if "mean@1" not in shares or not name.endswith("@1"):
+            lines.append(f"{name.replace('_', ' '):<20}{value:>8.1%}   {low:>6.1%} to {high:>6.1%}")
     lines.append(f"{'correct':<20}{metrics['correct']:>8} of {metrics['total']}")
     lines.append(f"{'mean length':<20}{metrics['mean_length']:>8.1f} tokens")
     return "\n".join(lines)

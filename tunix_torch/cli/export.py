@@ -1,6 +1,7 @@
 """Merge an adapter into its base model: a plain Hugging Face model, proved to compute the adapter's logits."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     quiet_transformers()
     try:
         export_merged(args.output_dir, args.merged, args.dtype, args.push_to_hub)
+        print(f"Ask it: tunix-torch ask --model_path {shlex.quote(args.merged)} --question 'What is 47 + 38?'")
         print("\n".join(serving_lines(args.merged, find_system_message(args.merged))))
     except KeyboardInterrupt:
         print("\nnothing half-written is left", file=sys.stderr)

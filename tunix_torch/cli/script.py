@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..config.files import load_config
+from ..config.settings import nearest
 from ..data.visible import visible
 
 
@@ -34,7 +35,8 @@ class Parser(argparse.ArgumentParser):
         """See `argparse`; but of an unknown argument only the name is shown, since its value may be a secret."""
         result, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            raise ValueError(f"unknown argument {unknown[0].partition('=')[0]!r}")
+            flag = unknown[0].partition("=")[0]
+            raise ValueError(f"unknown argument {flag!r}{nearest(flag, list(self._option_string_actions))}")
         return result
 
     def error(self, message: str) -> NoReturn:
