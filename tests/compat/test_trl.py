@@ -110,6 +110,11 @@ def test_impossible_settings_are_refused(settings, message):
         GRPOConfig("out", **settings)
 
 
+def test_a_name_that_is_not_there_gets_the_nearest(tmp_path):
+    with pytest.raises(TypeError, match="GRPOConfig has no setting 'num_generation'; did you mean 'num_generations'"):
+        GRPOConfig(output_dir=str(tmp_path), num_generation=4)
+
+
 def test_the_config_is_read_from_flags_printed_and_pickled(tmp_path):
     flags = f"--output_dir {tmp_path} --num_generations 4 --beta 0.1 --max_completion_length 32 --report_to none"
     (args,) = HfArgumentParser(GRPOConfig).parse_args_into_dataclasses(flags.split())

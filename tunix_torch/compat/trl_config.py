@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from ..config.files import parse_json
 from ..config.grpo import GRPOConfig as OurConfig
 from ..config.services import blamed_on
-from ..config.settings import require
+from ..config.settings import name_nearest, require
 from ..runtime import together
 
 
@@ -223,7 +223,9 @@ GRPOConfig.__doc__ = """TRL's settings of GRPO, by TRL's names, with TRL's defau
 
 Raises:
     ValueError: a value is out of range, or belongs to something that this library does not have.
+    TypeError: there is no such setting; the message has the nearest one.
 """
+name_nearest(GRPOConfig)
 
 
 def to_ours(args: "GRPOConfig") -> OurConfig:

@@ -24,7 +24,8 @@ def check_scale(args: GRPOConfig, num_rows: int | None) -> None:
     prompts, processes = args.per_device_train_batch_size, together.count()
     if num_rows is not None and num_rows < prompts * processes:
         rows = "packed rows" if args.packing else "training rows"
-        there = f"there are only {num_rows} {rows} for {processes} process(es); give at most {num_rows // processes}"
+        shared = f" for {processes} processes" if processes > 1 else ""
+        there = f"there are only {num_rows} {rows}{shared}; give at most {num_rows // processes}"
         raise ValueError(f"per_device_train_batch_size={prompts}: {there}")
     steps = args.steps_per_generation
     enough = steps == 1 or num_rows is None or num_rows >= rows_per_generation(args)

@@ -53,6 +53,24 @@ def accept_aliases(cls: type) -> type:
     return cls
 
 
+def name_nearest(cls: type) -> type:
+    """Let the constructor of a dataclass that takes no aliases name the nearest field when it gets an unknown name.
+
+    The error stays a TypeError, as the constructor of every dataclass has it.
+    """
+    init, valid = cls.__init__, [f.name for f in dataclasses.fields(cls) if f.init]
+
+    @functools.wraps(init)
+    def init_with_hints(self: Any, *args: Any, **settings: Any) -> None:
+        for name in settings:
+            if name not in valid:
+                raise TypeError(f"{cls.__name__} has no setting {name!r}{nearest(name, valid)}")
+        init(self, *args, **settings)
+
+    cls.__init__ = init_with_hints
+    return cls
+
+
 def _fits(value: object, hint: Any) -> bool:
     """Whether a value is of an annotated type; True for annotations that are not understood."""
     if hint is Any:
