@@ -14,11 +14,20 @@ from typing import Any
 
 import peft.tuners.lora
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from ..runtime import device
+from ..runtime import compiled, device
 
 _TRACED = device.traces_graphs()
+
+
+def _weight_of(module: nn.Module) -> Tensor:
+    return module.weight
+
+
+# DoRA asks for a layer's weight in a way that looks at the name of a class, which `torch.compile` can't trace.
+compiled.trace_as(dequantize_module_weight, _weight_of)
 
 
 class _MergedProduct(torch.autograd.Function):

@@ -45,6 +45,15 @@ def compile_for_torch_tpu(step: Callable[..., Any], options: dict[str, Any] | No
     return torch.compile(step, backend=InPlaceBackend(), fullgraph=True, dynamic=False, options=options)
 
 
+def trace_as(function: Callable[..., Any], other: Callable[..., Any]) -> None:
+    """Let `torch.compile` trace another function, of the same arguments, wherever a step calls one that it can't trace.
+
+    Nothing else sees the other one: only torch_tpu's steps are compiled so.
+    """
+    if KIND == "tpu":
+        torch._dynamo.substitute_in_graph(function)(other)
+
+
 def tensors_in(args: Sequence[Any]) -> list[torch.Tensor]:
     """Flatten a step's arguments, which are tensors and lists of tensors, into one list."""
     return [tensor for arg in args for tensor in (arg if isinstance(arg, list) else [arg])]
