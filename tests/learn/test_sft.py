@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from graphs import BY_TIMING
 from models import FAMILIES, assert_close, hugging_face_logits, make_policy
 
 from tunix_torch import GRPOConfig
@@ -10,7 +11,7 @@ from tunix_torch.data.packs import PackCollator, best_fit
 from tunix_torch.data.rows import COMPLETION_IDS, LEARNED, PROMPT_IDS
 from tunix_torch.learn import passes
 from tunix_torch.learn.sft import completion_loss, learn_rows, sft_batch
-from tunix_torch.model.attention import GROUPED
+from tunix_torch.model.attention import GROUPED, use_own_attention
 from tunix_torch.model.forward import base_model, recompute_layers
 from tunix_torch.model.loading import place
 from tunix_torch.runtime import device
@@ -138,6 +139,7 @@ def test_on_xla_packs_give_the_loss_of_hugging_faces_own_forward_and_compile_not
     model = make_policy("gemma3")
     batches = [rows_of([(1 + (p + seed) % 15, 1 + (c + seed) % 20) for p, c in LENGTHS], seed) for seed in range(5)]
     expected = [float(expected_loss(model, rows)) for rows in batches]
+    use_own_attention(base_model(model))  # as a trainer's model has it
     place(model)
     counts = []
     for rows, loss_of_rows in zip(batches, expected, strict=True):
@@ -146,4 +148,4 @@ def test_on_xla_packs_give_the_loss_of_hugging_faces_own_forward_and_compile_not
         loss, _ = learn(model, [PackCollator(PAD, WIDTH)(packs + [[]] * (6 - len(packs)))])
         assert float(loss) == pytest.approx(loss_of_rows, abs=1e-4)
         counts.append(device.counters()["compilations"])
-    assert counts[1] == counts[-1] > 0, counts
+    assert counts[1] > 0 and 0 <= counts[-1] - counts[1] <= BY_TIMING, counts
