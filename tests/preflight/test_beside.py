@@ -24,15 +24,16 @@ def run_module(module, *arguments, cache=None, timeout=900):
 # ---- the table ----
 
 
-def a_job(**settings):
-    """Return a job of the tiny model: four prompts with four completions each, on one chip."""
+def a_job(mesh_shape=None, **settings):
+    """Return a job of the tiny model: four prompts with four completions each, on one chip or on a mesh."""
     from tunix_torch import GRPOConfig, ModelConfig
     from tunix_torch.preflight.chips import parse_topology
     from tunix_torch.preflight.plan import Job
 
     counts = {"per_device_train_batch_size": 4, "num_completions_per_prompt": 4, "generation_max_length": 8}
     args = GRPOConfig(output_dir="/nowhere", **counts | settings)
-    return Job(ModelConfig(lora_rank=4), args, parse_topology("v5e:1x1"))
+    mesh = {} if mesh_shape is None else {"mesh_shape": mesh_shape, "mesh_axes": "fsdp,tp"}
+    return Job(ModelConfig(lora_rank=4, **mesh), args, parse_topology("v5e:2x4" if mesh else "v5e:1x1"))
 
 
 def a_graph(name, runs, milliseconds, collectives=0):
@@ -126,6 +127,11 @@ def test_fewer_rows_than_a_group_are_taken_only_where_no_group_fits_and_are_name
     assert learn.runs == 8 and "fewer rows than a group" in plan.settings
     with pytest.raises(ValueError, match="learning of Tunix does not fit v5e:1x1"):
         planned(monkeypatch, lambda rows, kind: None)
+
+
+def test_rows_in_a_pass_are_spread_over_the_mesh(monkeypatch):
+    plan, _ = planned(monkeypatch, lambda rows, kind: rows, mesh_shape="8,1")
+    assert {attempt.rows for attempt in plan.attempts} == {8, 16}
 
 
 # ---- the command ----

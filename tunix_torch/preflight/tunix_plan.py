@@ -119,7 +119,7 @@ class _Planner:
         group, count = self.job.args.num_completions_per_prompt, self.job.rows
         fsdp = dict(zip(*self.mesh()[::-1], strict=True))["fsdp"]
         fewer = [n for n in range(group - 1, 0, -1) if group % n == 0 and n % fsdp == 0]
-        whole = [n for n in range(group, count + 1, group) if count % n == 0]
+        whole = [n for n in range(group, count + 1, group) if count % n == 0 and n % fsdp == 0]
         for choices in (whole, *([n] for n in fewer)):
             for kind in kinds:
                 found = self._that_fit(part, choices, kind)
