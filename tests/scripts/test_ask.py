@@ -279,3 +279,6 @@ def test_the_lines_for_servers_ask_as_the_run_asked(tmp_path):
     curl = next(line for line in words if line[0] == "curl")
     assert json.loads(curl[-1])["messages"][0]["content"].startswith("Don't guess.\n\n")
     assert words[-1][:3] == ["vllm", "serve", "google/gemma-3-270m-it"] and f"tuned={adapter}" in words[-1]
+    (adapter / "adapter_config.json").write_text(json.dumps(lora | {"base_model_name_or_path": "./gone"}))
+    with pytest.raises(ValueError, match="model_name=.*it's.*its base model is not to be found: './gone': no such fo"):
+        how_to_serve(str(adapter))  # it was trained on a folder that lay elsewhere, or that is another one from here

@@ -199,13 +199,21 @@ def base_model_name(name: str) -> str:
     """The base model that an adapter's folder names. Any other name is returned as it is.
 
     Raises:
-        ValueError: the adapter's config can't be read, or names no base model.
+        ValueError: the adapter's config can't be read, or names no base model, or a folder that is not there.
     """
     if not (Path(name) / ADAPTER_CONFIG).is_file():
         return name
     base = read_lora(name).base_model_name_or_path
     if not base:
         raise ValueError(f"model_name={name!r}: its {ADAPTER_CONFIG} does not name the base model")
+    if not Path(base).name.startswith(tiny.FOLDER_PREFIX):  # which is made where it is not there
+        try:
+            check_folder(base, repr(base))
+        except ValueError as error:
+            hint = (
+                f"put it there, start where the path leads to it, or change base_model_name_or_path in {ADAPTER_CONFIG}"
+            )
+            raise ValueError(f"model_name={name!r}: its base model is not to be found: {error}; {hint}") from error
     return base
 
 
