@@ -8,7 +8,7 @@ covers every row.
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -45,15 +45,12 @@ def learn_in_passes(
         return in_passes(batch, args, compute)
     groups = [(~without).nonzero()[:, 0], without.nonzero()[:, 0]]
     learned, others = (lay_out(_of_groups(batch, some), args) for some in groups)
-    remaining = len(learned)
 
     def compute_part(part: Pass) -> dict[str, Tensor]:
-        nonlocal remaining
-        remaining -= 1
-        with torch.set_grad_enabled(remaining >= 0):
+        with torch.set_grad_enabled(part.learns):
             return compute(part)
 
-    results = run_passes([*learned, *others], compute_part)
+    results = run_passes([*learned, *(replace(part, learns=False) for part in others)], compute_part)
     order = _rows_of(torch.cat(groups), len(batch.advantages) // len(without)).argsort()
     order = device.upload(order, batch.advantages.device)
     return [

@@ -70,6 +70,7 @@ class Pass:
     shares_prompts: bool = True  # each prompt is computed once; False: every row begins with its prompt
     source: Tensor | None = None  # (B, C) int64: which result belongs to each token; None: results are (B, C) already
     parts: int = 1
+    learns: bool = True  # False: what it adds to the gradient is 0, see `equal_rewards.py`
 
     def ids_of(self, block: Block) -> Tensor:
         """The tokens of a block: (R, W) int64."""
