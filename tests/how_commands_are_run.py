@@ -76,7 +76,7 @@ RUNS = {
     "python -m tunix_torch.export ./outputs --merged ./served --dtype bfloat16": Run(leaves="served/model.safetensors"),
     "python report.py ./outputs": Run(leaves="outputs/report.html"),
     "python report.py ./outputs --compare ./outputs/previous/TIME": Run(leaves="outputs/comparison.html"),
-    "python -m tunix_torch.diagnose ./outputs": Run(prints="Nothing was found"),
+    "python -m tunix_torch.diagnose ./outputs": Run(prints="Too early to tell"),
 }
 # A model of the hub is needed on the page. Here the tiny model stands for it, since of two values the last one counts.
 RUNS |= {
