@@ -95,6 +95,7 @@ def run_with(service, model_folder, folder, **environment):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.thorough
 def test_trackio_gets_the_rows(model_folder, tmp_path):
     pytest.importorskip("trackio", reason="trackio is not installed")
     import pyarrow.parquet
@@ -116,6 +117,7 @@ def test_trackio_gets_the_rows(model_folder, tmp_path):
     assert [row["advantage"] for row in table] == pytest.approx(kept["advantage"])
 
 
+@pytest.mark.thorough
 def test_wandb_gets_the_rows_offline(model_folder, tmp_path):
     pytest.importorskip("wandb", reason="wandb is not installed")
     import pyarrow.parquet
