@@ -71,11 +71,12 @@ test-slow: setup  ## whole jobs and every mesh, on the CPU and through XLA (abou
 test-plans: setup  ## every recipe compiled for its slice, and the extrapolation checked (an hour; later runs are cached)
 	TUNIX_DEVICE=cpu $(BIN)/python -m pytest -m slow -s tests/preflight/test_preflight.py
 
+TORCH_FOR_CPU := https://download.pytorch.org/whl/cpu
 # torch_tpu pairs with another torch than torch-xla. Torch for the CPU comes from PyTorch's own index, if from nowhere else.
 $(TPU)/.installed: requirements-tpu.txt
 	test -x $(TPU)/bin/python || $(PYTHON) -m venv $(TPU)
 	$(TPU)/bin/pip install --quiet --disable-pip-version-check --retries 1 --require-hashes -r requirements-tpu.txt \
-	--extra-index-url https://download.pytorch.org/whl/cpu
+	--extra-index-url $(TORCH_FOR_CPU)
 	touch $@
 
 PLUGIN = $$(echo $(abspath $(TPU))/lib/python3*/site-packages/xla_plugins/xla_cpu_pjrt)
@@ -111,7 +112,8 @@ lock: $(AUDIT)/.installed  ## write requirements.lock and requirements-tpu.txt a
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(AUDIT)/bin/uv pip compile --quiet --no-annotate --generate-hashes $(ARGS) \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_31 requirements.txt -o requirements.lock
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(AUDIT)/bin/uv pip compile --quiet --no-annotate --generate-hashes $(ARGS) \
-	--python-version 3.11 --python-platform x86_64-manylinux_2_31 requirements-tpu.in -o requirements-tpu.txt
+	--python-version 3.11 --python-platform x86_64-manylinux_2_31 --extra-index-url $(TORCH_FOR_CPU) \
+	--index-strategy unsafe-best-match requirements-tpu.in -o requirements-tpu.txt
 
 audit: $(AUDIT)/.installed  ## known vulnerabilities of the packages in requirements.lock, by PyPI's list; needs a network
 	$(AUDIT)/bin/pip-audit --strict --progress-spinner off --disable-pip --require-hashes -r requirements.lock
