@@ -7,6 +7,7 @@ from written_runs import completion, healthy_rows, with_values, write_run
 
 from tunix_torch.cli.command import main
 from tunix_torch.report.diagnosis import diagnose
+from tunix_torch.report.looked_for import curves_not_there, looked_for
 from tunix_torch.report.record import RunRecord, read_run
 
 
@@ -165,22 +166,99 @@ def test_the_command_prints_findings_as_text_and_as_json(tmp_path, capsys):
     write_run(tmp_path / "a", with_values(healthy_rows(), **SHOWN["KL running away"]))
     main(["diagnose", str(tmp_path / "a")])
     printed = capsys.readouterr().out
+    assert printed.endswith("Could not be looked for: repetition (completions: not kept).\n")
     assert printed.startswith("KL RUNNING AWAY\n") and "    step 60: kl = 2\n" in printed
     assert "    - a larger kl_penalty_coef\n" in printed
     main(["diagnose", str(tmp_path / "a"), "--json"])
-    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    content = json.loads(capsys.readouterr().out)
+    (finding,), completions = content["findings"], "repetition (completions: not kept)."
+    assert content["looked_for"] == TROUBLES[:4] + TROUBLES[5:]
+    assert content["could_not_be_looked_for"] == [completions]
     assert finding["name"] == "KL running away" and finding["lines"][-1] == {
         "step": 60,
         "key": "kl",
         "value": 2.0,
         "logs": 1,
     }
-    write_run(tmp_path / "b", healthy_rows())
+    write_run(tmp_path / "b", without(healthy_rows(), "kl"), {"kl_penalty_coef": 0.0})
     main(["diagnose", str(tmp_path / "b")])
-    assert capsys.readouterr().out.startswith("Nothing was found")
+    printed = capsys.readouterr().out
+    assert printed.startswith("Nothing was found") and "KL that runs away" not in printed.partition("Could not")[0]
+    assert "\nCould not be looked for: a KL that runs away (KL: not logged, since kl_penalty_coef is 0).\n" in printed
     write_run(tmp_path / "c", healthy_rows(steps=4))
     main(["diagnose", str(tmp_path / "c")])
     assert capsys.readouterr().out.startswith("Too early to tell: 4 logs of training steps so far")
+
+
+def without(rows, *keys):
+    """Rows in which these keys were not logged."""
+    return [{key: value for key, value in row.items() if key not in keys} for row in rows]
+
+
+TROUBLES = [
+    "a learning rate that is too high (by the reward, the KL and skipped steps)",
+    "a KL that runs away",
+    "a reward that pays for the wrong thing",
+    "a collapse",
+    "repetition",
+    "groups without a signal",
+    "completions that are cut off",
+    "a layout that is learned without the answers",
+]
+
+
+def test_what_was_looked_for_is_what_was_logged_and_the_rest_is_named_with_the_reason():
+    texts = kept({1: lambda i: f"answer {i}"})
+
+    def looked(rows, completions=texts, **settings):
+        return looked_for(RunRecord(None, rows, settings, completions=completions))
+
+    everything = looked(healthy_rows())
+    assert list(everything.names) == TROUBLES and everything.missing == ()
+    no_kl = looked(without(healthy_rows(), "kl"), use_grpo=True, kl_penalty_coef=0.0)
+    by_the_reward = "a learning rate that is too high (by the reward and skipped steps)"
+    assert list(no_kl.names) == [by_the_reward, *TROUBLES[2:]]
+    assert no_kl.missing == ("a KL that runs away (KL: not logged, since kl_penalty_coef is 0).",)
+    assert no_kl.as_lines()[-1] == f"Could not be looked for: {no_kl.missing[0]}"
+    few = [row if row["step"] > 51 else {k: v for k, v in row.items() if k != "kl"} for row in healthy_rows()]
+    assert looked(few).missing == ("a KL that runs away (kl: 9 logs, and this takes 10).",)
+    for key, name in (
+        ("reward", TROUBLES[2]),
+        ("frac_reward_zero_std", TROUBLES[5]),
+        ("completions/clipped_ratio", TROUBLES[6]),
+        ("rewards/format_reward/mean", TROUBLES[7]),
+    ):
+        (said,) = looked(without(healthy_rows(), key)).missing
+        assert said.startswith(f"{name} ("), key
+    assert not looked(without(healthy_rows(), "entropy")).missing, "the length tells of a collapse too"
+    assert looked(healthy_rows(), ()).missing == ("repetition (completions: not kept).",)
+    assert looked(healthy_rows(evaluated_every=100)).missing[0].endswith("two evaluations are needed).")
+    assert looked(healthy_rows(steps=4)).as_lines() == [], "too early to judge"
+
+
+def test_of_supervised_fine_tuning_nothing_is_looked_for_that_only_sampling_shows():
+    rows = [{"step": i, "loss": 2.0 - i / 10, "learning_rate": 1.0} for i in range(1, 9)]
+    run = RunRecord(None, rows, {"use_grpo": False, "kl_penalty_coef": 0.01})
+    looked = looked_for(run)
+    assert looked.names == ("a learning rate that is too high (by skipped steps)",)
+    assert len(looked.missing) == 7 and all("since SFT samples no completions" in text for text in looked.missing)
+    assert curves_not_there(run) == ["Right answers: no evaluation was logged."]
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"kl_penalty_coef": 0.0}, "since kl_penalty_coef is 0"),
+        ({"use_kl_penalty": False, "kl_penalty_coef": 0.01}, "since use_kl_penalty is false"),
+        ({"algorithm": "dapo", "kl_penalty_coef": 0.01}, "since the algorithm dapo has no KL penalty"),
+        ({"teacher": "org/model", "kl_penalty_coef": 0.01}, "since a teacher replaces the KL penalty"),
+        ({}, "not logged"),
+    ],
+)
+def test_a_curve_of_the_kl_that_is_not_there_has_a_reason(settings, words):
+    (said,) = curves_not_there(RunRecord(None, without(healthy_rows(), "kl"), settings))
+    assert said.startswith("KL from the reference: not logged") and said.endswith(f"{words}.")
+    assert curves_not_there(RunRecord(None, healthy_rows(), settings)) == []
 
 
 def test_a_run_without_a_file_of_metrics_is_read_from_its_newest_state(tmp_path):

@@ -190,6 +190,20 @@ def test_a_long_run_makes_no_long_page(tmp_path):
     assert sum(value for _, value in thin) / 40 == pytest.approx(sum(v for _, v in points) / 1000)
 
 
+def test_a_run_without_a_kl_says_so_at_the_diagnosis_and_at_the_curves(settings, tmp_path):
+    rows = [{key: value for key, value in row.items() if key != "kl"} for row in healthy_rows()]
+    run = write_run(tmp_path / "a", rows, settings | {"kl_penalty_coef": 0.0})
+    text = " ".join(Tags(page.report_of(read_run(run))).text.split())
+    looked = text.partition("Looked for: ")[2].partition("Could not be looked for: ")
+    assert "KL" not in looked[0] and "a collapse" in looked[0]
+    assert looked[2].startswith("a KL that runs away (KL: not logged, since kl_penalty_coef is 0).")
+    assert "Not drawn: KL from the reference: not logged, since kl_penalty_coef is 0." in text
+    other = write_run(tmp_path / "b", healthy_rows(), settings)
+    text = " ".join(Tags(page.comparison_of(read_run(run), read_run(other))).text.split())
+    assert "Not drawn, as a has none: KL from the reference: not logged, since kl_penalty_coef is 0." in text
+    assert "Not drawn, as b" not in text
+
+
 def test_a_run_without_completions_settings_or_starts_says_so(tmp_path):
     text = " ".join(Tags(page.report_of(read_run(write_run(tmp_path / "a", healthy_rows())))).text.split())
     for words in (

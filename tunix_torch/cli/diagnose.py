@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ..report.diagnosis import diagnose, without_findings
 from ..report.findings import in_plain_text
+from ..report.looked_for import looked_for
 from ..report.record import read_run
 from .script import Parser
 
@@ -14,9 +15,9 @@ EXAMPLES = """
 COMMAND ./outputs
 COMMAND ./outputs --json
 
-Looked for: a learning rate that is too high, a KL that runs away, a reward that pays for the wrong thing, a collapse,
+It looks for: a learning rate that is too high, a KL that runs away, a reward that pays for the wrong thing, a collapse,
 repetition, groups without a signal, completions that are cut off, and a layout that is learned without the answers.
-docs/report.md has the bounds.
+Of those whose numbers the run has not logged, it says so. docs/report.md has the bounds.
 """
 
 
@@ -44,8 +45,10 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     """
     args = parse_args(sys.argv[1:] if argv is None else argv, command or "python -m tunix_torch.diagnose")
     run = read_run(args.output_dir)
-    findings = diagnose(run)
+    findings, looked = diagnose(run), looked_for(run)
     if args.json:
-        print(json.dumps({"findings": [finding.as_dict() for finding in findings]}, indent=1))
+        content = {"findings": [finding.as_dict() for finding in findings]}
+        content |= {"looked_for": looked.names, "could_not_be_looked_for": looked.missing}
+        print(json.dumps(content, indent=1))
     else:
-        print(in_plain_text(findings, without_findings(run)))
+        print(in_plain_text(findings, without_findings(run), looked.as_lines()))

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 
 from ..learn.signs import MOST_KL, RATE, SIGNS, Streak
 from .findings import Finding, Line
+from .looked_for import LEAST_KL_LOGS, LEAST_LOGS
 from .metrics import Points, Rows, mean, series, steps_of_training
 from .record import RunRecord
 from .suspects import format_without_answers, reward_hacking, same_text
 
 # Logs that are looked at together: single batches are noisy. A run of fewer than so many is judged by all of its logs.
 WINDOW = 20
-# Fewer logs than these say nothing about a trend.
-LEAST_LOGS = 5
 
 
 def diagnose(run: RunRecord) -> list[Finding]:
@@ -38,7 +37,7 @@ def without_findings(run: RunRecord) -> str:
     """What is to be said where nothing was found: that all is well, or that it is too early to tell."""
     logs = len(steps_of_training(run.rows))
     if logs >= LEAST_LOGS:
-        return "Nothing was found: the curves show none of the troubles that are looked for."
+        return "Nothing was found: the curves show none of the troubles that were looked for."
     return f"Too early to tell: {logs} log{'s' * (logs != 1)} of training steps so far, and a trend takes {LEAST_LOGS}."
 
 
@@ -160,7 +159,7 @@ def kl_runs_away(rows: Rows) -> Finding | None:
     broken, so that there no growth is needed. Without a KL penalty no KL is logged, and nothing is said.
     """
     points = series(rows, "kl")
-    if len(points) < 2 * LEAST_LOGS:
+    if len(points) < LEAST_KL_LOGS:
         return None
     width = min(WINDOW, len(points) // 2)
     before = mean([value for _, value in points[-2 * width : -width]])

@@ -37,13 +37,19 @@ class Finding:
         return asdict(self)
 
 
-def in_plain_text(findings: Sequence[Finding], without: str) -> str:
-    """The findings for a terminal; `without` is what to say where there are none."""
+def in_plain_text(findings: Sequence[Finding], without: str, looked: Sequence[str]) -> str:
+    """The findings for a terminal.
+
+    Args:
+        without: what to say where there are none.
+        looked: lines that say what was looked for.
+    """
     if not findings:
-        return without
+        return "\n".join([without, *looked])
     parts = []
     for finding in findings:
         lines = "".join(f"\n    {line}" for line in finding.lines)
         tries = "".join(f"\n  - {what}" for what in finding.tries)
         parts.append(f"{finding.name.upper()}\n  {finding.shows}\n  Seen in:{lines}\n  Try:{tries}")
-    return "\n\n".join(part.replace("\n  - ", "\n    - ") for part in parts)
+    parts = [part.replace("\n  - ", "\n    - ") for part in parts]
+    return "\n\n".join([*parts, "\n".join(looked)] if looked else parts)

@@ -14,6 +14,7 @@ from ..data.visible import visible
 from .about import facts_of
 from .completions import Completion, steps_of
 from .diagnosis import diagnose, without_findings
+from .looked_for import curves_not_there, looked_for
 from .panels import distribution, mean_seconds, overlaid, panels_of
 from .pictures import can_draw, pictures_of
 from .record import RunRecord, read_run
@@ -98,7 +99,9 @@ def report_of(run: RunRecord) -> str:
         verdict=verdict_of(run),
         findings=diagnose(run),
         without_findings=without_findings(run),
+        looked=looked_for(run),
         pictures=pictures_of(panels_of(run.rows)),
+        not_there=curves_not_there(run),
         distribution=pictures_of([moves])[0] if moves is not None else None,
         counts=counts,
         questions=questions,
@@ -122,6 +125,8 @@ def comparison_of(one: RunRecord, other: RunRecord) -> str:
             "verdict": verdict_of(run),
             "findings": diagnose(run),
             "without_findings": without_findings(run),
+            "looked": looked_for(run),
+            "not_there": curves_not_there(run),
             "seconds": mean_seconds(run.rows),
         }
         for name, run in zip(names, (one, other), strict=True)

@@ -11,6 +11,7 @@ from .metrics import Points, Rows, keys_of, mean, series, squared_error, steps_o
 
 WIDTH = 20  # logs whose mean is the reward at the time of an evaluation
 LEAST_LONG = 4  # long completions; the share of fewer says nothing
+LEAST_LAYOUT_LOGS = 10  # of both rewards, for a layout that is learned without the answers
 ERRORS = 3.0  # by so many standard errors a mean must have changed
 
 
@@ -25,7 +26,7 @@ def reward_hacking(rows: Rows) -> Finding | None:
     """
     training = steps_of_training(rows)
     reward = series(training, "reward")
-    for key in [key for key in keys_of(rows) if key.startswith("eval_") and key.endswith("accuracy")]:
+    for key in held_out_keys(rows):
         found = _held_out(rows, key, reward)
         if found is not None:
             return found
@@ -79,13 +80,11 @@ def format_without_answers(rows: Rows) -> Finding | None:
     the first WIDTH. Right answers must have risen by less than 0.05, and be below half of what is possible there: both
     functions give at most 1. With a run of fewer than 2 WIDTH logs, halves of it are compared.
     """
-    names = [key for key in keys_of(rows) if key.startswith("rewards/") and key.endswith("/mean")]
-    layout = next((key for key in names if "format" in key), None)
-    right = _right_answers(names)
-    if layout is None or right is None or layout == right:
+    layout, right = layout_and_right(keys_of(rows))
+    if layout is None or right is None:
         return None
     laid_out, answered = series(rows, layout), series(rows, right)
-    if min(len(laid_out), len(answered)) < 10:
+    if min(len(laid_out), len(answered)) < LEAST_LAYOUT_LOGS:
         return None
     (first, last), (before, now) = map(_first_and_last, (laid_out, answered))
     learned = last >= 0.9 * max(value for _, value in laid_out) and last - first >= 0.2
@@ -155,6 +154,18 @@ def _share_of_commonest(completions: Sequence[Completion]) -> float:
 def _packed(text: str) -> float:
     raw = text.encode("utf-8", "surrogatepass")
     return len(zlib.compress(raw, 6)) / len(raw)
+
+
+def held_out_keys(rows: Rows) -> list[str]:
+    """The keys under which evaluations logged the share of right answers to held-out questions."""
+    return [key for key in keys_of(rows) if key.startswith("eval_") and key.endswith("accuracy")]
+
+
+def layout_and_right(keys: Sequence[str]) -> tuple[str | None, str | None]:
+    """Among keys of metrics, the mean reward for the layout of answers and that for right answers; None: no such."""
+    names = [key for key in keys if key.startswith("rewards/") and key.endswith("/mean")]
+    layout, right = next((key for key in names if "format" in key), None), _right_answers(names)
+    return (None, right) if layout == right else (layout, right)
 
 
 def _right_answers(names: Sequence[str]) -> str | None:
