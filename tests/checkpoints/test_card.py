@@ -14,6 +14,7 @@ from runs import run
 from tunix_torch.checkpoints import card
 from tunix_torch.checkpoints.card import CardFacts, model_card
 from tunix_torch.config.data import DataConfig
+from tunix_torch.config.flags import parse_job
 from tunix_torch.config.grpo import GRPOConfig
 from tunix_torch.config.model import ModelConfig
 from tunix_torch.config.saved import settings_of
@@ -53,7 +54,7 @@ def test_a_card_of_a_gemma(tmp_path):
     assert results["accuracy"].metric_args == {"interval_95": [round(low, 4), round(high, 4)], "num_questions": 256}
     assert f"| 50.0% (43.9% to 56.1%) | 87.5% ({low:.1%} to {high:.1%}) |" in made.text
     assert "| before training | after step 80 |" in made.text
-    assert "| `learning_rate` | 2e-05 |" in made.text and "| `max_steps` | 80 |" in made.text
+    assert "| `learning_rate` | 2e-05 |" in made.text and "It learned for `max_steps` 80." in made.text
     assert "correctness_reward, format_reward" in made.text and "openai/gsm8k, split train" in made.text
     assert "https://ai.google.dev/gemma/terms" in made.text and "secret_place" not in made.content
     assert 'from_pretrained("google/gemma-3-270m-it")' in made.text and 'place = "me/mine"' in made.text
@@ -62,6 +63,21 @@ def test_a_card_of_a_gemma(tmp_path):
 def test_the_same_facts_give_the_same_card(tmp_path):
     facts = {"settings": settings(tmp_path), "log_history": LOGS, "questions": {"": 256}}
     assert str(card_of(tmp_path, **facts)) == str(card_of(tmp_path, **facts))
+
+
+def test_only_settings_that_differ_from_the_defaults_of_the_job_are_said_to_differ(tmp_path):
+    def shown(*flags):
+        given = settings_of(*parse_job(["--use_grpo", "--output_dir", str(tmp_path), *flags]))
+        text = str(card_of(tmp_path, settings=given)).partition("## Settings")[2].partition("## Licence")[0]
+        return text, dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", text, re.MULTILINE))
+
+    text, rows = shown()
+    assert rows == {} and "It learned for `max_steps` 280." in text
+    assert "All settings that change what is learned are at the defaults of `train.py` for the tiny model." in text
+    text, rows = shown("--learning_rate", "1e-5")
+    assert rows == {"learning_rate": "1e-05"} and "these differ from the defaults of `train.py` for the tiny" in text
+    text, rows = shown("--model_name", "org/model", "--learning_rate", "0.002")
+    assert rows == {"learning_rate": "0.002"} and "these differ from the defaults of `train.py`:" in text
 
 
 def test_paths_of_this_machine_do_not_stand_in_a_card(tmp_path):

@@ -10,6 +10,7 @@ from written_runs import answered, completion, healthy_rows, with_values, write_
 
 from tunix_torch.cli.command import main
 from tunix_torch.config.flags import parse_job
+from tunix_torch.config.recipes import TINY
 from tunix_torch.config.saved import settings_of
 from tunix_torch.report import metrics, page, pictures
 from tunix_torch.report.metrics import load_metrics, series
@@ -100,7 +101,7 @@ def test_it_names_everything_that_a_reader_looks_for(report):
         "Time of a step",
         "How the rewards move",
         "1 comparisons with Google's Tunix on the batches of this run, all within their tolerance",
-        "generation_max_length",
+        "max_steps 60 280",
         "python train.py --max_steps 60 --use_grpo",
         "torch 2.9.1",
         "Of 10 held-out questions that were kept, 5 were learned and 0 lost",
@@ -289,10 +290,34 @@ def test_the_command_that_repeats_a_run_gives_its_settings(flags):
         assert len(command) == 3, "what the command takes by itself is not said again"
 
 
-def test_settings_that_differ_are_those_that_differ(settings):
-    differ = {setting.name: setting for setting in not_at_default(settings)}
-    assert differ["max_steps"].value == "60" and differ["generation_top_p"].default == "0.9"
-    assert not {"epsilon", "output_dir", "report_to", "eval_strategy"} & differ.keys()
+def test_settings_that_differ_are_those_that_differ():
+    """From the defaults that the job's command shows in its help: the tiny model's job has defaults of its own."""
+
+    def differ(*flags):
+        given = json.loads(json.dumps(settings_of(*parse_job(["--use_grpo", *flags])), default=str))
+        return {setting.name: (setting.value, setting.default) for setting in not_at_default(given)}
+
+    assert differ() == {}
+    assert differ("--output_dir", "elsewhere", "--run_name", "mine") == {}
+    assert differ("--max_steps", "60", "--learning_rate", "1e-5") == {
+        "max_steps": ("60", "280"),
+        "learning_rate": ("1e-05", "0.002"),
+    }
+    gemma = differ("--model_name", "google/gemma-3-270m-it")
+    assert gemma == {"model_name": ("google/gemma-3-270m-it", "tiny")}
+    assert differ("--model_name", "org/model", "--learning_rate", "0.002")["learning_rate"] == ("0.002", "1e-05")
+    assert TINY["learning_rate"] == 0.002, "as above"
+
+
+def test_a_report_says_where_all_settings_are_at_their_defaults_and_whose_they_are(settings, tmp_path):
+    def text_of(**changed):
+        run = read_run(write_run(tmp_path / "a", healthy_rows(), settings | {"max_steps": 280} | changed))
+        return " ".join(Tags(page.report_of(run)).text.split())
+
+    assert "None: all settings are at the defaults of train.py for the tiny model." in text_of()
+    text = text_of(learning_rate=1e-5)
+    assert "Compared with the defaults of train.py for the tiny model." in text
+    assert "learning_rate 1e-05 0.002" in text and "generation_top_p" not in text
 
 
 def test_two_runs_are_compared(run, settings, tmp_path, capsys):

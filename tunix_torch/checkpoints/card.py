@@ -12,6 +12,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..config.checks import PREFERENCE_LOSSES
 from ..config.data import DataConfig
 from ..config.method import method_name, method_of
+from ..config.model import TINY_NAME
+from ..config.recipes import defaults_in_force
 from ..config.saved import MAY_BE_ADDED, MAY_CHANGE, changed_from_defaults
 from ..evals.estimators import wilson_interval
 from ..model import tiny
@@ -310,12 +312,18 @@ def _asking(settings: Mapping[str, Any]) -> list[str]:
 def _settings_text(settings: Mapping[str, Any], folder: Path) -> str:
     if not settings:
         return ""
-    changed = changed_from_defaults(dict(settings))
+    changed = changed_from_defaults(dict(settings), defaults_in_force(settings))
     shown = {name: value for name, (value, _) in changed.items() if name not in NOT_SHOWN}
     length = "max_steps" if settings.get("max_steps", -1) > 0 else "num_train_epochs"
-    shown |= {length: settings[length]} if length in settings else {}
-    lines = ["These differ from the defaults:", "", "| setting | value |", "|---|---|"]
-    lines += [f"| `{name}` | {_cell(_without_folders(value))} |" for name, value in sorted(shown.items())]
+    lines = [f"It learned for `{length}` {settings[length]}.", ""] if length in settings else []
+    of = f"`train.py`{' for the tiny model' if settings.get('model_name') == TINY_NAME else ''}"
+    of = of if "model_name" in settings else "`GRPOConfig`"
+    if shown:
+        lines += [f"Of the settings that change what is learned, these differ from the defaults of {of}:", ""]
+        lines += ["| setting | value |", "|---|---|"]
+        lines += [f"| `{name}` | {_cell(_without_folders(value))} |" for name, value in sorted(shown.items())]
+    else:
+        lines += [f"All settings that change what is learned are at the defaults of {of}."]
     files = [name for name in ("run_config.json", "config.json") if (folder / name).is_file()]
     if files:
         lines += ["", f"All are in `{files[0]}`: `python train.py --config {files[0]}` repeats the run."]

@@ -4,7 +4,10 @@ The defaults themselves stand once, in `GRPOConfig`, `ModelConfig` and `DataConf
 are written from both by `python -m tunix_torch.compat.generate`.
 """
 
+from collections.abc import Mapping
 from typing import Any
+
+from .model import TINY_NAME
 
 # Settings of every job that a command starts, whatever its model. `transformers.TrainingArguments` has False here.
 JOB: dict[str, Any] = {"eval_on_start": True}
@@ -55,3 +58,15 @@ AGENT_TUNIX_AGREES = (
 
 # agent-tunix's LoRA on the Gemma 3 models that it names by their size.
 AGENT_TUNIX_MODEL: dict[str, Any] = {"lora_rank": 32, "lora_alpha": 32.0}
+
+
+def defaults_in_force(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a job takes in place of the defaults of the dataclasses: `train.py --help` shows these for its model.
+
+    Args:
+        settings: those of a run, as its config file has them. Without a `model_name` a script has made the trainer,
+            and the defaults of the dataclasses were in force.
+    """
+    if "model_name" not in settings:
+        return {}
+    return JOB | (TINY if settings["model_name"] == TINY_NAME else {})

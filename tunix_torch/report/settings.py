@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..config.model import TINY_NAME
-from ..config.recipes import JOB, TINY
+from ..config.recipes import JOB, defaults_in_force
 from ..config.saved import GROUPS, changed_from_defaults, differing_settings
 from ..data.visible import visible
 
 # They say where a run writes, and not what it does.
 _PLACES = ("output_dir", "run_name")
+# The report says above its settings by which method the run learned.
+_SAID_ABOVE = ("use_grpo",)
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,24 @@ def shown(value: Any) -> str:
 
 
 def not_at_default(settings: dict[str, Any]) -> list[Setting]:
-    """The settings of a run that are not at the default of their dataclass, in the order of the dataclasses."""
+    """The settings of a run that are not at the default of such a job, in the order of the dataclasses.
+
+    The tiny model's job has defaults of its own, as `train.py --help` shows them.
+    """
     found = []
-    for name, (value, default) in changed_from_defaults(settings).items():
-        if name not in _PLACES:
+    for name, (value, default) in changed_from_defaults(settings, defaults_in_force(settings)).items():
+        if name not in (*_PLACES, *_SAID_ABOVE):
             field = next(c.__dataclass_fields__[name] for c in GROUPS if name in c.__dataclass_fields__)
             help = str(field.metadata.get("help", "")).partition(". ")[0].replace("`", "").rstrip(".")
             found.append(Setting(name, shown(value), shown(default), help))
     return found
+
+
+def whose_defaults(settings: dict[str, Any]) -> str:
+    """Whose defaults `not_at_default` compares with, in words."""
+    if "model_name" not in settings:
+        return "the defaults of GRPOConfig"
+    return f"the defaults of train.py{' for the tiny model' if settings['model_name'] == TINY_NAME else ''}"
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -54,7 +66,7 @@ def command_of(settings: dict[str, Any]) -> str:
     A setting that is None, where the command would take something else, can't be given as a flag; it is left out. So
     is `report_to`, which changes nothing that is learned.
     """
-    taken = {"use_grpo": False, **JOB, **(TINY if settings.get("model_name") == TINY_NAME else {})}
+    taken = {"use_grpo": False, **JOB, **defaults_in_force(settings)}
     flags = []
     for name, (value, _) in changed_from_defaults(settings, taken).items():
         if value is not None and name not in (*_PLACES, "report_to"):
