@@ -6,6 +6,8 @@ python docs/draw_troubles.py outputs/troubles cut_off    # one of them
 A picture is drawn only if the diagnosis of its run names the trouble, so the page and the diagnosis agree.
 """
 
+import json
+import random
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,34 +20,55 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tunix_torch.learn.signs import LEAST_ENTROPY, LEAST_LENGTH, MOST_KL  # noqa: E402
+from tunix_torch.report.diagnosis import diagnose  # noqa: E402
+from tunix_torch.report.record import read_run  # noqa: E402
+
 PICTURES = Path(__file__).parent / "troubles"
 SHORT = ("--max_steps", "60", "--per_device_train_batch_size", "8", "--num_completions_per_prompt", "4")
 SHORT += ("--eval_steps", "20", "--num_eval_rows", "64", "--num_eval_completions", "0")
 
 
 @dataclass(frozen=True)
+class Shown:
+    """A number of the metrics, in a panel of a picture."""
+
+    metric: str
+    bound: float | None = None  # of the diagnosis: a dashed line
+    log: bool = False  # the axis is logarithmic
+
+
+@dataclass(frozen=True)
 class Trouble:
     """A job that goes wrong in one way."""
 
-    flags: Sequence[str]  # of train.py, beside --use_grpo
+    flags: Sequence[str]  # of train.py, beside --use_grpo; {folder} is the folder of all jobs
     finding: str  # what the diagnosis calls it
-    metrics: Sequence[str]  # what the picture shows, each in a panel
+    shown: Sequence[Shown]
 
 
 TROUBLES = {
     "nothing_to_learn": Trouble(
-        ("--reward_funcs", "format", *SHORT), "nothing to learn from", ("frac_reward_zero_std", "reward")
+        ("--reward_funcs", "format", *SHORT),
+        "nothing to learn from",
+        (Shown("frac_reward_zero_std", 0.9), Shown("reward")),
     ),
     "cut_off": Trouble(
         ("--generation_max_length", "20", *SHORT, "--max_steps", "30"),
         "cut-off completions",
-        ("completions/clipped_ratio", "reward"),
+        (Shown("completions/clipped_ratio", 0.25), Shown("reward")),
     ),
     "rate_too_high": Trouble(
-        ("--learning_rate", "0.02", "--kl_penalty_coef", "1e-6", *SHORT), "learning rate too high", ("kl", "reward")
+        ("--learning_rate", "0.02", "--kl_penalty_coef", "1e-6", *SHORT),
+        "learning rate too high",
+        (Shown("reward"), Shown("kl", MOST_KL)),
     ),
     "kl_runs_away": Trouble(
-        ("--learning_rate", "0.006", "--kl_penalty_coef", "1e-6", *SHORT), "KL running away", ("kl", "entropy")
+        ("--learning_rate", "0.004", "--kl_penalty_coef", "1e-6", *SHORT, "--max_steps", "40"),
+        "KL running away",
+        (Shown("kl", MOST_KL), Shown("reward")),
     ),
     "collapse": Trouble(
         (
@@ -54,16 +77,33 @@ TROUBLES = {
             "--judge",
             "correctness",
             "--learning_rate",
-            "0.005",
+            "0.01",
             *SHORT,
+            "--max_steps",
+            "40",
         ),
         "collapse",
-        ("completions/mean_length", "entropy"),
+        (Shown("completions/mean_length", LEAST_LENGTH), Shown("entropy", LEAST_ENTROPY, log=True)),
     ),
     "reward_hacking": Trouble(
-        ("--reward_funcs", "docs.draw_troubles.length_reward", "--judge", "correctness", *SHORT),
+        ("--reward_funcs", "docs.draw_troubles.length_reward", "--judge", "correctness", *SHORT, "--max_steps", "40"),
         "reward hacking suspected",
-        ("reward", "eval_accuracy"),
+        (Shown("reward"), Shown("eval_accuracy")),
+    ),
+    "layout_learned": Trouble(
+        (
+            "--data_path",
+            "{folder}/hard.jsonl",
+            "--train_fraction",
+            "0.8",
+            "--generation_temperature",
+            "2.0",
+            *SHORT,
+            "--max_steps",
+            "40",
+        ),
+        "format learned, answers not",
+        (Shown("rewards/format_reward/mean"), Shown("rewards/correctness_reward/mean")),
     ),
 }
 
@@ -78,10 +118,21 @@ def brevity_reward(completions: Sequence[str], **columns: object) -> list[float]
     return [-min(len(completion) / 100, 1.0) for completion in completions]
 
 
+def write_hard_questions(file: Path) -> None:
+    """Questions that the tiny model answers hardly ever: products of numbers of three digits."""
+    draw = random.Random(0)
+    pairs = [(draw.randrange(100, 1000), draw.randrange(100, 1000)) for _ in range(512)]
+    rows = [{"question": f"What is {a} x {b}?", "answer": str(a * b)} for a, b in pairs]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def run(name: str, folder: Path) -> None:
     """Run the job of a trouble, if its folder is not there yet."""
     if not (folder / "metrics.jsonl").is_file():
-        flags = ["--use_grpo", *TROUBLES[name].flags, "--output_dir", str(folder), "--report_to", "none"]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_hard_questions(folder.parent / "hard.jsonl")
+        flags = [flag.format(folder=folder.parent.absolute()) for flag in TROUBLES[name].flags]
+        flags = ["--use_grpo", *flags, "--output_dir", str(folder.absolute()), "--report_to", "none"]
         subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, check=True)
 
 
@@ -91,21 +142,22 @@ def draw(name: str, folder: Path) -> Path:
     Raises:
         ValueError: the diagnosis does not find the trouble that the run was made to have.
     """
-    sys.path.insert(0, str(ROOT))
-    from tunix_torch.report.diagnosis import diagnose
-    from tunix_torch.report.record import read_run
-
     record, trouble = read_run(folder), TROUBLES[name]
     found = [finding.name for finding in diagnose(record)]
     if trouble.finding not in found:
         raise ValueError(f"{folder}: expected the diagnosis {trouble.finding!r}, got {found}")
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, len(trouble.metrics), figsize=(9, 2.6))
-    for axis, metric in zip(axes, trouble.metrics, strict=True):
-        points = [(row["step"], row[metric]) for row in record.rows if metric in row]
-        marker = "o" if metric.startswith("eval_") else None
+    figure, axes = plt.subplots(1, len(trouble.shown), figsize=(9, 2.6))
+    for axis, shown in zip(axes, trouble.shown, strict=True):
+        points = [(row["step"], row[shown.metric]) for row in record.rows if shown.metric in row]
+        marker = "o" if shown.metric.startswith("eval_") else None
         axis.plot(*zip(*points, strict=True), color="#0b5394", marker=marker)
-        axis.set(title=metric, xlabel="step")
+        axis.set(title=shown.metric, xlabel="step", yscale="log" if shown.log else "linear")
+        if not shown.log:
+            axis.set_ylim(bottom=0)
+        if shown.bound is not None:
+            axis.axhline(shown.bound, color="#888888", linestyle="--", linewidth=1)
+            axis.annotate(f"{shown.bound:g}", (1, shown.bound), xycoords=("axes fraction", "data"), color="#666666")
     figure.tight_layout()
     PICTURES.mkdir(exist_ok=True)
     path = PICTURES / f"{name}.png"

@@ -181,6 +181,40 @@ def test_a_picture_does_not_depend_on_those_before_it(run):
         assert alone.svg == picture.svg, panel.name
 
 
+def test_the_learning_rate_is_drawn_as_it_was_and_a_reward_as_the_mean_around_each_step():
+    """A mean would draw a warm-up from 0 to 0.002 as one from 0.0008 to 0.0019."""
+    rates = [0.002 * min(step / 14, (280 - step) / 266) for step in range(280)]
+    rows = [{"step": step, "learning_rate": rate, "reward": rate} for step, rate in enumerate(rates, start=1)]
+    panels = {panel.name: panel for panel in panels_of(rows)}
+    assert panels["rate"].exact and not panels["reward"].exact
+
+    def heights(name):
+        """Of each curve its first and its highest point, as heights in the picture; there a lower number is higher."""
+        (picture,) = pictures.pictures_of([panels[name]])
+        found = re.findall(r'<path d="([^"]+)"[^>]*style="[^"]*stroke: var\(--s1\)', picture.svg)
+        ys = [[float(y) for y in re.findall(r"[ML] \S+ (\S+)", path)] for path in found]
+        return [(y[0], min(y)) for y in ys]
+
+    (exact,), (raw, smooth) = heights("rate"), heights("reward")
+    assert exact == raw, "the bold line is the rate itself"
+    assert smooth[0] < raw[0] - 5 and smooth[1] > raw[1] + 5
+    long = [(step, 0.0 if step else 1.0) for step in range(1001)]
+    thin = pictures._each(long, 300)
+    assert thin[0] == long[0] and thin[-1] == long[-1] and set(thin) <= set(long) and len(thin) <= 301
+
+
+def test_numbers_at_an_axis_are_whole():
+    values = (0, 1e-9, -2.5e-10, 2e-5, 0.0005, 0.002, -0.25, 20000, 2.5e6)
+    assert [pictures.tick(value) for value in values] == (
+        "0 1e−9 −2.5e−10 2e−5 0.0005 0.002 −0.25 20000 2.5e6".replace("−", "\N{MINUS SIGN}").split()
+    )
+    rows = [{"step": step, "loss": 1e-9 * (step % 3 - 1), "learning_rate": 1.0} for step in range(30)]
+    (picture,) = pictures.pictures_of([panel for panel in panels_of(rows) if panel.name == "loss"])
+    written = re.findall(r"<text[^>]*>([^<]+)</text>", picture.svg)
+    assert {"\N{MINUS SIGN}1e\N{MINUS SIGN}9", "0", "1e\N{MINUS SIGN}9"} <= set(written)
+    assert all(re.fullmatch(r"[\d.]+|\N{MINUS SIGN}?[\d.]+e\N{MINUS SIGN}\d+", text) for text in written), written
+
+
 def test_a_long_run_makes_no_long_page(tmp_path):
     rows = healthy_rows(steps=3000, evaluated_every=100)
     text = page.report_of(read_run(write_run(tmp_path / "a", rows)))

@@ -8,10 +8,13 @@ import signal
 import struct
 import sys
 import termios
+from types import SimpleNamespace
 
 import pytest
 from commands import ROOT
+from transformers import TrainerState
 
+from tunix_torch.run import terminal
 from tunix_torch.run.terminal import SPARKS, sparkline, summary, takes_unicode, trend
 
 # ---- a terminal ----
@@ -143,6 +146,42 @@ def test_a_forked_process_prints_without_it():
 def test_no_color_is_respected(environment, colours):
     _, text, _ = in_terminal(LINE + "line.start(); time.sleep(0.5); line.stop()", **environment)
     assert "live 0" in text and ("\x1b[31m" in text) == colours
+
+
+# ---- what it says ----
+
+
+def test_the_line_says_what_fits_with_what_matters_most_first(monkeypatch):
+    """At step 20 of 30, of which 10 were done by an earlier start: 100 seconds of steps and 30 of an evaluation."""
+    seconds = [0.0]
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    history = [{"step": step, "reward": 1.0} for step in range(1, 11)] + [{"step": 10, "eval_accuracy": 0.5}]
+    now = terminal.Now(TrainerState(global_step=10, max_steps=30, log_history=history))
+    now.line.stop()
+    now.unicode = True
+    now.began("rollout")
+    assert now.text(80).plain.split() == ["step", "10/30", "reward", "1.000", "→", "accuracy", "50.0%", "→", "rollout"]
+    now.ended("rollout")
+    for seconds[0], change in ((40.0, now.began), (70.0, now.ended)):
+        change("evaluating")
+    for step in range(11, 21):
+        now.logged({"reward": 1.5, "rollout_tokens_per_second": 12345.6, "loss": 0.0})
+        now.stepped(step)
+    now.logged({"eval_accuracy": 0.625})
+    seconds[0] = 130.0
+    now.began("scoring")
+    now.advanced("rows", 3, 8)
+    now.widest = 0  # the phase before was shorter
+    narrow = now.text(40)
+    assert narrow.plain.rstrip() == "step 20/30  1:40 left  scoring 3/8"
+    wide = now.text(80)
+    assert wide.plain.rstrip() == "step 20/30  1:40 left  reward 1.500 ↗  accuracy 62.5% ↗  scoring 3/8 rows"
+    assert len(narrow.plain.rstrip()) <= 40 and len(wide.plain.rstrip()) <= 80
+    everything = "step 20/30  1:40 left  reward 1.500 ↗  accuracy 62.5% ↗  12,346 tokens/s  scoring 3/8 rows"
+    assert now.text(100).plain.rstrip() == everything
+    now.unicode = False
+    now.logged({"eval_accuracy": 0.5})
+    assert now.text(100).plain.rstrip() == everything.replace("62.5% ↗", "50.0% \\").replace("↗", "/")
 
 
 # ---- a job ----

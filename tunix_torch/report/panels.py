@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from ..learn.signs import LEAST_ENTROPY
 from .completions import Completion, steps_of
 from .metrics import Points, Rows, keys_of, mean, series, steps_of_training, thinned
 
@@ -35,6 +36,7 @@ class Panel:
     form: str = "number"  # of the values: number, percent, or seconds
     kind: str = "lines"  # or stacked (areas), or bars (each step a bar, each curve a part of it)
     runs: tuple[str, ...] = ()  # of a comparison: what both runs are called
+    exact: bool = False  # the values have no noise, so the curve goes through them
 
     @property
     def labels(self) -> list[str]:
@@ -84,7 +86,13 @@ def _panel(name: str, title: str, note: str, curves: Sequence[Curve], form: str 
 
 
 def _simple(
-    name: str, title: str, note: str, keys: dict[str, str], form: str = "number", evaluated: str | None = None
+    name: str,
+    title: str,
+    note: str,
+    keys: dict[str, str],
+    form: str = "number",
+    evaluated: str | None = None,
+    exact: bool = False,
 ) -> Callable[[Rows], Panel]:
     """A panel of numbers of training steps, by key and label, and of a number of evaluations."""
 
@@ -93,7 +101,7 @@ def _simple(
         curves = [Curve(label, series(training, key)) for key, label in keys.items()]
         if evaluated is not None:
             curves.append(Curve("held out", series(rows, evaluated), is_evaluation=True))
-        return _panel(name, title, note, curves, form)
+        return replace(_panel(name, title, note, curves, form), exact=exact)
 
     return make
 
@@ -223,13 +231,14 @@ _PANELS: tuple[Callable[[Rows], Panel], ...] = (
     _simple(
         "entropy",
         "Entropy",
-        "How undecided the policy is, in nats a token. Near 0 it tries nothing else.",
+        f"How undecided the policy is, in nats a token. Below {LEAST_ENTROPY:g} it tries nothing else.",
         {"entropy": "entropy"},
     ),
     _simple(
         "clip",
         "Clipped ratios",
-        "The share of tokens whose ratio of new to old probability was clipped.",
+        "The share of tokens whose ratio of new to old probability was clipped. Where each batch is learned from once "
+        "(num_iterations 1), it is always 0.",
         {"clip_ratio/region_mean": "both", "clip_ratio/low_mean": "low", "clip_ratio/high_mean": "high"},
         "percent",
     ),
@@ -265,7 +274,13 @@ _PANELS: tuple[Callable[[Rows], Panel], ...] = (
         "teacher", "KL from the teacher", "The reverse KL from the teacher, in nats a token.", {"teacher_kl": "KL"}
     ),
     _simple("norm", "Norm of the gradient", "Before it is clipped at max_grad_norm.", {"grad_norm": "norm"}),
-    _simple("rate", "Learning rate", "As the schedule has it.", {"learning_rate": "rate"}),
+    _simple(
+        "rate",
+        "Learning rate",
+        "The learning rate of each step. With a warm-up that of the first step is 0: this step changes no weight.",
+        {"learning_rate": "rate"},
+        exact=True,
+    ),
     _time,
     _simple(
         "speed",

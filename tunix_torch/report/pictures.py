@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from .metrics import smoothed, thinned
+from .metrics import Points, smoothed, thinned
 from .panels import Curve, Panel
 
 SIZE = (4.75, 2.45)  # inches of 72 units: on a phone of 360 pixels, a unit is about a pixel
@@ -94,13 +94,15 @@ def _blank() -> "matplotlib.axes.Axes":  # noqa: F821
 def _svg(panel: Panel, axes: "matplotlib.axes.Axes") -> Markup:  # noqa: F821
     from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
 
+    def written(value: float, _: int) -> str:
+        return f"{100 * value:.3g}%" if panel.form == "percent" else tick(value)
+
     axes.relim()
     axes.autoscale(True)
     axes.margins(x=0.0 if panel.kind == "bars" else 0.02, y=0.05)
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    percent = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
-    axes.yaxis.set_major_formatter(percent if panel.form == "percent" else ScalarFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(written))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     {"lines": _draw_lines, "stacked": _draw_areas, "bars": _draw_bars}[panel.kind](axes, panel)
     file = io.StringIO()
@@ -112,6 +114,14 @@ def _svg(panel: Panel, axes: "matplotlib.axes.Axes") -> Markup:  # noqa: F821
     return _for_page(file.getvalue(), panel)
 
 
+def tick(value: float) -> str:
+    """A value at an axis, whole: Matplotlib would write a power of ten that all have in common above the picture."""
+    if value == 0 or 1e-4 <= abs(value) < 1e6:
+        return f"{value:g}".replace("-", "\N{MINUS SIGN}")
+    digits, power = f"{value:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}".replace("-", "\N{MINUS SIGN}")
+
+
 def _draw_lines(axes: "matplotlib.axes.Axes", panel: Panel) -> None:  # noqa: F821
     for i, curve in enumerate(panel.curves):
         color, dash = _SERIES[i % NUM_COLORS], _DASHES[i % NUM_COLORS]
@@ -120,9 +130,9 @@ def _draw_lines(axes: "matplotlib.axes.Axes", panel: Panel) -> None:  # noqa: F8
         if curve.band:
             steps, low, high = zip(*_thin_band(curve), strict=True)
             axes.fill_between(steps, low, high, color=color, alpha=0.14, linewidth=0)
-        points = thinned(curve.points, MOST_POINTS)
+        points = _each(curve.points, MOST_POINTS) if panel.exact else thinned(curve.points, MOST_POINTS)
         width = max(1, len(points) // 12)
-        if curve.is_evaluation or width < 3:
+        if curve.is_evaluation or panel.exact or width < 3:
             marker = "o" if curve.is_evaluation or len(points) < 3 else None
             axes.plot(
                 *zip(*points, strict=True), color=color, linestyle=dash, linewidth=1.8, marker=marker, markersize=4
@@ -137,6 +147,12 @@ def _draw_lines(axes: "matplotlib.axes.Axes", panel: Panel) -> None:  # noqa: F8
         axes.set_ylim(min(0, 2 * values[0]), min(1.04, top) if panel.form == "percent" else top)
     elif min(values) >= 0:
         axes.set_ylim(bottom=0, top=min(1.04, axes.get_ylim()[1]) if panel.form == "percent" else None)
+
+
+def _each(points: Points, most: int) -> Points:
+    """At most about so many of the points, the first and the last among them; none is changed."""
+    every = -(-len(points) // most)
+    return [*points[:-1:every], points[-1]]
 
 
 def _thin_band(curve: Curve) -> list[tuple[int, float, float]]:
