@@ -6,8 +6,7 @@ python docs/draw_troubles.py outputs/troubles cut_off    # one of them
 A picture is drawn only if the diagnosis of its run names the trouble, so the page and the diagnosis agree.
 """
 
-import json
-import random
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -44,7 +43,7 @@ class Shown:
 class Trouble:
     """A job that goes wrong in one way."""
 
-    flags: Sequence[str]  # of train.py, beside --use_grpo; {folder} is the folder of all jobs
+    flags: Sequence[str]  # of train.py, beside --use_grpo
     finding: str  # what the diagnosis calls it
     shown: Sequence[Shown]
 
@@ -66,7 +65,7 @@ TROUBLES = {
         (Shown("reward"), Shown("kl", MOST_KL)),
     ),
     "kl_runs_away": Trouble(
-        ("--learning_rate", "0.004", "--kl_penalty_coef", "1e-6", *SHORT, "--max_steps", "40"),
+        ("--learning_rate", "0.006", "--kl_penalty_coef", "1e-6", *SHORT),
         "KL running away",
         (Shown("kl", MOST_KL), Shown("reward")),
     ),
@@ -86,24 +85,29 @@ TROUBLES = {
         (Shown("completions/mean_length", LEAST_LENGTH), Shown("entropy", LEAST_ENTROPY, log=True)),
     ),
     "reward_hacking": Trouble(
-        ("--reward_funcs", "docs.draw_troubles.length_reward", "--judge", "correctness", *SHORT, "--max_steps", "40"),
+        (
+            "--reward_funcs",
+            "docs.draw_troubles.length_reward",
+            "--judge",
+            "correctness",
+            "--learning_rate",
+            "0.004",
+            *SHORT,
+        ),
         "reward hacking suspected",
         (Shown("reward"), Shown("eval_accuracy")),
     ),
     "layout_learned": Trouble(
         (
-            "--data_path",
-            "{folder}/hard.jsonl",
-            "--train_fraction",
-            "0.8",
-            "--generation_temperature",
-            "2.0",
+            "--reward_funcs",
+            "docs.draw_troubles.short_format_reward",
+            "correctness",
+            "--learning_rate",
+            "0.006",
             *SHORT,
-            "--max_steps",
-            "40",
         ),
         "format learned, answers not",
-        (Shown("rewards/format_reward/mean"), Shown("rewards/correctness_reward/mean")),
+        (Shown("rewards/short_format_reward/mean"), Shown("rewards/correctness_reward/mean")),
     ),
 }
 
@@ -118,21 +122,16 @@ def brevity_reward(completions: Sequence[str], **columns: object) -> list[float]
     return [-min(len(completion) / 100, 1.0) for completion in completions]
 
 
-def write_hard_questions(file: Path) -> None:
-    """Questions that the tiny model answers hardly ever: products of numbers of three digits."""
-    draw = random.Random(0)
-    pairs = [(draw.randrange(100, 1000), draw.randrange(100, 1000)) for _ in range(512)]
-    rows = [{"question": f"What is {a} x {b}?", "answer": str(a * b)} for a, b in pairs]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def short_format_reward(completions: Sequence[str], **columns: object) -> list[float]:
+    """Pay for a number in tags, more the less stands before it: a layout that leaves no room for reasoning."""
+    found = [re.fullmatch(r"(.*)<answer>\d+</answer>", text, re.DOTALL) for text in completions]
+    return [max(0.0, 1 - len(match[1]) / 60) if match else 0.0 for match in found]
 
 
 def run(name: str, folder: Path) -> None:
     """Run the job of a trouble, if its folder is not there yet."""
     if not (folder / "metrics.jsonl").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        write_hard_questions(folder.parent / "hard.jsonl")
-        flags = [flag.format(folder=folder.parent.absolute()) for flag in TROUBLES[name].flags]
-        flags = ["--use_grpo", *flags, "--output_dir", str(folder.absolute()), "--report_to", "none"]
+        flags = ["--use_grpo", *TROUBLES[name].flags, "--output_dir", str(folder.absolute()), "--report_to", "none"]
         subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, check=True)
 
 
@@ -154,7 +153,7 @@ def draw(name: str, folder: Path) -> Path:
         axis.plot(*zip(*points, strict=True), color="#0b5394", marker=marker)
         axis.set(title=shown.metric, xlabel="step", yscale="log" if shown.log else "linear")
         if not shown.log:
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.08 * max(0.1, *(value for _, value in points)))
         if shown.bound is not None:
             axis.axhline(shown.bound, color="#888888", linestyle="--", linewidth=1)
             axis.annotate(f"{shown.bound:g}", (1, shown.bound), xycoords=("axes fraction", "data"), color="#666666")

@@ -8,6 +8,8 @@ import pytest
 
 from tunix_torch.config import help
 from tunix_torch.config.flags import CONFIGS, NAMES, parse_job
+from tunix_torch.rewarding.scoring import name_of
+from tunix_torch.run.setup import choose_rewards
 
 
 @pytest.fixture
@@ -46,6 +48,22 @@ def test_help_shows_the_defaults_that_are_in_force(printed, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"learning_rate": 0.5, "reward_funcs": ["format", "a.b"]}))
     text = printed("--config", str(tmp_path / "c.json"), "--help")
     assert default(text, "learning_rate") == "0.5" and default(text, "reward_funcs") == "format a.b"
+
+
+def test_help_shows_the_rewards_and_the_judge_that_a_job_takes_where_none_is_named(printed):
+    def shown(*flags):
+        text = printed("--help-all", *flags, columns=200)
+        return [re.search(rf"--{name} .*?\[(.*?)\]", text, re.DOTALL)[1] for name in ("reward_funcs", "judge")]
+
+    assert shown() == shown("--dataset", "gsm8k") == ["correctness format", "correctness"]
+    assert shown("--dataset", "math") == ["math_equal format", "math_equal"]
+    assert shown("--teacher", "base")[0] == "none", "a teacher alone is what such a job learns from"
+    assert shown("--reward_preset", "agent_tunix")[0] == "those of agent_tunix"
+    for flags in ([], ["--dataset", "math"]):
+        _, data, args = parse_job(["--use_grpo", *flags])
+        assert (
+            " ".join(name_of(each).removesuffix("_reward") for each in choose_rewards(data, args)) == shown(*flags)[0]
+        )
 
 
 def test_help_all_has_every_setting_once_in_a_group(printed):

@@ -8,6 +8,11 @@ DATA_SOURCES = ("huggingface", "tfds", "kaggle", "file")
 KNOWN_DATASETS = ("gsm8k", "math", "arc")
 
 
+def default_rewards(dataset: str | None) -> list[str]:
+    """The reward functions of a job that names none: one for right answers, and one for their layout."""
+    return ["math_equal" if dataset == "math" else "correctness", "format"]
+
+
 @accept_aliases
 @dataclass
 class DataConfig:
@@ -65,7 +70,7 @@ class DataConfig:
     @property
     def right_answers(self) -> str:
         """The reward function that tells right answers from wrong ones. MATH needs its own, for answers in LaTeX."""
-        return "math_equal" if self.dataset == "math" else "correctness"
+        return default_rewards(self.dataset)[0]
 
     @property
     def judge_in_force(self) -> str:

@@ -9,7 +9,7 @@ from transformers import HfArgumentParser
 
 from ..runtime import mesh
 from .aliases import ALIASES
-from .data import DataConfig
+from .data import DataConfig, default_rewards
 from .files import load_config
 from .grpo import GRPOConfig
 from .help import help_asked, print_groups, print_help, without_help
@@ -53,7 +53,7 @@ def parse_job(
     asked, argv = help_asked(argv), _replace_aliases(without_help(argv))
     parser = _job_parser(argv, prog, description)
     if asked is not None:
-        print_help(parser, CONFIGS, everything=asked == "help-all")
+        print_help(parser, CONFIGS, _meant_by_none(parser, argv), everything=asked == "help-all")
         sys.exit(0)
     model = parser.parse_known_args(argv)[0]
     # The mesh must be chosen before GRPOConfig is made, since that begins to use the device.
@@ -74,7 +74,21 @@ def print_settings(argv: Sequence[str]) -> None:
     Raises:
         ValueError: see `parse_job`.
     """
-    print_groups(_job_parser(_replace_aliases(without_help(argv))), CONFIGS)
+    argv = _replace_aliases(without_help(argv))
+    parser = _job_parser(argv)
+    print_groups(parser, CONFIGS, _meant_by_none(parser, argv))
+
+
+def _meant_by_none(parser: JobParser, argv: Sequence[str]) -> dict[str, Any]:
+    """Of settings that have no value by default, what a job takes then, by the setting's name."""
+    given = parser.parse_known_args(argv)[0]
+    rewards = default_rewards(given.dataset)
+    meant: dict[str, Any] = {"judge": rewards[0]}
+    if given.reward_preset is not None:
+        meant["reward_funcs"] = f"those of {given.reward_preset}"
+    elif given.teacher is None:
+        meant["reward_funcs"] = rewards
+    return meant
 
 
 def _job_parser(argv: Sequence[str], prog: str | None = None, description: str | None = None) -> JobParser:

@@ -5,7 +5,7 @@ import dataclasses
 import enum
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 HELP, HELP_ALL = ("-h", "--help"), ("--help-all", "--help_all")
@@ -88,13 +88,16 @@ def _headings(config: type) -> dict[str, str]:
     return titles | others | MOVED
 
 
-def print_help(parser: argparse.ArgumentParser, configs: Sequence[type], everything: bool) -> None:
+def print_help(
+    parser: argparse.ArgumentParser, configs: Sequence[type], meant_by_none: Mapping[str, Any], everything: bool
+) -> None:
     """Print the parser's description, and the first settings or all of them.
 
     Each setting has its meaning and the value that it has where no flag is given. Lines are as wide as the terminal.
 
     Args:
         parser: whose flags are the fields of the dataclasses, with the defaults that are in force.
+        meant_by_none: what a job takes for settings that have no value, by their names.
         everything: print all settings by group, not the first ones alone.
     """
     form = _Form(parser.prog)
@@ -105,19 +108,23 @@ def print_help(parser: argparse.ArgumentParser, configs: Sequence[type], everyth
     form.add_argument(argparse._HelpAction(HELP, help="the settings that matter first"))
     form.add_argument(argparse._HelpAction(HELP_ALL[:1], help=f"all {len(group_titles(configs))} settings, by group"))
     form.end_section()
-    _add_groups(form, parser, configs, everything)
+    _add_groups(form, parser, configs, meant_by_none, everything)
     print(form.format_help().rstrip())
 
 
-def print_groups(parser: argparse.ArgumentParser, configs: Sequence[type]) -> None:
-    """Print all settings by group, for a command whose other flags have been printed."""
+def print_groups(parser: argparse.ArgumentParser, configs: Sequence[type], meant_by_none: Mapping[str, Any]) -> None:
+    """Print all settings by group, for a command whose other flags have been printed. See `print_help`."""
     form = _Form(parser.prog)
-    _add_groups(form, parser, configs, everything=True)
+    _add_groups(form, parser, configs, meant_by_none, everything=True)
     print(f"\n{form.format_help().rstrip()}")
 
 
 def _add_groups(
-    form: argparse.HelpFormatter, parser: argparse.ArgumentParser, configs: Sequence[type], everything: bool
+    form: argparse.HelpFormatter,
+    parser: argparse.ArgumentParser,
+    configs: Sequence[type],
+    meant_by_none: Mapping[str, Any],
+    everything: bool,
 ) -> None:
     actions = {action.dest: action for action in reversed(parser._actions)}  # `--no_NAME` comes after `--NAME`
     sections = _by_group(configs) if everything else [("The settings that matter first [default]", list(FIRST))]
@@ -126,7 +133,9 @@ def _add_groups(
         form.start_section(title)
         for name in names:
             in_short = not everything or (name in FIRST and name not in own)  # Transformers says what its Trainer does
-            form.add_argument(_shown(actions[name], FIRST[name] if in_short else None))
+            default = actions[name].default
+            default = meant_by_none.get(name) if default is None else default
+            form.add_argument(_shown(actions[name], default, FIRST[name] if in_short else None))
         form.end_section()
 
 
@@ -136,10 +145,11 @@ def _by_group(configs: Sequence[type]) -> Iterator[tuple[str, list[str]]]:
         yield title, [name for name in titles if titles[name] == title]
 
 
-def _shown(action: argparse.Action, words: str | None) -> argparse.Action:
+def _shown(action: argparse.Action, default: Any, words: str | None) -> argparse.Action:
     """The flag as it is printed: with a placeholder for its value, the words to choose from, and the default in force.
 
     Args:
+        default: the value in force where the flag is not given.
         words: what is said of it; None: its own help.
     """
     text = words or " ".join((action.help or "").split())  # `%` is written `%%`, as argparse wants it
@@ -151,7 +161,7 @@ def _shown(action: argparse.Action, words: str | None) -> argparse.Action:
         action.dest,
         nargs="+" if action.nargs in ("+", "*") else None,
         metavar=METAVARS.get(reader, "TEXT"),
-        help=f"{text} [{as_flag(action.default).replace('%', '%%')}]",
+        help=f"{text} [{as_flag(default).replace('%', '%%')}]",
     )
 
 

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from .. import rewards
-from ..config.data import DataConfig
+from ..config.data import DataConfig, default_rewards
 from ..config.grpo import GRPOConfig
 from ..config.model import ModelConfig
 from ..config.saved import settings_of
@@ -46,7 +46,7 @@ def choose_rewards(config: DataConfig, args: GRPOConfig) -> list[RewardFunc | st
     if args.teacher is not None and not named:
         functions = []
     elif config.reward_preset is None:
-        names = config.reward_funcs or [config.right_answers, "format"]
+        names = config.reward_funcs or default_rewards(config.dataset)
         functions = [name if looks_like_model(name) else rewards.find_reward(name) for name in names]
     else:
         functions, weights = map(list, zip(*rewards.get_preset(config.reward_preset), strict=True))
