@@ -67,7 +67,7 @@ TROUBLES = {
     "kl_runs_away": Trouble(
         ("--learning_rate", "0.006", "--kl_penalty_coef", "1e-6", *SHORT),
         "KL running away",
-        (Shown("kl", MOST_KL), Shown("reward")),
+        (Shown("kl", MOST_KL, log=True), Shown("reward")),
     ),
     "collapse": Trouble(
         (
@@ -149,6 +149,7 @@ def draw(name: str, folder: Path) -> Path:
     figure, axes = plt.subplots(1, len(trouble.shown), figsize=(9, 2.6))
     for axis, shown in zip(axes, trouble.shown, strict=True):
         points = [(row["step"], row[shown.metric]) for row in record.rows if shown.metric in row]
+        points = [(step, value) for step, value in points if value > 0 or not shown.log]
         marker = "o" if shown.metric.startswith("eval_") else None
         axis.plot(*zip(*points, strict=True), color="#0b5394", marker=marker)
         axis.set(title=shown.metric, xlabel="step", yscale="log" if shown.log else "linear")
