@@ -54,7 +54,7 @@ def test_a_card_of_a_gemma(tmp_path):
     assert results["accuracy"].metric_args == {"interval_95": [round(low, 4), round(high, 4)], "num_questions": 256}
     assert f"| 50.0% (43.9% to 56.1%) | 87.5% ({low:.1%} to {high:.1%}) |" in made.text
     assert "| before training | after step 80 |" in made.text
-    assert "| `learning_rate` | 2e-05 |" in made.text and "It learned for `max_steps` 80." in made.text
+    assert "| `learning_rate` | 2e-05 |" in made.text and "The run had `max_steps` 80." in made.text
     assert "correctness_reward, format_reward" in made.text and "openai/gsm8k, split train" in made.text
     assert "https://ai.google.dev/gemma/terms" in made.text and "secret_place" not in made.content
     assert 'from_pretrained("google/gemma-3-270m-it")' in made.text and 'place = "me/mine"' in made.text
@@ -72,7 +72,7 @@ def test_only_settings_that_differ_from_the_defaults_of_the_job_are_said_to_diff
         return text, dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", text, re.MULTILINE))
 
     text, rows = shown()
-    assert rows == {} and "It learned for `max_steps` 280." in text
+    assert rows == {} and "The run had `max_steps` 280." in text
     assert "All settings that change what is learned are at the defaults of `train.py` for the tiny model." in text
     text, rows = shown("--learning_rate", "1e-5")
     assert rows == {"learning_rate": "1e-05"} and "these differ from the defaults of `train.py` for the tiny" in text

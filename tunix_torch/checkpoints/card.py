@@ -315,7 +315,7 @@ def _settings_text(settings: Mapping[str, Any], folder: Path) -> str:
     changed = changed_from_defaults(dict(settings), defaults_in_force(settings))
     shown = {name: value for name, (value, _) in changed.items() if name not in NOT_SHOWN}
     length = "max_steps" if settings.get("max_steps", -1) > 0 else "num_train_epochs"
-    lines = [f"It learned for `{length}` {settings[length]}.", ""] if length in settings else []
+    lines = [f"The run had `{length}` {settings[length]}.", ""] if length in settings else []
     of = f"`train.py`{' for the tiny model' if settings.get('model_name') == TINY_NAME else ''}"
     of = of if "model_name" in settings else "`GRPOConfig`"
     if shown:
