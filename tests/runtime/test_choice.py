@@ -7,7 +7,8 @@ import sys
 import pytest
 from graphs import ROOT, environment
 
-from tunix_torch.runtime import choice, together
+from tunix_torch import GRPOConfig
+from tunix_torch.runtime import choice, device, together
 
 HINT = "pip install -r requirements-tpu.txt, in an environment of its own"
 
@@ -60,7 +61,18 @@ def test_more_processes_than_chips(monkeypatch):
     monkeypatch.setattr(together, "tpu_chips", lambda: ["v5e"] * 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ValueError, match="8 processes on a host with 4 TPU chip.*torchrun --nproc_per_node 4"):
-        together.join_chips()
+        together.check_processes("tpu")
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    """Refused when the device is checked: Accelerate would give two processes the same GPU, which NCCL refuses late."""
+    monkeypatch.setattr(device, "KIND", "cuda")
+    monkeypatch.setattr(together.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match="device='cuda': 8 processes on a host with 4 GPU.*--nproc_per_node 4"):
+        GRPOConfig(device="cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    together.check_processes("cuda")
 
 
 def test_a_command_prints_the_line_and_exits_with_2():
