@@ -1,5 +1,6 @@
 """A device that can't be had is an error in one line that says what to do, before anything heavy is imported."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -80,3 +81,16 @@ def test_a_command_prints_the_line_and_exits_with_2():
     result = subprocess.run(command, env=environment("cpu"), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: device='tpu' needs torch_tpu, which is not installed")
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="torch_xla is not installed")
+def test_a_plugin_of_torch_xla_that_does_not_load():
+    command = [sys.executable, "train.py", "--device", "xla", "--max_steps", "1"]
+    without_plugin = environment("cpu", PJRT_DEVICE="CUDA")
+    result = subprocess.run(command, env=without_plugin, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith(
+        "error: device='xla': torch-xla does not start (No PjRtPlugin registered for: CUDA)"
+    )
+    assert result.stderr.endswith("; PJRT_DEVICE is 'CUDA': unset it; PJRT_DEVICE=CPU computes on the CPU\n")

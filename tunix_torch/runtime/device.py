@@ -7,8 +7,10 @@ torch-xla; both also run on a CPU, by which they are tested.
 
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import io
+import logging
 import os
 import resource
 import warnings
@@ -35,6 +37,11 @@ KIND: str = _kind()
 import torch  # noqa: E402  (after the choice: importing torch loads torch_xla's plugin)
 
 if KIND == "xla":
+    if os.environ["PJRT_DEVICE"] == "TPU" and not tpu_is_present():  # in a container the bus may be hidden
+        logging.getLogger(__name__).warning(
+            "PJRT_DEVICE='TPU', but no TPU is on the PCI bus that this process sees: libtpu looks for one, and where "
+            "there is none it asks a TPU VM's metadata server for minutes. Without a TPU, unset PJRT_DEVICE."
+        )
     import torch_xla
     import torch_xla.backends
     import torch_xla.core.xla_model as xm
@@ -86,8 +93,30 @@ def keep_compilations(folder: str) -> None:
         xla_runtime.initialize_cache(folder)
 
 
+@functools.cache
+def start() -> None:
+    """Start torch-xla's runtime, once. A mesh is made before, as the runtime must know of it: see `mesh.use_mesh`.
+
+    Elsewhere there is nothing left to start.
+
+    Raises:
+        ValueError: it does not start.
+    """
+    if KIND != "xla":
+        return
+    try:
+        xla_runtime.process_count()
+    except Exception as error:  # of whatever kind: there is no such plugin, no TPU, or another process has it
+        why = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".") or type(error).__name__
+        hint = "PJRT_DEVICE=CPU computes on the CPU"
+        if not tpu_is_present():  # where one is, it may be in use, and PJRT_DEVICE is TPU by default
+            hint = f"PJRT_DEVICE is {os.environ['PJRT_DEVICE']!r}: unset it; {hint}"
+        raise ValueError(f"device='xla': torch-xla does not start ({why}); {hint}") from error
+
+
 def torch_device() -> torch.device:
-    """The device that this process computes on."""
+    """The device that this process computes on. Raises ValueError where its runtime does not start."""
+    start()
     return torch_xla.device() if KIND == "xla" else torch.device(KIND)
 
 
