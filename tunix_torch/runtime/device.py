@@ -61,9 +61,13 @@ def _load_torch_tpu() -> None:
             Transformers can't use it.
     """
     warnings.filterwarnings("ignore", "<TorchTpu/ApiStage")  # that what is called here may change
-    try:
-        if "TPU_LIBRARY_PATH" in os.environ:  # torch_tpu would end the process over one that is no plugin
+    if "TPU_LIBRARY_PATH" in os.environ:  # torch_tpu would end the process over one that is no plugin
+        try:
             _ = ctypes.CDLL(os.environ["TPU_LIBRARY_PATH"]).GetPjrtApi
+        except (OSError, AttributeError) as error:
+            hint = "unset TPU_LIBRARY_PATH, or let it name the libtpu.so of this environment"
+            raise ValueError(f"device='tpu': torch_tpu does not start ({error}); {hint}") from error
+    try:
         (entry_point,) = importlib.metadata.entry_points(group="torch.backends", name="torch_tpu")
         with contextlib.redirect_stderr(io.StringIO()):  # four lines about what it registers
             entry_point.load()()
