@@ -98,4 +98,4 @@ def test_a_plugin_of_torch_xla_that_does_not_load():
     result = subprocess.run(command, env=without_plugin, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert result.stderr.startswith("error: device='xla': torch-xla does not start (No PjRtPlugin registered")
-    assert result.stderr.endswith("; PJRT_DEVICE is 'CUDA': unset it; PJRT_DEVICE=CPU computes on the CPU\n")
+    assert result.stderr.endswith("; PJRT_DEVICE is 'CUDA': unset it, or set it to CPU\n")

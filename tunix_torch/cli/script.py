@@ -86,7 +86,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """
     for bar in _bars():  # a progress bar would share the line, and be drawn again after it
         bar.close()
-    if turn := int(os.environ.get("LOCAL_RANK", "0")):
+    if (turn := int(os.environ.get("LOCAL_RANK", "0"))) > 0:
         with contextlib.suppress(ValueError):  # only the main thread may
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(turn)

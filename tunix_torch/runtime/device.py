@@ -111,16 +111,18 @@ def start() -> None:
         xla_runtime.process_count()
     except Exception as error:  # of whatever kind: there is no such plugin, no TPU, or another process has it
         why = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".") or type(error).__name__
-        hint = "PJRT_DEVICE=CPU computes on the CPU"
-        if not tpu_is_present():  # where one is, it may be in use, and PJRT_DEVICE is TPU by default
-            hint = f"PJRT_DEVICE is {os.environ['PJRT_DEVICE']!r}: unset it; {hint}"
+        hint = "PJRT_DEVICE=CPU computes on the CPU"  # a TPU that is there may be in use
+        if not tpu_is_present():
+            hint = f"PJRT_DEVICE is {os.environ['PJRT_DEVICE']!r}: unset it, or set it to CPU"
         raise ValueError(f"device='xla': torch-xla does not start ({why}); {hint}") from error
 
 
 def torch_device() -> torch.device:
     """The device that this process computes on. Raises ValueError where its runtime does not start."""
+    if KIND != "xla":
+        return torch.device(KIND)
     start()
-    return torch_xla.device() if KIND == "xla" else torch.device(KIND)
+    return torch_xla.device()
 
 
 def is_tpu() -> bool:

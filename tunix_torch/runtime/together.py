@@ -43,8 +43,8 @@ def check_processes(kind: str) -> None:
 
     Processes that share the CPU, and so those on a plugin that stands for a TPU, may be as many as one likes.
     """
-    counted = {"tpu": (len(tpu_chips()), "TPU chip(s)"), "cuda": (torch.cuda.device_count(), "GPU(s)")}
-    devices, called = counted.get(kind, (0, ""))
+    counts = {"tpu": lambda: len(tpu_chips()), "cuda": torch.cuda.device_count}
+    devices, called = counts[kind]() if kind in counts else 0, "GPU(s)" if kind == "cuda" else "TPU chip(s)"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if devices and processes > devices:
         hint = f"start one for each: torchrun --nproc_per_node {devices}"
