@@ -1,5 +1,6 @@
 """A device that can't be had is an error in one line that says what to do, before anything heavy is imported."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -7,7 +8,9 @@ import sys
 import pytest
 from graphs import ROOT, environment
 
-from tunix_torch.runtime import choice, together
+from tunix_torch import GRPOConfig
+from tunix_torch.cli.script import choose_device
+from tunix_torch.runtime import choice, device, together
 
 HINT = "pip install -r requirements-tpu.txt, in an environment of its own"
 
@@ -60,7 +63,18 @@ def test_more_processes_than_chips(monkeypatch):
     monkeypatch.setattr(together, "tpu_chips", lambda: ["v5e"] * 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ValueError, match="8 processes on a host with 4 TPU chip.*torchrun --nproc_per_node 4"):
-        together.join_chips()
+        together.check_processes("tpu")
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    """Refused when the device is checked: Accelerate would give two processes the same GPU, which NCCL refuses late."""
+    monkeypatch.setattr(device, "KIND", "cuda")
+    monkeypatch.setattr(together.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match="device='cuda': 8 processes on a host with 4 GPU.*--nproc_per_node 4"):
+        GRPOConfig(device="cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    together.check_processes("cuda")
 
 
 def test_a_command_prints_the_line_and_exits_with_2():
@@ -68,3 +82,20 @@ def test_a_command_prints_the_line_and_exits_with_2():
     result = subprocess.run(command, env=environment("cpu"), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: device='tpu' needs torch_tpu, which is not installed")
+
+
+def test_a_device_that_a_flag_names_is_not_called_by_the_name_of_the_variable(monkeypatch):
+    monkeypatch.setenv("TUNIX_DEVICE", "cpu")
+    with pytest.raises(ValueError, match="^device='npu': choose one of auto, tpu"):
+        choose_device(["--device", "npu"])
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="torch_xla is not installed")
+def test_a_plugin_of_torch_xla_that_does_not_load():
+    command = [sys.executable, "train.py", "--device", "xla", "--max_steps", "1"]
+    without_plugin = environment("cpu", PJRT_DEVICE="CUDA")
+    result = subprocess.run(command, env=without_plugin, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("error: device='xla': torch-xla does not start (No PjRtPlugin registered")
+    assert result.stderr.endswith("; PJRT_DEVICE is 'CUDA': unset it, or set it to CPU\n")

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from host_cuda import environment, why_not
+from small_jobs import JOBS, log_of_job
 from trainers import make_trainer
 
 from tunix_torch.runtime import recorded
@@ -118,6 +119,17 @@ end(found, sys.argv[1])
 """
 
 
+SMALL_JOBS = """
+import sys
+from host_cuda import HostCuda, end
+from small_jobs import JOBS, log_of_job
+
+with HostCuda():
+    found = {name: log_of_job(name, sys.argv[1]) for name in JOBS}
+end(found, sys.argv[2])
+"""
+
+
 def run(job, folder, *args, capability="90"):
     """Run a job in a process that has no GPU but thinks so; return what it has written to its result's file."""
     command = [sys.executable, "-c", job, *map(str, args)]
@@ -200,3 +212,23 @@ def test_heads_of_256_take_that_kernel_on_every_gpu_but_in_bfloat16_on_old_ones(
     run(KERNELS, tmp_path, tmp_path / "result.json", capability=capability)
     found = json.loads((tmp_path / "result.json").read_text())
     assert found == {"float32": [1, 1, 0], "bfloat16": in_bfloat16}
+
+
+@pytest.fixture(scope="module")
+def small_jobs(tmp_path_factory):
+    """By the name of each small job: the rows of its log, and the kinds of device that its tensors were on."""
+    folder = tmp_path_factory.mktemp("small")
+    run(SMALL_JOBS, folder, folder / "out", folder / "result.json")
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", JOBS)
+def test_so_do_sft_checkpointing_bfloat16_and_the_other_gemmas(name, small_jobs, tmp_path):
+    (rows, places), (expected, _) = small_jobs[name], log_of_job(name, tmp_path)
+    assert places == ["cuda"] and len(rows) == len(expected) == 2
+    for what in ("loss", "grad_norm", *(() if name == "sft" else ("reward", "kl", "entropy"))):
+        # In bfloat16 a token may be another one, and then all that follows is; so only the first step is compared.
+        for row, of_cpu in list(zip(rows, expected, strict=True))[: 1 if "bfloat16" in name else 2]:
+            near = {"rel": 0.3, "abs": 0.3} if "bfloat16" in name else {"rel": 1e-3, "abs": 1e-5}
+            assert row[what] == pytest.approx(of_cpu[what], **near), what

@@ -91,6 +91,19 @@ def test_an_error_has_a_line_of_its_own_beside_a_progress_bar(error, code, call)
     assert before, "the bar stands above the line, and is not drawn again below it"
 
 
+@pytest.mark.parametrize("ended_by_torchrun", [True, False])
+def test_a_mistake_is_said_by_the_first_process_and_by_another_only_if_that_one_goes_on(ended_by_torchrun, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "60" if ended_by_torchrun else "1")
+    process = start("def main():\n    print('here')\n    raise ValueError('a=1: no')\nrun_script(main)")
+    process.stdout.readline()
+    if ended_by_torchrun:
+        time.sleep(0.5)
+        process.terminate()
+    _, stderr = process.communicate(timeout=30)
+    said = (-signal.SIGTERM, "") if ended_by_torchrun else (2, "error: a=1: no\n")
+    assert (process.returncode, stderr) == said
+
+
 def test_a_warning_has_a_line_of_its_own_beside_a_progress_bar():
     process = start(
         "from tqdm import tqdm\n"

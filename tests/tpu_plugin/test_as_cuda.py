@@ -44,6 +44,7 @@ from tunix_torch.model import tiny
 family, dtype, output_dir, settings = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
 tokenizer = tiny.make_tokenizer()
 tokens = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
+tokens |= {"vocab_size_per_layer_input": len(tokenizer)} if family == "gemma4" else {}
 model = make_model(family, **tokens, vocab_size=len(tokenizer), initializer_range=0.05).to(getattr(torch, dtype))
 trainer = make_trainer(model, output_dir, processing_class=tokenizer, max_steps=2, micro_batch_size=None, **settings)
 with sdpa_kernel(SDPBackend.MATH):  # torch_tpu's own kernel for attention needs a TPU
@@ -73,7 +74,7 @@ def logged(kind, output_dir, family, dtype, settings):
     [
         *(("gemma3", "float32", name) for name in SETTINGS),
         ("gemma3", "bfloat16", "grpo"),
-        *((family, "float32", "grpo") for family in ("gemma2", "llama", "qwen3")),
+        *((family, "float32", "grpo") for family in ("gemma2", "gemma4", "llama", "qwen3")),
     ],
 )
 def test_a_job_through_the_branches_of_cuda_logs_what_the_cpu_logs(tmp_path, family, dtype, settings):

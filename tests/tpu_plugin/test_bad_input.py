@@ -20,6 +20,7 @@ def refused(code, **more):
 def test_a_plugin_that_does_not_load_is_named():
     said = refused("import tunix_torch.runtime.device", TPU_LIBRARY_PATH="/nowhere/plugin.so")
     assert said.startswith("ValueError: device='tpu': torch_tpu does not start (") and "/nowhere/plugin.so" in said
+    assert said.endswith("; unset TPU_LIBRARY_PATH, or let it name the libtpu.so of this environment")
 
 
 def test_a_library_that_is_no_plugin_is_named():

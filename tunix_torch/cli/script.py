@@ -9,13 +9,15 @@ import re
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..config.files import load_config
-from ..config.settings import nearest
+from ..config.settings import nearest, require
 from ..data.visible import visible
+from ..runtime.choice import KINDS
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,12 +59,12 @@ def choose_device(argv: Sequence[str] | None = None) -> None:
         ValueError: a device that does not exist, or is not here.
     """
     given = values_of(("--device", "--config"), sys.argv[1:] if argv is None else argv)
-    if "--device" in given:
-        os.environ["TUNIX_DEVICE"] = given["--device"]
-    elif "--config" in given and Path(given["--config"]).is_file():
+    named = given.get("--device")
+    if named is None and "--config" in given and Path(given["--config"]).is_file():
         named = load_config(given["--config"]).get("device")
-        if named is not None:
-            os.environ["TUNIX_DEVICE"] = str(named)
+    if named is not None:
+        require(named in KINDS, "device", named, f"choose one of {', '.join(KINDS)}")
+        os.environ["TUNIX_DEVICE"] = named
     from ..runtime import device  # noqa: F401
 
 
@@ -77,9 +79,17 @@ def values_of(names: Sequence[str], argv: Sequence[str]) -> dict[str, str]:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """End the script: one line of its own, and by default the exit code of a user's mistake."""
+    """End the script: one line of its own, and by default the exit code of a user's mistake.
+
+    Process k of a host waits k seconds before. When one process fails, `torchrun` ends the others, so that a mistake
+    which all of them meet is said once, and one which a single process meets is said all the same.
+    """
     for bar in _bars():  # a progress bar would share the line, and be drawn again after it
         bar.close()
+    if (turn := int(os.environ.get("LOCAL_RANK", "0"))) > 0:
+        with contextlib.suppress(ValueError):  # only the main thread may
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(turn)
     print(f"error: {visible(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
 

@@ -19,7 +19,8 @@ class OnThisMachine(TrainingArguments):
         """Take the device that this process has chosen, and join the chips that compute with it.
 
         Raises:
-            ValueError: another device was asked for, or more than one core.
+            ValueError: another device was asked for, or more than one core; or there are too few for all processes, or
+                the device does not start.
         """
         chosen = process_device.KIND
         if isinstance(self.device, torch.device):  # this config is made from another one
@@ -31,6 +32,8 @@ class OnThisMachine(TrainingArguments):
                 f"device={self.device!r}: this process has already chosen {chosen!r}; "
                 f"set TUNIX_DEVICE={self.device} before tunix_torch is imported"
             )
+        process_device.start()
+        together.check_processes(chosen)
         if chosen == "tpu":
             together.join_chips()
         # Accelerate knows no processes on "tpu": it takes them for processes on the CPU, whose device is another one.

@@ -7,8 +7,10 @@ torch-xla; both also run on a CPU, by which they are tested.
 
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import io
+import logging
 import os
 import resource
 import warnings
@@ -35,8 +37,12 @@ KIND: str = _kind()
 import torch  # noqa: E402  (after the choice: importing torch loads torch_xla's plugin)
 
 if KIND == "xla":
+    if os.environ["PJRT_DEVICE"] == "TPU" and not tpu_is_present():  # in a container the bus may be hidden
+        logging.getLogger(__name__).warning(
+            "PJRT_DEVICE='TPU', but no TPU is on the PCI bus that this process sees: libtpu looks for one, and where "
+            "there is none it asks a TPU VM's metadata server for minutes. Without a TPU, unset PJRT_DEVICE."
+        )
     import torch_xla
-    import torch_xla.backends
     import torch_xla.core.xla_model as xm
     import torch_xla.debug.metrics as xla_metrics
     import torch_xla.debug.profiler as xla_profiler
@@ -54,9 +60,13 @@ def _load_torch_tpu() -> None:
             Transformers can't use it.
     """
     warnings.filterwarnings("ignore", "<TorchTpu/ApiStage")  # that what is called here may change
-    try:
-        if "TPU_LIBRARY_PATH" in os.environ:  # torch_tpu would end the process over one that is no plugin
+    if "TPU_LIBRARY_PATH" in os.environ:  # torch_tpu would end the process over one that is no plugin
+        try:
             _ = ctypes.CDLL(os.environ["TPU_LIBRARY_PATH"]).GetPjrtApi
+        except (OSError, AttributeError) as error:
+            hint = "unset TPU_LIBRARY_PATH, or let it name the libtpu.so of this environment"
+            raise ValueError(f"device='tpu': torch_tpu does not start ({error}); {hint}") from error
+    try:
         (entry_point,) = importlib.metadata.entry_points(group="torch.backends", name="torch_tpu")
         with contextlib.redirect_stderr(io.StringIO()):  # four lines about what it registers
             entry_point.load()()
@@ -86,9 +96,33 @@ def keep_compilations(folder: str) -> None:
         xla_runtime.initialize_cache(folder)
 
 
+@functools.cache
+def start() -> None:
+    """Start torch-xla's runtime, once. A mesh is made before, as the runtime must know of it: see `mesh.use_mesh`.
+
+    Elsewhere there is nothing left to start.
+
+    Raises:
+        ValueError: it does not start.
+    """
+    if KIND != "xla":
+        return
+    try:
+        xla_runtime.process_count()
+    except Exception as error:  # of whatever kind: there is no such plugin, no TPU, or another process has it
+        why = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".") or type(error).__name__
+        hint = "PJRT_DEVICE=CPU computes on the CPU"  # a TPU that is there may be in use
+        if not tpu_is_present():
+            hint = f"PJRT_DEVICE is {os.environ['PJRT_DEVICE']!r}: unset it, or set it to CPU"
+        raise ValueError(f"device='xla': torch-xla does not start ({why}); {hint}") from error
+
+
 def torch_device() -> torch.device:
-    """The device that this process computes on."""
-    return torch_xla.device() if KIND == "xla" else torch.device(KIND)
+    """The device that this process computes on. Raises ValueError where its runtime does not start."""
+    if KIND != "xla":
+        return torch.device(KIND)
+    start()
+    return torch_xla.device()
 
 
 def is_tpu() -> bool:
@@ -152,11 +186,14 @@ def step_kind() -> str:
 
 
 def multiplies_exactly(dtype: torch.dtype) -> bool:
-    """Whether products of matrices of this type have float32's precision. On CUDA, TF32 may be allowed for them."""
+    """Whether all products of matrices of this type have float32's precision. On CUDA, TF32 may be allowed for them.
+
+    Through torch-xla a TPU rounds what `einsum` multiplies, whatever was asked for: torch-xla gives it no precision.
+    """
     if dtype != torch.float32:
         return False
     if KIND == "xla":
-        return not is_tpu() or torch_xla.backends.get_mat_mul_precision() == "highest"
+        return not is_tpu()
     return torch.get_float32_matmul_precision() == "highest"
 
 

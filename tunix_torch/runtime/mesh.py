@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from . import together
-from .device import KIND, is_accelerator, is_tpu
+from .device import KIND, is_accelerator, is_tpu, start
 
 if KIND == "xla":
     import torch_xla
@@ -40,7 +40,7 @@ def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
 
     Raises:
         ValueError: there are not as many devices or processes, the device is in use already, or a mesh of another
-            shape is; or there are several hosts, and no mesh.
+            shape is; or there are several hosts, and no mesh; or torch-xla does not start.
     """
     global _mesh
     if KIND != "xla":
@@ -53,13 +53,16 @@ def use_mesh(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
     if _mesh is not None and _mesh.mesh_shape != tuple(shape):
         raise ValueError(f"{asked}: this process has a mesh of {_mesh.mesh_shape} already, and keeps it")
     if wanted == 1:
-        if is_tpu() and xla_runtime.process_count() > 1:
-            raise ValueError(f"mesh_shape: {xla_runtime.process_count()} hosts need a mesh of all their devices")
+        if is_tpu():
+            start()
+            if xla_runtime.process_count() > 1:
+                raise ValueError(f"mesh_shape: {xla_runtime.process_count()} hosts need a mesh of all their devices")
         return
     if not xla_runtime.is_spmd():
         if torch_xla._XLAC._xla_get_spmd_config_is_locked():
             raise ValueError(f"{asked}: too late, the device is in use; call device.use_mesh before GRPOConfig is made")
         xla_runtime.use_spmd()
+    start()
     found = xla_runtime.global_runtime_device_count()
     if found != wanted:
         hint = "" if is_tpu() else f"; CPU_NUM_DEVICES={wanted} makes as many on the CPU"
@@ -79,9 +82,6 @@ def _use_processes(mesh: tuple[Sequence[int], Sequence[str]] | None) -> None:
     if wanted != started:
         found = f"on {KIND!r} each device of a mesh has a process, which makes {wanted}, and there are {started}"
         raise ValueError(f"{asked}: {found}; torchrun --nproc_per_node {wanted} train.py starts as many")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if KIND == "cuda" and here > torch.cuda.device_count():
-        raise ValueError(f"{asked}: {here} processes on a host with {torch.cuda.device_count()} GPU(s)")
     if wanted > 1:
         _of_processes.update(sizes)
     together.share_rows(sizes.get("tp", 1))
@@ -180,6 +180,7 @@ def describe() -> str:
 
 def _describe_device() -> str:
     if KIND == "xla":
+        start()
         count = len(xm.get_xla_supported_devices())
         name = f"TPU through torch-xla, {count} device(s)" if is_tpu() else "XLA on the CPU (no TPU was found)"
         sizes = ", ".join(f"{axis} {size}" for axis, size in _mesh.shape().items()) if _mesh is not None else ""

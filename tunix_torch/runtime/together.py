@@ -38,18 +38,24 @@ from torch.distributed.tensor import DTensor
 from .choice import tpu_chips
 
 
+def check_processes(kind: str) -> None:
+    """Raises ValueError where `torchrun` has started more processes on this host than it has devices of a kind.
+
+    Processes that share the CPU, and so those on a plugin that stands for a TPU, may be as many as one likes.
+    """
+    counts = {"tpu": lambda: len(tpu_chips()), "cuda": torch.cuda.device_count}
+    devices, called = counts[kind]() if kind in counts else 0, "GPU(s)" if kind == "cuda" else "TPU chip(s)"
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if devices and processes > devices:
+        hint = f"start one for each: torchrun --nproc_per_node {devices}"
+        raise ValueError(f"device={kind!r}: {processes} processes on a host with {devices} {called}; {hint}")
+
+
 def join_chips() -> None:
     """Join the processes that `torchrun` has started, one for each chip, if this is one of several.
 
     torch_tpu's own collectives serve tensors on the device, gloo those in main memory.
-
-    Raises:
-        ValueError: there are more processes on this host than chips.
     """
-    chips, processes = len(tpu_chips()), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if chips and processes > chips:
-        hint = f"start one for each: torchrun --nproc_per_node {chips}"
-        raise ValueError(f"device='tpu': {processes} processes on a host with {chips} TPU chip(s); {hint}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("cpu:gloo,tpu:tpu_dist")
 
