@@ -163,7 +163,7 @@ def grouped_attention(
     rows, heads, num_queries, head_dim = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, num_queries, head_dim)  # (R, KV heads, heads / KV heads, Q, D)
     if device.traces_graphs() or query.dtype == torch.float32:
-        scores = torch.einsum("rhgqd,rhkd->rhgqk", grouped, key) * scaling
+        scores = torch.einsum("rhgqd,rhkd->rhgqk", grouped.float(), key.float()) * scaling
     else:
         scores = float32_product(grouped.flatten(2, 3), key.mT).view(*grouped.shape[:4], -1) * scaling
     if softcap is not None:
@@ -257,16 +257,16 @@ class SharedPrefixKV:
             return float32_product(query, self.own_keys.mT)
         if device.traces_graphs():  # no dimensions are merged, since a mesh may split each (see `grouped_attention`)
             in_groups = query.unflatten(0, (-1, self.group_size))
-            of_prompt = torch.einsum("nghmd,nhpd->nghmp", in_groups, self.prompt_keys).flatten(0, 1)
+            of_prompt = torch.einsum("nghmd,nhpd->nghmp", in_groups.float(), self.prompt_keys.float()).flatten(0, 1)
             of_row = torch.einsum(
-                "rhkd,rhmd->rhkm", self.own_keys, query
+                "rhkd,rhmd->rhkm", self.own_keys.float(), query.float()
             ).mT  # in this order XLA:CPU need not transpose keys
         else:  # where einsum would be slower
             of_prompt = self.by_row(float32_product(self.by_prompt(query), self.prompt_keys.mT))
             of_row = float32_product(query, self.own_keys.mT)
         if self.new_key is None:
             return torch.cat((of_prompt, of_row), dim=-1)
-        return torch.cat((of_prompt, of_row, torch.einsum("rhmd,rhkd->rhmk", query, self.new_key)), dim=-1)
+        return torch.cat((of_prompt, of_row, torch.einsum("rhmd,rhkd->rhmk", query.float(), self.new_key.float())), dim=-1)
 
     def mix(self, weights: Tensor) -> Tensor:
         """Sums of all values, weighted: (R, KV heads, M, P + K), see `scores` -> (R, KV heads, M, D) of its type."""

@@ -1,6 +1,7 @@
 """Products of bfloat16 matrices whose results are not rounded to bfloat16: what goes into a softmax is float32.
 
-A GPU adds up such a product in float32 anyway, so it only writes what it has. Elsewhere the matrices are widened first.
+A GPU adds up such a product in float32 anyway, so it only writes what it has. Elsewhere the matrices are widened first;
+a TPU rounds operands back to bfloat16 by default, which is exact here, and adds up in float32.
 """
 
 from typing import Any
@@ -42,10 +43,12 @@ def float32_product(a: Tensor, b: Tensor) -> Tensor:
 def float32_scores(head: nn.Module, hidden: Tensor) -> Tensor:
     """What a language model's head makes of hidden states, (..., D) -> (..., V) float32.
 
-    Only on CUDA are the scores of a plain head in bfloat16 not rounded: elsewhere its weights would have to be widened.
+    On a CPU alone the scores of a plain head in bfloat16 are rounded: its weights would have to be widened.
     """
     plain = type(head) is nn.Linear and head.bias is None and hidden.dtype == head.weight.dtype
-    if KIND != "cuda" or not plain or hidden.dtype == torch.float32 or fsdp.is_part(head.weight):
+    if not plain or hidden.dtype == torch.float32 or fsdp.is_part(head.weight) or KIND == "cpu":
         return head(hidden).float()
+    if KIND != "cuda":  # the compiler widens what it reads, and has no copy of it in memory
+        return nn.functional.linear(hidden.float(), head.weight.float())
     rows = hidden.reshape(1, -1, hidden.shape[-1])
     return _Float32Product.apply(rows, head.weight.t()[None])[0].view(*hidden.shape[:-1], -1)
