@@ -71,7 +71,7 @@ def test_attention_in_bfloat16_errs_no_more_than_pytorchs_own(tensors, attention
 
 @pytest.mark.parametrize("cap", [None, CAP])
 def test_where_graphs_are_traced_only_the_weights_of_attention_are_rounded(tensors, cap, monkeypatch):
-    """As PyTorch's fused kernels on a GPU have it: scores and the softmax are float32, its results take values' type."""
+    """As PyTorch's fused kernels on a GPU have it: scores and softmax are float32, results have the values' type."""
     monkeypatch.setattr(device, "traces_graphs", lambda: True)
     found, _ = grouped_attention(Layer(), *tensors, SCALE, softcap=cap)
     assert error(found, exact(*tensors, cap)) <= 1.02 * error(
