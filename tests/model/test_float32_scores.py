@@ -114,3 +114,14 @@ def test_on_an_accelerator_the_logits_of_a_head_are_not_rounded(kind, monkeypatc
     monkeypatch.setattr(torch, "bmm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
     exact = hidden.double() @ model.get_output_embeddings().weight.double().T
     assert error(logits(model, hidden), exact) < 1e-2 * error(rounded, exact)
+
+
+def test_a_widened_head_has_the_gradient_of_a_rounded_one(monkeypatch):
+    monkeypatch.setattr(products, "KIND", "xla")
+    random = torch.Generator().manual_seed(0)
+    head = nn.Linear(8, 20, bias=False, dtype=torch.bfloat16)
+    hidden = torch.randn(3, 4, 8, generator=random).bfloat16().requires_grad_()
+    weights = torch.randn(3, 4, 20, generator=random)
+    expected = torch.autograd.grad((head(hidden).float() * weights).sum(), [hidden, head.weight])
+    found = torch.autograd.grad((products.float32_scores(head, hidden) * weights).sum(), [hidden, head.weight])
+    assert all(map(torch.equal, found, expected))
