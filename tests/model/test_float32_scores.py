@@ -7,7 +7,7 @@ from torch import nn
 
 from tunix_torch.model.attention import SharedPrefixKV, attention_by_sdpa, grouped_attention
 from tunix_torch.model.forward import logits
-from tunix_torch.runtime import products
+from tunix_torch.runtime import device, products
 
 ROWS, HEADS, KV_HEADS, QUERIES, KEYS, WIDTH = 6, 4, 2, 24, 40, 32
 PROMPTS, PREFIX = 2, 16
@@ -29,12 +29,13 @@ def tensors():
     return q, k, v, mask.expand(ROWS, 1, -1, -1)
 
 
-def exact(q, k, v, mask, cap=None):
-    """Attention in float64: (R, Q, heads, D)."""
+def exact(q, k, v, mask, cap=None, weights_in=torch.float64):
+    """Attention in float64, but for the type that its weights are rounded to: (R, Q, heads, D)."""
     q, k, v = q.double(), k.double().repeat_interleave(2, 1), v.double().repeat_interleave(2, 1)
     scores = q @ k.mT * SCALE
     scores = scores if cap is None else torch.tanh(scores / cap) * cap
-    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(weights_in).double()
+    return (weights @ v).transpose(1, 2)
 
 
 def error(found, expected):
@@ -54,6 +55,12 @@ class Layer(nn.Module):
     num_key_value_groups = HEADS // KV_HEADS
 
 
+@pytest.fixture(params=["eager", "traced"])
+def way(request, monkeypatch):
+    """Both forms of the products: where operations run as they are called, and where graphs are traced."""
+    monkeypatch.setattr(device, "traces_graphs", lambda: request.param == "traced")
+
+
 @pytest.mark.parametrize("cap", [None, CAP])
 @pytest.mark.parametrize("attention", [grouped_attention, attention_by_sdpa])
 def test_attention_in_bfloat16_errs_no_more_than_pytorchs_own(tensors, attention, cap):
@@ -62,6 +69,17 @@ def test_attention_in_bfloat16_errs_no_more_than_pytorchs_own(tensors, attention
     assert error(found, exact(*tensors, cap)) <= 1.02 * own_error(*tensors)
 
 
+@pytest.mark.parametrize("cap", [None, CAP])
+def test_where_graphs_are_traced_only_the_weights_of_attention_are_rounded(tensors, cap, monkeypatch):
+    """As PyTorch's fused kernels on a GPU have it: scores and softmax are float32, results have the values' type."""
+    monkeypatch.setattr(device, "traces_graphs", lambda: True)
+    found, _ = grouped_attention(Layer(), *tensors, SCALE, softcap=cap)
+    assert error(found, exact(*tensors, cap)) <= 1.02 * error(
+        exact(*tensors, cap, torch.bfloat16).bfloat16(), exact(*tensors, cap)
+    )
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("cap", [None, CAP])
 def test_so_does_a_decode_step(tensors, cap):
     q, k, v, mask = tensors
@@ -86,11 +104,24 @@ def test_products_have_the_gradient_of_rounded_ones(monkeypatch):
     assert all(map(torch.equal, torch.autograd.grad((product * weights).sum(), [a, b]), expected))
 
 
-def test_on_cuda_the_logits_of_a_head_are_not_rounded(monkeypatch):
+@pytest.mark.parametrize("kind", ["cuda", "xla", "tpu"])
+def test_on_an_accelerator_the_logits_of_a_head_are_not_rounded(kind, monkeypatch):
     model = make_model("gemma3").bfloat16()
     hidden = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    monkeypatch.setattr(products, "KIND", "cpu")
     rounded = logits(model, hidden)
-    monkeypatch.setattr(products, "KIND", "cuda")
+    monkeypatch.setattr(products, "KIND", kind)
     monkeypatch.setattr(torch, "bmm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
     exact = hidden.double() @ model.get_output_embeddings().weight.double().T
     assert error(logits(model, hidden), exact) < 1e-2 * error(rounded, exact)
+
+
+def test_a_widened_head_has_the_gradient_of_a_rounded_one(monkeypatch):
+    monkeypatch.setattr(products, "KIND", "xla")
+    random = torch.Generator().manual_seed(0)
+    head = nn.Linear(8, 20, bias=False, dtype=torch.bfloat16)
+    hidden = torch.randn(3, 4, 8, generator=random).bfloat16().requires_grad_()
+    weights = torch.randn(3, 4, 20, generator=random)
+    expected = torch.autograd.grad((head(hidden).float() * weights).sum(), [hidden, head.weight])
+    found = torch.autograd.grad((products.float32_scores(head, hidden) * weights).sum(), [hidden, head.weight])
+    assert all(map(torch.equal, found, expected))

@@ -163,7 +163,7 @@ def grouped_attention(
     rows, heads, num_queries, head_dim = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, num_queries, head_dim)  # (R, KV heads, heads / KV heads, Q, D)
     if device.traces_graphs() or query.dtype == torch.float32:
-        scores = torch.einsum("rhgqd,rhkd->rhgqk", grouped, key) * scaling
+        scores = torch.einsum("rhgqd,rhkd->rhgqk", grouped.float(), key.float()) * scaling
     else:
         scores = float32_product(grouped.flatten(2, 3), key.mT).view(*grouped.shape[:4], -1) * scaling
     if softcap is not None:
@@ -208,9 +208,7 @@ def shared_prefix_attention(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.float().masked_fill_(~attention_mask, torch.finfo(torch.float32).min)
-    weights = scores.softmax(dim=-1)
-    weights = weights.to(query.dtype) if device.traces_graphs() else weights
-    return kv.mix(weights).to(query.dtype).reshape(rows, 1, heads, -1)
+    return kv.mix(scores.softmax(dim=-1)).to(query.dtype).reshape(rows, 1, heads, -1)
 
 
 def _whole_mask(*args: object, **kwargs: object) -> Tensor:
@@ -249,7 +247,7 @@ class SharedPrefixKV:
     def scores(self, query: Tensor) -> Tensor:
         """Products of M queries a row and KV head with all keys: (R, KV heads, M, D) -> (R, KV heads, M, P + K).
 
-        They are float32, except in graphs that are traced, where they have the type of the keys.
+        They are float32. Where graphs are traced the compiler widens keys as it reads them, and keeps no wide copy.
 
         With a `new_key`, its products come last: (R, KV heads, M, P + K + 1).
         """
@@ -257,19 +255,21 @@ class SharedPrefixKV:
             return float32_product(query, self.own_keys.mT)
         if device.traces_graphs():  # no dimensions are merged, since a mesh may split each (see `grouped_attention`)
             in_groups = query.unflatten(0, (-1, self.group_size))
-            of_prompt = torch.einsum("nghmd,nhpd->nghmp", in_groups, self.prompt_keys).flatten(0, 1)
+            of_prompt = torch.einsum("nghmd,nhpd->nghmp", in_groups.float(), self.prompt_keys.float()).flatten(0, 1)
             of_row = torch.einsum(
-                "rhkd,rhmd->rhkm", self.own_keys, query
+                "rhkd,rhmd->rhkm", self.own_keys.float(), query.float()
             ).mT  # in this order XLA:CPU need not transpose keys
         else:  # where einsum would be slower
             of_prompt = self.by_row(float32_product(self.by_prompt(query), self.prompt_keys.mT))
             of_row = float32_product(query, self.own_keys.mT)
         if self.new_key is None:
             return torch.cat((of_prompt, of_row), dim=-1)
-        return torch.cat((of_prompt, of_row, torch.einsum("rhmd,rhkd->rhmk", query, self.new_key)), dim=-1)
+        return torch.cat(
+            (of_prompt, of_row, torch.einsum("rhmd,rhkd->rhmk", query.float(), self.new_key.float())), dim=-1
+        )
 
     def mix(self, weights: Tensor) -> Tensor:
-        """Sums of all values, weighted: (R, KV heads, M, P + K), see `scores` -> (R, KV heads, M, D) of its type."""
+        """Sums of all values, weighted: (R, KV heads, M, P + K), see `scores` -> (R, KV heads, M, D) float32."""
         if self.prompt_keys.shape[2] == 0:
             return float32_product(weights, self.own_values)
         if self.new_value is not None:
@@ -281,8 +281,8 @@ class SharedPrefixKV:
         of_prompt, of_row = weights.tensor_split([self.prompt_keys.shape[2]], dim=-1)
         if device.traces_graphs():
             in_groups = of_prompt.unflatten(0, (-1, self.group_size))
-            mixed = torch.einsum("nghmp,nhpd->nghmd", in_groups, self.prompt_values).flatten(0, 1)
-            return mixed + torch.einsum("rhmk,rhkd->rhmd", of_row, self.own_values)
+            mixed = torch.einsum("nghmp,nhpd->nghmd", in_groups, self.prompt_values.float()).flatten(0, 1)
+            return mixed + torch.einsum("rhmk,rhkd->rhmd", of_row, self.own_values.float())
         of_prompt = self.by_row(float32_product(self.by_prompt(of_prompt), self.prompt_values))
         return of_prompt + float32_product(of_row, self.own_values)
 
