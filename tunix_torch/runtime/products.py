@@ -28,25 +28,6 @@ class _Float32Product(torch.autograd.Function):
         return (grad @ b.mT if ctx.needs_input_grad[0] else None), (a.mT @ grad if ctx.needs_input_grad[1] else None)
 
 
-class _WidenedHead(torch.autograd.Function):
-    """bfloat16 (..., D) and (V, D) -> (..., V) float32, in a graph whose compiler widens what it reads.
-
-    The gradient is that of a rounded product, so that the large one of the scores is kept in bfloat16.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        return nn.functional.linear(hidden.float(), weight.float())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        hidden, weight = ctx.saved_tensors
-        grad = grad.to(hidden.dtype)
-        of_weight = grad.flatten(0, -2).mT @ hidden.flatten(0, -2) if ctx.needs_input_grad[1] else None
-        return (grad @ weight if ctx.needs_input_grad[0] else None), of_weight
-
-
 def float32_product(a: Tensor, b: Tensor) -> Tensor:
     """(..., M, D) and (..., D, K), with equal leading dimensions -> (..., M, K) float32.
 
@@ -62,12 +43,11 @@ def float32_product(a: Tensor, b: Tensor) -> Tensor:
 def float32_scores(head: nn.Module, hidden: Tensor) -> Tensor:
     """What a language model's head makes of hidden states, (..., D) -> (..., V) float32.
 
-    On a CPU alone the scores of a plain head in bfloat16 are rounded: its weights would have to be widened.
+    Only on CUDA are the scores of a plain head in bfloat16 not rounded. A CPU would have to widen the head's weights,
+    and on a TPU scores twice as large would add an eighth to what a learning pass reads and writes (docs/gpu.md).
     """
     plain = type(head) is nn.Linear and head.bias is None and hidden.dtype == head.weight.dtype
-    if not plain or hidden.dtype == torch.float32 or fsdp.is_part(head.weight) or KIND == "cpu":
+    if KIND != "cuda" or not plain or hidden.dtype == torch.float32 or fsdp.is_part(head.weight):
         return head(hidden).float()
-    if KIND != "cuda":
-        return _WidenedHead.apply(hidden, head.weight)
     rows = hidden.reshape(1, -1, hidden.shape[-1])
     return _Float32Product.apply(rows, head.weight.t()[None])[0].view(*hidden.shape[:-1], -1)
