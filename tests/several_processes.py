@@ -5,8 +5,10 @@ The tests hold a job's code as text, since the processes run it from a file: it 
 
 import subprocess
 import sys
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import pytest
 import torch
 from graphs import environment
 
@@ -18,6 +20,18 @@ def launch(code, number, folder, *args, kind="cpu"):
     command = [sys.executable, *start, str(folder / "job.py"), *map(str, args)]
     result = subprocess.run(command, env=environment(kind), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-9000:]
+
+
+def marked(cases: Sequence[str], slow: Collection[str]) -> list[Any]:
+    """Cases as parameters of a test, some of them marked slow."""
+    return [pytest.param(case, marks=pytest.mark.slow) if case in slow else case for case in cases]
+
+
+def asked_for(request: pytest.FixtureRequest, cases: Sequence[str], slow: Collection[str]) -> list[str]:
+    """The cases that a fixture must run: without the slow ones, unless a slow test of its module is to be run."""
+    of_module = (item for item in request.session.items if item.path == request.path)
+    with_slow = any(item.get_closest_marker("slow") for item in of_module)
+    return [case for case in cases if with_slow or case not in slow]
 
 
 # ---- in a process of the job ----

@@ -363,7 +363,7 @@ def test_a_recorded_run_is_replayed(recorded):
     assert expected | {"parameters after 1 step", "parameters after 2 steps"} <= {row.quantity for row in rows}
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_recorded_run_with_several_passes_is_replayed(model_folder, tmp_path):
     record_run(model_folder, tmp_path, algorithm="gspo", num_iterations=2, generation_temperature=0.9)
     rows = list(crosscheck.replay.replay(tmp_path))

@@ -222,7 +222,7 @@ def small_jobs(tmp_path_factory):
     return json.loads((folder / "result.json").read_text())
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_so_do_sft_checkpointing_bfloat16_and_the_other_gemmas(name, small_jobs, tmp_path):
     (rows, places), (expected, _) = small_jobs[name], log_of_job(name, tmp_path)

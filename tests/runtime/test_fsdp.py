@@ -93,6 +93,7 @@ for case in cases:
     del trainer, weights, everyones
 """
 BOTH = ("lora", "whole", "layers", "passes", "sft whole", "pairs", "teacher", "skipped whole")
+SLOW = ("passes", "sft whole", "pairs", "teacher", "skipped whole")
 GONE_ON = ("resumed", "whole resumed", "of others", "whole of others")
 
 
@@ -102,13 +103,14 @@ def launch(number, folder, root, others, cases):
 
 
 @pytest.fixture(scope="module")
-def results(model_folder, tmp_path_factory):
+def results(request, model_folder, tmp_path_factory):
     """What every case recorded, by "one" process and by "two", and the folders of both as "folders"."""
     one, two = (tmp_path_factory.mktemp(f"fsdp-{number}") for number in (1, 2))
-    launch(1, model_folder, one, two, BOTH)
-    launch(2, model_folder, two, one, BOTH + GONE_ON)
+    asked = tuple(several_processes.asked_for(request, BOTH, SLOW))
+    launch(1, model_folder, one, two, asked)
+    launch(2, model_folder, two, one, asked + GONE_ON)
     launch(1, model_folder, one, two, GONE_ON[2:])
-    cases = {one: BOTH + GONE_ON[2:], two: BOTH + GONE_ON}
+    cases = {one: asked + GONE_ON[2:], two: asked + GONE_ON}
     read = {root: {case: torch.load(root / f"{case}.pt") for case in cases[root]} for root in (one, two)}
     return {"one": read[one], "two": read[two], "folders": (one, two)}
 
@@ -117,7 +119,7 @@ def logged(result, name):
     return [row[name] for row in result["log"] if name in row]
 
 
-both = pytest.mark.parametrize("case", BOTH)
+both = pytest.mark.parametrize("case", several_processes.marked(BOTH, SLOW))
 
 
 @pytest.mark.thorough
@@ -148,7 +150,7 @@ def test_metrics_are_those_of_one_process(results, case):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("case", ["lora", "whole", "teacher"])
+@pytest.mark.parametrize("case", several_processes.marked(["lora", "whole", "teacher"], SLOW))
 def test_a_process_holds_half_of_the_weights_and_nothing_more_between_steps(results, case):
     """A LoRA is whole in each process. What a layer or a rollout gathered is freed: all tensors that Python knows are
     weights, moments, the reference policy that moves, and a batch."""
@@ -214,7 +216,7 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(results, number, ca
         assert (results[number][case]["weights"][name] - weight).abs().max() <= 1e-5, name
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_step_that_one_process_must_skip_is_skipped_by_all(results):
     for number in ("one", "two"):
         assert logged(results[number]["skipped whole"], "skipped_steps") == [1, 1, 1]  # steps 2 and 3, the summary
@@ -294,7 +296,7 @@ for family, overrides, settings, lora in CASES:
 """
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_every_family_computes_and_samples_what_it_does_with_whole_weights(tmp_path):
     """With tied and untied embeddings, shared keys and values, DoRA, copies of layers, and layers that are computed
     again. A rollout gathers all weights at once, or layer by layer."""

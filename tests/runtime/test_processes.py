@@ -5,7 +5,7 @@ They talk through gloo on the CPU, as processes of several GPUs under `accelerat
 
 import pytest
 import torch
-from several_processes import launch
+from several_processes import asked_for, launch, marked
 
 # A case takes STEPS optimizer steps, each with PROMPTS prompts over all processes.
 STEPS, PROMPTS = 4, 4
@@ -20,6 +20,7 @@ from several_processes import completions_of, make_pairs, settings_of_case, spoi
 from trainers import digits_reward
 
 folder, root, steps, prompts = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+asked = sys.argv[5].split(",")
 
 def capitals_reward(prompts, completions, log_metric, log_extra, **columns):
     log_metric("capitals", sum(c.isupper() for text in completions for c in text) / len(completions))
@@ -56,7 +57,8 @@ CASES = {
     "skipped": {"use_grpo": False, "generation_max_length": 64},
 }
 GRPOConfig(output_dir=root)  # joins the processes
-for case, settings in CASES.items():
+for case in asked:
+    settings = CASES[case]
     args = GRPOConfig(**settings_of_case(root, case, steps, prompts) | settings)
     rows = tiny.arithmetic_rows("train", 64)
     if case == "streamed":
@@ -111,18 +113,21 @@ CASES = (
 )
 
 
+SLOW = ("token_mean", "batch", "gdpo", "pairs")
+
+
 @pytest.fixture(scope="module")
-def results(model_folder, tmp_path_factory):
-    """Run all cases by one process and by two; return, for each number, what every case recorded, and the "folder"."""
-    results = {}
+def results(request, model_folder, tmp_path_factory):
+    """Run the cases by one process and by two; return, for each number, what every case recorded, and the "folder"."""
+    results, asked = {}, asked_for(request, CASES, SLOW)
     for number in (1, 2):
         root = tmp_path_factory.mktemp(f"processes-{number}")
-        launch(JOB, number, root, model_folder, root, STEPS, PROMPTS)
-        results[number] = {case: torch.load(root / f"{case}.pt") for case in CASES} | {"folder": root}
+        launch(JOB, number, root, model_folder, root, STEPS, PROMPTS, ",".join(asked))
+        results[number] = {case: torch.load(root / f"{case}.pt") for case in asked} | {"folder": root}
     return results
 
 
-cases = pytest.mark.parametrize("case", CASES)
+cases = pytest.mark.parametrize("case", marked(CASES, SLOW))
 
 
 def logged(result, name):
