@@ -103,6 +103,7 @@ def test_a_changed_final_adapter_is_noticed(folder):
     assert "adapter_model.safetensors has changed" in damage(folder)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("file write failed")])
 def test_a_disk_that_is_full_leaves_earlier_checkpoints_and_says_what_is_missing(
     model_folder, tmp_path, monkeypatch, error

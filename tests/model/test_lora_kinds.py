@@ -117,6 +117,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(trained, folder,
     assert same(lora_weights(resumed), lora_weights(whole)) and kls(resumed) == kls(whole)
 
 
+@pytest.mark.thorough
 def test_an_adapter_that_is_trained_further_starts_from_itself_and_resumes(trained, tmp_path):
     """The frozen copy must hold magnitudes and copied layers too."""
     trainer = make_trainer(str(trained[2]), tmp_path / "a", **SAVING)

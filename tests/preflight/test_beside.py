@@ -137,6 +137,7 @@ def test_rows_in_a_pass_are_spread_over_the_mesh(monkeypatch):
 # ---- the command ----
 
 
+@pytest.mark.thorough
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, subtests):
     pytest.importorskip("torch_xla")
     pytest.importorskip("tunix")

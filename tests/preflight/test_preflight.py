@@ -411,6 +411,7 @@ def test_only_what_will_not_change_is_kept(monkeypatch, tmp_path, error, compila
 # ---- the command ----
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -81,6 +81,7 @@ def test_arguments_have_the_names_that_trl_gives_them(function, context):
     assert context.extra == {"length": [2, 3, 1, 0], "shouted": COMPLETIONS}
 
 
+@pytest.mark.thorough
 def test_a_function_in_another_process_logs_the_same(context, workers):
     assert call_rewards([counting], ROWS, COMPLETIONS, None, workers, context=context) == [[2.0, 3.0, 1.0, 0.0]]
     assert context.metrics == {"step_seen": [7.0, 7.0], "tokens": [5.0, 1.0]}

@@ -112,6 +112,7 @@ def dies(**columns):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.thorough
 def test_a_process_that_dies_is_replaced_once(tmp_path, caplog):
     workers = RewardWorkers(2, [dies_once, dies, right])
     try:
@@ -141,6 +142,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.thorough
 def test_processes_that_died_between_two_calls_are_replaced():
     workers = RewardWorkers(2, [right])
     try:
@@ -201,6 +203,7 @@ def test_a_function_that_no_other_process_can_import_is_refused():
             RewardWorkers(2, [function])
 
 
+@pytest.mark.thorough
 def test_a_trainer_stops_in_time_and_leaves_no_process(model_folder, tmp_path):
     """A function that takes too long and a process that dies both end the job; workers change no reward."""
     import multiprocessing

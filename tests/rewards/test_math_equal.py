@@ -40,6 +40,7 @@ def test_no_wrong_answer_of_the_triples_is_paid_and_95_percent_are_judged_right(
     assert len(TRIPLES) > 1400 and len(refused) <= 0.05 * len(TRIPLES), refused
 
 
+@pytest.mark.thorough
 def test_delimiters_boxes_and_a_period_change_no_verdict(subtests):
     for look in ("${}$", "\\({}\\)", "\\[ {} \\]", "\\boxed{{{}}}", "$\\boxed{{{}}}$", " {}. ", "**{}**"):
         with subtests.test(look=look):

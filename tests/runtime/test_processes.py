@@ -7,6 +7,8 @@ import pytest
 import torch
 from several_processes import asked_for, launch, marked
 
+pytestmark = pytest.mark.thorough
+
 # A case takes STEPS optimizer steps, each with PROMPTS prompts over all processes.
 STEPS, PROMPTS = 4, 4
 

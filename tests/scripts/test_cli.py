@@ -474,6 +474,7 @@ def test_examples_run(call, cache, tmp_path):
     refused(call(example_usage, "5"), "1|2|3|4")
 
 
+@pytest.mark.thorough
 def test_run_tpu_training_reads_its_variables_and_says_that_there_is_no_tpu(model_folder, tmp_path):
     environment = {
         "MODEL_NAME": model_folder,

@@ -118,6 +118,7 @@ def make_hugging_face_cache(root, model_folder):
     return {"HF_HOME": str(root), "HF_HUB_OFFLINE": "1"}
 
 
+@pytest.mark.thorough
 def test_model_gemma3_270m_micro_batch_size_1(here, model_folder):
     offline = make_hugging_face_cache(here / "hf", model_folder)
     words = ["model=gemma3_270m", "training.micro_batch_size=1"]
@@ -243,6 +244,7 @@ def test_multirun_over_learning_rates(here, cache):
         assert after_others == pytest.approx(first, rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.thorough
 def test_a_failed_job_does_not_stop_a_sweep(here, cache):
     words = ["--multirun", "grpo.num_generations=1,2", "output_dir=mine", *SHORT, *NARROW]
     words += ["generation.max_prompt_length=24"]  # some prompts are longer, which is worth a warning

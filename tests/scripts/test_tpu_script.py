@@ -216,6 +216,7 @@ def test_shellcheck_has_no_complaint():
     assert result.returncode == 0, result.stdout
 
 
+@pytest.mark.thorough
 def test_sigterm_saves_and_the_next_start_ends_where_an_uninterrupted_run_does(model_folder, tmp_path, caplog):
     flags = "--use_grpo --max_steps 40 --save_strategy no --eval_strategy no --batch_size 2 --num_eval_rows 2 "
     flags += "--max_completion_length 8 --max_prompt_length 40 --report_to none --resume_from_checkpoint auto"
