@@ -55,12 +55,12 @@ IN_PARALLEL := -n 2 --dist loadfile
 HAS_XLA := $(BIN)/python -c "import importlib.util as u, sys; sys.exit(u.find_spec('torch_xla') is None)"
 NO_XLA := echo "torch_xla is not installed here: the tests through XLA are left out"
 
-test: setup  ## the essential tests of every room: on the CPU, then through XLA on the CPU (8 minutes on two cores)
+test: setup  ## the essential tests of every room: on the CPU, then through XLA on the CPU (some 12 minutes on two cores)
 	TUNIX_DEVICE=cpu $(BIN)/python -m pytest $(IN_PARALLEL)
 	@if $(HAS_XLA); then TUNIX_DEVICE=xla $(BIN)/python -m pytest $(IN_PARALLEL) -m "xla and not slow and not thorough"; \
 	else $(NO_XLA); fi
 
-test-all: setup  ## everything that CI runs: all tests but whole jobs and whole plans (25 minutes on two cores)
+test-all: setup  ## everything that CI runs: all tests but whole jobs and whole plans (about 35 minutes on two cores)
 	TUNIX_DEVICE=cpu $(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow and not xla"
 	@if $(HAS_XLA); then TUNIX_DEVICE=xla $(BIN)/python -m pytest $(IN_PARALLEL) -m "xla and not slow"; else $(NO_XLA); fi
 
