@@ -169,7 +169,7 @@ def test_a_job_with_gradient_checkpointing_gives_what_the_cpu_gives_without(resu
     assert run["left_to_the_host"] == []
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_an_adapter_that_is_trained_further_by_accumulated_batches_is_that_of_the_cpu(results, tmp_path):
     settings = {"gradient_accumulation_steps": 2, "loss_aggregation": "token-mean", "max_steps": 4}
     runs = [run_job(kind, str(results["folder"] / "cpu"), tmp_path / kind, **settings) for kind in ("cpu", KIND)]

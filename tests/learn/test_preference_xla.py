@@ -79,7 +79,7 @@ def teacher_folder(model_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["dpo", "teacher", *(pytest.param(n, marks=pytest.mark.slow) for n in ("orpo", "base"))]
+    "name", ["dpo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("teacher", "orpo", "base"))]
 )
 def test_xla_learns_what_the_cpu_learns_and_compiles_nothing_after_the_second_step(
     model_folder, teacher_folder, tmp_path, name

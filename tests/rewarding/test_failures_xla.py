@@ -25,6 +25,7 @@ class FailsLate:
 
 
 @pytest.mark.xla
+@pytest.mark.thorough
 def test_a_dropped_group_compiles_nothing(model_folder, tmp_path):
     settings = {"max_steps": STEPS, "logging_steps": 1, "on_reward_error": "skip_group", "max_reward_errors": 1.0}
     trainer = make_trainer(model_folder, tmp_path, FailsLate(), **settings)
