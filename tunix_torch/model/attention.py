@@ -168,7 +168,7 @@ def grouped_attention(
         scores = float32_product(grouped.flatten(2, 3), key.mT).view(*grouped.shape[:4], -1) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.float().masked_fill(~attention_mask[:, :, None], torch.finfo(torch.float32).min)
+    scores = scores.masked_fill(~attention_mask[:, :, None], torch.finfo(torch.float32).min)
     weights = nn.functional.dropout(scores.softmax(dim=-1), dropout, module.training)
     if device.traces_graphs() or query.dtype == torch.float32:
         mixed = torch.einsum("rhgqk,rhkd->rhgqd", weights.to(query.dtype), value)
@@ -207,7 +207,7 @@ def shared_prefix_attention(
     scores = kv.scores(grouped) * scaling  # (R, KV heads, heads / KV heads, P + K)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.float().masked_fill_(~attention_mask, torch.finfo(torch.float32).min)
+    scores = scores.masked_fill_(~attention_mask, torch.finfo(torch.float32).min)
     return kv.mix(scores.softmax(dim=-1)).to(query.dtype).reshape(rows, 1, heads, -1)
 
 
