@@ -12,8 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..config.checks import PREFERENCE_LOSSES
 from ..config.data import DataConfig
 from ..config.method import method_name, method_of
-from ..config.model import TINY_NAME
-from ..config.recipes import defaults_in_force
+from ..config.recipes import defaults_in_force, whose_defaults
 from ..config.saved import MAY_BE_ADDED, MAY_CHANGE, changed_from_defaults
 from ..evals.estimators import wilson_interval
 from ..model import tiny
@@ -316,8 +315,7 @@ def _settings_text(settings: Mapping[str, Any], folder: Path) -> str:
     shown = {name: value for name, (value, _) in changed.items() if name not in NOT_SHOWN}
     length = "max_steps" if settings.get("max_steps", -1) > 0 else "num_train_epochs"
     lines = [f"The run had `{length}` {settings[length]}.", ""] if length in settings else []
-    of = f"`train.py`{' for the tiny model' if settings.get('model_name') == TINY_NAME else ''}"
-    of = of if "model_name" in settings else "`GRPOConfig`"
+    of = "`{}`{}".format(*whose_defaults(settings))
     if shown:
         lines += [f"Of the settings that change what is learned, these differ from the defaults of {of}:", ""]
         lines += ["| setting | value |", "|---|---|"]

@@ -70,3 +70,10 @@ def defaults_in_force(settings: Mapping[str, Any]) -> dict[str, Any]:
     if "model_name" not in settings:
         return {}
     return JOB | (TINY if settings["model_name"] == TINY_NAME else {})
+
+
+def whose_defaults(settings: Mapping[str, Any]) -> tuple[str, str]:
+    """Whose defaults `defaults_in_force` completes: the name of a program or class, and for which model, or ""."""
+    if "model_name" not in settings:
+        return "GRPOConfig", ""
+    return "train.py", " for the tiny model" if settings["model_name"] == TINY_NAME else ""

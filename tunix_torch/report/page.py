@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.files import write_whole
+from ..config.recipes import whose_defaults
 from ..config.saved import config_file
 from ..data.visible import visible
 from .about import facts_of
@@ -19,7 +20,7 @@ from .panels import distribution, mean_seconds, overlaid, panels_of
 from .pictures import can_draw, pictures_of
 from .record import RunRecord, read_run
 from .samples import best_and_worst, most_changed, same_questions
-from .settings import command_of, command_with_file, differing, not_at_default, whose_defaults
+from .settings import command_of, command_with_file, differing, not_at_default
 from .verdict import rivals, verdict_of
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ def report_of(run: RunRecord) -> str:
         changed=most_changed(run.answers, questions),
         crosscheck=_crosscheck(run),
         settings=not_at_default(run.settings),
-        whose_defaults=whose_defaults(run.settings),
+        whose_defaults="the defaults of {}{}".format(*whose_defaults(run.settings)),
         **_repeat(run),
     )
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.model import TINY_NAME
 from ..config.recipes import JOB, defaults_in_force
 from ..config.saved import GROUPS, changed_from_defaults, differing_settings
 from ..data.visible import visible
@@ -45,13 +44,6 @@ def not_at_default(settings: dict[str, Any]) -> list[Setting]:
             help = str(field.metadata.get("help", "")).partition(". ")[0].replace("`", "").rstrip(".")
             found.append(Setting(name, shown(value), shown(default), help))
     return found
-
-
-def whose_defaults(settings: dict[str, Any]) -> str:
-    """Whose defaults `not_at_default` compares with, in words."""
-    if "model_name" not in settings:
-        return "the defaults of GRPOConfig"
-    return f"the defaults of train.py{' for the tiny model' if settings['model_name'] == TINY_NAME else ''}"
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, str, str]]:
