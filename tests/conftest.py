@@ -1,6 +1,7 @@
 """What must be settled before anything heavy is imported: the tests run on the CPU unless told otherwise."""
 
 import gc
+import logging
 import os
 import subprocess
 import sys
@@ -34,6 +35,16 @@ def pytest_collection():
     finally:
         gc.freeze()
         gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def root_logger_stays_as_it_was():
+    """Hydra lets it say more, and what others then say would reach the tests that count what the library said."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
 
 
 def pytest_deselected(items):

@@ -293,18 +293,20 @@ def test_targets_of_make_run(target, prints):
 
 @pytest.mark.thorough
 def test_tensorboard_has_the_curves_of_the_runs(checkout):
-    """In this process in place of one of its own, on a port that is free."""
-    from tensorboard.program import TensorBoard
+    """On a port that is free, which TensorBoard says, and ended with the test."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(checkout / "outputs" / "logs") as writer:
         writer.add_scalar("reward", 1.5, 1)
     ((program, *given),) = called_by_make(["tensorboard"])
     assert program.endswith("/tensorboard")
-    board = TensorBoard()
-    board.configure(["tensorboard", *given, "--port", "0", "--load_fast", "false"])
-    url = board.launch()
+    command = [ROOT / program, *given, "--port", "0", "--load_fast", "false"]
     deadline = time.monotonic() + 60
-    while "logs" not in (runs := json.load(urllib.request.urlopen(f"{url}data/runs"))):
-        assert time.monotonic() < deadline, runs
-        time.sleep(0.1)
+    with subprocess.Popen(command, cwd=checkout, stderr=subprocess.PIPE, text=True) as board:
+        try:
+            url = next(found[0] for line in board.stderr if (found := re.search(r"http://\S+", line)))
+            while "logs" not in (runs := json.load(urllib.request.urlopen(f"{url}data/runs"))):
+                assert time.monotonic() < deadline, runs
+                time.sleep(0.1)
+        finally:
+            board.terminate()
