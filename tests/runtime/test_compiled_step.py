@@ -121,6 +121,28 @@ def test_a_compiled_step_refuses_what_it_would_take_for_a_constant():
         compile_step(lambda state: (layer(state) + torch.rand_like(state),), layer)(state)
 
 
+@only_torch_xla
+@pytest.mark.parametrize("runs", [(5,), (2, 3), (1, 1, 3)])
+def test_a_step_that_runs_many_times_in_one_call_leaves_what_as_many_calls_leave(runs):
+    """One program serves every number of runs, and arguments that are changed in place have all of the changes."""
+    from tunix_torch.runtime import device
+    from tunix_torch.runtime.compiled import compile_step
+
+    xla, calls = Steps(device.torch_device()), iter(runs)
+    with torch.no_grad():
+        expected = Steps("cpu").run(Steps("cpu"), "cpu")
+        compiled = compile_step(xla, xla.layer)
+
+        def call(*args):
+            number = next(calls, 0)
+            return compiled(*args, runs=number) if number else args[:2]
+
+        before = num_traced()
+        got = xla.run(call, device.torch_device())
+        assert num_traced() - before == 1
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected, strict=True))
+
+
 def test_a_step_is_made_anew_when_the_adapter_is_switched_off(model_folder):
     from tunix_torch import ModelConfig
     from tunix_torch.model.loading import add_lora, load_model, lora_config, place

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch_xla
 
-from ..runtime.compiled import tensors_in
+from ..runtime.arguments import tensors_in
 from ..runtime.device import sync
 from ..runtime.mesh import has_mesh, lay, sharding_of
 from .graph import Graph, TracedGraph

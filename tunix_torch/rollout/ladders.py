@@ -46,6 +46,10 @@ class EveryShape:
         """Whether the host looks which rows have ended, after `num_decoded` steps."""
         return True
 
+    def until_look(self, num_decoded: int) -> int:
+        """The number of steps until the host looks, after `num_decoded` steps."""
+        return 1
+
     def width(self, group_size: int, num_tokens: int) -> int:
         """The width of the cache where each row needs room for `num_tokens` tokens."""
         return num_tokens
@@ -80,6 +84,10 @@ class FewShapes:
     def looks(self, num_decoded: int) -> bool:
         """Whether the host looks which rows have ended, after `num_decoded` steps."""
         return num_decoded > 0 and num_decoded % self.interval == 0
+
+    def until_look(self, num_decoded: int) -> int:
+        """The number of steps until the host looks, after `num_decoded` steps."""
+        return self.interval - num_decoded % self.interval
 
     def width(self, group_size: int, num_tokens: int) -> int:
         """The smallest width of the cache that has room for `num_tokens` tokens of each row."""

@@ -1,12 +1,13 @@
 """The rows of a rollout while they are decoded: their tokens, their KV caches, and which of them still go on."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..model.caches import PrefixCache, RaggedGroups
-from ..runtime import device, phases, together
+from ..runtime import compiled, device, phases, together
 from ..runtime.sharding import shard_rows
 from .ladders import FewShapes, make_ladder
 from .own_tokens import Memory, Views, WholeTensors
@@ -57,10 +58,10 @@ class Rows:
         self.most = num_rows // self.num_prompts  # rows of each group
         self.windows = [windows[i] for i in prefix.layers]
         self.ladder = make_ladder(self.num_prompts, self.most, num_tokens, interval)
-        self.has_few_shapes, compiled = isinstance(self.ladder, FewShapes), device.step_kind() == "compiled"
+        self.has_few_shapes, is_compiled = isinstance(self.ladder, FewShapes), device.step_kind() == "compiled"
         prompts = [list(tensors) for tensors in zip(*prefix.layers.values(), strict=True)]  # all keys, then all values
         prefix.layers.clear()
-        if compiled:  # these are views of the projections' results, which the pre-flight can't hold
+        if is_compiled:  # these are views of the projections' results, which the pre-flight can't hold
             prompts = [[x.clone() for x in tensors] for tensors in prompts]
         ids = nn.functional.pad(tokens[:, None], (0, self.room), value=pad_token_id)  # (B, C)
         logps = nn.functional.pad(logps[:, None], (0, self.room))
@@ -69,7 +70,7 @@ class Rows:
         first += () if seen is None else (seen,)
         self.first = self._hold("rows", first)
         self.prompts = [self._hold(name, x, 1) for name, x in zip(("keys", "values"), prompts, strict=True)]
-        if compiled:
+        if is_compiled:
             self.own = WholeTensors(self.prompts, self.windows)
         else:
             self.own = Views(self.prompts, self.windows, num_rows, self.room, self.has_few_shapes, memory)
@@ -93,7 +94,8 @@ class Rows:
         return True
 
     def decode(self, step: Callable[..., tuple[Tensor, ...]]) -> None:
-        """Decode one more token of every row.
+        """Decode one more token of every row; where one call of a step can run it many times, all tokens until the host
+        looks or the caches are full.
 
         The step takes ids, logps, ended, the number of tokens that a row has in the caches, (1,) int64, prompt_mask,
         lengths of prompts (R, 1), uniforms, a list that is empty or holds the seen tokens (R, V), four lists with a
@@ -102,13 +104,17 @@ class Rows:
         """
         if self.used == self.width:
             self._widen(self.used + 1)
+        runs = 1
+        if compiled.RUNS_MANY:
+            runs = min(self.ladder.until_look(self.used), self.width - self.used)
+            step = partial(step, runs=runs)
         ids, logps, ended, prompt_mask, lengths, uniforms, *seen = self.tensors
         given = prompt_mask, lengths, uniforms, seen
         ids, logps, ended, self.step = step(
             ids, logps, ended, self.step, *given, *self._prompts_in_sight(), *self.own.tensors, *self.ragged
         )
         self.tensors = ids, logps, ended, prompt_mask, lengths, uniforms, *seen
-        self.used += 1
+        self.used += runs
         phases.advance(phases.TOKENS, self.used + 1, self.room + 1)
 
     def results(self) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ class Sampler:
         ValueError: the model can't compute attention by these functions.
     """
 
-    watch: Callable[[Rows], None] = staticmethod(lambda rows: None)  # is called after each token
+    watch: Callable[[Rows], None] = staticmethod(lambda rows: None)  # is called after each call of a step
 
     def __init__(
         self,

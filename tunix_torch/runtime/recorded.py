@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import compiled, device
+from . import device
+from .arguments import tensors_in
 
 
 class RecordedStep:
@@ -31,7 +32,7 @@ class RecordedStep:
         self.pool: Any = None  # memory that the graphs share: none of them needs what another one left there
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        places = tuple((x.data_ptr(), x.shape, x.stride()) for x in compiled.tensors_in(args))
+        places = tuple((x.data_ptr(), x.shape, x.stride()) for x in tensors_in(args))
         if places not in self.graphs:
             if not self.graphs:
                 self.weights = _addresses(self.model)

@@ -1,0 +1,73 @@
+"""Runs a step of XLA many times in one program, by a loop on the device: the host is needed once for all of them.
+
+torch-xla's own loops (`torch_xla.experimental.scan`) record gradients, which a decode step has none of, and turn as
+often as one of their tensors is long, so that another number of turns is another program.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch_xla
+import torch_xla.core.xla_builder as xb
+
+from .arguments import tensors_in
+
+
+def in_a_loop(step: Callable[..., Any]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Return a function of the step's arguments and of how often it runs, which runs it so often, in one program.
+
+    Args:
+        step: takes tensors and lists of tensors, and returns tensors. Its results take the place of its first
+            arguments in its next run, whose shapes and dtypes they have. It may change other arguments in place, and
+            draws no random numbers. It is traced once in each call.
+
+    Returns:
+        a function that takes one more argument than the step, the number of runs, (1,) int32. It returns the results
+        of the last run, and changes in place the arguments that the step changes.
+    """
+
+    def steps(*args: Any) -> tuple[torch.Tensor, ...]:
+        *args, runs = args
+        given = tensors_in(args)
+        stand_ins = [xb.create_placeholder_tensor(tensor.shape, tensor.dtype) for tensor in given]
+        # The step gets values that are computed, since to lay out data, as a step may do with its arguments, would put
+        # other data in its place, which the program's parameters are told apart by.
+        computed = [~~tensor if tensor.dtype == torch.bool else tensor * 1 for tensor in stand_ins]
+        versions, left = [tensor._version for tensor in computed], iter(computed)
+        results = list(step(*([next(left) for _ in arg] if isinstance(arg, list) else next(left) for arg in args)))
+        changed = [i for i, tensor in enumerate(computed) if tensor._version != versions[i]]
+        assert not changed or changed[0] >= len(results), "a result takes the place of an argument changed in place"
+        outputs = results + [computed[i] for i in changed]
+        read_ids, _ = torch_xla._XLAC._get_tensors_xla_device_data_node(outputs)
+        assert torch_xla._XLAC._get_seed_info_id() not in read_ids, "a compiled step draws random numbers"
+
+        context = torch_xla._XLAC.lowering.LoweringContext("step")
+        context.build(outputs)
+        body = xb.computation_from_module_proto("step", context.hlo())
+        # What the loop hands from turn to turn: all arguments, then whatever else the step reads, such as weights.
+        read = context.device_parameter_id_tensor_mapping()  # by the number of the body's parameter
+        numbers = [context.tensor_parameter_id(tensor) for tensor in stand_ins]  # -1: the step does not read it
+        others = [number for number in read if number not in numbers]
+        carried = [*given, *(read[number] for number in others)]
+        places = {number: place for place, number in enumerate([*numbers, *others]) if number != -1}
+        renewed = [*range(len(results)), *changed]
+
+        def once(turn: xb.Op, runs: xb.Op, *carried: xb.Op) -> tuple[xb.Op, ...]:
+            new = xb.Op.call(body, [carried[places[number]] for number in range(len(places))])
+            after = list(carried)
+            for k, place in enumerate(renewed):
+                after[place] = new.get_tuple_element(k)
+            return turn + xb.Op.scalar(turn.builder(), 1, dtype=xb.Type.S32), runs, *after
+
+        first = torch.zeros((), dtype=torch.int32, device=runs.device)
+        taken = [first, runs[0], *carried]
+        builder = xb.create_builder("steps")
+        parameters = [xb.mkparam(builder, i, xb.tensor_shape(tensor)) for i, tensor in enumerate(taken)]
+        loop = xb.Op.mkwhile(parameters, lambda turn, runs, *_: turn < runs, once).build("steps")
+        _, _, *after = torch_xla._XLAC._xla_user_computation("tunix_torch::steps", taken, loop)
+        for place in changed:
+            given[place].copy_(after[place])
+        return tuple(after[: len(results)])
+
+    return steps
