@@ -66,6 +66,15 @@ def test_what_a_run_shows_is_named_alone_with_its_lines_and_what_to_try(name):
     assert found[name].lines and all((line.step, line.key) in logged for line in found[name].lines)
 
 
+def test_a_policy_that_writes_one_thing_is_not_said_to_have_solved_its_questions():
+    equal = {"frac_reward_zero_std": lambda done: 0.95, "reward": lambda done: min(2.0, 0.5 + 2 * done)}
+    solved = findings(with_values(healthy_rows(), **equal))["nothing to learn from"]
+    assert "probably solved" in solved.shows
+    found = findings(with_values(healthy_rows(), **equal, **SHOWN["collapse"]))
+    assert list(found)[-2:] == ["collapse", "nothing to learn from"], "the finding before is the one that explains it"
+    assert "alike" in found["nothing to learn from"].shows and "solved" not in found["nothing to learn from"].shows
+
+
 @pytest.mark.parametrize("name", NOT_SHOWN)
 def test_what_a_run_does_not_show_is_not_named(name):
     assert findings(with_values(healthy_rows(), **NOT_SHOWN[name])) == {}

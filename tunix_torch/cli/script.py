@@ -124,8 +124,8 @@ def need_extra(package: str, extra: str, what: str) -> None:
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`. A user's mistake becomes one line and exit code 2; a number that is not finite, a file
-    that can't be read or written, or rewards that fail, one line and exit code 1; Ctrl-C exit code 130, and a second
-    Ctrl-C at once.
+    that can't be read or written, memory that runs out, or rewards that fail, one line and exit code 1; Ctrl-C exit
+    code 130, and a second Ctrl-C at once.
 
     TUNIX_DEBUG=1 shows the traceback. Modules may be imported from the folder where the user is.
     """
@@ -148,7 +148,13 @@ def run_script(main: Callable[[], None]) -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
             sys.exit(128 + signal.SIGPIPE)
         code = 2 if isinstance(error, ValueError) and not of_rewards else 1
-        fail(re.sub(r"^\[Errno \d+\] ", "", _with_notes(error)), code)
+        fail(re.sub(r"^\[Errno \d+\] ", "", _with_notes(str(error), error)), code)
+    except (RuntimeError, MemoryError) as error:
+        from ..runtime.memory import in_one_line, is_out_of_memory
+
+        if os.environ.get("TUNIX_DEBUG") == "1" or not is_out_of_memory(error):
+            raise
+        fail(_with_notes(in_one_line(error), error), 1)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
@@ -160,9 +166,9 @@ def wait_for_ctrl_c() -> None:
         signal.signal(signal.SIGINT, _interrupted)
 
 
-def _with_notes(error: Exception) -> str:
+def _with_notes(said: str, error: Exception) -> str:
     """What an error says, with the notes that were added to it, such as where a run goes on."""
-    return ". ".join(part.rstrip(".") for part in (str(error), *getattr(error, "__notes__", ())))
+    return ". ".join(part.rstrip(".") for part in (said, *getattr(error, "__notes__", ())))
 
 
 def _interrupted(number: int, frame: object) -> NoReturn:

@@ -21,6 +21,7 @@ from ..rewarding.scoring import RewardFunc, require_columns
 from ..rollout.sampler import Sampler
 from ..rollout.tokens import SamplingParams
 from ..runtime import phases, together
+from ..runtime.memory import noting_what_takes_less
 from ..runtime.once import warn_once
 from .answers import Answers, answer
 from .estimators import share_interval
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 @phases.during("evaluating")
+@noting_what_takes_less("evaluating")
 def evaluate_policy(
     model: nn.Module,
     sampler: Sampler,

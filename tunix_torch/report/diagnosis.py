@@ -20,13 +20,13 @@ WINDOW = 20
 def diagnose(run: RunRecord) -> list[Finding]:
     """All findings about a run, the most serious first. None: nothing was found."""
     rows = steps_of_training(run.rows)
+    alike = collapse(rows), same_text(run.completions)
     found = (
         rate_too_high(rows),
         kl_runs_away(rows),
         reward_hacking(run.rows),
-        collapse(rows),
-        same_text(run.completions),
-        nothing_to_learn(rows),
+        *alike,
+        nothing_to_learn(rows, alike=any(alike)),
         cut_off(rows),
         format_without_answers(rows),
     )
@@ -41,8 +41,10 @@ def without_findings(run: RunRecord) -> str:
     return f"Too early to tell: {logs} log{'s' * (logs != 1)} of training steps so far, and a trend takes {LEAST_LOGS}."
 
 
-def nothing_to_learn(rows: Rows) -> Finding | None:
+def nothing_to_learn(rows: Rows, alike: bool) -> Finding | None:
     """Groups whose rewards are all equal have an advantage of 0, so nothing is learned from them.
+
+    Completions that are `alike`, as another finding says, have equal rewards whatever the questions are.
 
     The bound is nine groups of ten, over the last WINDOW logs: then a step costs ten times what it teaches. Where nine
     of ten answers are right, half to three quarters of the groups of 4 are equal, and a run goes on learning from the
@@ -56,7 +58,10 @@ def nothing_to_learn(rows: Rows) -> Finding | None:
     low, high = min(v for _, v in rewards), max(v for _, v in rewards)
     now = mean([value for _, value in rewards[-WINDOW:]])
     lines = [_line(points[0], key), _line(points[-1], key), Line(rewards[-1][0], "reward", rewards[-1][1])]
-    if high > low and now - low > 0.9 * (high - low):
+    if alike:
+        why = "The completions of a group are alike, so their rewards are, too: see the finding before"
+        tries = ("a checkpoint from before it began",)
+    elif high > low and now - low > 0.9 * (high - low):
         why = "The reward is near the best it ever was, so the questions are probably solved"
         tries = ("harder questions (data_path)", "stop here: this adapter may be what you wanted")
     else:

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from . import device
+from .memory import noting_what_takes_less
 from .phases import during
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def span(name: str) -> Iterator[None]:
     seconds are counted. It costs microseconds."""
     assert name in PARTS, name
     started = time.perf_counter()
-    with record_function(f"tunix_torch.{name}"), during(name):
+    with record_function(f"tunix_torch.{name}"), during(name), noting_what_takes_less(name):
         yield
     _seconds[name] = _seconds.get(name, 0.0) + time.perf_counter() - started
 
