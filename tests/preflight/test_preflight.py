@@ -122,6 +122,16 @@ def test_a_loop_counts_with_each_turn_and_its_last_turn_sends_nothing():
     assert hbm_traffic_bytes(WINDOWED) == 4 * adding + 3 * sending
 
 
+def test_of_a_loop_that_turns_as_often_as_it_is_told_one_turn_counts():
+    """So figures of a decode step are those of a token. What is sent in all turns but the last is not sent here."""
+    from tunix_torch.preflight.traffic import hbm_traffic_bytes
+
+    told = WINDOWED.replace(
+        "%limit = u32[]{:T(128)} constant(4)", "%limit = s32[]{:T(128)} get-tuple-element(%p.3), index=2"
+    )
+    assert hbm_traffic_bytes(told) == 3 * 4 * 64 * 2
+
+
 @pytest.mark.parametrize(
     "known, unknown, words",
     [

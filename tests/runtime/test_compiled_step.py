@@ -42,7 +42,7 @@ def num_traced():
         return torch._dynamo.utils.counters["stats"]["unique_graphs"]
     import torch_xla.debug.metrics as metrics
 
-    return metrics.counter_value("xla::tanh")
+    return metrics.counter_value("xla::tanh") or 0
 
 
 def check_steps(place=lambda tensor: tensor):

@@ -119,7 +119,9 @@ def _parts_gathered(match: re.Match[str], line: str, shapes: dict[str, str]) -> 
 def runs_by_computation(text: str) -> dict[str, float]:
     """Return how often each computation of a program runs in one run of the program, by the computation's name.
 
-    A loop's condition compares a counter, which starts at 0, with a constant: that is the number of its iterations.
+    A loop's condition compares a counter, which starts at 0, with a constant: that is the number of its iterations. The
+    loop of a decode step compares it with another value that it is handed, the number of tokens, and one iteration is
+    counted, so that figures are those of one token.
     XLA's partitioner turns multiplications into such loops, to send one part while another is computed. In the last
     iteration nothing is sent, so the branch that sends runs one time less.
 
@@ -168,7 +170,8 @@ def _num_iterations(loop: str, condition: list[str]) -> int:
     """Return the number of a loop's iterations, from the lines of its condition. `loop` is its name, for the error."""
     constants = dict(re.findall(r"%([\w.-]+) = [su]32\[\]\S* constant\((\d+)\)", "\n".join(condition)))
     compared = [re.search(r"ROOT .* compare\(%[\w.-]+, %([\w.-]+)\), direction=LT", line) for line in condition]
-    limit = next((constants.get(match[1]) for match in compared if match is not None), None)
+    of_loop = {m for line in condition for m in re.findall(r"%([\w.-]+) = s32\[\]\S* get-tuple-element\(", line)}
+    limit = next((1 if m[1] in of_loop else constants.get(m[1]) for m in compared if m is not None), None)
     if limit is None:
         raise ValueError(f"{loop} is a loop, and how often it turns is not known")
     return int(limit)
