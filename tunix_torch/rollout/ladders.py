@@ -46,10 +46,6 @@ class EveryShape:
         """Whether the host looks which rows have ended, after `num_decoded` steps."""
         return True
 
-    def until_look(self, num_decoded: int) -> int:
-        """The number of steps until the host looks, after `num_decoded` steps."""
-        return 1
-
     def width(self, group_size: int, num_tokens: int) -> int:
         """The width of the cache where each row needs room for `num_tokens` tokens."""
         return num_tokens
