@@ -12,6 +12,7 @@ import torch_xla
 import torch_xla.core.xla_builder as xb
 
 from .arguments import tensors_in
+from .mesh import has_mesh, lay, sharding_of
 
 
 def in_a_loop(step: Callable[..., Any]) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -34,11 +35,18 @@ def in_a_loop(step: Callable[..., Any]) -> Callable[..., tuple[torch.Tensor, ...
         # The step gets values that are computed, since to lay out data, as a step may do with its arguments, would put
         # other data in its place, which the program's parameters are told apart by.
         computed = [~~tensor if tensor.dtype == torch.bool else tensor * 1 for tensor in stand_ins]
+        layouts = [sharding_of(tensor) for tensor in given] if has_mesh() else []
+        for tensor, layout in zip(computed, layouts, strict=False):
+            lay(tensor, layout)
         versions, left = [tensor._version for tensor in computed], iter(computed)
         results = list(step(*([next(left) for _ in arg] if isinstance(arg, list) else next(left) for arg in args)))
         changed = [i for i, tensor in enumerate(computed) if tensor._version != versions[i]]
         assert not changed or changed[0] >= len(results), "a result takes the place of an argument changed in place"
+        renewed = [*range(len(results)), *changed]
         outputs = results + [computed[i] for i in changed]
+        if layouts:  # left alone, the partitioner may lay out anew in each turn what the loop hands on
+            for tensor, place in zip(outputs, renewed, strict=True):
+                lay(tensor, layouts[place])
         read_ids, _ = torch_xla._XLAC._get_tensors_xla_device_data_node(outputs)
         assert torch_xla._XLAC._get_seed_info_id() not in read_ids, "a compiled step draws random numbers"
 
@@ -51,7 +59,6 @@ def in_a_loop(step: Callable[..., Any]) -> Callable[..., tuple[torch.Tensor, ...
         others = [number for number in read if number not in numbers]
         carried = [*given, *(read[number] for number in others)]
         places = {number: place for place, number in enumerate([*numbers, *others]) if number != -1}
-        renewed = [*range(len(results)), *changed]
 
         def once(turn: xb.Op, runs: xb.Op, *carried: xb.Op) -> tuple[xb.Op, ...]:
             new = xb.Op.call(body, [carried[places[number]] for number in range(len(places))])
