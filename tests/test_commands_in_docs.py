@@ -304,7 +304,8 @@ def test_tensorboard_has_the_curves_of_the_runs(checkout):
     deadline = time.monotonic() + 60
     with subprocess.Popen(command, cwd=checkout, stderr=subprocess.PIPE, text=True) as board:
         try:
-            url = next(found[0] for line in board.stderr if (found := re.search(r"http://\S+", line)))
+            url = next((found[0] for line in board.stderr if (found := re.search(r"http://\S+", line))), None)
+            assert url is not None, "TensorBoard ended before it said where it is"
             while "logs" not in (runs := json.load(urllib.request.urlopen(f"{url}data/runs"))):
                 assert time.monotonic() < deadline, runs
                 time.sleep(0.1)

@@ -126,10 +126,12 @@ def test_of_a_loop_that_turns_as_often_as_it_is_told_one_turn_counts():
     """So figures of a decode step are those of a token. What is sent in all turns but the last is not sent here."""
     from tunix_torch.preflight.traffic import hbm_traffic_bytes
 
-    told = WINDOWED.replace(
-        "%limit = u32[]{:T(128)} constant(4)", "%limit = s32[]{:T(128)} get-tuple-element(%p.3), index=2"
-    )
+    given = "%limit = s32[]{:T(128)} get-tuple-element(%p.3), index=2"
+    told = WINDOWED.replace("%limit = u32[]{:T(128)} constant(4)", given).replace("u32[]", "s32[]")
     assert hbm_traffic_bytes(told) == 3 * 4 * 64 * 2
+    part_of_a_program = told.replace("ENTRY %main", "%within") + "\nENTRY %main (z: f32[]) -> f32[] {\n}\n"
+    with pytest.raises(ValueError, match="while.1 is a loop, and how often it turns is not known"):
+        hlo.collectives_of(part_of_a_program)
 
 
 @pytest.mark.parametrize(

@@ -210,8 +210,10 @@ def test_nothing_is_compiled_for_completions_of_any_lengths(model_folder, monkey
     assert levels == {0, 1, 2}
 
 
-def test_a_penalty_is_compiled_once_and_stays_on_the_device(model_folder, monkeypatch):
-    """Greedy tokens are those of a full forward over each prefix, whose seen tokens are penalised."""
+@pytest.mark.parametrize("interval", [1, 3])
+def test_a_penalty_is_compiled_once_and_stays_on_the_device(model_folder, monkeypatch, interval):
+    """Greedy tokens are those of a full forward over each prefix, whose seen tokens are penalised; so they are in the
+    first rollout, before which every step is rehearsed."""
     from tunix_torch.model.loading import load_model, place
     from tunix_torch.rollout import ladders
     from tunix_torch.rollout.sampler import Sampler
@@ -219,10 +221,11 @@ def test_a_penalty_is_compiled_once_and_stays_on_the_device(model_folder, monkey
     from tunix_torch.runtime import device
 
     monkeypatch.setattr(ladders, "SHORTEST_HALVED", 2)
+    monkeypatch.setattr(ladders, "cache_widths", lambda room: [4, 8, room])
     model, params = place(load_model(model_folder)), SamplingParams(16, temperature=0.0, repetition_penalty=1.5)
     ids = torch.tensor([[2, 40, 41, 42], [0, 2, 43, 44]])
     prompts, uniforms = ids.to(device.torch_device()), torch.zeros(2 * 2, 16)
-    sampler = Sampler(model, [1], 0, stop_check_interval=1, compile_ahead=True)
+    sampler = Sampler(model, [1], 0, stop_check_interval=interval, compile_ahead=True)
 
     def sampled():
         rollout = sampler.sample(prompts, prompts > 0, 2, params, uniforms)

@@ -20,7 +20,8 @@ def ask_for_too_much():
 def test_what_says_that_memory_has_run_out():
     with pytest.raises(RuntimeError) as of_cpu:
         ask_for_too_much()
-    assert all(map(is_out_of_memory, (CUDA, TPU, of_cpu.value, MemoryError())))
+    cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    assert all(map(is_out_of_memory, (CUDA, TPU, cublas, of_cpu.value, MemoryError())))
     assert not any(map(is_out_of_memory, (RuntimeError("shapes differ"), ValueError("out of memory"), OSError())))
 
 

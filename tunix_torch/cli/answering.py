@@ -161,13 +161,15 @@ class Asked:
             show(decode_completions(self.tokenizer, tokens, mask, self.sampler.eos_token_ids)[0])
 
         collator = Collator(self.tokenizer.pad_token_id, len(ids))
-        self.sampler.watch = watch
+        self.sampler.watch, interval = watch, self.sampler.stop_check_interval
+        self.sampler.stop_check_interval = 1  # else a call on a device may decode many tokens
         try:
             (([text],), _), *_ = sample_batches(
                 self.sampler, self.tokenizer, [{PROMPT_IDS: ids}], self.params, collator, batch_size=1, seed=seed
             )
         finally:
             del self.sampler.watch
+            self.sampler.stop_check_interval = interval
         return text
 
     @property

@@ -33,6 +33,7 @@ from ..rollout.sampler import Sampler
 from ..rollout.tokens import SamplingParams
 from ..run.folder import find_prompt_settings, find_system_message, newest_run
 from ..runtime import device, mesh
+from ..runtime.memory import noting_what_takes_less
 
 NUM_GENERATED_ROWS = 256
 NEAR = Fraction(1, 10)  # of the expected number: so far off is partially right
@@ -281,6 +282,7 @@ def announce(args: argparse.Namespace, model_path: str, num_questions: int, vote
         print(f"num_passes={passes}: all {passes} are the same; a preset with variety is standard", file=sys.stderr)
 
 
+@noting_what_takes_less("answering")
 def sample_and_judge(
     args: argparse.Namespace,
     model_path: str,

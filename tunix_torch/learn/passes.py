@@ -30,6 +30,7 @@ from torch import Tensor
 from ..batch import TrainBatch
 from ..config.grpo import GRPOConfig
 from ..runtime import device, mesh, phases, together
+from ..runtime.memory import noting_what_takes_less
 from ..runtime.sharding import shard_rows
 from .packing import first_fit
 
@@ -286,6 +287,7 @@ def rehearsals(batch: TrainBatch, args: GRPOConfig) -> list[list[TrainBatch]]:
     return [[_of_length(part, length) for part in parts] for length in (width, 1)]
 
 
+@noting_what_takes_less("learning")
 def rehearse(
     batch: TrainBatch, args: GRPOConfig, learn_from: Callable[[TrainBatch], Any], forget: Callable[[], None]
 ) -> None:

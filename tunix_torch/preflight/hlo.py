@@ -120,8 +120,9 @@ def runs_by_computation(text: str) -> dict[str, float]:
     """Return how often each computation of a program runs in one run of the program, by the computation's name.
 
     A loop's condition compares a counter, which starts at 0, with a constant: that is the number of its iterations. The
-    loop of a decode step compares it with another value that it is handed, the number of tokens, and one iteration is
-    counted, so that figures are those of one token.
+    loop that is the program of a decode step compares it with another value that it is handed, the number of tokens,
+    and one iteration is counted, so that figures are those of one token.
+
     XLA's partitioner turns multiplications into such loops, to send one part while another is computed. In the last
     iteration nothing is sent, so the branch that sends runs one time less.
 
@@ -138,7 +139,7 @@ def runs_by_computation(text: str) -> dict[str, float]:
                 callers.setdefault(called, []).append((name, 1))
             loop = re.search(r"%([\w.-]+) = .* while\(.*condition=%([\w.-]+), body=%([\w.-]+)", line)
             if loop is not None:
-                iterations[loop[3]] = _num_iterations(loop[1], lines.get(loop[2], []))
+                iterations[loop[3]] = _num_iterations(loop[1], lines.get(loop[2], []), is_whole=name == entry)
                 callers.setdefault(loop[3], []).append((name, iterations[loop[3]]))
     for name, body in lines.items():
         for line in body:
@@ -166,12 +167,15 @@ def lines_by_computation(text: str) -> dict[str, list[str]]:
     return found
 
 
-def _num_iterations(loop: str, condition: list[str]) -> int:
-    """Return the number of a loop's iterations, from the lines of its condition. `loop` is its name, for the error."""
+def _num_iterations(loop: str, condition: list[str], is_whole: bool) -> int:
+    """Return the number of a loop's iterations, from the lines of its condition. `loop` is its name, for the error.
+
+    Where the program is this loop, `is_whole`, 1 stands for a number that it is handed.
+    """
     constants = dict(re.findall(r"%([\w.-]+) = [su]32\[\]\S* constant\((\d+)\)", "\n".join(condition)))
     compared = [re.search(r"ROOT .* compare\(%[\w.-]+, %([\w.-]+)\), direction=LT", line) for line in condition]
     of_loop = {m for line in condition for m in re.findall(r"%([\w.-]+) = s32\[\]\S* get-tuple-element\(", line)}
-    limit = next((1 if m[1] in of_loop else constants.get(m[1]) for m in compared if m is not None), None)
+    limit = next((1 if is_whole and m[1] in of_loop else constants.get(m[1]) for m in compared if m is not None), None)
     if limit is None:
         raise ValueError(f"{loop} is a loop, and how often it turns is not known")
     return int(limit)

@@ -44,7 +44,7 @@ def without_findings(run: RunRecord) -> str:
 def nothing_to_learn(rows: Rows, alike: bool) -> Finding | None:
     """Groups whose rewards are all equal have an advantage of 0, so nothing is learned from them.
 
-    Completions that are `alike`, as another finding says, have equal rewards whatever the questions are.
+    Completions that are `alike`, as another finding says, can have equal rewards whatever the questions are.
 
     The bound is nine groups of ten, over the last WINDOW logs: then a step costs ten times what it teaches. Where nine
     of ten answers are right, half to three quarters of the groups of 4 are equal, and a run goes on learning from the
@@ -59,8 +59,8 @@ def nothing_to_learn(rows: Rows, alike: bool) -> Finding | None:
     now = mean([value for _, value in rewards[-WINDOW:]])
     lines = [_line(points[0], key), _line(points[-1], key), Line(rewards[-1][0], "reward", rewards[-1][1])]
     if alike:
-        why = "The completions of a group are alike, so their rewards are, too: see the finding before"
-        tries = ("a checkpoint from before it began",)
+        why = "This may follow from the finding before: completions that are alike have equal rewards"
+        tries = ("what that finding says",)
     elif high > low and now - low > 0.9 * (high - low):
         why = "The reward is near the best it ever was, so the questions are probably solved"
         tries = ("harder questions (data_path)", "stop here: this adapter may be what you wanted")

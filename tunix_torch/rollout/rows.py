@@ -14,7 +14,7 @@ from .own_tokens import Memory, Views, WholeTensors
 
 
 class Rows:
-    """N groups of G rows, side by side, that are decoded token by token: `while rows.left(): rows.decode(step)`.
+    """N groups of G rows, side by side, that are decoded together: `while rows.left(): rows.decode(step)`.
 
     As rows end and caches fill, all tensors go from one shape to the next of a ladder, see `ladders.py`. Where shapes
     may follow the data, every shape is a rung: rows leave soon after they have ended, prompts without rows leave too,
@@ -93,9 +93,9 @@ class Rows:
             ended = ended[rows]
         return True
 
-    def decode(self, step: Callable[..., tuple[Tensor, ...]]) -> None:
+    def decode(self, step: Callable[..., tuple[Tensor, ...]], most: int | None = None) -> None:
         """Decode one more token of every row; where one call of a step can run it many times, all tokens until the host
-        looks or the caches are full.
+        looks or the caches are full, and at most `most`.
 
         The step takes ids, logps, ended, the number of tokens that a row has in the caches, (1,) int64, prompt_mask,
         lengths of prompts (R, 1), uniforms, a list that is empty or holds the seen tokens (R, V), four lists with a
@@ -106,7 +106,7 @@ class Rows:
             self._widen(self.used + 1)
         runs = 1
         if compiled.RUNS_MANY:
-            runs = min(self.ladder.until_look(self.used), self.width - self.used)
+            runs = min(self.ladder.until_look(self.used), self.width - self.used, most or self.room)
             step = partial(step, runs=runs)
         ids, logps, ended, prompt_mask, lengths, uniforms, *seen = self.tensors
         given = prompt_mask, lengths, uniforms, seen
@@ -149,7 +149,7 @@ class Rows:
         for size, widths in self.ladder.widths.items():
             for width in widths:
                 self.begin(size, width)
-                self.decode(step)
+                self.decode(step, most=1)  # only first tokens may be among the seen ones when the rollout begins
                 self.results()
                 if width < widths[-1]:
                     self._widen(width + 1)

@@ -5,15 +5,16 @@ import re
 from collections.abc import Iterator
 
 # What the allocators say: of CUDA and of its driver, of XLA and of the CPU. The last one raises a plain RuntimeError.
-SAID = re.compile(r"out of memory|RESOURCE_EXHAUSTED|can't allocate memory", re.IGNORECASE)
+SAID = re.compile(r"out.of.memory|RESOURCE_EXHAUSTED|can't allocate memory|STATUS_ALLOC_FAILED", re.IGNORECASE)
 FEWER = "half of per_device_train_batch_size with twice the gradient_accumulation_steps"
-LEARNING = f"try a smaller micro_batch_size, then gradient_checkpointing true; neither changes a number. Else {FEWER}"
+PASS = f"try a smaller micro_batch_size, which changes no number, or {FEWER}"
 TAKES_LESS = {
     "rollout": f"try {FEWER}, or a smaller generation_max_length",
-    "reference": LEARNING,
-    "old policy": LEARNING,
-    "learning": LEARNING,
-    "evaluating": "try a smaller per_device_eval_batch_size, or batch_size of evaluate.py",
+    "reference": PASS,
+    "old policy": PASS,
+    "learning": f"try a smaller micro_batch_size, then gradient_checkpointing true: neither changes a number; or {FEWER}",
+    "evaluating": "try a smaller per_device_eval_batch_size",
+    "answering": "try a smaller batch_size or max_new_tokens",
 }
 
 
