@@ -12,7 +12,7 @@ TAKES_LESS = {
     "rollout": f"try {FEWER}, or a smaller generation_max_length",
     "reference": PASS,
     "old policy": PASS,
-    "learning": f"try a smaller micro_batch_size, then gradient_checkpointing true: neither changes a number; or {FEWER}",
+    "learning": f"try a smaller micro_batch_size, then gradient_checkpointing true, with equal numbers; or {FEWER}",
     "evaluating": "try a smaller per_device_eval_batch_size",
     "answering": "try a smaller batch_size or max_new_tokens",
 }
