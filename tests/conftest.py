@@ -41,10 +41,10 @@ def pytest_collection():
 def root_logger_stays_as_it_was():
     """Hydra lets it say more, and what others then say would reach the tests that count what the library said."""
     root = logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
+    of_pytest = [handler for handler in root.handlers if type(handler).__module__.startswith("_pytest.")]
     yield
-    root.setLevel(level)
-    root.handlers[:] = handlers
+    root.setLevel(logging.WARNING)
+    root.handlers[:] = of_pytest
 
 
 def pytest_deselected(items):
