@@ -53,7 +53,10 @@ def main() -> None:
     rows = score_with_breakdown(COMPONENTS, prompts, completions, answer=answer)
     parts = {component.name: [row.parts[component.name] for row in rows] for component in COMPONENTS}
     totals = composite_reward(COMPONENTS)(prompts, completions, answer=answer)  # the function to give to a trainer
-    weights = " + ".join(f"{component.weight} * {component.name}" for component in COMPONENTS)
+    clipped = {
+        c.name: "" if c.clip_range is None else " (clipped to {:g} to {:g})".format(*c.clip_range) for c in COMPONENTS
+    }
+    weights = " + ".join(f"{component.weight} * {component.name}{clipped[component.name]}" for component in COMPONENTS)
     print_table(f"Composite: total = {weights}", parts | {"total": totals})
 
 

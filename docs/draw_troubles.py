@@ -31,8 +31,9 @@ from tunix_torch.report.diagnosis import diagnose  # noqa: E402
 from tunix_torch.report.record import RunRecord, read_run  # noqa: E402
 
 PICTURES = Path(__file__).parent / "troubles"
-SHORT = ("--max_steps", "60", "--per_device_train_batch_size", "8", "--num_completions_per_prompt", "4")
-SHORT += ("--eval_steps", "20", "--num_eval_rows", "64", "--num_eval_completions", "0")
+NO_BATCH = ("--max_steps", "60", "--num_completions_per_prompt", "4", "--eval_steps", "20")
+NO_BATCH += ("--num_eval_rows", "64", "--num_eval_completions", "0")
+SHORT = ("--per_device_train_batch_size", "8", *NO_BATCH)
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,11 @@ TROUBLES = {
         "format learned, answers not",
         (Shown("rewards/short_format_reward/mean"), Shown("rewards/correctness_reward/mean")),
     ),
+    "no_progress": Trouble(
+        ("--learning_rate", "2e-6", *SHORT),
+        "no progress",
+        (Shown("reward"), Shown("eval_accuracy"), Shown("frac_reward_zero_std")),
+    ),
     "repetition": Trouble(
         ("--reward_funcs", "docs.draw_troubles.repetition_reward", "--learning_rate", "0.006", *SHORT),
         "repetition",
@@ -140,7 +146,7 @@ TROUBLES = {
 
 STOPPED = {
     "memory": Stopped(
-        ("--reward_funcs", "docs.draw_troubles.little_memory", *SHORT, "--per_device_train_batch_size", "64"),
+        ("--reward_funcs", "docs.draw_troubles.little_memory", "--per_device_train_batch_size", "64", *NO_BATCH),
         "out of memory",
     ),
     "stopped": Stopped(("--reward_funcs", "docs.draw_troubles.fails_in_step_3", *SHORT), "fails_in_step_3"),
@@ -245,6 +251,7 @@ def draw_terminal(name: str, folder: Path) -> Path:
         ValueError: it did not stop, or for another reason.
     """
     stopped = STOPPED[name]
+    folder = folder.absolute()
     ended = subprocess.run(command(stopped.flags, folder), cwd=ROOT, capture_output=True, text=True)
     if ended.returncode != 1 or stopped.error not in ended.stderr.splitlines()[-1]:
         raise ValueError(f"{name}: expected an error that has {stopped.error!r}, got {ended.stderr}")

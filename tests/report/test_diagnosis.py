@@ -1,6 +1,7 @@
 """Each finding of the diagnosis comes for a run that shows it and for no other; a run that learns has none."""
 
 import json
+import math
 
 import pytest
 from written_runs import completion, healthy_rows, with_values, write_run
@@ -37,6 +38,12 @@ SHOWN = {
         "eval_interval__accuracy_high": lambda done: 0.75 - 0.4 * done,
     },
 }
+SHOWN["no progress"] = {
+    "reward": lambda done: 1.4 + 0.1 * math.sin(90 * done),
+    "eval_accuracy": lambda done: 0.5 + 0.02 * done,
+    "eval_interval__accuracy_low": lambda done: 0.44 + 0.02 * done,
+    "eval_interval__accuracy_high": lambda done: 0.56 + 0.02 * done,
+}
 # The same numbers a little less far: below the bounds.
 NOT_SHOWN = {
     "nothing to learn from": {"frac_reward_zero_std": lambda done: 0.85},
@@ -54,6 +61,20 @@ NOT_SHOWN = {
         "eval_interval__accuracy_high": lambda done: 0.75 - 0.05 * done,
     },
 }
+
+
+FLAT = {"reward": SHOWN["no progress"]["reward"]}
+PROGRESS = {
+    "held-out answers are right more often": FLAT,
+    "most questions are solved": SHOWN["no progress"] | {"frac_reward_zero_std": lambda done: 0.7},
+    "the reward rises a little": SHOWN["no progress"] | {"reward": lambda done: FLAT["reward"](done) + 0.2 * done},
+}
+
+
+@pytest.mark.parametrize("what", PROGRESS)
+def test_a_run_that_has_come_on_or_has_nothing_left_is_not_said_to_stand_still(what):
+    assert findings(with_values(healthy_rows(), **PROGRESS[what])) == {}
+    assert list(findings(with_values(healthy_rows(steps=29), **SHOWN["no progress"]))) == [], "too few logs"
 
 
 @pytest.mark.parametrize("name", SHOWN)
@@ -213,6 +234,7 @@ TROUBLES = [
     "groups without a signal",
     "completions that are cut off",
     "a layout that is learned without the answers",
+    "a reward that does not rise",
 ]
 
 
@@ -237,8 +259,9 @@ def test_what_was_looked_for_is_what_was_logged_and_the_rest_is_named_with_the_r
         ("completions/clipped_ratio", TROUBLES[6]),
         ("rewards/format_reward/mean", TROUBLES[7]),
     ):
-        (said,) = looked(without(healthy_rows(), key)).missing
-        assert said.startswith(f"{name} ("), key
+        said = looked(without(healthy_rows(), key)).missing
+        assert said[0].startswith(f"{name} ("), key
+        assert [text for text in said[1:] if not text.startswith(f"{TROUBLES[8]} ({key}: not logged")] == [], key
     assert not looked(without(healthy_rows(), "entropy")).missing, "the length tells of a collapse too"
     assert looked(healthy_rows(), ()).missing == ("repetition (completions: not kept).",)
     assert looked(healthy_rows(evaluated_every=100)).missing[0].endswith("two evaluations are needed).")
@@ -250,7 +273,7 @@ def test_of_supervised_fine_tuning_nothing_is_looked_for_that_only_sampling_show
     run = RunRecord(None, rows, {"use_grpo": False, "kl_penalty_coef": 0.01})
     looked = looked_for(run)
     assert looked.names == ("a learning rate that is too high (by skipped steps)",)
-    assert len(looked.missing) == 7 and all("since SFT samples no completions" in text for text in looked.missing)
+    assert len(looked.missing) == 8 and all("since SFT samples no completions" in text for text in looked.missing)
     assert curves_not_there(run) == ["Right answers: no evaluation was logged."]
 
 

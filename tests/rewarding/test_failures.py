@@ -16,9 +16,11 @@ from trainers import digits_reward, first_batch, gradients, lora_weights, make_t
 from tunix_torch import GRPOConfig
 from tunix_torch.batch import PromptBatch, Rollout
 from tunix_torch.checkpoints.whole import explaining_full_disk
+from tunix_torch.cli.script import run_script
 from tunix_torch.rewarding import failures, slow
 from tunix_torch.rewarding.context import RewardContext
 from tunix_torch.rewarding.failures import ErrorBudget
+from tunix_torch.rewarding.scorer import noted
 from tunix_torch.rewarding.scoring import call_and_drop, call_rewards, score_completions
 from tunix_torch.rewarding.values import CompletionError
 from tunix_torch.rewarding.workers import RewardWorkers
@@ -451,3 +453,32 @@ def test_a_batch_that_no_function_applies_to_is_said_once_with_what_it_means(cap
     assert re.match(
         "All 2 reward functions returned None for every completion of a batch. None mea", caplog.messages[0]
     )
+
+
+def test_a_command_shows_of_a_mistake_in_a_function_its_own_lines_and_one_line_more(tmp_path, monkeypatch, capsys):
+    """Regression: seventy lines of calls of the library stood before them."""
+    (tmp_path / "rewards_with_mistakes.py").write_text(
+        "def reward(completions):\n    return [1 / 0 for _ in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("TUNIX_DEBUG", raising=False)
+    from rewards_with_mistakes import reward
+
+    def main():
+        call_rewards([reward], ROWS[:1], ["2", "3"])
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and "return [1 / 0 for _ in completions]" in said
+    assert "tunix_torch" not in said and "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: ZeroDivisionError: division by zero. Raised while scoring: ")
+
+
+def test_a_fault_of_the_library_while_it_scores_keeps_its_traceback():
+    def main():
+        with noted():
+            failures.error_of(None, None, None, None)
+
+    with pytest.raises(AttributeError):
+        run_script(main)

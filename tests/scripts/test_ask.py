@@ -236,6 +236,7 @@ def test_answers_are_written_as_they_come(finished_run, call, tmp_path, monkeypa
         (["--chat", "--question", "1"], ["--question and --chat"]),
         (["--chat", "--output_file", "a.jsonl"], ["output_file='a.jsonl'", "goes with --question", "not with --chat"]),
         (["--chat", "--num_samples", "2"], ["num_samples=2", "not with --chat"]),
+        (["--question", "1", "--question", "2"], ["--question was given twice", "--questions_file takes many"]),
         (["--chat", "--compare_base"], ["compare_base=True", "not with --chat"]),
         (["--chat", "--prompt_template", "alpaca"], ["prompt_template='alpaca'", "not with --chat"]),
         (["--serve", "--show_prompt"], ["show_prompt=True", "not with --serve"]),

@@ -255,7 +255,7 @@ def test_config_example_holds_every_setting_with_its_default_and_runs(call, tmp_
         (["--use_grpo", "--num_completions_per_prompt", "1"], ["num_completions_per_prompt=1", "at least 2"]),
         (["--use_grpo", "--max_prompt_length", "3"], ["max_prompt_length=3", "longest"]),
         (["--reward_funcs", "corectness"], ["corectness", "did you mean 'correctness'"]),
-        (["--learning_rat", "1"], ["--learning_rat", "did you mean 'learning_rate'"]),
+        (["--learning_rat", "1"], ["--learning_rat", "did you mean '--learning_rate'"]),
         (["--learning_rate", "fast"], ["learning_rate", "fast"]),
         (["--beta", "0.1", "--kl_coef", "0.2"], ["--kl_coef", "--beta", "same setting"]),
         (["--model_name", "./nowhere"], ["./nowhere", "no such folder"]),
@@ -362,7 +362,7 @@ def test_ctrl_c_says_how_to_go_on(model_folder, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "--resume_from_checkpoint latest" in stderr and "Traceback" not in stderr, stderr
+    assert "; the same command with --resume_from_checkpoint latest" in stderr and "Traceback" not in stderr, stderr
 
 
 def test_inference_numbers_the_steps_and_writes_a_file(trained, call, tmp_path):
@@ -427,6 +427,8 @@ def test_inference_takes_the_newest_run_else_the_tiny_model(trained, call, tmp_p
     question = ["--question", "What is 1 + 1?", "--max_new_tokens", "4", "--no_do_sample"]
     assert "Model: tiny" in call(ask, *question).stdout
     (tmp_path / "outputs").mkdir()
+    os.symlink(trained[0] / "checkpoint-2", tmp_path / "outputs" / "checkpoint-2")  # of a run that has not ended
+    assert "Model: outputs/checkpoint-2" in call(ask, *question).stdout
     os.symlink(trained[0], tmp_path / "outputs" / "mine")
     assert "Model: outputs/mine" in call(ask, *question).stdout
 

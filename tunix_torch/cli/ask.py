@@ -15,7 +15,7 @@ from ..config.settings import require
 from ..data.visible import visible
 from ..rewards import extract_answer, extract_reasoning
 from ..runtime.columns import columns_of
-from .script import Parser, called_as, check_output_file, choose_device, quiet_transformers
+from .script import Once, Parser, called_as, check_output_file, choose_device, quiet_transformers
 from .serving import how_to_serve
 
 EXAMPLES = """
@@ -44,7 +44,7 @@ def parse_args(argv: Sequence[str], command: str) -> argparse.Namespace:
         ValueError: a value that can't be.
     """
     parser = Parser(command, f"{__doc__}\n{EXAMPLES}")
-    parser.add_argument("--question", help="one question")
+    parser.add_argument("--question", action=Once, help="one question")
     parser.add_argument(
         "--questions_file", help="many: .txt with one a line, or a question column of .jsonl, .csv, .parquet ..."
     )
@@ -57,7 +57,7 @@ def parse_args(argv: Sequence[str], command: str) -> argparse.Namespace:
     parser.add_argument(
         "--model_path",
         "--model_name",
-        help="model or adapter folder, or hub id (default: newest run under ./outputs, else the tiny model)",
+        help="model or adapter folder, or hub id (default: newest run or checkpoint in ./outputs, else the tiny model)",
     )
     parser.add_argument("--prompt_template", choices=["default", *PROMPT_TEMPLATES], default="default")
     parser.add_argument("--system_message", help="put before the question (default: that of the training run)")
@@ -174,13 +174,13 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     args = parse_args(argv, called_as(command))
     choose_device(argv)
     # The device is chosen: what knows Transformers may be imported.
-    from ..run.folder import newest_run
+    from ..run.folder import newest_model
     from ..runtime import mesh
     from .answering import Asked, load_questions
     from .chat import chat
 
     quiet_transformers()
-    model_path = args.model_path or newest_run() or TINY_NAME
+    model_path = args.model_path or newest_model() or TINY_NAME
     if args.serve:
         print("\n".join(how_to_serve(model_path)))
         return

@@ -53,7 +53,7 @@ def _add_flags(parser: Parser) -> None:
     parser.add_argument(
         "--model_path",
         "--model_name",
-        help="model, adapter or checkpoint folder, or hub id (default: newest run in ./outputs, else the tiny model)",
+        help="model, adapter or checkpoint folder, or hub id (default: the newest in ./outputs, else the tiny model)",
     )
     parser.add_argument(
         "--data_path",

@@ -31,7 +31,7 @@ from ..rewarding.context import RewardContext
 from ..rewarding.scoring import call_rewards
 from ..rollout.sampler import Sampler
 from ..rollout.tokens import SamplingParams
-from ..run.folder import find_prompt_settings, find_system_message, newest_run
+from ..run.folder import find_prompt_settings, find_system_message, newest_model
 from ..runtime import device, mesh
 from ..runtime.memory import noting_what_takes_less
 
@@ -228,7 +228,7 @@ def evaluate(args: argparse.Namespace, called: Sequence[str]) -> dict[str, float
         ValueError: a setting, model, data set or file that can't work.
         KeyboardInterrupt: after the metrics of what is done have been printed.
     """
-    model_path = args.model_path or newest_run() or TINY_NAME
+    model_path = args.model_path or newest_model() or TINY_NAME
     config = data_config(args)
     args.judge, args.rewards = config.judge_in_force, args.rewards or [config.right_answers, "format"]
     functions = [rewards.find_reward(name) for name in (*args.rewards, args.judge)]  # complains before all is loaded

@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,6 +44,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+
+class Once(argparse.Action):
+    """Takes the value of a flag that may be given once: of two values one would be lost without a word."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, value: Any, flag: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{flag} was given twice; --questions_file takes many")
+        setattr(namespace, self.dest, value)
 
 
 def called_as(command: str | None) -> str:
@@ -125,7 +135,7 @@ def need_extra(package: str, extra: str, what: str) -> None:
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`. A user's mistake becomes one line and exit code 2; a number that is not finite, a file
     that can't be read or written, memory that runs out, or rewards that fail, one line and exit code 1; Ctrl-C exit
-    code 130, and a second Ctrl-C at once.
+    code 130, and a second Ctrl-C at once. Of a mistake in a reward function its own lines are shown before.
 
     TUNIX_DEBUG=1 shows the traceback. Modules may be imported from the folder where the user is.
     """
@@ -137,27 +147,51 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()
-    except (ValueError, FloatingPointError, OSError) as error:
+    except Exception as error:
         if os.environ.get("TUNIX_DEBUG") == "1":
             raise
-        from ..rewarding.values import is_of_rewards  # not needed where nothing fails
-
-        of_rewards = is_of_rewards(error)  # what failed may be there again when the job is started again
-        if isinstance(error, BrokenPipeError) and not of_rewards:  # whoever read the output has ended, as `head` does
-            for file in (sys.stdout, sys.stderr):  # or Python would try once more as it ends
-                os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
-            sys.exit(128 + signal.SIGPIPE)
-        code = 2 if isinstance(error, ValueError) and not of_rewards else 1
-        fail(re.sub(r"^\[Errno \d+\] ", "", _with_notes(str(error), error)), code)
-    except (RuntimeError, MemoryError) as error:
-        from ..runtime.memory import in_one_line, is_out_of_memory
-
-        if os.environ.get("TUNIX_DEBUG") == "1" or not is_out_of_memory(error):
+        said, code = _what_to_say(error)
+        if said is None:
             raise
-        fail(_with_notes(in_one_line(error), error), 1)
+        fail(said, code)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _what_to_say(error: Exception) -> tuple[str | None, int]:
+    """The line that an error becomes, and the exit code. None: it is a fault of ours, which shows its traceback."""
+    from ..rewarding.values import is_of_rewards  # not needed where nothing fails
+    from ..runtime.memory import in_one_line, is_out_of_memory
+
+    if is_out_of_memory(error):
+        return _with_notes(in_one_line(error), error), 1
+    is_known = isinstance(error, ValueError | FloatingPointError | OSError)
+    if is_of_rewards(error):  # what failed may be there again when the job is started again
+        if is_known:
+            return _with_notes(_without_number(error), error), 1
+        own = _frames_of_others(error)
+        print("".join(traceback.format_list(own)), end="", file=sys.stderr)
+        return _with_notes(f"{type(error).__name__}: {error}", error) if own else None, 1
+    if isinstance(error, BrokenPipeError):  # whoever read the output has ended, as `head` does
+        for file in (sys.stdout, sys.stderr):  # or Python would try once more as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    if not is_known:
+        return None, 1
+    return _with_notes(_without_number(error), error), 2 if isinstance(error, ValueError) else 1
+
+
+def _frames_of_others(error: Exception) -> list[traceback.FrameSummary]:
+    """The calls from somebody's own function on, in which an error was raised. None: it was raised in the library."""
+    frames, library = traceback.extract_tb(error.__traceback__), str(Path(__file__).parents[1])
+    number = next((i for i in range(len(frames), 0, -1) if frames[i - 1].filename.startswith(library)), 0)
+    return frames[number:]
+
+
+def _without_number(error: Exception) -> str:
+    """What an error says, without the number that those of the system begin with."""
+    return re.sub(r"^\[Errno \d+\] ", "", str(error))
 
 
 def wait_for_ctrl_c() -> None:

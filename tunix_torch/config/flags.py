@@ -64,7 +64,8 @@ def parse_job(
     if unknown:
         flag = unknown[0].partition("=")[0]  # without the value, which may be a secret
         name = flag.removeprefix("--")
-        raise ValueError(f"unknown argument {flag!r}{nearest(name, [*NAMES, *ALIASES]) if name else ''}")
+        known = [f"--{setting}" for setting in (*NAMES, *ALIASES)]
+        raise ValueError(f"unknown argument {flag!r}{nearest(flag, known) if name else ''}")
     return model_config, data_config, args
 
 

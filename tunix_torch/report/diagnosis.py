@@ -11,7 +11,7 @@ from .findings import Finding, Line
 from .looked_for import LEAST_KL_LOGS, LEAST_LOGS
 from .metrics import Points, Rows, mean, series, steps_of_training
 from .record import RunRecord
-from .suspects import format_without_answers, reward_hacking, same_text
+from .suspects import format_without_answers, no_progress, reward_hacking, same_text
 
 # Logs that are looked at together: single batches are noisy. A run of fewer than so many is judged by all of its logs.
 WINDOW = 20
@@ -30,7 +30,9 @@ def diagnose(run: RunRecord) -> list[Finding]:
         cut_off(rows),
         format_without_answers(rows),
     )
-    return [finding for finding in found if finding is not None]
+    known = [finding for finding in found if finding is not None]
+    flat = None if known else no_progress(run.rows)
+    return known if flat is None else [flat]
 
 
 def without_findings(run: RunRecord) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .completions import steps_of
 from .metrics import keys_of, series, steps_of_training
 from .record import RunRecord
-from .suspects import LEAST_LAYOUT_LOGS, held_out_keys, layout_and_right
+from .suspects import LEAST_FLAT_LOGS, LEAST_LAYOUT_LOGS, held_out_keys, layout_and_right
 
 # Logs of a number of training steps that a trend takes. A KL that grows is compared with the KL before.
 LEAST_LOGS = 5
@@ -153,4 +153,7 @@ _NEEDS: dict[str, Callable[[RunRecord], str | None]] = {
     "groups without a signal": lambda run: _few(run, "frac_reward_zero_std"),
     "completions that are cut off": lambda run: _few(run, "completions/clipped_ratio"),
     "a layout that is learned without the answers": _layout,
+    "a reward that does not rise": lambda run: (
+        _few(run, "reward", LEAST_FLAT_LOGS) or _few(run, "frac_reward_zero_std")
+    ),
 }

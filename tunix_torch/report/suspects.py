@@ -1,4 +1,4 @@
-"""Checks for a reward that pays for the wrong thing, and for completions that are all the same."""
+"""Checks of trends: a reward that pays for the wrong thing or does not rise, and completions that are all the same."""
 
 import zlib
 from collections import Counter
@@ -12,6 +12,7 @@ from .metrics import Points, Rows, keys_of, mean, series, squared_error, steps_o
 WIDTH = 20  # logs whose mean is the reward at the time of an evaluation
 LEAST_LONG = 4  # long completions; the share of fewer says nothing
 LEAST_LAYOUT_LOGS = 10  # of both rewards, for a layout that is learned without the answers
+LEAST_FLAT_LOGS = 30  # of the reward, for one that does not rise
 ERRORS = 3.0  # by so many standard errors a mean must have changed
 
 
@@ -47,7 +48,7 @@ def _held_out(rows: Rows, key: str, reward: Points) -> Finding | None:
     at = max(range(len(points) - 1), key=lambda i: points[i][1])
     (then, best), (now, last) = points[at], points[-1]
     earlier, later = _up_to(reward, then), _up_to(reward, now)
-    if not (last < best and _is_worse(rows, key, at) and _difference(*map(_values, (earlier, later))) > 0):
+    if not (last < best and _change_since(rows, key, at)[1] < 0 and _difference(*map(_values, (earlier, later))) > 0):
         return None
     lines = [Line(then, key, best), Line(now, key, last)]
     lines += [_mean_line(earlier, "reward"), _mean_line(later, "reward")]
@@ -100,6 +101,38 @@ def format_without_answers(rows: Rows) -> Finding | None:
             "easier questions, or more completions a question (num_completions_per_prompt), so that some are right",
             "supervised fine-tuning on worked answers first (use_grpo false), then GRPO on its adapter (model_name)",
             "a longer run: answers are learned more slowly than a layout",
+        ),
+    )
+
+
+def no_progress(rows: Rows) -> Finding | None:
+    """Nothing has changed, though there is something to learn from. To be asked where no other finding explains it.
+
+    The mean reward of the last WIDTH logs is within one standard error of that of the first WIDTH, or below; the last
+    accuracy of each evaluation set is not surely above the first; and fewer than half of the groups have equal rewards,
+    as solved questions have. Fewer than LEAST_FLAT_LOGS logs prove nothing.
+    """
+    training = steps_of_training(rows)
+    reward, equal = series(training, "reward"), series(training, "frac_reward_zero_std")
+    if len(reward) < LEAST_FLAT_LOGS or not equal or mean(_values(equal)) >= 0.5:
+        return None
+    width = min(WIDTH, len(reward) // 2)
+    first, last = _values(reward)[:width], _values(reward)[-width:]
+    error = (squared_error(first) + squared_error(last)) ** 0.5
+    if mean(last) - mean(first) > error or any(_change_since(rows, key, 0)[0] > 0 for key in held_out_keys(rows)):
+        return None
+    return Finding(
+        name="no progress",
+        shows=f"The mean reward was {mean(first):.3g} in the first {width} logs and {mean(last):.3g} in the last ones: "
+        f"it has not risen by more than chance explains, though {1 - mean(_values(equal)):.0%} of the groups have "
+        "completions of different rewards, from which the policy can learn.",
+        lines=[_mean_line(reward[:width], "reward"), _mean_line(reward[-width:], "reward")],
+        tries=(
+            "a larger learning_rate (three to ten times)",
+            "more steps: a small change hides in the noise of single batches",
+            "more prompts a step, or larger groups (num_completions_per_prompt), whose rewards are less noisy",
+            "a larger max_grad_norm, where grad_norm is above it in nearly every step",
+            "easier questions first (data_path), or supervised fine-tuning (use_grpo false)",
         ),
     )
 
@@ -177,14 +210,16 @@ def _right_answers(names: Sequence[str]) -> str | None:
     return None
 
 
-def _is_worse(rows: Rows, key: str, at: int) -> bool:
-    """Whether the last accuracy is below an earlier one by more than chance explains."""
+def _change_since(rows: Rows, key: str, at: int) -> tuple[float, float]:
+    """By how much the last accuracy differs from an earlier one: the 95% interval; where a run logged no intervals, 5
+    points to both sides."""
     points, stem = series(rows, key), key.removesuffix("accuracy")
     low, high = (series(rows, f"{stem}interval/accuracy_{end}") for end in ("low", "high"))
     if len(low) != len(points) or len(high) != len(points):
-        return points[at][1] - points[-1][1] > 0.05
+        change = points[-1][1] - points[at][1]
+        return change - 0.05, change + 0.05
     intervals = [(low[i][1], high[i][1]) for i in (at, -1)]
-    return difference_interval(points[at][1], intervals[0], points[-1][1], intervals[1])[1] < 0
+    return difference_interval(points[at][1], intervals[0], points[-1][1], intervals[1])
 
 
 def _up_to(points: Points, step: int) -> Points:

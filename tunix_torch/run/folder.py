@@ -157,6 +157,11 @@ def newest_run(outputs: str | Path = "./outputs") -> str | None:
     return str(max(files, key=lambda path: path.stat().st_mtime).parent) if files else None
 
 
+def newest_model() -> str | None:
+    """What `newest_run` finds or, where no run has ended, the newest whole checkpoint in ./outputs. None: nothing."""
+    return newest_run() or get_latest_checkpoint("./outputs")
+
+
 def _settings_near(model_path: str) -> dict[str, Any]:
     """The config.json of a model's folder, or of the run that the folder belongs to; the first that has prompts' ones.
 
