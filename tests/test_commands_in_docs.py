@@ -174,7 +174,7 @@ def test_every_command_of_pages_docstrings_and_helps_parses_and_names_what_is_th
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("python train.py --use_grpo --learning_rat 1", "'--learning_rat'; did you mean 'learning_rate'"),
+        ("python train.py --use_grpo --learning_rat 1", "'--learning_rat'; did you mean '--learning_rate'"),
         ("python train.py --config configs/none.json", "configs/none.json"),
         ("python train.py --device abacus", "device='abacus'"),
         ("python trian.py", "trian.py: no such file"),
