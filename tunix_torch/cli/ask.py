@@ -15,7 +15,7 @@ from ..config.settings import require
 from ..data.visible import visible
 from ..rewards import extract_answer, extract_reasoning
 from ..runtime.columns import columns_of
-from .script import Once, Parser, called_as, check_output_file, choose_device, quiet_transformers
+from .script import Parser, called_as, check_output_file, choose_device, quiet_transformers
 from .serving import how_to_serve
 
 EXAMPLES = """
@@ -35,6 +35,15 @@ PROMPT_TEMPLATES = {
     "chatml": "<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n",
     "llama2": "[INST] {content} [/INST]",
 }
+
+
+class Once(argparse.Action):
+    """Takes the value of a flag that may be given once: of two values one would be lost without a word."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, value: Any, flag: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{flag} was given twice; --questions_file takes many")
+        setattr(namespace, self.dest, value)
 
 
 def parse_args(argv: Sequence[str], command: str) -> argparse.Namespace:

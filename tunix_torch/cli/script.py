@@ -46,15 +46,6 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-class Once(argparse.Action):
-    """Takes the value of a flag that may be given once: of two values one would be lost without a word."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, value: Any, flag: str | None = None) -> None:
-        if getattr(namespace, self.dest) is not None:
-            parser.error(f"{flag} was given twice; --questions_file takes many")
-        setattr(namespace, self.dest, value)
-
-
 def called_as(command: str | None) -> str:
     """What the user has called; None: a script, by the name of its file."""
     return command or shlex.join(["python", sys.argv[0]])
@@ -166,32 +157,24 @@ def _what_to_say(error: Exception) -> tuple[str | None, int]:
 
     if is_out_of_memory(error):
         return _with_notes(in_one_line(error), error), 1
-    is_known = isinstance(error, ValueError | FloatingPointError | OSError)
-    if is_of_rewards(error):  # what failed may be there again when the job is started again
-        if is_known:
-            return _with_notes(_without_number(error), error), 1
-        own = _frames_of_others(error)
-        print("".join(traceback.format_list(own)), end="", file=sys.stderr)
-        return _with_notes(f"{type(error).__name__}: {error}", error) if own else None, 1
-    if isinstance(error, BrokenPipeError):  # whoever read the output has ended, as `head` does
+    of_rewards = is_of_rewards(error)  # what failed may be there again when the job is started again
+    if isinstance(error, BrokenPipeError) and not of_rewards:  # whoever read the output has ended, as `head` does
         for file in (sys.stdout, sys.stderr):  # or Python would try once more as it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    if not is_known:
-        return None, 1
-    return _with_notes(_without_number(error), error), 2 if isinstance(error, ValueError) else 1
+    if isinstance(error, ValueError | FloatingPointError | OSError):
+        said = re.sub(r"^\[Errno \d+\] ", "", str(error))
+        return _with_notes(said, error), 2 if isinstance(error, ValueError) and not of_rewards else 1
+    own = _frames_of_others(error) if of_rewards else []
+    print("".join(traceback.format_list(own)), end="", file=sys.stderr)
+    return _with_notes(f"{type(error).__name__}: {error}", error) if own else None, 1
 
 
 def _frames_of_others(error: Exception) -> list[traceback.FrameSummary]:
-    """The calls from somebody's own function on, in which an error was raised. None: it was raised in the library."""
+    """The calls from somebody's own function on, in which an error was raised; none of the library's own."""
     frames, library = traceback.extract_tb(error.__traceback__), str(Path(__file__).parents[1])
     number = next((i for i in range(len(frames), 0, -1) if frames[i - 1].filename.startswith(library)), 0)
     return frames[number:]
-
-
-def _without_number(error: Exception) -> str:
-    """What an error says, without the number that those of the system begin with."""
-    return re.sub(r"^\[Errno \d+\] ", "", str(error))
 
 
 def wait_for_ctrl_c() -> None:

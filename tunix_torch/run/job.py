@@ -167,8 +167,7 @@ def _train_until_stopped(trainer: TunixTrainer, checkpoint: str | None, asked: S
     except KeyboardInterrupt:
         newest = get_latest_checkpoint(output_dir)
         how = f"the same command with --resume_from_checkpoint latest (run_training.py: checkpoint_dir={output_dir})"
-        none = f"there is no checkpoint yet, since save_steps is {trainer.args.save_steps:g}"
-        hint = f"{how} continues from {newest}" if newest else none
+        hint = f"{how} continues from {newest}" if newest else "there is no checkpoint yet"
         print(f"\nStopped at step {trainer.state.global_step}; {hint}", file=sys.stderr)
         raise
     if asked.stopped:
