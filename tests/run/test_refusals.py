@@ -177,10 +177,10 @@ def test_what_a_dead_process_left_in_the_cache_is_removed_and_what_a_living_one_
 def signals(tmp_path, monkeypatch):
     """A module with a reward function that sends this process a signal in the second step."""
     (tmp_path / "signals_of_runs.py").write_text(
-        "import os\nnumber, calls = None, 0\n\n"
+        "import os\nnumber, calls, times = None, 0, 1\n\n"
         "def reward(completions, **columns):\n"
         "    global calls\n    calls += 1\n"
-        "    if calls == 2:\n        os.kill(os.getpid(), number)\n"
+        "    for _ in range(times if calls == 2 else 0):\n        os.kill(os.getpid(), number)\n"
         "    return [float(len(text)) for text in completions]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -195,18 +195,41 @@ def signals(tmp_path, monkeypatch):
 def test_every_signal_that_asks_to_end_saves_first_and_resuming_says_from_where(
     number, signals, call, model_folder, tmp_path, monkeypatch
 ):
-    assert {"SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1"} == {one.name for one in STOPPING}
+    assert {"SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGINT"} == {one.name for one in STOPPING}
     monkeypatch.setattr(signals, "number", number, raising=False)
     flags = [*FLAGS, "--model_name", model_folder, "--output_dir", tmp_path / "out", "--max_steps", "4"]
     flags += ["--reward_funcs", "signals_of_runs.reward", "--judge", "correctness", "--resume_from_checkpoint", "auto"]
     result = call(train, *flags)
     assert result.returncode == 128 + number, result.stderr
-    assert f"Stopped by {number.name} after step 2" in result.stderr and "Traceback" not in result.stderr
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    assert f"{name}: this step is finished" in result.stderr and "Traceback" not in result.stderr
+    assert f"Stopped by {name} after step 2; the same command with --resume_from_checkpoint" in result.stderr
     checkpoint = tmp_path / "out" / "checkpoint-2"
     assert newest_checkpoint(tmp_path / "out") == checkpoint
     assert signal.getsignal(number) != signal.SIG_IGN
     result = call(train, *flags)
     assert result.returncode == 0 and f"Continuing from {checkpoint}" in result.stdout, result.stderr
+
+
+def judged_by_signals(model_folder, output_dir, *flags):
+    flags = [*FLAGS, "--model_name", model_folder, "--output_dir", output_dir, "--max_steps", "4", *flags]
+    return [*flags, "--reward_funcs", "correctness", "signals_of_runs.reward"]
+
+
+def test_ctrl_c_in_an_evaluation_keeps_its_step(signals, call, model_folder, tmp_path, monkeypatch):
+    """The second call of the reward is of the evaluation after the first step."""
+    monkeypatch.setattr(signals, "number", signal.SIGINT, raising=False)
+    flags = ["--eval_strategy", "steps", "--eval_steps", "1"]
+    result = call(train, *judged_by_signals(model_folder, tmp_path / "out", *flags))
+    assert result.returncode == 130 and "Stopped by Ctrl-C after step 1;" in result.stderr, result.stderr
+    assert newest_checkpoint(tmp_path / "out").name == "checkpoint-1"
+
+
+def test_a_second_ctrl_c_stops_within_the_step(signals, call, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "number", signal.SIGINT, raising=False)
+    monkeypatch.setattr(signals, "times", 2)
+    result = call(train, *judged_by_signals(model_folder, tmp_path / "out"))
+    assert result.returncode == 130 and "Stopped at step 1;" in result.stderr, result.stderr
 
 
 # ---- disks ----

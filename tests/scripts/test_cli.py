@@ -5,6 +5,7 @@ Tests of how a process starts or ends run one of their own. The others run in th
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -340,8 +341,10 @@ def test_train_refuses_a_model_folder_without_weights(call, tmp_path, model_fold
     refused(call(train, "--model_name", tmp_path / "empty", "--output_dir", tmp_path / "out"), "no weights")
 
 
-def test_ctrl_c_says_how_to_go_on(model_folder, tmp_path):
+def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(model_folder, tmp_path):
+    """As a terminal sends it: to the processes that load data, too."""
     flags = ["--use_grpo", "--model_name", model_folder, *SMALL, "--max_steps", "10000", "--save_steps", "1"]
+    flags += ["--dataloader_num_workers", "1"]
     environment = {**os.environ, "TUNIX_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "train.py"), *flags, "--output_dir", str(tmp_path)]
     process = subprocess.Popen(
@@ -350,6 +353,7 @@ def test_ctrl_c_says_how_to_go_on(model_folder, tmp_path):
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
+        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
     )
     try:
@@ -357,12 +361,14 @@ def test_ctrl_c_says_how_to_go_on(model_folder, tmp_path):
             if (tmp_path / "checkpoint-2").exists():
                 break
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
-    assert "; the same command with --resume_from_checkpoint latest" in stderr and "Traceback" not in stderr, stderr
+    assert process.returncode == 130 and "Traceback" not in stderr, stderr
+    assert stderr.count("Ctrl-C again stops at once") == 1, stderr
+    step = re.search(r"Stopped by Ctrl-C after step (\d+); the same command with --resume_from_checkpoint", stderr)[1]
+    assert (tmp_path / f"checkpoint-{step}").is_dir()
 
 
 def test_inference_numbers_the_steps_and_writes_a_file(trained, call, tmp_path):

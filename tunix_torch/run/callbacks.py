@@ -1,7 +1,10 @@
 """Callbacks of a job: what precedes training, metrics.jsonl, and a checkpoint when the machine is taken away."""
 
+import contextlib
 import json
+import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..config.files import write_whole
 from ..report.metrics import METRICS_FILE
+from ..runtime import together
 
 
 class BeforeTraining(TrainerCallback):
@@ -27,12 +31,14 @@ class BeforeTraining(TrainerCallback):
         self.function()
 
 
-# A machine gets one of these before it is taken away, and a terminal sends SIGHUP as it closes.
-STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+# A machine gets one of these before it is taken away; a terminal sends SIGHUP as it closes, and SIGINT at Ctrl-C.
+STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGINT)
 
 
 class SaveOnSignal(TrainerCallback):
-    """On a signal that asks to end, finishes the step, saves a checkpoint and stops training.
+    """On a signal that asks to end, finishes the step or the evaluation, saves a checkpoint and stops training.
+
+    After the first Ctrl-C, the next one is again what it was before training: it stops at once.
 
     Args:
         anyone: takes whether this process got the signal, and returns whether any process of the run did. All of them
@@ -48,20 +54,38 @@ class SaveOnSignal(TrainerCallback):
     ) -> None:
         # one that is ignored stays so, as nohup ignores SIGHUP
         numbers = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
-        self.before = {number: signal.signal(number, self._handle) for number in numbers}
+        self.before, self.process = {number: signal.signal(number, self._handle) for number in numbers}, os.getpid()
 
     def _handle(self, number: int, frame: object) -> None:
+        if os.getpid() != self.process:  # a process that loads data was forked from this one, and goes on
+            return
         self.told = signal.Signals(number)
+        said = f"\n{name_of(number)}: this step is finished and a checkpoint saved, then the run stops"
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[number])
+            said += "; Ctrl-C again stops at once"
+        if together.is_first():
+            with contextlib.suppress(RuntimeError, OSError):  # it came in the middle of a print; the terminal has gone
+                print(said, file=sys.stderr, flush=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.anyone(self.told is not None) and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step > 0:  # at step 0 there is nothing to keep yet: the first step follows
+            self.on_step_end(args, state, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def name_of(number: int) -> str:
+    """What the user knows a signal by."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 class MetricsFile(TrainerCallback):

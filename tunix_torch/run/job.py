@@ -21,7 +21,7 @@ from ..report.starts import note_start
 from ..runtime import device, mesh, together
 from ..runtime.columns import columns_of
 from ..trainer import TunixTrainer
-from .callbacks import BeforeTraining, SaveOnSignal, complete_metrics
+from .callbacks import BeforeTraining, SaveOnSignal, complete_metrics, name_of
 from .curves import CURVES_FILE, plot_training_curves
 from .folder import check_output_dir, get_latest_checkpoint, names_folder, resolve_checkpoint, set_aside_previous_run
 from .lock import locked
@@ -160,21 +160,31 @@ def _checkpoint(args: GRPOConfig) -> str | None:
 
 
 def _train_until_stopped(trainer: TunixTrainer, checkpoint: str | None, asked: SaveOnSignal) -> None:
-    """Train to the last step. When the user or the machine stops it, say how the run can be continued."""
+    """Train to the last step. When the user or the machine stops it, say how the run can be continued.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C.
+        SystemExit: 128 + N after another signal N that asks to end.
+    """
     output_dir = trainer.args.output_dir
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except KeyboardInterrupt:
+
+    def say(stopped: str) -> None:
         newest = get_latest_checkpoint(output_dir)
         how = f"the same command with --resume_from_checkpoint latest (run_training.py: checkpoint_dir={output_dir})"
         hint = f"{how} continues from {newest}" if newest else "there is no checkpoint yet"
-        print(f"\nStopped at step {trainer.state.global_step}; {hint}", file=sys.stderr)
+        print(f"\n{stopped} step {trainer.state.global_step}; {hint}", file=sys.stderr)
+
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        say("Stopped at")
         raise
     if asked.stopped:
         number = asked.told or signal.SIGTERM  # another process was told
         if together.is_first():
-            where = f"--resume_from_checkpoint latest continues from {get_latest_checkpoint(output_dir)}"
-            print(f"\nStopped by {number.name} after step {trainer.state.global_step}; {where}", file=sys.stderr)
+            say(f"Stopped by {name_of(number)} after")
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         sys.exit(128 + number)
 
 
