@@ -10,15 +10,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from transformers import ProgressCallback
-from transformers.utils import logging as transformers_logging
-
 import utils
 from tunix_torch import GRPOConfig, TunixTrainer
+from tunix_torch.cli.script import quiet_transformers, run_script
 from tunix_torch.config import recipes
 from tunix_torch.model import tiny
 from tunix_torch.rewards import correctness_reward, format_reward
-from tunix_torch.run.terminal import ConsoleProgress
+from tunix_torch.run.terminal import show_progress
 
 SHORT = {**recipes.TINY, "max_steps": 5, "per_device_train_batch_size": 8, "save_strategy": "no", "eval_steps": 5}
 SHORT = {k: v for k, v in SHORT.items() if k not in ("num_eval_completions", "save_steps")}
@@ -32,9 +30,8 @@ def run(args: GRPOConfig, *reward_funcs) -> TunixTrainer:
         args=args,
         train_dataset=tiny.arithmetic_rows("train", 256),
         eval_dataset=tiny.arithmetic_rows("test", 64),
-        callbacks=[ConsoleProgress()],
     )
-    trainer.remove_callback(ProgressCallback)  # one line is enough
+    show_progress(trainer)
     trainer.train()
     return trainer
 
@@ -71,10 +68,9 @@ EXAMPLES = {"1": supervised, "2": custom_configuration, "3": grpo, "4": own_rewa
 def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1] not in EXAMPLES:
         raise ValueError(f"usage: python example_usage.py {'|'.join(EXAMPLES)}")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     EXAMPLES[sys.argv[1]]()
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

@@ -193,9 +193,13 @@ def test_what_was_learned_before_a_reward_failed_is_saved_and_resumed(model_fold
         return values
 
     failing = True
-    with pytest.raises(RuntimeError, match="the judge is away"):
+    with pytest.raises(RuntimeError, match="the judge is away") as raised:
         make_trainer(model_folder, tmp_path / "a", reward, **settings).train()
-    assert "Scoring failed in step 3; " in caplog.text and "checkpoint-2 holds everything before" in caplog.text
+    said = {"training": "in step 3", "evaluation": "in the evaluation after step 2"}[where]
+    assert f"Scoring failed {said}; " in caplog.text and "checkpoint-2 holds everything before" in caplog.text
+    assert ("skip_group" in str(raised.value.__notes__)) == (where == "training"), (
+        "no group of questions can be left out"
+    )
     failing = False
     trainers = [make_trainer(model_folder, tmp_path / name, reward, **settings) for name in "ab"]
     trainers[0].train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))

@@ -182,7 +182,11 @@ def test_what_a_function_can_not_be_called_with_is_one_line(subtests):
             "row 1: no column 'level'. The reward function 'by_level' takes 'level'; it has prompt, a",
         ),
         (by_level, [{**ROWS[0], "level": 1}, ROWS[1]], "row 2: no column 'level'"),
-        (right, [ROWS[0], {"prompt": "?"}], "row 2: no answer. .*'right' takes 'answer'; give the parameter a default"),
+        (
+            right,
+            [ROWS[0], {"prompt": "?"}],
+            "row 2: no answer. .*'right' takes 'answer'; .* give its param",
+        ),
         (passing_on, [{"prompt": "?", "answers": None}], "row 1: no answer. .*'only_named' takes 'answer'"),
         (right, [{**ROWS[0], "prompts": 1}], "column 'prompts' of the data set"),
         (nothing, ROWS, "'nothing' takes neither prompts nor completions nor a column"),

@@ -1,5 +1,6 @@
 """Makes the policy that is trained: a model on this process's device, of which a LoRA learns, or all weights."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..config.fsdp import check_optimizer
 from ..config.grpo import GRPOConfig
-from ..config.model import ModelConfig
+from ..config.model import TINY_NAME, ModelConfig
 from ..config.saved import settings_of
 from ..runtime import tensor_parallel, together
 from .attention import use_own_attention
@@ -18,6 +19,8 @@ from .forward import base_model, recompute_layers
 from .loading import add_lora, load_model, lora_config, place
 from .memory import check_lengths, check_rank
 from .policies import AdapterPolicy, Policy, WholePolicy
+
+logger = logging.getLogger(__name__)
 
 
 def make_policy(
@@ -44,6 +47,11 @@ def make_policy(
             a mesh of processes can't split the model or draw its dropout, or the hosts of a mesh differ.
     """
     if isinstance(model, str | Path):
+        if str(model) == TINY_NAME and args.system_message:
+            logger.warning(
+                "system_message=%.40r: model_name='tiny' has seen no instructions and answers worse with one; give ''",
+                args.system_message,
+            )
         model = load_model(str(model))
     check_lengths(model, args)
     check_tokenizer(tokenizer, model)

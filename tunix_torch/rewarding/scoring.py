@@ -74,7 +74,7 @@ def require_columns(
                 continue
             why, hint = f"no column {lacking!r}", f"it has {', '.join(names or own_columns([row]))}"
             if lacking in ANSWER_COLUMNS:
-                why, hint = row.get(NO_ANSWER) or "no answer", "give the parameter a default if it can do without"
+                why, hint = row.get(NO_ANSWER) or "no answer", "choose another one, or give its parameter a default"
             raise ValueError(f"{where}: {why}. The {what} {name_of(function)!r} takes {lacking!r}; {hint}")
 
 

@@ -1,6 +1,7 @@
 """Runs a whole job: set up, evaluate, train, evaluate, save; resumes a run, and leaves a finished one as it is."""
 
 import contextlib
+import shlex
 import signal
 import sys
 import time
@@ -134,6 +135,8 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
         print(f"\n{seconds:.0f} s, {device.memory_summary()}. {trainer.policy.what}, metrics and curves: {output_dir}")
         if (output_dir / REPORT_FILE).is_file():
             print(f"What came of it, as a page: {output_dir / REPORT_FILE}")
+        ask = "python inference.py" if Path(sys.argv[0]).suffix == ".py" else "tunix-torch ask"
+        print(f'Ask it: {ask} --model_path {shlex.quote(str(output_dir))} --question "..."')
     return _uploaded(trainer)
 
 
@@ -170,7 +173,10 @@ def _train_until_stopped(trainer: TunixTrainer, checkpoint: str | None, asked: S
 
     def say(stopped: str) -> None:
         newest = get_latest_checkpoint(output_dir)
-        how = f"the same command with --resume_from_checkpoint latest (run_training.py: checkpoint_dir={output_dir})"
+        flag = "--resume_from_checkpoint latest"
+        if Path(sys.argv[0]).name == "run_training.py":  # whose words are agent-tunix's
+            flag = f"checkpoint_dir={output_dir}"
+        how = f"the same command with {flag}"
         hint = f"{how} continues from {newest}" if newest else "there is no checkpoint yet"
         print(f"\n{stopped} step {trainer.state.global_step}; {hint}", file=sys.stderr)
 
@@ -229,4 +235,5 @@ def _describe(trainer: TunixTrainer, settings: dict[str, Any]) -> None:
     print(f"{method[0].upper()}{method[1:]} of {settings['model_name']} on {_machine()}")
     num_rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
     kind = "packed" if trainer.args.packing else "training"
-    print(f"{num_rows} {kind} rows, {len(trainer.eval_dataset or [])} evaluation rows", flush=True)
+    first = ", which come first" if trainer.args.eval_on_start else ""
+    print(f"{num_rows} {kind} rows, {len(trainer.eval_dataset or [])} evaluation rows{first}", flush=True)

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import torch
 from peft import PeftModel
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from .. import rewards
 from ..config.data import DataConfig, default_rewards
@@ -27,7 +27,7 @@ from ..rewarding.scoring import RewardFunc, name_of, require_columns
 from ..runtime import together
 from ..trainer import TunixTrainer
 from .callbacks import MetricsFile
-from .terminal import ConsoleProgress
+from .terminal import show_progress
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +94,11 @@ def build_trainer(
         eval_rows or None,
         processing_class=tokenizer,
         peft_config=None if has_adapter or full else lora_config(model_config),
-        callbacks=[MetricsFile(), ConsoleProgress(), *callbacks],
+        callbacks=[MetricsFile(), *callbacks],
         judge=judge,
         full=full,
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
+    show_progress(trainer)
     return trainer
 
 

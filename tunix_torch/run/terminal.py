@@ -8,7 +8,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.text import Text
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from ..runtime import phases
 from .live import LiveLine
@@ -30,6 +38,13 @@ ARROWS = {True: {"up": "↗", "down": "↘", "": "→"}, False: {"up": "/", "dow
 TRAINED = {"reward": "training reward", "rewards/accuracies": "training pairs right", "loss": "training loss"}
 FORMS = {"reward": "{:.3f}", "loss": "{:.4f}", "eval_loss": "{:.4f}"}  # all else is a share
 LONGEST, SHORTEST = 50, 4  # of its curves
+
+
+def show_progress(trainer: Trainer) -> None:
+    """Show a trainer's run by `ConsoleProgress`, in place of what Transformers shows."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(ConsoleProgress())
 
 
 class ConsoleProgress(TrainerCallback):
