@@ -177,10 +177,11 @@ def test_what_a_dead_process_left_in_the_cache_is_removed_and_what_a_living_one_
 def signals(tmp_path, monkeypatch):
     """A module with a reward function that sends this process a signal in the second step."""
     (tmp_path / "signals_of_runs.py").write_text(
-        "import os\nnumber, calls, times = None, 0, 1\n\n"
+        "import os, time\nnumber, calls, pauses = None, 0, [0]\n\n"
         "def reward(completions, **columns):\n"
         "    global calls\n    calls += 1\n"
-        "    for _ in range(times if calls == 2 else 0):\n        os.kill(os.getpid(), number)\n"
+        "    for pause in pauses if calls == 2 else []:\n"
+        "        time.sleep(pause)\n        os.kill(os.getpid(), number)\n"
         "    return [float(len(text)) for text in completions]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -227,9 +228,17 @@ def test_ctrl_c_in_an_evaluation_keeps_its_step(signals, call, model_folder, tmp
 
 def test_a_second_ctrl_c_stops_within_the_step(signals, call, model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(signals, "number", signal.SIGINT, raising=False)
-    monkeypatch.setattr(signals, "times", 2)
+    monkeypatch.setattr(signals, "pauses", [0, 1.1])
     result = call(train, *judged_by_signals(model_folder, tmp_path / "out"))
     assert result.returncode == 130 and "Stopped at step 1;" in result.stderr, result.stderr
+
+
+def test_the_same_ctrl_c_that_comes_twice_is_one(signals, call, model_folder, tmp_path, monkeypatch):
+    """`timeout -s INT` sends it to the process, and to its group at once."""
+    monkeypatch.setattr(signals, "number", signal.SIGINT, raising=False)
+    monkeypatch.setattr(signals, "pauses", [0, 0.01])
+    result = call(train, *judged_by_signals(model_folder, tmp_path / "out"))
+    assert result.returncode == 130 and "Stopped by Ctrl-C after step 2;" in result.stderr, result.stderr
 
 
 # ---- disks ----

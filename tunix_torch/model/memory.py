@@ -34,14 +34,18 @@ def _is_target(config: LoraConfig, name: str) -> bool:
 
 
 def check_lengths(model: nn.Module, args: GRPOConfig) -> None:
-    """See that the rollout of one batch can fit, where all completions are as long as they may be.
+    """See that the model has positions for a completion, and that the rollout of one batch can fit, where all
+    completions are as long as they may be.
 
     Raises:
-        ValueError: it can't.
+        ValueError: it has not, or it can't.
     """
     if not args.use_grpo:
         return
     config, length = text_config(model), args.generation_max_length
+    if length > config.max_position_embeddings:
+        most = f"the model has {config.max_position_embeddings} positions, for prompt and completion"
+        raise ValueError(f"generation_max_length={length}: {most}")
     heads = -(-config.num_key_value_heads // mesh.along_tp())
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * heads * size * next(model.parameters()).element_size()

@@ -50,7 +50,7 @@ TEMPLATES = {
 }
 NUM_HELD_OUT = {"+": 400, "-": 400, "x": 120}  # problems that no training row ever shows
 
-WARM_START = {"seed": 0, "steps": 243, "planned_steps": 300, "batch_size": 32, "learning_rate": 4e-3}
+WARM_START = {"seed": 0, "steps": 243, "planned_steps": 300, "batch_size": 32, "learning_rate": 4e-3, "threads": 2}
 
 Problem = tuple[int, str, int]
 
@@ -199,6 +199,8 @@ def _warm_start(model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
     that have come to rest.
     """
     steps, size = WARM_START["planned_steps"], WARM_START["batch_size"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(WARM_START["threads"])  # sums are rounded by it, so that others would be other weights
     rows = arithmetic_rows("train", size * steps, WARM_START["seed"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_START["learning_rate"], weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 50, 1 - s / steps * 0.667))
@@ -213,6 +215,7 @@ def _warm_start(model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+    torch.set_num_threads(threads)
     model.eval()
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,13 @@ class BeforeTraining(TrainerCallback):
 # A machine gets one of these before it is taken away; a terminal sends SIGHUP as it closes, and SIGINT at Ctrl-C.
 STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGINT)
 
+TWICE = 1.0  # seconds within which the same Ctrl-C comes again: torchrun and `timeout` pass it on to all processes
+
 
 class SaveOnSignal(TrainerCallback):
     """On a signal that asks to end, finishes the step or the evaluation, saves a checkpoint and stops training.
 
-    After the first Ctrl-C, the next one is again what it was before training: it stops at once.
+    A second Ctrl-C is again what it was before training: it stops at once.
 
     Args:
         anyone: takes whether this process got the signal, and returns whether any process of the run did. All of them
@@ -59,10 +62,14 @@ class SaveOnSignal(TrainerCallback):
     def _handle(self, number: int, frame: object) -> None:
         if os.getpid() != self.process:  # a process that loads data was forked from this one, and goes on
             return
-        self.told = signal.Signals(number)
+        if self.told is not None:
+            if number == signal.SIGINT and time.monotonic() - self.told_at > TWICE:
+                signal.signal(number, self.before[number])
+                signal.raise_signal(number)
+            return
+        self.told, self.told_at = signal.Signals(number), time.monotonic()
         said = f"\n{name_of(number)}: this step is finished and a checkpoint saved, then the run stops"
         if number == signal.SIGINT:
-            signal.signal(number, self.before[number])
             said += "; Ctrl-C again stops at once"
         if together.is_first():
             with contextlib.suppress(RuntimeError, OSError):  # it came in the middle of a print; the terminal has gone
