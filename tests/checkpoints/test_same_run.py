@@ -22,7 +22,7 @@ from tunix_torch.data.batches import PromptStream
 from tunix_torch.data.rows import PROMPT_IDS, WHERE
 from tunix_torch.model import fingerprint as of_weights
 from tunix_torch.model import tiny
-from tunix_torch.model.loading import add_lora, lora_config, place
+from tunix_torch.model.loading import add_lora, load_model, lora_config, place
 
 ROWS = tiny.arithmetic_rows("train", 16)
 
@@ -221,7 +221,8 @@ def test_a_change_of_a_large_weight_is_seen_where_it_touches_many_rows():
 
 def test_every_checkpoint_lists_the_facts_in_its_manifest(checkpoint):
     facts = json.loads((checkpoint / RUN_FILE).read_text())
-    assert set(facts) == {"settings", "training_data", "base_weights", "reward_functions", "processes"}
+    compared = {"settings", "training_data", "base_weights", "reward_functions", "processes"}
+    assert set(facts) == compared | {"questions_are_messages"}
     assert {field.name for field in dataclasses.fields(GRPOConfig)} >= set(facts["settings"])
     assert RUN_FILE in json.loads((checkpoint / BOTH[0]).read_text())
     assert "16 rows" in facts["training_data"] and facts["reward_functions"] == ["digits_reward"]
@@ -243,3 +244,31 @@ def test_other_rows_under_the_same_name_are_refused_by_the_command(call, model_f
     assert files(tmp_path / "out") == before
     assert call(train, *more, "--allow_changes", "training_data").returncode == 0
     assert (tmp_path / "out" / "checkpoint-2").is_dir() and not (tmp_path / "out" / "previous").exists()
+
+
+def test_an_adapter_on_another_base_is_loaded_with_a_warning(model_folder, tmp_path, caplog):
+    """Whoever asks or evaluates it would take what comes of it for what was trained."""
+    shutil.copytree(model_folder, tmp_path / "base")
+    make(str(tmp_path / "base"), tmp_path / "out").save_model()
+    load_model(str(tmp_path / "out"))
+    assert "is not the one" not in caplog.text
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["model.norm.weight"] += 0.5
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    load_model(str(tmp_path / "out"))
+    said = f"{tmp_path / 'out'}: the base model in {tmp_path / 'base'} is not the one that it was trained on"
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize("kind, is_said", [("constant", False), ("linear", True)])
+def test_another_length_is_said_where_the_schedule_changes(kind, is_said, model_folder, tmp_path, caplog):
+    make(model_folder, tmp_path, lr_scheduler_type=kind).train()
+    longer = make(model_folder, tmp_path, lr_scheduler_type=kind, max_steps=3)
+    longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    said = "max_steps=3 (was 2): the learning rate goes on along the schedule of the new length"
+    assert (said in caplog.text) == is_said
+
+
+def test_a_run_that_begins_where_another_has_been_says_what_it_may_overwrite(checkpoint, model_folder, caplog):
+    make(model_folder, checkpoint.parent, max_steps=1, save_strategy="no").train()
+    assert f"output_dir={str(checkpoint.parent)!r} holds checkpoint-2 of an earlier run" in caplog.text

@@ -13,6 +13,8 @@ from models import save_reward_model
 from peft import LoraConfig
 from transformers import HfArgumentParser, TrainingArguments
 
+from tunix_torch.cli import ask
+from tunix_torch.cli.answering import Asked
 from tunix_torch.compat.trl import REFUSED_ARGUMENTS, GRPOConfig, GRPOTrainer
 from tunix_torch.compat.trl_config import FIELDS, to_ours
 from tunix_torch.model.loading import load_model
@@ -139,6 +141,23 @@ def test_without_a_peft_config_all_weights_learn_and_with_one_the_lora(model_fol
     trainer.train()
     changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(before[name], p)}
     assert changed and all("lora_" in name for name in changed)
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, target_modules="all-linear")], ids=["all", "lora"])
+@pytest.mark.parametrize("as_messages", [False, True])
+def test_what_was_trained_is_asked_in_the_form_of_its_questions(as_messages, peft_config, model_folder, tmp_path):
+    """Also by the code on its card, which names no file of settings: a script has made the trainer."""
+    questions = [[{"role": "user", "content": row["prompt"]}] if as_messages else row["prompt"] for row in ROWS]
+    rows = [{"prompt": question} for question in questions]
+    trainer = make_trainer(model_folder, tmp_path, rows=rows, peft_config=peft_config)
+    trainer.save_model()
+    asked = Asked(ask.parse_args(["--question", "?"], "ask"), str(tmp_path))
+    text, ids = asked.prompt("1 + 1?")
+    assert ("<start_of_turn>user\n1 + 1?<end_of_turn>" in text) == as_messages and asked.system_message == ""
+    rendered = trainer.processing_class.apply_chat_template([{"role": "user", "content": "1 + 1?"}], tokenize=False)
+    assert not as_messages or text.startswith(rendered)
+    card = (tmp_path / "README.md").read_text()
+    assert ("apply_chat_template" in card) == as_messages and "--config" not in card
 
 
 def test_prompts_and_columns_reach_rewards_as_they_stand_however_long(model_folder, tmp_path):

@@ -33,7 +33,7 @@ from ..runtime.profiling import ProfileStep
 from .contents import load_plain
 from .files import STATE_FILE, digest_of_files, is_finished, why_damaged
 from .logs import LogsSteps
-from .resuming import EarlyStoppingCallback, EndGraphWithOptimizer, OwnIntervals, SyncReference
+from .resuming import EarlyStoppingCallback, EndGraphWithOptimizer, OwnIntervals, SyncReference, WarnOfEarlierRun
 from .same_run import RunFacts
 from .split_weights import in_main_memory, is_split, load_optimizer, save_optimizer
 from .waiting import WaitingBatch, load_waiting, save_waiting, waiting_rows
@@ -71,6 +71,7 @@ class AdapterTrainer(LogsSteps):
             else []
         )
         own = [
+            WarnOfEarlierRun(),
             OwnIntervals(),
             *self.watching(args, others["processing_class"]),
             *syncing,
@@ -199,8 +200,7 @@ class AdapterTrainer(LogsSteps):
             recompute_layers(self.model, self.args.gradient_checkpointing_kwargs)
         self.begin_run(checkpoint)
         self.go_on_from(checkpoint)
-        if self.args.save_strategy != "no":
-            self.facts.know_rows()
+        self.facts.know_rows(are_compared=self.args.save_strategy != "no")
         with phases.closing():
             return super()._inner_training_loop(*args, **kwargs)
 
@@ -319,6 +319,7 @@ class AdapterTrainer(LogsSteps):
             output_dir = output_dir or self.args.output_dir
             self.policy.save(weights, output_dir)
             self.processing_class.save_pretrained(output_dir)
+            self.facts.save(output_dir, is_checkpoint=_internal_call and frozen is not None)
             self.write_card(output_dir)
         if _internal_call and frozen is not None and self.reference is not None:  # a checkpoint
             check_finite(self.reference, f"step {self.state.global_step}, the reference policy")
@@ -327,7 +328,6 @@ class AdapterTrainer(LogsSteps):
                 save_reference(reference, output_dir)
         if _internal_call and frozen is not None and self.args.should_save:
             self.entropy.save(output_dir)
-            self.facts.save(output_dir)
         if push and self.args.push_to_hub and not _internal_call:
             self.upload(commit_message="Model save")
 

@@ -41,6 +41,7 @@ class CardFacts:
         reward_funcs: the names of the reward functions in force.
         questions: how many evaluation questions there are, by the name of the data set; of one set the name is "".
         repo: the hub repository that the card is for; None: it is not known.
+        are_messages: the questions of the training rows are messages.
     """
 
     base: str
@@ -51,6 +52,7 @@ class CardFacts:
     log_history: Sequence[Mapping[str, Any]] = ()
     questions: Mapping[str, int] = field(default_factory=dict)
     repo: str | None = None
+    are_messages: bool = False
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,7 @@ def loading_text(facts: CardFacts, folder: Path) -> str:
     lines += ["", f"place = {place}  # on the hub, or this folder"]
     lines += [f"model = PeftModel.from_pretrained({load}, place)"] if facts.is_adapter else []
     lines += [] if facts.is_adapter else ["model = AutoModelForCausalLM.from_pretrained(place)"]
-    lines += ["tokenizer = AutoTokenizer.from_pretrained(place)", "", *_asking(facts.settings)]
+    lines += ["tokenizer = AutoTokenizer.from_pretrained(place)", "", *_asking(facts.settings, facts.are_messages)]
     text = "```python\n" + "\n".join(lines) + "\n```"
     if facts.is_adapter and base is not None:
         text += "\n\nWhere PEFT is installed, `AutoModelForCausalLM.from_pretrained(place)` alone loads both too."
@@ -281,9 +283,9 @@ def loading_text(facts: CardFacts, folder: Path) -> str:
     return text
 
 
-def _asking(settings: Mapping[str, Any]) -> list[str]:
+def _asking(settings: Mapping[str, Any], are_messages: bool) -> list[str]:
     """Lines of Python that ask `model` a question as the run asked it."""
-    message, wraps = settings.get("system_message") or "", settings.get("wrap_prompts", True)
+    message, wraps = settings.get("system_message") or "", are_messages or settings.get("wrap_prompts", True)
     question = '"What is 47 + 38?"'
     lines = [f"question = {question}"]
     if message:
@@ -323,7 +325,7 @@ def _settings_text(settings: Mapping[str, Any], folder: Path) -> str:
     else:
         lines += [f"All settings that change what is learned are at the defaults of {of}."]
     files = [name for name in ("run_config.json", "config.json") if (folder / name).is_file()]
-    if files:
+    if files and "model_name" in settings:  # else a script has made the trainer
         lines += ["", f"All are in `{files[0]}`: `python train.py --config {files[0]}` repeats the run."]
     return "\n".join(lines)
 

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 class SavesBeforeFailing(WholeCheckpoints):
     """A trainer that saves a checkpoint before it stops because rewards failed."""
 
+    how_to_skip = "; on_reward_error='skip_group' would train on without the groups for which a function fails"
     _evaluates: bool  # whether an evaluation within training goes on
 
     @contextlib.contextmanager
@@ -42,8 +43,7 @@ class SavesBeforeFailing(WholeCheckpoints):
     def _saved_before_failure(self) -> str:
         """Save a checkpoint of the last step, if there was one. Returns how the run goes on, for a message."""
         step = self.state.global_step
-        skip = "; on_reward_error='skip_group' would train on without the groups for which a function fails"
-        skip = "" if self.args.drops_failed_groups or self._evaluates else skip
+        skip = "" if self.args.drops_failed_groups or self._evaluates else self.how_to_skip
         if step == 0:
             return f"No step was taken before. Mend the function and start again{skip}"
         if self.args.save_strategy == "no":

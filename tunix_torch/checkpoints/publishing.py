@@ -73,6 +73,7 @@ class PushesToHub(SavesBeforeFailing):
             log_history=self.state.log_history,
             questions={name: len(rows) for name, rows in sets.items() if len(rows)},
             repo=self.hub_model_id or self.args.hub_model_id,
+            are_messages=self.facts.questions_are_messages,
         )
 
     def push_to_hub(

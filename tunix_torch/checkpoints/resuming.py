@@ -1,12 +1,16 @@
 """Callbacks that every run has. They make a resumed run follow its own settings, not those in its checkpoint."""
 
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..runtime import device
+
+logger = logging.getLogger(__name__)
 
 
 class EndGraphWithOptimizer(TrainerCallback):
@@ -33,6 +37,20 @@ class SyncReference(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step * self.each // self.interval > (state.global_step - 1) * self.each // self.interval:
             self.sync()
+
+
+class WarnOfEarlierRun(TrainerCallback):
+    """Says so where a run that begins will write over what an earlier one has left in its folder."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kinds = ("checkpoint-*", "adapter_model.safetensors", "model*.safetensors")
+        left = sorted(path.name for kind in kinds for path in Path(args.output_dir).glob(kind))
+        if left and state.global_step == 0 and state.is_world_process_zero:
+            hint = "resume_from_checkpoint=True goes on from its newest checkpoint, and another output_dir keeps it"
+            what = f"{', '.join(left[:3])}{', ...' * (len(left) > 3)} of an earlier run, which this one may overwrite"
+            logger.warning("output_dir=%r holds %s; %s", str(args.output_dir), what, hint)
 
 
 class OwnIntervals(TrainerCallback):

@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ..config.files import load_config, write_whole
 from ..config.grpo import GRPOConfig
-from ..config.saved import RUN_FILE, changed_settings, refuse_changes, saved_settings, settings_of
-from ..data.fingerprint import fingerprint_of
+from ..config.saved import BASE, QUESTIONS, RUN_FILE, changed_settings, refuse_changes, saved_settings, settings_of
+from ..data.fingerprint import are_messages, fingerprint_of
 from ..runtime import together
 
 logger = logging.getLogger(__name__)
@@ -46,15 +46,20 @@ class RunFacts:
         """Only a run that saves or resumes needs it."""
         return fingerprint_of(self._rows)
 
-    def know_rows(self) -> None:
-        """Look at the rows now: of a stream, before it is read."""
-        _ = self._training_data
+    @functools.cached_property
+    def questions_are_messages(self) -> bool:
+        """Whether the questions of the training rows are messages, which the chat template renders in any case."""
+        return are_messages(self._rows)
+
+    def know_rows(self, are_compared: bool) -> None:
+        """Look at the rows now: of a stream, before it is read. Only checkpoints hold what is `compared` of them."""
+        _ = self.questions_are_messages, self._training_data if are_compared else None
 
     def _others(self) -> dict[str, Any]:
         """What is compared besides settings. None: it is not known."""
         return {
             "training_data": self._training_data,
-            "base_weights": self._base_weights,
+            BASE: self._base_weights,
             "reward_functions": self.reward_funcs if self._args.use_grpo else None,
             "processes": together.count(),
         }
@@ -63,10 +68,11 @@ class RunFacts:
         """The settings of the run: those of the whole job, or of the trainer alone."""
         return settings_of(self._args) if self.settings is None else self.settings
 
-    def save(self, checkpoint: str | Path) -> None:
-        """Write the facts into a checkpoint's folder."""
-        facts = {"settings": self.known_settings(), **self._others()}
-        write_whole(Path(checkpoint) / RUN_FILE, json.dumps(facts, indent=1, default=str) + "\n")
+    def save(self, folder: str | Path, is_checkpoint: bool) -> None:
+        """Write into a folder how what was trained is asked and on which base, or of a checkpoint all facts."""
+        others = self._others() if is_checkpoint else {BASE: self._base_weights}
+        facts = {"settings": self.known_settings(), **others, QUESTIONS: self.questions_are_messages}
+        write_whole(Path(folder) / RUN_FILE, json.dumps(facts, indent=1, default=str) + "\n")
 
     def check(self, checkpoint: str | Path) -> None:
         """Compare the facts with those of the run that left a checkpoint, before anything is loaded from it.
@@ -87,11 +93,21 @@ class RunFacts:
             logger.warning("%s has no %s: %s", checkpoint, RUN_FILE, what)
         refuse_changes(changed, checkpoint, self._args.allow_changes)
         self._changed = changed
+        self._say_length(checkpoint, earlier or {})
         if changed and together.is_first():
             shown = ", ".join(f"{name}={now!r} (was {then!r})" for name, (now, then) in changed.items())
             logger.warning(
                 "Resuming from %s with changes of what is learned, as allow_changes says: %s", checkpoint, shown
             )
+
+    def _say_length(self, checkpoint: str | Path, earlier: dict[str, Any]) -> None:
+        """Say where a run has another length than it had, which a resumed run may: its schedule is another one, too."""
+        lengths = {name: getattr(self._args, name) for name in ("max_steps", "num_train_epochs")}
+        other = {name: now for name, now in lengths.items() if earlier.get(name, now) != now}
+        if other and self._args.lr_scheduler_type not in ("constant", "constant_with_warmup") and together.is_first():
+            shown = ", ".join(f"{name}={now:g} (was {earlier[name]:g})" for name, now in other.items())
+            what = "the learning rate goes on along the schedule of the new length"
+            logger.warning("Resuming from %s with %s: %s", checkpoint, shown, what)
 
     @contextlib.contextmanager
     def in_force(self, optimizer: Optimizer, scheduler: LRScheduler) -> Iterator[None]:

@@ -69,6 +69,7 @@ class GRPOTrainer(TunixTrainer):
     """
 
     aux_loss_enabled = False
+    how_to_skip = ""  # no field of TRL's config says so
 
     def __init__(
         self,

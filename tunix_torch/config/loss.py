@@ -99,10 +99,11 @@ def warn_of_loss(args: "GRPOConfig") -> None:
             args.clip_high,
         )
     off = {"generation_top_k": 0, "generation_top_p": 1.0, "min_p": None, "repetition_penalty": 1.0}
-    changing = [f"{name}={getattr(args, name):g}" for name in off if getattr(args, name) not in (off[name], None, 0)]
+    changing = [name for name in off if getattr(args, name) not in (off[name], None, 0)]
     if args.sampler_correction == "none" and changing:
         logger.warning(
-            "%s: completions are sampled from another policy than the one that learns. sampler_correction can weigh "
-            "the difference; without these settings there is none.",
-            ", ".join(changing),
+            "%s: unlikely tokens are not sampled, while the loss is that of a policy which may choose them. "
+            "sampler_correction='token_truncate' weighs the difference; with %s there is none.",
+            ", ".join(f"{name}={getattr(args, name):g}" for name in changing),
+            ", ".join(f"{name}={off[name]}" for name in changing),
         )

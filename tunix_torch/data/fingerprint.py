@@ -1,4 +1,4 @@
-"""A word that changes with training rows, by which a resumed run sees that its data is other data."""
+"""What is kept of training rows: a word that changes with them, and whether their questions are messages."""
 
 import datetime
 import decimal
@@ -13,7 +13,7 @@ import torch
 
 from .batches import PromptStream
 from .packs import PackedRows, PackedStream
-from .rows import NO_ANSWER, WHERE, Row
+from .rows import NO_ANSWER, TURNS, WHERE, Row
 
 MOST_ROWS = 100_000  # of larger data sets so many rows are read, spread evenly over all of them
 
@@ -27,8 +27,7 @@ def fingerprint_of(rows: Any) -> str | None:
     Args:
         rows: what the trainer trains on, after `prepare_rows`; None: it only evaluates.
     """
-    if isinstance(rows, PackedRows | PackedStream):
-        rows = rows.rows
+    rows = _unpacked(rows)
     if rows is None:
         return None
     if isinstance(rows, PromptStream):
@@ -37,6 +36,17 @@ def fingerprint_of(rows: Any) -> str | None:
     if isinstance(rows, datasets.Dataset):
         rows = rows.with_format(None)
     return f"{len(rows)} rows, {_hash(_spread(rows))}"
+
+
+def are_messages(rows: Any) -> bool:
+    """Whether the questions of training rows are messages, by the first of the rows; `rows` as for `fingerprint_of`."""
+    rows = _unpacked(rows)
+    first = rows.first_rows()[:1] if isinstance(rows, PromptStream) else rows and [rows[0]]
+    return any(row.get(TURNS) for row in first or ())
+
+
+def _unpacked(rows: Any) -> Any:
+    return rows.rows if isinstance(rows, PackedRows | PackedStream) else rows
 
 
 def _spread(rows: Sequence[Row] | datasets.Dataset) -> list[Row] | Sequence[Row] | datasets.Dataset:

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -18,13 +18,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..config.files import load_config
 from ..config.hub import require_hub_for_model
 from ..config.model import ModelConfig
+from ..config.saved import BASE, RUN_FILE
 from ..runtime import device, fsdp, mesh, tensor_parallel
 from ..runtime.fsdp import Splitting
 from ..runtime.sharding import shard_model
 from . import tiny
 from .adapter import ADAPTER_CONFIG, read_lora
+from .fingerprint import fingerprint_of
 from .forward import base_model, own_layer
 
 logger = logging.getLogger(__name__)
@@ -233,7 +236,20 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel |
         model = PeftModel.from_pretrained(base, name)
         if saved:
             _require_all(name, set(get_peft_model_state_dict(model, save_embedding_layers=False)) - set(saved))
+    _warn_of_another_base(model, Path(name) / RUN_FILE, saved)
     return model
+
+
+def _warn_of_another_base(model: PeftModel, of_run: Path, saved: Container[str]) -> None:
+    """Say so where the base model is not the one that an adapter was trained on, as far as its run has noted that."""
+    trained_on = load_config(of_run).get(BASE) if of_run.is_file() else None
+    if trained_on is None:
+        return
+    own = [tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in saved]
+    found = fingerprint_of(model, own)
+    if found != trained_on:
+        what = f"the base model in {base_model_name(str(of_run.parent))} is not the one that it was trained on"
+        logger.warning("%s: %s (%s, and it was %s)", of_run.parent, what, found, trained_on)
 
 
 def _resize_embeddings(base: PreTrainedModel, saved: dict[str, int]) -> None:

@@ -15,7 +15,7 @@ from ..completions import FOLDER as COMPLETIONS
 from ..config.files import load_config
 from ..config.grpo import SYSTEM_MESSAGE
 from ..config.mappings import check_template_kwargs
-from ..config.saved import CONFIG_FILE, WHOLE_CONFIG_FILE
+from ..config.saved import CONFIG_FILE, QUESTIONS, RUN_FILE, WHOLE_CONFIG_FILE
 from ..model import tiny
 from ..model.loading import base_model_name, resolve_model_name
 from ..report.metrics import METRICS_FILE
@@ -42,6 +42,7 @@ RUN_FILES = (
     METRICS_FILE,
     "model.safetensors",
     "model.safetensors.index.json",
+    RUN_FILE,
     "runs",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -163,25 +164,24 @@ def newest_model() -> str | None:
 
 
 def _settings_near(model_path: str) -> dict[str, Any]:
-    """The config.json of a model's folder, or of the run that the folder belongs to; the first that has prompts' ones.
-
-    That is one with a `system_message`, which every run's config has, and a merged model's.
+    """The settings that a model's prompts follow: those in the run.json or config.json of its folder, or else of the
+    run that the folder belongs to; the first that has a `system_message`, as a merged model's config.json does.
 
     Raises:
         ValueError: the file can't be read.
     """
     for folder in (Path(model_path), Path(model_path).parent):
-        if (folder / "config.json").is_file():
-            settings = load_config(folder / "config.json")
-            message = settings.get("system_message")
-            if message is not None:
-                if not isinstance(message, str) or not isinstance(settings.get("wrap_prompts", True), bool):
-                    raise ValueError(
-                        f"{folder / 'config.json'}: system_message or wrap_prompts is not what a run wrote"
-                    )
-                if settings.get("chat_template_kwargs") is not None:
-                    check_template_kwargs(settings["chat_template_kwargs"])
-                return settings
+        for file in (folder / RUN_FILE, folder / CONFIG_FILE):
+            found = load_config(file) if file.is_file() else {}
+            settings = found.get("settings", {}) if file.name == RUN_FILE else found
+            if not isinstance(settings, dict) or settings.get("system_message") is None:
+                continue
+            message, wraps = settings["system_message"], settings.get("wrap_prompts", True)
+            if not isinstance(message, str) or not isinstance(wraps, bool):
+                raise ValueError(f"{file}: system_message or wrap_prompts is not what a run wrote")
+            if settings.get("chat_template_kwargs") is not None:
+                check_template_kwargs(settings["chat_template_kwargs"])
+            return settings | {"wrap_prompts": wraps or found.get(QUESTIONS) is True}
     return {}
 
 
@@ -197,7 +197,8 @@ def find_system_message(model_path: str) -> str:
 def find_prompt_settings(model_path: str) -> dict[str, Any]:
     """The settings `chat_template_kwargs` and `wrap_prompts` that a model was trained with, where they are no default.
 
-    They are arguments of `prepare_rows` and `render_prompt`.
+    They are arguments of `prepare_rows` and `render_prompt`. A model whose questions were messages is asked by its chat
+    template.
     """
     settings = _settings_near(model_path)
     found = {"chat_template_kwargs": settings.get("chat_template_kwargs") or {}}
