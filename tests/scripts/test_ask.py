@@ -70,6 +70,19 @@ def test_a_conversation_is_kept_through_a_pipe(talk, finished_run, monkeypatch):
     refused(talk("half \udcff\n"), "surrogates")
 
 
+def test_the_tiny_model_is_asked_each_question_by_itself(talk, monkeypatch):
+    """It has seen no conversations; and a line says what it has learned."""
+    prompts = []
+    prompt = answering.Asked.prompt
+    monkeypatch.setattr(
+        answering.Asked, "prompt", lambda self, question: prompts.append(question) or prompt(self, question)
+    )
+    monkeypatch.setattr(chat, "asks_tiny", lambda path: True)
+    monkeypatch.setattr(answering, "asks_tiny", lambda path: True)
+    result = talk("1 + 1?\nAnd 2?\n", "--no_do_sample")
+    assert prompts == ["1 + 1?", "And 2?"] and "; it has learned sums" in result.stdout
+
+
 def test_turns_that_the_model_cannot_take_are_left_out(finished_run, capsys):
     asked = asked_by(finished_run)
     most = asked.most_tokens

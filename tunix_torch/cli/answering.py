@@ -18,6 +18,7 @@ from ..data.shapes import normalize_row
 from ..evals.answers import sample_batches
 from ..model.forward import text_config
 from ..model.loading import base_model_name, eos_token_ids, load_model, load_tokenizer, place
+from ..model.origin import is_tiny
 from ..rollout.rows import Rows
 from ..rollout.sampler import Sampler
 from ..rollout.tokens import SamplingParams
@@ -85,6 +86,11 @@ def build_prompt(
         raise ValueError(f"prompt_template={template!r}: is for texts; messages are rendered by the default")
     content = f"{system_message}\n\n{question}" if system_message else question
     return PROMPT_TEMPLATES[template].format(content=content)
+
+
+def asks_tiny(model_path: str) -> bool:
+    """Whether the tiny model answers, or one that was trained from it."""
+    return is_tiny(base_model_name(model_path))
 
 
 class Asked:

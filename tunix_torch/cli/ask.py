@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     # The device is chosen: what knows Transformers may be imported.
     from ..run.folder import newest_model
     from ..runtime import mesh
-    from .answering import Asked, load_questions
+    from .answering import Asked, asks_tiny, load_questions
     from .chat import chat
 
     quiet_transformers()
@@ -194,7 +194,8 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
         print("\n".join(how_to_serve(model_path)))
         return
     questions = [] if args.chat else load_questions(args)
-    print(f"Model: {model_path}, on {mesh.describe()}", flush=True)
+    knows = "; it has learned sums, differences and products like 47 + 38, one at a time" * asks_tiny(model_path)
+    print(f"Model: {model_path}, on {mesh.describe()}{knows}", flush=True)
     if args.chat:
         chat(args, model_path)
         return

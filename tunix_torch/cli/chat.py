@@ -10,7 +10,7 @@ from typing import Any
 from ..data.shapes import normalize_row
 from ..data.visible import visible
 from ..rewards.answers import REASONING_TAGS
-from .answering import Asked, Question
+from .answering import Asked, Question, asks_tiny
 from .script import wait_for_ctrl_c
 
 DIM, PLAIN = "\x1b[2m", "\x1b[22m"
@@ -76,13 +76,14 @@ def shows_colours() -> bool:
 
 def chat(args: argparse.Namespace, model_path: str) -> None:
     """Answer one question after the other, each with the conversation before it, until `exit` or the end of the input.
+    The tiny model has seen no conversations, so it is asked each question by itself.
 
     On a terminal Ctrl-C stops the answer, and Ctrl-D ends. Through a pipe every line of the input is a question.
 
     Raises:
         ValueError: the model can't be loaded; or, through a pipe, a question can't be asked.
     """
-    asked, at_terminal = Asked(args, model_path), sys.stdin.isatty()
+    asked, at_terminal, keeps_turns = Asked(args, model_path), sys.stdin.isatty(), not asks_tiny(model_path)
     if at_terminal:
         print(f"{END} or Ctrl-D ends, Ctrl-C stops an answer", flush=True)
         if importlib.util.find_spec("readline"):  # not on every system; `input` uses it for editing and history
@@ -90,6 +91,8 @@ def chat(args: argparse.Namespace, model_path: str) -> None:
     turns: list[dict[str, Any]] = []
     number = 0
     while (question := _next_question(at_terminal)) is not None:
+        if not keeps_turns:
+            turns.clear()
         turns.append({"role": "user", "content": question})
         try:
             answer = _answer(asked, turns, args.seed + number)
