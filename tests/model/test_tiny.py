@@ -179,6 +179,27 @@ def test_the_model_is_the_same_each_time_and_leaves_the_global_generator_alone()
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 
+def test_its_weights_do_not_depend_on_the_number_of_threads(monkeypatch):
+    """An adapter that was trained on it where OMP_NUM_THREADS=1 has another base otherwise, by the same name."""
+    monkeypatch.setitem(tiny.WARM_START, "steps", 3)
+
+    def made(own, threads=tiny.WARM_START["threads"]):
+        monkeypatch.setitem(tiny.WARM_START, "threads", threads)
+        torch.set_num_threads(own)
+        model = tiny.make_model(tiny.make_tokenizer())
+        tiny._warm_start(model, tiny.make_tokenizer())
+        assert torch.get_num_threads() == own, "those of the process are as before"
+        return model.state_dict()
+
+    before = torch.get_num_threads()
+    try:
+        one, two, other = made(1), made(2), made(2, threads=1)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one), "the threads count"
+
+
 def test_the_model_has_about_a_million_parameters_and_both_kinds_of_layers():
     model = make_model(TOKENIZER)
     assert 0.8e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.3e6

@@ -50,6 +50,7 @@ FLAGS = (
         (["--lora_dropout", "nan"], ["lora_dropout=nan", "must be finite"]),
         (["--lora_rank", "100000000"], ["lora_rank=100000000", "GiB", "in all"]),
         (["--max_completion_length", "100000000000"], ["generation_max_length=100000000000", "GiB", "in all"]),
+        (["--max_completion_length", "1025"], ["generation_max_length=1025", "the model has 1024 positions"]),
     ],
 )
 def test_nonsense_is_refused_before_anything_is_written(flags, words, call, model_folder, tmp_path, monkeypatch):

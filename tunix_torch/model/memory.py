@@ -43,9 +43,6 @@ def check_lengths(model: nn.Module, args: GRPOConfig) -> None:
     if not args.use_grpo:
         return
     config, length = text_config(model), args.generation_max_length
-    if length > config.max_position_embeddings:
-        most = f"the model has {config.max_position_embeddings} positions, for prompt and completion"
-        raise ValueError(f"generation_max_length={length}: {most}")
     heads = -(-config.num_key_value_heads // mesh.along_tp())
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * heads * size * next(model.parameters()).element_size()
@@ -60,6 +57,9 @@ def check_lengths(model: nn.Module, args: GRPOConfig) -> None:
         tokens = sum(min(width, window or width) for window in windows)
         needed = args.per_device_train_batch_size * tokens * per_token
         _require_memory(f"max_prompt_length={width}", "the keys and values of the prompts of a batch", needed)
+    if length > config.max_position_embeddings:
+        most = f"the model has {config.max_position_embeddings} positions, for prompt and completion"
+        raise ValueError(f"generation_max_length={length}: {most}")
 
 
 def _require_memory(given: str, what: str, needed: int) -> None:
