@@ -16,7 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from tunix_torch.cli import ask
 from tunix_torch.cli.answering import Asked
 from tunix_torch.compat.trl import REFUSED_ARGUMENTS, GRPOConfig, GRPOTrainer
-from tunix_torch.compat.trl_config import FIELDS, to_ours
+from tunix_torch.compat.trl_config import FIELDS, REMOVED, to_ours
 from tunix_torch.model.loading import load_model
 
 ROWS = [{"prompt": f"Say {i}.", "n": i} for i in range(12)]
@@ -112,9 +112,16 @@ def test_impossible_settings_are_refused(settings, message):
         GRPOConfig("out", **settings)
 
 
-def test_a_name_that_is_not_there_gets_the_nearest(tmp_path):
-    with pytest.raises(TypeError, match="GRPOConfig has no setting 'num_generation'; did you mean 'num_generations'"):
-        GRPOConfig(output_dir=str(tmp_path), num_generation=4)
+@pytest.mark.parametrize(
+    "name, message",
+    [("num_generation", "; did you mean 'num_generations'?"), *((name, f": {hint}") for name, hint in REMOVED.items())],
+)
+def test_a_name_that_is_not_there_gets_the_nearest_or_what_older_scripts_should_do(name, message):
+    with pytest.raises(TypeError, match="^" + re.escape(f"GRPOConfig has no setting {name!r}{message}") + "$"):
+        GRPOConfig("out", **{name: 4})
+    names = {field.name for field in dataclasses.fields(GRPOConfig)}
+    _, gives, instead = message.partition("; give ")
+    assert name not in names and (not gives or instead.split(",")[0] in names)
 
 
 def test_the_config_is_read_from_flags_printed_and_pickled(tmp_path):

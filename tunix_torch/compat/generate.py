@@ -25,7 +25,7 @@ from ..config.model import GEMMA3_SIZES, TINY_NAME
 from ..config.recipes import AGENT_TUNIX, AGENT_TUNIX_AGREES, AGENT_TUNIX_MODEL, JOB, TINY
 from ..config.saved import settings_of
 from .agent_tunix import GRPOTrainingConfig, name_in_grpo_config, sections_of_settings
-from .trl_config import table_of_fields
+from .trl_config import table_of_fields, table_of_removed
 
 CONFIG_HEAD = """\
 # What run_training.py starts from. A section's file gives its values; a model's file may change any of them, an
@@ -64,7 +64,7 @@ Written by `python -m tunix_torch.compat.generate` from the dataclasses that hol
 tiny model's job has instead stands behind them, in brackets. [settings.md](settings.md) says what settings mean
 together.
 """
-TABLE_BEGINS, TABLE_ENDS = "<!-- fields: written by python -m tunix_torch.compat.generate -->\n", "<!-- end -->"
+TABLE_BEGINS, TABLE_ENDS = "<!-- {}: written by python -m tunix_torch.compat.generate -->\n", "<!-- end -->"
 OF_A_MODEL = "# @package _global_\n"
 TINY_HEAD = "# The embedded model and the job it is made for, offline: what `python train.py --use_grpo` runs.\n"
 # A section's settings that stand in another section's file, where agent-tunix has them too.
@@ -85,10 +85,15 @@ def files() -> dict[str, str]:
     written["config_example.json"] = json.dumps(settings, indent=2) + "\n"
     written[ALL_SETTINGS] = _all_settings()
     page = (Path(__file__).parents[2] / FROM_TRL).read_text()
-    before, begin, rest = page.partition(TABLE_BEGINS)
-    _, end, after = rest.partition(TABLE_ENDS)
-    written[FROM_TRL] = before + begin + table_of_fields() + end + after
+    written[FROM_TRL] = _with_table(_with_table(page, "fields", table_of_fields()), "removed", table_of_removed())
     return written
+
+
+def _with_table(page: str, name: str, table: str) -> str:
+    """A page with the table of this name written anew."""
+    before, begin, rest = page.partition(TABLE_BEGINS.format(name))
+    _, end, after = rest.partition(TABLE_ENDS)
+    return before + begin + table + end + after
 
 
 def _all_settings() -> str:

@@ -1,6 +1,6 @@
 """TRL's `GRPOConfig`: every field of TRL 1.16 with what becomes of it here, and the translation of its values.
 
-`docs/from_trl.md` is written from `FIELDS`.
+The tables of `docs/from_trl.md` are written from `FIELDS` and `REMOVED`.
 """
 
 import dataclasses
@@ -177,6 +177,33 @@ FIELDS: dict[str, Field] = {
     "vllm_importance_sampling_cap": _vllm(float | None, None),
 }
 
+# Names that older scripts have: TRL's config, or `transformers.TrainingArguments`, had them once. Each has what to do
+# instead, since the nearest name of today would mislead.
+_NO_VLLM = "leave it out: it belonged to use_vllm, and completions are sampled by this library"
+REMOVED = {
+    "max_prompt_length": "TRL has removed it; leave it out: prompts are not cut, and the longest one decides the room "
+    "for all. Of a streamed data set, prompts of more than 1024 tokens are left out with a warning",
+    "token_entropy_percentile_threshold": "TRL has removed it; give top_entropy_quantile, which is 1 minus its value",
+    "use_liger_loss": "TRL has removed it; leave it out: the loss is this library's own",
+    "vllm_device": f"TRL has removed it; {_NO_VLLM}",
+    "vllm_dtype": f"TRL has removed it; {_NO_VLLM}",
+    "vllm_enable_prefix_caching": f"TRL has removed it; {_NO_VLLM}",
+    "vllm_guided_decoding_regex": f"TRL has removed it; {_NO_VLLM}",
+    "vllm_max_model_len": f"TRL has removed it; {_NO_VLLM}",
+    "wandb_log_unique_prompts": "TRL has removed it; give log_unique_prompts",
+    "evaluation_strategy": "Transformers has removed it; give eval_strategy",
+    "include_tokens_per_second": "Transformers has removed it; leave it out: tokens a second are logged",
+    "no_cuda": "Transformers has removed it; give use_cpu",
+    "overwrite_output_dir": "Transformers has removed it; leave it out",
+    "push_to_hub_token": "Transformers has removed it; give hub_token",
+    "save_safetensors": "Transformers has removed it; leave it out: weights are always saved as safetensors",
+}
+
+
+def table_of_removed() -> str:
+    """The table of `docs/from_trl.md`, in Markdown: names that older scripts have, and what to do instead."""
+    return "| name | |\n|---|---|\n" + "".join(f"| `{name}` | {hint}. |\n" for name, hint in REMOVED.items())
+
 
 def table_of_fields() -> str:
     """The table of `docs/from_trl.md`, in Markdown: every field of TRL's config and what becomes of it."""
@@ -223,9 +250,9 @@ GRPOConfig.__doc__ = """TRL's settings of GRPO, by TRL's names, with TRL's defau
 
 Raises:
     ValueError: a value is out of range, or belongs to something that this library does not have.
-    TypeError: there is no such setting; the message has the nearest one.
+    TypeError: there is no such setting; the message has the nearest one, or of a name in `REMOVED` what to do instead.
 """
-name_nearest(GRPOConfig)
+name_nearest(GRPOConfig, REMOVED)
 
 
 def to_ours(args: "GRPOConfig") -> OurConfig:

@@ -53,10 +53,13 @@ def accept_aliases(cls: type) -> type:
     return cls
 
 
-def name_nearest(cls: type) -> type:
+def name_nearest(cls: type, removed: Mapping[str, str] = types.MappingProxyType({})) -> type:
     """Let the constructor of a dataclass that takes no aliases name the nearest field when it gets an unknown name.
 
     The error stays a TypeError, as the constructor of every dataclass has it.
+
+    Args:
+        removed: names that the class once had, each with what to do instead, which is said in place of the nearest.
     """
     init, valid = cls.__init__, [f.name for f in dataclasses.fields(cls) if f.init]
 
@@ -64,7 +67,8 @@ def name_nearest(cls: type) -> type:
     def init_with_hints(self: Any, *args: Any, **settings: Any) -> None:
         for name in settings:
             if name not in valid:
-                raise TypeError(f"{cls.__name__} has no setting {name!r}{nearest(name, valid)}")
+                hint = f": {removed[name]}" if name in removed else nearest(name, valid)
+                raise TypeError(f"{cls.__name__} has no setting {name!r}{hint}")
         init(self, *args, **settings)
 
     cls.__init__ = init_with_hints
