@@ -112,6 +112,20 @@ def test_the_error_names_function_row_prompt_and_completion(request, function, a
     assert note == f"Raised while scoring: reward function {function.__name__!r} failed for {named}"
 
 
+@pytest.mark.parametrize(
+    "values, words", [([1.0], "1 value for 6 completions; expected one for each"), (1.0, "1.0: expected numbers")]
+)
+def test_of_a_return_value_that_is_wrong_as_a_whole_no_row_is_blamed(values, words):
+    def wrong(completions):
+        calls.append(len(completions))
+        return values
+
+    calls = []
+    said, note = notes_of(lambda f: call_rewards([f], ROWS, COMPLETIONS), wrong)
+    assert said.startswith(f"reward function 'wrong' returned {words}") and calls == [6]
+    assert note.endswith("'wrong' failed for 6 completions of 3 prompts (rows.jsonl, row 1 and so on)")
+
+
 def test_where_no_completion_fails_alone_the_group_is_named_and_a_failure_that_passes_is_said():
     calls = []
 

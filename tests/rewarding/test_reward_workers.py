@@ -88,7 +88,19 @@ def test_groups_are_shared_out_and_functions_do_not_wait_for_each_other(workers,
     assert pids[:2] == [pids[0]] * 2 and pids[2:] == [pids[2]] * 4 and len({*pids, os.getpid()}) == 3
 
 
-@pytest.mark.parametrize("function, words", [(too_few, "returned 1 values for 6"), (no_list, "returned 1.0: expected")])
+def twice_as_many(completions, **columns):
+    """Both processes together return more values than there are completions; of one alone there are not too few."""
+    return [0.0] * 6
+
+
+@pytest.mark.parametrize(
+    "function, words",
+    [
+        (too_few, "returned 1 value for 2 completions; expected one for each"),
+        (twice_as_many, "returned 6 values for 2 completions"),
+        (no_list, "returned 1.0: expected"),
+    ],
+)
 def test_wrong_values_are_refused_with_the_functions_name(workers, function, words):
     with pytest.raises(ValueError, match=f"{function.__name__}' {words}"):
         call_rewards([right, function], ROWS, COMPLETIONS, None, workers)

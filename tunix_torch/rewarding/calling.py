@@ -13,7 +13,7 @@ from typing import Any
 from ..data.rows import ANSWER_COLUMNS, TURNS, WHERE, Row, columns_of, prompt_of
 from .context import GIVEN, TOKENS, RewardContext
 from .slow import Running, warning_of_slow_functions
-from .values import WholeCallError, name_of, numbers_of
+from .values import WholeCallError, counted, name_of, numbers_of
 from .workers import RewardWorkers, awaited, is_async
 
 
@@ -33,7 +33,9 @@ class Batch:
     @property
     def what(self) -> str:
         """How much it is, for messages."""
-        return f"{len(self.completions)} completions of {len(self.rows)} prompts ({self.place(0)} and so on)"
+        more = " and so on" if len(self.rows) > 1 else ""
+        completions, prompts = counted(len(self.completions), "completion"), counted(len(self.rows), "prompt")
+        return f"{completions} of {prompts} ({self.place(0)}{more})"
 
     def place(self, group: int) -> str:
         """Where the row of a group comes from."""
@@ -181,13 +183,9 @@ def _begun(
 def _read(function: Callable[..., Any], values: Any, batch: Batch) -> Outcome:
     """The values that a reward function returned, as floats, or the error that they are none."""
     try:
-        values = numbers_of(function, values)
+        return Outcome(numbers_of(function, values, len(batch.completions)))
     except ValueError as error:
         return Outcome([], error)
-    if len(values) != len(batch.completions):
-        counts = f"{len(values)} values for {len(batch.completions)} completions"
-        return Outcome([], ValueError(f"reward function {name_of(function)!r} returned {counts}"))
-    return Outcome(values)
 
 
 def _results(

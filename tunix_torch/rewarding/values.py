@@ -30,7 +30,8 @@ class CompletionError(ValueError):
 
 
 class WholeCallError(ValueError):
-    """A call failed as a whole: it took too long, its process died, or a server refuses all of its requests.
+    """A call failed as a whole: it took too long, its process died, a server refuses all of its requests, or what it
+    returned has no value for each completion.
 
     The function is not called again only to find a completion that is to blame.
     """
@@ -49,27 +50,43 @@ def name_of(function: Callable[..., Any] | str) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def numbers_of(function: Callable[..., Any], values: Any) -> list[float | None]:
-    """The values that a reward function returned, as floats and None.
+def numbers_of(function: Callable[..., Any], values: Any, count: int) -> list[float | None]:
+    """The values that a reward function returned for so many completions, as floats and None.
 
     Args:
         values: a sequence of numbers, bools, tensors of one number, or None; or a tensor or array of one dimension.
 
     Raises:
-        ValueError: `values` is something else, such as a text or a dict. Its characters or keys are no rewards, even
-            where they could be read as numbers.
+        WholeCallError: `values` is something else, such as a text or a dict, or holds more or fewer. The characters or
+            keys of a text or dict are no rewards, even where they could be read as numbers.
+        ValueError: one of them is no number.
     """
-    returned = values
+    given, returned = values, f"reward function {name_of(function)!r} returned"
+    hint = "expected numbers, one for each completion, in a list, a tensor or an array"
     try:
         if isinstance(values, str | bytes | bytearray | Mapping | Set):
             raise TypeError(f"a {type(values).__name__}")
         if callable(getattr(values, "tolist", None)):
             values = values.tolist()  # a tensor leaves its device at once, and not number by number
+        values = list(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WholeCallError(f"{returned} {_shown(given)}: {hint}") from error
+    if len(values) != count:
+        counts = f"{counted(len(values), 'value')} for {counted(count, 'completion')}"
+        raise WholeCallError(f"{returned} {counts}; expected one for each")
+    try:
         return [None if value is None else _number(value) for value in values]
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        hint = "expected numbers, one for each completion, in a list, a tensor or an array"
-        shown = " ".join(repr(returned).split())[:80]
-        raise ValueError(f"reward function {name_of(function)!r} returned {shown}: {hint}") from error
+        raise ValueError(f"{returned} {_shown(given)}: {hint}") from error
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things in words, such as "1 value" or "2 values"."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _shown(returned: Any) -> str:
+    return " ".join(repr(returned).split())[:80]
 
 
 def _number(value: Any) -> float:

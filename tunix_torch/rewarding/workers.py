@@ -115,9 +115,9 @@ class RewardWorkers:
             context: gets what the function logs in the processes, in the order of the rows.
 
         Returns:
-            a function that waits for the calls and returns their values joined. If a call did not return one value a
-            row, its values are returned alone, for the caller to reject. Where a process ends by itself, it calls once
-            more in new ones, and raises a `WholeCallError` where one of those does.
+            a function that waits for the calls and returns their values joined. Where a process ends by itself, it
+            calls once more in new ones, and raises a `WholeCallError` where one of those does, and where a call did not
+            return one value a row.
         """
         common, context = common or {}, context or RewardContext()
         num_rows, num_prompts = len(next(iter(columns.values()))), len(places)
@@ -161,10 +161,8 @@ class RewardWorkers:
                         f"the completions of {_listed(rows)}"
                     ) from None
             joined: list[Any] = []
-            for part, (values, metrics, extra) in zip(slices, results, strict=True):
+            for values, metrics, extra in results:
                 context.add(metrics, extra)
-                if len(values) != part.stop - part.start:
-                    return values
                 joined.extend(values)
             return joined
 
@@ -276,7 +274,8 @@ def _call(
     context = RewardContext(trainer_state=state)
     common = {STATE: state, LOG_METRIC: context.log_metric, LOG_EXTRA: context.log_extra}
     values = awaited(function(**arguments, **{name: common[name] for name in given}))
-    return numbers_of(function, values), context.metrics, context.extra
+    count = len(next(iter(arguments.values())))
+    return numbers_of(function, values, count), context.metrics, context.extra
 
 
 def awaited(result: Any) -> Any:
