@@ -381,7 +381,7 @@ def test_hub_out_of_reach_says_what_was_asked_and_where_to_put_a_copy(monkeypatc
     with pytest.raises(ValueError) as error:
         load_data(DataConfig(dataset="gsm8k"), seed=0)
     assert "\n" not in str(error.value)
-    for words in ("dataset='gsm8k': data_path='openai/gsm8k'", "'main'", "'train'", "data_source=file: rows.jsonl"):
+    for words in ("dataset='gsm8k': data_path='openai/gsm8k'", "'main'", "'train'", "such as --data_path rows.jsonl"):
         assert words in str(error.value)
 
 

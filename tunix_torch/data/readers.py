@@ -96,9 +96,10 @@ def _loading(what: str, path: str, config_name: str | None, split: str, setting:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         config = f"configuration {config_name!r}, " if config_name else ""
+        flag = setting.rpartition(" ")[2]  # it may stand behind the data set's own setting
         raise ValueError(
             f"{setting}={path!r}: neither a file nor a {what} data set that could be loaded ({config}split {split!r}): "
-            f"{reason}. Without a network, point data_path at a local copy (data_source=file: rows.jsonl)"
+            f"{reason}. Without a network, give a local copy, a file or a folder, such as --{flag} rows.jsonl"
         ) from error
 
 
