@@ -241,6 +241,9 @@ def test_a_run_that_has_not_ended_names_its_checkpoint(tmp_path, command):
         torch.save({}, checkpoint / name)
     (checkpoint / "trainer_state.json").write_text('{"global_step": 3, "stateful_callbacks": {}}')
     refused(command(tmp_path / "unended", "--merged", tmp_path / "merged"), "has not ended", "checkpoint-3")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.json").write_text('{"learning_rate": 0.1}')
+    refused(command(tmp_path / "new", "--merged", tmp_path / "merged"), "output_dir=", "has no checkpoint yet")
     assert command(checkpoint, "--merged", tmp_path / "merged")[0] == 0
 
 
@@ -251,7 +254,7 @@ def test_broken_adapter_files_are_refused(tmp_path, command):
     save_file({name: tensor * float("nan") for name, tensor in whole.items()}, weights)
     refused(command(tmp_path / "run", "--merged", tmp_path / "merged"), "NaN")
     weights.write_bytes(weights.read_bytes()[:1000])
-    refused(command(tmp_path / "run", "--merged", tmp_path / "merged"), "could not be loaded")
+    refused(command(tmp_path / "run", "--merged", tmp_path / "merged"), "output_dir=", "could not be loaded")
     weights.unlink()
     refused(command(tmp_path / "run", "--merged", tmp_path / "merged"), "no weights")
     (tmp_path / "run" / "adapter_config.json").write_text("{")

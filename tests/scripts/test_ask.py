@@ -256,11 +256,24 @@ def test_answers_are_written_as_they_come(finished_run, call, tmp_path, monkeypa
         (["--question", "1", "--question_column", "a"], ["question_column='a'", "goes with --questions_file"]),
         (["--question", "1", "--output_file", "a.xlsx"], ["output_file='a.xlsx'", ".parquet"]),
         (["--questions_file", str(ROOT / "README.md"), "--question_column", "a"], ["question_column='a'", "a line"]),
-        (["--serve", "--model_path", "./nowhere"], ["./nowhere", "no such folder"]),
+        (["--serve", "--model_path", "./nowhere"], ["error: model_path='./nowhere'", "no such folder"]),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, words, call):
     refused(call(ask, *flags), *words)
+
+
+def test_a_run_without_a_model_says_so_and_names_its_newest_checkpoint(call, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"learning_rate": 0.1}')
+    given = ["--question", "1 + 1?", "--model_path", run]
+    refused(call(ask, *given), f"error: model_path={str(run)!r}: a run that has no checkpoint yet")
+    for step in (9, 10):
+        (run / f"checkpoint-{step}").mkdir()
+    refused(
+        call(ask, *given), f"model_path={str(run)!r}: the run has not ended", f"{str(run / 'checkpoint-10')!r}, give"
+    )
 
 
 def test_serve_prints_lines_of_other_programs(finished_run, model_folder, call, tmp_path):

@@ -189,6 +189,16 @@ def config_file(folder: str | Path) -> Path:
     return whole if whole.is_file() else Path(folder) / CONFIG_FILE
 
 
+def is_folder_of_run(folder: str | Path) -> bool:
+    """Whether a folder has the settings of a run. A folder with the config of a whole model alone has none.
+
+    Raises:
+        ValueError: the file can't be read.
+    """
+    file = config_file(folder)
+    return file.is_file() and "learning_rate" in load_config(file)
+
+
 def save_config(settings: dict[str, Any], path: str | Path) -> None:
     """Write settings as a config file, which is never there in part."""
     write_whole(path, json.dumps(settings, indent=2) + "\n")

@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..config.files import load_config
 from ..config.hub import require_hub_for_model
 from ..config.model import ModelConfig
-from ..config.saved import BASE, RUN_FILE
+from ..config.saved import BASE, RUN_FILE, is_folder_of_run
 from ..runtime import device, fsdp, mesh, tensor_parallel
 from ..runtime.fsdp import Splitting
 from ..runtime.sharding import shard_model
@@ -78,9 +78,18 @@ def check_folder(name: str, what: str, configs: Collection[str] = ("config.json"
             hint = f"; it has {newest}: give that, or let the trainer call save_model()" if newest else ""
             raise ValueError(f"{what}: the folder has no config.json, so it is not a Hugging Face model{hint}")
         if not any(file.endswith((".safetensors", ".bin", ".safetensors.index.json")) for file in files):
-            raise ValueError(f"{what}: the folder has no weights (expected model.safetensors)")
+            raise ValueError(f"{what}: {_why_no_weights(name)}")
     elif name.startswith((".", "/", "~")):
         raise ValueError(f"{what}: no such folder")
+
+
+def _why_no_weights(folder: str) -> str:
+    """Why a folder that has a config has no weights, and what to give instead."""
+    if newest := get_last_checkpoint(folder):
+        return f"the run has not ended; its newest checkpoint is {newest!r}, give that"
+    if is_folder_of_run(folder):
+        return "a run that has no checkpoint yet, so there is no model; wait until it has saved one (save_steps)"
+    return "the folder has no weights (expected model.safetensors)"
 
 
 def _tiny_folder(name: str) -> Path:

@@ -26,6 +26,7 @@ from ..checkpoints.files import has_final_files, newest_checkpoint
 from ..checkpoints.merged_card import card_of_merged
 from ..config.files import write_whole
 from ..config.model import STORED_DTYPES
+from ..config.saved import is_folder_of_run
 from ..model.forward import base_model, text_config
 from ..model.loading import load_model, load_tokenizer, resolve_model_name
 from ..model.whole import record_attention
@@ -131,6 +132,8 @@ def _find_base(output_dir: Path) -> str:
     if not (output_dir / "adapter_config.json").is_file():
         if newest := newest_checkpoint(output_dir):
             raise ValueError(f"{given}: the run has not ended; its newest checkpoint is {str(newest)!r}, give that")
+        if is_folder_of_run(output_dir):
+            raise ValueError(f"{given}: a run that has no checkpoint yet, so there is nothing to merge")
         if list(output_dir.glob("model*.safetensors")) or list(output_dir.glob("pytorch_model*.bin")):
             raise ValueError(f"{given}: a whole model already, not an adapter; there is nothing to merge")
         raise ValueError(f"{given}: not an adapter (no adapter_config.json); expected a run's folder or a checkpoint")
