@@ -1,8 +1,11 @@
 """Settings take the names, and have the defaults and forms, that the documents of other systems promise."""
 
+import re
+
 import pytest
 
 from tunix_torch import GRPOConfig, ModelConfig
+from tunix_torch.config.flags import parse_job
 
 
 def test_names_of_the_notebook_are_names_here(tmp_path):
@@ -21,6 +24,19 @@ def test_names_of_the_notebook_are_names_here(tmp_path):
     assert (args.num_completions_per_prompt, args.generation_max_length, args.max_steps) == (4, 512, 500)
     assert (args.per_device_train_batch_size, args.beta, args.epsilon) == (4, 0.1, 0.2)
     assert args.generation_temperature == 0.9
+
+
+def test_a_value_that_cannot_be_is_refused_by_our_name_and_the_one_that_was_given(tmp_path):
+    file = tmp_path / "job.json"
+    file.write_text('{"clip_range": -1}')
+    for make, words in (
+        (lambda: GRPOConfig(beta=-1), "kl_penalty_coef (beta)=-1: "),
+        (lambda: GRPOConfig(kl_penalty_coef=-1), "kl_penalty_coef=-1: "),
+        (lambda: parse_job(["--use_grpo", "--beta=-1"]), "kl_penalty_coef (beta)=-1.0: "),
+        (lambda: parse_job(["--use_grpo", "--config", str(file)]), "epsilon (clip_range)=-1.0: "),
+    ):
+        with pytest.raises(ValueError, match="^" + re.escape(words)):
+            make()
 
 
 def test_defaults_of_the_hackathon_trainer_are_defaults_here(tmp_path):

@@ -710,7 +710,7 @@ def test_long_prompts_are_left_out_and_rows_keep_their_numbers(command, rows_fil
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--model_path", "./nowhere"], "./nowhere.*no such folder"),
+        (["--model_path", "./nowhere"], "^model_path='./nowhere': no such folder"),
         (["--data_path", "missing.jsonl"], "missing.jsonl"),
         (["--num_passes", "0"], "num_passes=0: must be at least 1"),
         (["--max_samples", "0"], "max_samples=0"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.model import TINY_NAME
-from ..config.settings import require
+from ..config.settings import require, said_as
 from ..data.visible import visible
 from ..rewards import extract_answer, extract_reasoning
 from ..runtime.columns import columns_of
@@ -190,16 +190,17 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
 
     quiet_transformers()
     model_path = args.model_path or newest_model() or TINY_NAME
-    if args.serve:
-        print("\n".join(how_to_serve(model_path)))
-        return
-    questions = [] if args.chat else load_questions(args)
-    knows = "; it has learned sums, differences and products like 47 + 38, one at a time" * asks_tiny(model_path)
-    print(f"Model: {model_path}, on {mesh.describe()}{knows}", flush=True)
-    if args.chat:
-        chat(args, model_path)
-        return
-    _ask_all(Asked(args, model_path), questions, args)
+    with said_as({f"model_name={model_path!r}": f"model_path={model_path!r}"}):
+        if args.serve:
+            print("\n".join(how_to_serve(model_path)))
+            return
+        questions = [] if args.chat else load_questions(args)
+        knows = "; it has learned sums, differences and products like 47 + 38, one at a time" * asks_tiny(model_path)
+        print(f"Model: {model_path}, on {mesh.describe()}{knows}", flush=True)
+        if args.chat:
+            chat(args, model_path)
+            return
+        _ask_all(Asked(args, model_path), questions, args)
 
 
 def _ask_all(asked: Any, questions: Sequence[Any], args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ..config.data import DataConfig
-from ..config.settings import require
+from ..config.settings import require, said_as
 from .script import Parser, called_as, choose_device, quiet_transformers
 
 EXAMPLES = """
@@ -111,4 +111,5 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     from .evaluation import evaluate  # knows Transformers; the device is chosen
 
     quiet_transformers()
-    evaluate(args, [*shlex.split(command), *argv])
+    with said_as({f"model_name={args.model_path!r}": f"model_path={args.model_path!r}"}):
+        evaluate(args, [*shlex.split(command), *argv])

@@ -4,8 +4,10 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..config.model import STORED_DTYPES
+from ..config.settings import said_as
 from .script import Parser, quiet_transformers
 from .serving import serving_lines
 
@@ -52,8 +54,10 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     from ..run.folder import find_system_message
 
     quiet_transformers()
+    folder = str(Path(args.output_dir))
     try:
-        export_merged(args.output_dir, args.merged, args.dtype, args.push_to_hub)
+        with said_as({f"model_name={folder!r}": f"output_dir={folder!r}"}):
+            export_merged(args.output_dir, args.merged, args.dtype, args.push_to_hub)
         print(f"Ask it: tunix-torch ask --model_path {shlex.quote(args.merged)} --question 'What is 47 + 38?'")
         print("\n".join(serving_lines(args.merged, find_system_message(args.merged))))
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from ..config.files import parse_json
 from ..config.grpo import GRPOConfig as OurConfig
 from ..config.services import blamed_on
-from ..config.settings import name_nearest, require
+from ..config.settings import name_nearest, require, said_as
 from ..runtime import together
 
 
@@ -284,12 +284,8 @@ def to_ours(args: "GRPOConfig") -> OurConfig:
         settings |= {"metric_for_best_model": "reward", "greater_is_better": True}
     require(not args.fp16, "fp16", True, "float16 is not trained in here; leave it out, or set bf16")
     settings |= _batches(args)
-    names = {field.ours: name for name, field in FIELDS.items() if field.ours}
-    try:
+    with said_as({f"{field.ours}=": f"{name}=" for name, field in FIELDS.items() if field.ours}):
         return OurConfig(**AS_IN_TRL | settings)
-    except ValueError as error:  # by the name that the user has written
-        name, equals, rest = str(error).partition("=")
-        raise ValueError(f"{names.get(name, name)}{equals}{rest}") from error
 
 
 def _batches(args: "GRPOConfig") -> dict[str, Any]:

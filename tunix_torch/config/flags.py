@@ -15,7 +15,7 @@ from .grpo import GRPOConfig
 from .help import help_asked, print_groups, print_help, without_help
 from .model import TINY_NAME, ModelConfig
 from .recipes import JOB, TINY
-from .settings import canonical_names, nearest
+from .settings import canonical_names, nearest, said_as, with_aliases
 
 CONFIGS = (ModelConfig, DataConfig, GRPOConfig)
 NAMES = sorted({field.name for config in CONFIGS for field in dataclasses.fields(config) if field.init})
@@ -32,6 +32,8 @@ OUTWEIGHS = {
 
 class JobParser(HfArgumentParser):
     """A parser whose errors are one line without the usage text, which lists some two hundred flags."""
+
+    names_in_file: Sequence[str] = ()  # the names of the settings in the config file, as they stand there
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -50,7 +52,8 @@ def parse_job(
         SystemExit: with code 0, after help was asked for and printed. It shows the defaults that are in force with the
             file and the other flags.
     """
-    asked, argv = help_asked(argv), _replace_aliases(without_help(argv))
+    asked, given = help_asked(argv), [word.partition("=")[0].removeprefix("--") for word in argv]
+    argv = _replace_aliases(without_help(argv))
     parser = _job_parser(argv, prog, description)
     if asked is not None:
         print_help(parser, CONFIGS, _meant_by_none(parser, argv), everything=asked == "help-all")
@@ -58,9 +61,10 @@ def parse_job(
     model = parser.parse_known_args(argv)[0]
     # The mesh must be chosen before GRPOConfig is made, since that begins to use the device.
     mesh.use_mesh(ModelConfig(mesh_shape=model.mesh_shape, mesh_axes=model.mesh_axes).mesh)
-    model_config, data_config, args, _, unknown = parser.parse_args_into_dataclasses(
-        list(argv), return_remaining_strings=True, look_for_args_file=False
-    )
+    with said_as(with_aliases([*parser.names_in_file, *given])):
+        model_config, data_config, args, _, unknown = parser.parse_args_into_dataclasses(
+            list(argv), return_remaining_strings=True, look_for_args_file=False
+        )
     if unknown:
         flag = unknown[0].partition("=")[0]  # without the value, which may be a secret
         name = flag.removeprefix("--")
@@ -97,7 +101,8 @@ def _job_parser(argv: Sequence[str], prog: str | None = None, description: str |
     parser = JobParser(CONFIGS, prog=prog, description=description, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="a JSON or YAML file with settings; flags win over it")
     file = parser.parse_known_args(argv)[0].config
-    settings = canonical_names(load_config(file), NAMES) if file else {}
+    settings = load_config(file) if file else {}
+    parser.names_in_file, settings = list(settings), canonical_names(settings, NAMES)
     _set_defaults(parser, argv, settings)
     return parser
 

@@ -1,11 +1,12 @@
 """What every dataclass of settings shares: a field with its help, names that others use, checks of types and values."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import field
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -41,13 +42,40 @@ def canonical_names(settings: dict[str, Any], valid: list[str]) -> dict[str, Any
     return result
 
 
+@contextlib.contextmanager
+def said_as(instead: Mapping[str, str]) -> Iterator[None]:
+    """In messages of the form "NAME=VALUE: HINT", put the name that the user has written.
+
+    Args:
+        instead: how a message may begin, such as "NAME=" or "NAME=VALUE", each with what to put there.
+
+    Raises:
+        ValueError: the code within this context raised one.
+    """
+    try:
+        yield
+    except ValueError as error:
+        said = str(error)
+        for beginning, other in instead.items():
+            if said.startswith(beginning):
+                error.args = (other + said.removeprefix(beginning),)  # the same error, with its notes
+        raise
+
+
+def with_aliases(names: Iterable[str]) -> dict[str, str]:
+    """What `said_as` takes, so that messages about settings that were given by an alias name both."""
+    return {f"{ALIASES[name]}=": f"{ALIASES[name]} ({name})=" for name in names if name in ALIASES}
+
+
 def accept_aliases(cls: type) -> type:
     """Let the constructor of a dataclass take aliases, and name the nearest field when it gets an unknown name."""
     init, valid = cls.__init__, [f.name for f in dataclasses.fields(cls)]
 
     @functools.wraps(init)
     def init_with_aliases(self: Any, *args: Any, **settings: Any) -> None:
-        init(self, *args, **canonical_names(settings, valid))
+        settings, aliases = canonical_names(settings, valid), with_aliases(settings)
+        with said_as(aliases):
+            init(self, *args, **settings)
 
     cls.__init__ = init_with_aliases
     return cls
