@@ -404,6 +404,12 @@ def test_of_two_runs_the_better_one_is_named_where_chance_is_no_reason():
     assert rivals(ending(0.8), ending(0.9), names)[0] == "b ended better: 80.0% in a, 90.0% in b"
     assert rivals(ending(0.9), ending(0.8), names)[0] == "a ended better: 90.0% in a, 80.0% in b"
     assert rivals(ending(0.8), ending(0.83), names)[0].startswith("Neither run is surely ahead")
+    for one, other, apart in (
+        (0.8, 0.9, "b is between 2.9 and 17.1 points above a"),
+        (0.9, 0.8, "a is between 2.9 and 17.1 points above b"),
+        (0.8, 0.83, "b is between 4.1 points below a and 10.1 above it"),
+    ):
+        assert f" With 95% confidence {apart}." in rivals(ending(one), ending(other), names)[1]
     losses = [
         verdict_of(RunRecord(None, [{"step": 0, "eval_loss": 2.0}, {"step": 9, "eval_loss": end}])) for end in (1, 1.5)
     ]
@@ -429,6 +435,18 @@ def test_a_page_is_written_anew_and_no_other_file_is_overwritten(run, tmp_path, 
     assert mine.read_text() == "mine"
     main(["report", str(run), "--output", str(tmp_path / "b.html")])
     assert (tmp_path / "b.html").read_text() == (run / "report.html").read_text()
+
+
+def test_a_page_says_by_which_command_it_was_written_and_this_one_works(run, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        main(["report", str(run), "--compare", "nope"])
+    assert capsys.readouterr().err == "error: compare='nope': no such folder\n"
+    other = write_run(tmp_path / "it's other", healthy_rows())
+    for name, flags in (("report", []), ("comparison", ["--compare", str(other)])):
+        main(["report", str(run), *flags])
+        text = " ".join(Tags((run / f"{name}.html").read_text()).text.split())
+        words = shlex.split(text.partition("Written by ")[2].partition(". Everything here")[0])
+        assert words == ["python", "report.py", str(run), *flags]
 
 
 def test_what_fails_in_a_report_does_not_fail_its_run(tmp_path, caplog):

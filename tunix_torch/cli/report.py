@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..config.settings import said_as
 from .script import Parser, called_as, check_output_file, choose_device
 
 EXAMPLES = """
@@ -53,4 +54,5 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> None:
     if args.compare is None:
         print(write_report(args.output_dir, args.output))
     else:
-        print(write_comparison(args.output_dir, args.compare, args.output))
+        with said_as({"other=": "compare="}):
+            print(write_comparison(args.output_dir, args.compare, args.output))

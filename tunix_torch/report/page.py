@@ -51,7 +51,7 @@ def write_report(output_dir: str | Path, output: str | Path | None = None) -> Pa
 
 def write_comparison(output_dir: str | Path, other: str | Path, output: str | Path | None = None) -> Path:
     """Write a page that compares a run with another one. See `write_report`; by default it is COMPARISON_FILE."""
-    runs = read_run(output_dir), read_run(other)
+    runs = read_run(output_dir), read_run(other, "other")
     file = _target(Path(output) if output is not None else runs[0].folder / COMPARISON_FILE)
     write_whole(file, comparison_of(*runs))
     return file
@@ -113,6 +113,7 @@ def report_of(run: RunRecord) -> str:
         crosscheck=_crosscheck(run),
         settings=not_at_default(run.settings),
         whose_defaults="the defaults of {}{}".format(*whose_defaults(run.settings)),
+        written_by=_called("report.py", run.folder),
         **_repeat(run),
     )
 
@@ -144,7 +145,13 @@ def comparison_of(one: RunRecord, other: RunRecord) -> str:
         known=bool(one.settings and other.settings),
         settings=differing(one.settings, other.settings),
         pictures=pictures_of(panels),
+        written_by=_called("report.py", one.folder, "--compare", other.folder),
     )
+
+
+def _called(*words: str | Path) -> str:
+    """A script with its arguments, as a shell takes it."""
+    return visible(shlex.join(["python", *map(str, words)]))
 
 
 def _repeat(run: RunRecord) -> dict[str, Any]:

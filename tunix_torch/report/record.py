@@ -46,19 +46,22 @@ class RunRecord:
         return method_name({"use_grpo": samples} | self.settings)
 
 
-def read_run(output_dir: str | Path) -> RunRecord:
+def read_run(output_dir: str | Path, setting: str = "output_dir") -> RunRecord:
     """Read what a run left in its folder. The run may have ended, or be at work.
+
+    Args:
+        setting: the name of what holds `output_dir`, for error messages.
 
     Raises:
         ValueError: there is no such folder, it holds no metrics, or a file in it is damaged.
     """
     folder = Path(output_dir)
     if not folder.is_dir():
-        raise ValueError(f"output_dir={str(folder)!r}: {'a file, expected' if folder.exists() else 'no such'} folder")
+        raise ValueError(f"{setting}={str(folder)!r}: {'a file, expected' if folder.exists() else 'no such'} folder")
     rows = load_metrics(folder)
     if not rows:
         hint = f"holds neither a {METRICS_FILE} with a step in it nor a checkpoint"
-        raise ValueError(f"output_dir={str(folder)!r}: {hint}")
+        raise ValueError(f"{setting}={str(folder)!r}: {hint}")
     return RunRecord(
         folder=folder,
         rows=rows,

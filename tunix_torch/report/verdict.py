@@ -75,13 +75,24 @@ def rivals(one: Verdict, other: Verdict, names: tuple[str, str]) -> tuple[str, s
     said = f"{ends[0]} in {names[0]}, {ends[1]} in {names[1]}"
     if None not in intervals:
         low, high = difference_interval(pair[0].after, intervals[0], pair[1].after, intervals[1])
-        figure += f" The difference lies between {100 * low:+.1f} and {100 * high:+.1f} points, with 95% confidence."
+        figure += f" {_apart(100 * low, 100 * high, names)}"
         if low <= 0 <= high:
             return f"Neither run is surely ahead: {said}", figure
     if pair[0].after == pair[1].after:
         return f"Neither run is ahead: {said}", figure
     first_ahead = (pair[0].after > pair[1].after) != (pair[0].key == "eval_loss")
     return f"{names[0] if first_ahead else names[1]} ended better: {said}", figure
+
+
+def _apart(low: float, high: float, names: tuple[str, str]) -> str:
+    """By how many points the second run's figure lies above the first one's, or below it, with 95% confidence."""
+    if low <= 0 <= high:
+        return (
+            f"With 95% confidence {names[1]} is between {abs(low):.1f} points below {names[0]} and {high:.1f} above it."
+        )
+    least, most = sorted((abs(low), abs(high)))
+    ahead, behind = (names[1], names[0]) if low > 0 else (names[0], names[1])
+    return f"With 95% confidence {ahead} is between {least:.1f} and {most:.1f} points above {behind}."
 
 
 def _changes(run: RunRecord, rows: Rows) -> list[Change]:
