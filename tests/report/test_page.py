@@ -400,6 +400,8 @@ def test_of_two_runs_the_better_one_is_named_where_chance_is_no_reason():
         last = rows[-2] | {key: share, "eval_interval/accuracy_low": share - 0.05}
         return verdict_of(RunRecord(None, [*rows[:-2], last | {"eval_interval/accuracy_high": share + 0.05}]))
 
+    sampled = verdict_of(RunRecord(None, healthy_rows(), {"eval_temperature": 0.7})).changes[1].label
+    assert sampled == "right answers, mean of 8 samples at temperature 0.7"
     names = ("a", "b")
     assert rivals(ending(0.8), ending(0.9), names)[0] == "b ended better: 80.0% in a, 90.0% in b"
     assert rivals(ending(0.9), ending(0.8), names)[0] == "a ended better: 90.0% in a, 80.0% in b"

@@ -179,6 +179,13 @@ def test_the_line_says_what_fits_with_what_matters_most_first(monkeypatch):
     assert len(narrow.plain.rstrip()) <= 40 and len(wide.plain.rstrip()) <= 80
     everything = "step 20/30  1:40 left  reward 1.500 ↗  accuracy 62.5% ↗  12,346 tokens/s  scoring 3/8 rows"
     assert now.text(100).plain.rstrip() == everything
+    now.began("evaluating")
+    for how, shown in (("greedy", "3/8 greedy"), ("x 4 samples", "3/8 x 4 samples"), ("", "3/8 questions")):
+        now.advanced("questions", 3, 8, how)
+        assert now.text(100).plain.rstrip().endswith(f"  evaluating {shown}")
+        assert now.text(40).plain.rstrip().endswith("  evaluating 3/8")
+    now.ended("evaluating")
+    now.widest = 0
     now.unicode = False
     now.logged({"eval_accuracy": 0.5})
     assert now.text(100).plain.rstrip() == everything.replace("62.5% ↗", "50.0% \\").replace("↗", "/")
@@ -268,6 +275,9 @@ def test_the_summary_fits_and_shows_first_and_last(width):
     assert re.fullmatch(r"mean@8 \(sampled\)  50.0%  50.0% +▁▁", sampled)
     assert re.fullmatch(r"training reward +0.000  0.990 +▁.*█", reward) and len(reward.split()[-1]) >= 4
     assert "".join(summary(SUMMED, width, "ascii")).isascii()
+    told = summary(SUMMED, width, temperature=0.7)
+    assert told[2].startswith("mean@8 (temperature 0.7)  50.0%" if width > 40 else "mean@8 (sampled)  50.0%")
+    assert all(len(line) < width for line in told)
 
 
 def test_the_summary_shows_what_there_is():

@@ -31,6 +31,7 @@ from tunix_torch.evals.results import JudgedCompletion, summarize
 from tunix_torch.evals.votes import takes_answer, votes_by_class
 from tunix_torch.model import tiny
 from tunix_torch.model.loading import eos_token_ids
+from tunix_torch.runtime import phases
 
 ROOT = Path(__file__).parent.parent.parent
 SAMPLED = ["--preset", "liberal", "--num_passes", "2", "--batch_size", "4"]
@@ -484,6 +485,24 @@ def test_a_group_larger_than_a_batch_is_drawn_in_several_goes_with_the_same_resu
     whole = sample_all(model_folder, params, rows=2, batch_size=8, num_completions=5)
     assert sample_all(model_folder, params, rows=2, batch_size=2, num_completions=5) == whole
     assert [len(texts) for texts in whole[0]] == [5, 5]
+
+
+def test_whoever_watches_is_told_which_answers_are_counted(model_folder):
+    class Watcher:
+        told = []
+
+        def advanced(self, what, done, total, how=""):
+            if what == phases.QUESTIONS:
+                self.told.append((done, total, how))
+
+    phases.watch(Watcher())
+    try:
+        sample_all(model_folder, SamplingParams(2, temperature=0.0), rows=5)
+        sample_all(model_folder, SamplingParams(2), rows=3, num_completions=2)
+    finally:
+        phases.watch(None)
+    greedy, sampled = [(done, 5, "greedy") for done in (0, 4, 5)], [(done, 3, "x 2 samples") for done in (0, 2, 3)]
+    assert Watcher.told == greedy + sampled
 
 
 def test_batches_can_start_later(model_folder):

@@ -118,13 +118,15 @@ def sample_texts(
     )
     count = -(-len(rows) // rows_at_once(len(rows), batch_size, num_completions))
     hidden = count < 20 or not together.is_first() or phases.is_watched()
+    how = f"x {num_completions} sample{'s' * (num_completions != 1)}" if params.temperature else "greedy"
+    phases.advance(phases.QUESTIONS, 0, len(rows), how)
     texts, tokens = [], []
     for some_texts, some_tokens in tqdm(
         batches, desc="Sampling", total=count, unit="batch", leave=False, disable=hidden or None
     ):
         texts += some_texts
         tokens += some_tokens
-        phases.advance(phases.QUESTIONS, len(texts), len(rows))
+        phases.advance(phases.QUESTIONS, len(texts), len(rows), how)
     return texts, tokens
 
 

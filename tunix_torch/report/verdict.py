@@ -108,7 +108,7 @@ def _changes(run: RunRecord, rows: Rows) -> list[Change]:
             intervals = [_interval(run, rows, share, at) for at in (0, -1)]
             known = None not in (before, *intervals)
             difference = difference_interval(before, intervals[0], after, intervals[1]) if known else None
-            shares.append(Change(key, _label(share), True, before, after, *intervals, difference))
+            shares.append(Change(key, _label(share, run), True, before, after, *intervals, difference))
         elif (name := key.removeprefix("eval_")) in _PLAIN:
             others.append(Change(key, _PLAIN[name], False, before, after))
     order = {"reward": 0, "loss": 1, "mean_length": 2}
@@ -116,13 +116,12 @@ def _changes(run: RunRecord, rows: Rows) -> list[Change]:
     return shares + others
 
 
-def _label(share: re.Match[str]) -> str:
-    of = share["stem"].removeprefix("eval_").rstrip("_")
-    name = (
-        "right answers, greedy"
-        if share["name"] == "accuracy"
-        else f"right answers, mean of {share['name'][5:]} samples"
-    )
+def _label(share: re.Match[str], run: RunRecord) -> str:
+    of, name = share["stem"].removeprefix("eval_").rstrip("_"), "right answers, greedy"
+    if share["name"] != "accuracy":
+        name = f"right answers, mean of {share['name'].removeprefix('mean@')} samples"
+        if "eval_temperature" in run.settings:
+            name += f" at temperature {run.settings['eval_temperature']}"
     return f"{name} ({of})" if of else name
 
 

@@ -29,7 +29,7 @@ PROGRESS_COLUMNS = (
     ("kl", "kl {:.4f}"),
     ("completions/mean_length", "length {:.0f}"),
 )
-NARROW = 70  # columns: on a narrower terminal the live line leaves out what is counted
+NARROW = 70  # columns: on a narrower terminal what is counted, and a temperature, are left out
 LINES = 20  # about so many lines with means are printed above the live line; without one, a line at each log
 TREND = 10  # logs whose mean is compared with that of as many before them
 SPARKS = {True: "▁▂▃▄▅▆▇█", False: "_.-=+*#@"}  # whether the output takes characters beyond ASCII
@@ -162,12 +162,12 @@ class Now:
             if not self.training:
                 self.line.stop()
 
-    def advanced(self, what: str, done: int, total: int) -> None:
+    def advanced(self, what: str, done: int, total: int, how: str = "") -> None:
         if not self.phases:
             return
         phase = self.phases[-1][0]
         if (phase == "evaluating") == (what == phases.QUESTIONS):  # it samples too
-            self.phases = [*self.phases[:-1], (phase, f"{done}/{total} {what}")]
+            self.phases = [*self.phases[:-1], (phase, f"{done}/{total} {how or what}")]
 
     def stepped(self, step: int) -> None:
         """An optimizer step is done."""
@@ -274,17 +274,23 @@ def sparkline(values: Sequence[float], width: int, unicode: bool = True) -> str:
     return "".join(marks[int((value - low) / spread * (len(marks) - 1) + 0.5) if spread else 0] for value in values)
 
 
-def summary(history: Sequence[dict[str, float]], width: int = 80, encoding: str | None = "utf-8") -> list[str]:
+def summary(
+    history: Sequence[dict[str, float]],
+    width: int = 80,
+    encoding: str | None = "utf-8",
+    temperature: float | None = None,
+) -> list[str]:
     """A table that sums up a run, as lines: the first and the last value of each figure and a curve between them, and
     of right answers to held-out questions the 95% interval of the last; without it where the terminal is too narrow.
 
     Args:
         history: `log_history` of the trainer's state.
         width: columns of the terminal.
+        temperature: at which evaluations sample, which is said where there is room; None: it is not known.
     """
     rows = [("", "first", "last", "95% interval")]
     curves: list[list[float]] = [[]]
-    for key, name in _summed(history).items():
+    for key, name in _summed(history, temperature if width >= NARROW else None).items():
         logged, form = [row for row in history if key in row], FORMS.get(key, "{:.1%}")
         values = [row[key] for row in logged]
         first = form.format(values[0]) if len(values) > 1 else ""
@@ -307,12 +313,13 @@ def summary(history: Sequence[dict[str, float]], width: int = 80, encoding: str 
     return lines
 
 
-def _summed(history: Sequence[dict[str, float]]) -> dict[str, str]:
-    """The keys in the logs of what the summary shows, each with its name."""
+def _summed(history: Sequence[dict[str, float]], temperature: float | None) -> dict[str, str]:
+    """The keys in the logs of what the summary shows, each with its name, which has the temperature if it is given."""
+    sampled = "sampled" if temperature is None else f"temperature {temperature:g}"
     logged = {key for row in history for key in row}
     names = {
         "eval_accuracy": "greedy pass@1",
-        **{key: f"{key.removeprefix('eval_')} (sampled)" for key in sorted(logged) if key.startswith("eval_mean@")},
+        **{key: f"{key.removeprefix('eval_')} ({sampled})" for key in sorted(logged) if key.startswith("eval_mean@")},
         "eval_rewards/accuracies": "held-out pairs right",
         "eval_loss": "held-out loss",
         **{key: TRAINED[key] for key in [key for key in TRAINED if key in logged][:1]},

@@ -17,8 +17,9 @@ class Watcher(Protocol):
     def ended(self, phase: str) -> None:
         """It is over, by an exception too."""
 
-    def advanced(self, what: str, done: int, total: int) -> None:
-        """So many of all tokens (of the longest completion), rows or questions are done."""
+    def advanced(self, what: str, done: int, total: int, how: str = "") -> None:
+        """So many of all tokens (of the longest completion), rows or questions are done. `how` says which ones, where
+        the same ones are counted more than once, such as "greedy"; "": there are no others."""
 
     def close(self) -> None:
         """The run is over, by an exception too: leave nothing behind."""
@@ -52,10 +53,11 @@ def during(phase: str) -> Iterator[None]:
             _watcher.ended(phase)
 
 
-def advance(what: str, done: int, total: int) -> None:
-    """So many of all tokens, rows or questions of this phase are done. Nothing waits for the device to know it."""
+def advance(what: str, done: int, total: int, how: str = "") -> None:
+    """So many of all tokens, rows or questions of this phase are done; see `Watcher.advanced`. Nothing waits for the
+    device to know it."""
     if _watcher is not None:
-        _watcher.advanced(what, done, total)
+        _watcher.advanced(what, done, total, how)
 
 
 @contextlib.contextmanager
