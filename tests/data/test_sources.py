@@ -447,7 +447,7 @@ def test_tfds_mistakes_are_one_line(tfds_folder, tmp_path):
     ):
         with pytest.raises(ValueError, match=words) as error:
             load_rows(path, split=split, source="tfds")
-        assert "\n" not in str(error.value) and "data_source=file" in str(error.value)
+        assert "\n" not in str(error.value) and "--data_path rows.jsonl" in str(error.value)
 
 
 def test_kaggle_splits_are_files_by_name(tmp_path):
@@ -492,7 +492,7 @@ def test_kaggle_out_of_reach_is_one_line(monkeypatch):
         raise ConnectionError("Failed to resolve 'api.kaggle.com'\nmore")
 
     monkeypatch.setattr(kagglehub, "dataset_download", fail)
-    with pytest.raises(ValueError, match="data_path='a/b'.*api.kaggle.com.*data_source=file") as error:
+    with pytest.raises(ValueError, match="data_path='a/b'.*api.kaggle.com.*--data_path rows.jsonl") as error:
         load_rows("a/b", source="kaggle")
     assert "\n" not in str(error.value)
 

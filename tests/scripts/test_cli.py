@@ -305,7 +305,7 @@ def test_a_device_that_does_not_exist_is_refused_with_one_line(cache, tmp_path):
     "flags, words",
     [
         (["--model_name", "nobody/no-such-model"], ["nobody/no-such-model", "local folder"]),
-        (["--dataset", "gsm8k"], ["dataset='gsm8k': data_path='openai/gsm8k'", "data_source=file"]),
+        (["--dataset", "gsm8k"], ["dataset='gsm8k': data_path='openai/gsm8k'", "--data_path rows.jsonl"]),
     ],
 )
 def test_what_is_not_here_is_refused_with_one_line_without_a_network(flags, words, call, tmp_path, monkeypatch):
