@@ -27,6 +27,7 @@ ELSEWHERE = {
     "outputs/",
     "plan-1.json",
     "plan.json",
+    "run.json",
     "previous/",
     "reasoning_training_data.json",
     "run_config.json",

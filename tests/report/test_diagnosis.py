@@ -124,6 +124,30 @@ def test_skipped_steps_and_jumps_of_the_kl_say_that_the_rate_is_too_high():
     assert finding.name == "learning rate too high" and [line.step for line in finding.lines] == [15, 25, 35]
 
 
+FIRST = 0.02  # of a run of 60 steps, the evaluation at its start and the first step
+# A learning rate of 0.2, with which the default job lost its reward in the second step.
+BROKEN = {
+    "reward": lambda done: 1.25 if done < FIRST else 0.06 + 0.02 * math.sin(90 * done),
+    "completions__clipped_ratio": lambda done: 0.0 if done < FIRST else 0.97,
+    "eval_accuracy": lambda done: 0.44 if done < FIRST else 0.0,
+    "eval_interval__accuracy_low": lambda done: 0.38 if done < FIRST else 0.0,
+    "eval_interval__accuracy_high": lambda done: 0.5 if done < FIRST else 0.015,
+}
+
+
+def test_a_reward_that_is_lost_at_once_says_that_the_rate_is_too_high():
+    """That completions no longer end follows from it, and more room for them would not help."""
+    found = findings(with_values(healthy_rows(), **BROKEN))
+    assert list(found)[0] == "learning rate too high" and "1.25" in found["learning rate too high"].shows
+    assert found["cut-off completions"].tries == ("what that finding says",)
+    kept = {name: value for name, value in BROKEN.items() if name.startswith("eval")}
+    unharmed = with_values(healthy_rows(), **BROKEN | dict.fromkeys(kept, lambda done: 0.44))
+    assert "learning rate too high" not in findings(unharmed), "the answers are as right as before"
+    lucky = {"reward": lambda done: 1.25 if done < FIRST else 0.8 + 0.2 * math.sin(90 * done)}
+    noisy = [row for row in with_values(healthy_rows(), **lucky) if "eval_runtime" not in row]
+    assert "learning rate too high" not in findings(noisy), "the first batch was lucky"
+
+
 def test_empty_completions_are_a_collapse():
     rows = with_values(healthy_rows(), completions__mean_length=lambda done: 22.0 if done < 0.5 else 1.0)
     assert list(findings(rows)) == ["collapse"]

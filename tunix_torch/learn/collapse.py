@@ -26,6 +26,10 @@ from .signs import (
 
 logger = logging.getLogger(__name__)
 
+# Why all rewards of every group may be equal.
+CUT_OFF = "All completions were cut off at generation_max_length, perhaps before their answer"
+TOO_EASY_OR_HARD = "The questions are too easy or too hard, the temperature is too low"
+
 
 class CollapseWatch(TrainerCallback):
     """Takes the numbers of each step, and says each sign of a collapse once a run, by the first process.
@@ -70,10 +74,10 @@ class CollapseWatch(TrainerCallback):
             if together.is_first():
                 logger.warning(
                     "Step %d: within every group all rewards are equal, so there is nothing to learn from this batch. "
-                    "The questions are too easy or too hard, the temperature is too low, or the reward functions do "
-                    "not find what they look for in completions such as %.200r. Later ones are counted only, as "
-                    "frac_reward_zero_std",
+                    "%s, or the reward functions do not find what they look for in completions such as %.200r. Later "
+                    "ones are counted only, as frac_reward_zero_std",
                     step,
+                    CUT_OFF if numbers.get("completions/clipped_ratio") == 1.0 else TOO_EASY_OR_HARD,
                     example,
                 )
 

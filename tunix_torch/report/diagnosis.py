@@ -11,7 +11,14 @@ from .findings import Finding, Line
 from .looked_for import LEAST_KL_LOGS, LEAST_LOGS
 from .metrics import Points, Rows, mean, series, steps_of_training
 from .record import RunRecord
-from .suspects import format_without_answers, no_progress, reward_hacking, same_text
+from .suspects import (
+    change_since,
+    format_without_answers,
+    held_out_keys,
+    no_progress,
+    reward_hacking,
+    same_text,
+)
 
 # Logs that are looked at together: single batches are noisy. A run of fewer than so many is judged by all of its logs.
 WINDOW = 20
@@ -21,13 +28,14 @@ def diagnose(run: RunRecord) -> list[Finding]:
     """All findings about a run, the most serious first. None: nothing was found."""
     rows = steps_of_training(run.rows)
     alike = collapse(rows), same_text(run.completions)
+    broken, hacked = broke_at_once(run.rows), reward_hacking(run.rows)
     found = (
-        rate_too_high(rows),
+        rate_too_high(rows, broken),
         kl_runs_away(rows),
-        reward_hacking(run.rows),
+        hacked,
         *alike,
         nothing_to_learn(rows, alike=any(alike)),
-        cut_off(rows),
+        cut_off(rows, is_explained=bool(broken or hacked)),
         format_without_answers(rows),
     )
     known = [finding for finding in found if finding is not None]
@@ -66,6 +74,12 @@ def nothing_to_learn(rows: Rows, alike: bool) -> Finding | None:
     elif high > low and now - low > 0.9 * (high - low):
         why = "The reward is near the best it ever was, so the questions are probably solved"
         tries = ("harder questions (data_path)", "stop here: this adapter may be what you wanted")
+    elif high == low:
+        why = f"The reward was {high:g} in every log, so the reward functions may give every completion the same"
+        tries = (
+            "look at what your reward functions return for a right and for a wrong answer (reward_funcs)",
+            "reward functions that give part of the reward for part of an answer",
+        )
     else:
         why = "The questions may be too hard, or the reward functions do not see a difference"
         tries = (
@@ -85,8 +99,10 @@ def nothing_to_learn(rows: Rows, alike: bool) -> Finding | None:
     )
 
 
-def cut_off(rows: Rows) -> Finding | None:
+def cut_off(rows: Rows, is_explained: bool) -> Finding | None:
     """Completions that have no end when generation_max_length is reached are scored without their answer.
+
+    Another finding explains it where it says why a policy that ended its answers at first does not do so any more.
 
     The bound is a quarter of the completions, over the last WINDOW logs: in a group of 4 then one completion, on
     average, is judged by how long it is and not by what it says.
@@ -99,13 +115,19 @@ def cut_off(rows: Rows) -> Finding | None:
     grew = ""
     if lengths and lengths[-1][1] > 1.2 * lengths[0][1]:
         grew = f", and completions grew from {lengths[0][1]:.0f} to {lengths[-1][1]:.0f} tokens"
+    first = series(rows, key)[0]
+    follows = is_explained and first[1] < bound
+    why = " At first they had one, so this may follow from the finding before." if follows else ""
+    seen = {first: None, points[0]: None, max(points, key=lambda p: p[1]): None}
     return Finding(
         name="cut-off completions",
         shows=f"{share:.0%} of the completions of the last {len(points)} logs had no end when they reached "
-        f"generation_max_length{grew}.",
-        lines=[_line(points[0], key), _line(max(points, key=lambda p: p[1]), key)]
+        f"generation_max_length{grew}.{why}",
+        lines=[_line(point, key) for point in seen]
         + [Line(step, "completions/mean_length", value) for step, value in lengths[-1:]],
-        tries=(
+        tries=("what that finding says",)
+        if follows
+        else (
             "a larger generation_max_length",
             "overlong_buffer_length and overlong_penalty, which make length cost reward before the end is reached",
             "mask_truncated_completions true, so that nothing is learned from completions without an end",
@@ -114,8 +136,8 @@ def cut_off(rows: Rows) -> Finding | None:
     )
 
 
-def rate_too_high(rows: Rows) -> Finding | None:
-    """Steps that were skipped, a KL that jumps, or a reward that is lost again.
+def rate_too_high(rows: Rows, broken: tuple[Line, Line] | None) -> Finding | None:
+    """Steps that were skipped, a KL that jumps, or a reward that is lost again, or lost at once, see `broke_at_once`.
 
     A step is skipped when its loss or gradient is not finite: one may be bad luck, two are a pattern. The KL jumps
     where one log has ten times the median of the ten before it and more than 0.1 nats a token: an update then moved the
@@ -135,7 +157,13 @@ def rate_too_high(rows: Rows) -> Finding | None:
         said.append(f"the KL from the reference policy jumped {len(jumps)} times")
         lines += [_line(point, "kl") for point in jumps[:3]]
     lost = _lost_reward(rows)
-    if lost is not None:
+    if broken is not None:
+        before, now = broken
+        said.append(
+            f"the reward fell from {before.value:.3g} in the first log to {now.value:.3g}, and did not come back"
+        )
+        lines += broken
+    elif lost is not None:
         best, now = lost
         said.append(f"the mean reward rose to {best.value:.3g} and then fell to {now.value:.3g}")
         lines += [best, now]
@@ -156,6 +184,28 @@ def rate_too_high(rows: Rows) -> Finding | None:
             "noise",
         ),
     )
+
+
+def broke_at_once(rows: Rows) -> tuple[Line, Line] | None:
+    """The reward of the first log, which the policy earned before it learned, and the mean of the last WINDOW logs,
+    where learning has only cost reward.
+
+    No log of the last WINDOW reaches the first one, their mean is below it by six standard deviations of single logs,
+    and held-out answers, where there are evaluations, are surely right less often than at first.
+    """
+    points = series(steps_of_training(rows), "reward")
+    if len(points) <= LEAST_LOGS:
+        return None
+    first, last = points[0], points[1:][-WINDOW:]
+    values = [value for _, value in last]
+    now = mean(values)
+    spread = (sum((value - now) ** 2 for value in values) / len(values)) ** 0.5
+    held_out = [key for key in held_out_keys(rows) if len(series(rows, key)) >= 2]
+    if max(values) >= first[1] or first[1] - now <= 6 * spread:
+        return None
+    if held_out and not any(change_since(rows, key, 0)[1] < 0 for key in held_out):
+        return None
+    return _line(first, "reward"), Line(last[-1][0], "reward", now, len(last))
 
 
 def kl_runs_away(rows: Rows) -> Finding | None:

@@ -48,7 +48,7 @@ def _held_out(rows: Rows, key: str, reward: Points) -> Finding | None:
     at = max(range(len(points) - 1), key=lambda i: points[i][1])
     (then, best), (now, last) = points[at], points[-1]
     earlier, later = _up_to(reward, then), _up_to(reward, now)
-    if not (last < best and _change_since(rows, key, at)[1] < 0 and _difference(*map(_values, (earlier, later))) > 0):
+    if not (last < best and change_since(rows, key, at)[1] < 0 and _difference(*map(_values, (earlier, later))) > 0):
         return None
     lines = [Line(then, key, best), Line(now, key, last)]
     lines += [_mean_line(earlier, "reward"), _mean_line(later, "reward")]
@@ -119,7 +119,7 @@ def no_progress(rows: Rows) -> Finding | None:
     width = min(WIDTH, len(reward) // 2)
     first, last = _values(reward)[:width], _values(reward)[-width:]
     error = (squared_error(first) + squared_error(last)) ** 0.5
-    if mean(last) - mean(first) > error or any(_change_since(rows, key, 0)[0] > 0 for key in held_out_keys(rows)):
+    if mean(last) - mean(first) > error or any(change_since(rows, key, 0)[0] > 0 for key in held_out_keys(rows)):
         return None
     return Finding(
         name="no progress",
@@ -210,7 +210,7 @@ def _right_answers(names: Sequence[str]) -> str | None:
     return None
 
 
-def _change_since(rows: Rows, key: str, at: int) -> tuple[float, float]:
+def change_since(rows: Rows, key: str, at: int) -> tuple[float, float]:
     """By how much the last accuracy differs from an earlier one: the 95% interval; where a run logged no intervals, 5
     points to both sides."""
     points, stem = series(rows, key), key.removesuffix("accuracy")

@@ -129,7 +129,8 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
         trainer.log_summary(checkpoint)
     write_final_files(trainer)
     if together.is_first():
-        lines = summary(trainer.state.log_history, columns_of(sys.stdout), sys.stdout.encoding)
+        shown = columns_of(sys.stdout), sys.stdout.encoding, trainer.args.eval_temperature
+        lines = summary(trainer.state.log_history, *shown)
         print("\n" * bool(lines) + "\n".join(lines))
         seconds = time.perf_counter() - started
         print(f"\n{seconds:.0f} s, {device.memory_summary()}. {trainer.policy.what}, metrics and curves: {output_dir}")
