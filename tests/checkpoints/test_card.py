@@ -134,7 +134,7 @@ def asked(text, place, folder):
     """What the Python of a card prints, with the places that the card can't know."""
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     code = re.sub(r'place = ".*?"', f"place = {str(place)!r}", code)
-    code = code.replace('from_pretrained("base")', f"from_pretrained({str(folder)!r})")
+    code = code.replace('base = "base"', f"base = {str(folder)!r}")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "card", "exec"), {})

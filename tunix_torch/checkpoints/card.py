@@ -261,13 +261,16 @@ def loading_text(facts: CardFacts, folder: Path) -> str:
     place = repr(facts.repo or Path(folder).resolve().name).replace("'", '"')
     base, lines = hub_id(facts.base), []
     if facts.is_adapter:
-        load = f'AutoModelForCausalLM.from_pretrained("{base or Path(facts.base).name}")'
+        load = f'AutoModelForCausalLM.from_pretrained("{base}")'
         lines = ["from peft import PeftModel"]
     lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if facts.is_adapter and is_tiny(facts.base):
         load = "AutoModelForCausalLM.from_pretrained(ensure_tiny_model())"
         lines += ["from tunix_torch.model.tiny import ensure_tiny_model  # makes the base model where it is missing"]
     lines += ["", f"place = {place}  # on the hub, or this folder"]
+    if facts.is_adapter and base is None and not is_tiny(facts.base):
+        lines += [f'base = "{Path(facts.base).name}"  # a folder that is not on the hub: give its path here']
+        load = "AutoModelForCausalLM.from_pretrained(base)"
     lines += [f"model = PeftModel.from_pretrained({load}, place)"] if facts.is_adapter else []
     lines += [] if facts.is_adapter else ["model = AutoModelForCausalLM.from_pretrained(place)"]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(place)", "", *_asking(facts.settings, facts.are_messages)]
