@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tunix_torch import DataConfig, GRPOConfig, ModelConfig, train
 from tunix_torch.cli.train import main
 from tunix_torch.model import tiny
+from tunix_torch.run.folder import warn_of_other_prompts
 
 pytestmark = pytest.mark.thorough  # whole runs, each of many steps
 
@@ -82,3 +83,10 @@ def test_each_stage_goes_on_with_the_adapter_of_the_last(model_folder, tmp_path,
         assert 0 < torch.stack(gaps).norm() < torch.stack(sizes).norm(), (
             "a stage moves the adapter, it starts no new one"
         )
+
+
+def test_another_instruction_than_that_of_the_last_stage_is_said(finished_run, caplog):
+    warn_of_other_prompts(str(finished_run), "")
+    assert not caplog.messages
+    warn_of_other_prompts(str(finished_run), "Think.")
+    assert caplog.text.rstrip().endswith("it is asked as before with --system_message ''")

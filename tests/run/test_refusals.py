@@ -229,7 +229,7 @@ def test_ctrl_c_in_an_evaluation_keeps_its_step(signals, call, model_folder, tmp
 
 def test_a_second_ctrl_c_stops_within_the_step(signals, call, model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(signals, "number", signal.SIGINT, raising=False)
-    monkeypatch.setattr(signals, "pauses", [0, 1.1])
+    monkeypatch.setattr(signals, "pauses", [0, 0.6])
     result = call(train, *judged_by_signals(model_folder, tmp_path / "out"))
     assert result.returncode == 130 and "Stopped at step 1;" in result.stderr, result.stderr
 

@@ -190,8 +190,8 @@ def broke_at_once(rows: Rows) -> tuple[Line, Line] | None:
     """The reward of the first log, which the policy earned before it learned, and the mean of the last WINDOW logs,
     where learning has only cost reward.
 
-    No log of the last WINDOW reaches the first one, their mean is below it by six standard deviations of single logs,
-    and held-out answers, where there are evaluations, are surely right less often than at first.
+    No log of the last WINDOW reaches the first one, and held-out answers are surely right less often than at first.
+    Where there are no evaluations, the mean is below the first log by six standard deviations of single logs.
     """
     points = series(steps_of_training(rows), "reward")
     if len(points) <= LEAST_LOGS:
@@ -201,9 +201,8 @@ def broke_at_once(rows: Rows) -> tuple[Line, Line] | None:
     now = mean(values)
     spread = (sum((value - now) ** 2 for value in values) / len(values)) ** 0.5
     held_out = [key for key in held_out_keys(rows) if len(series(rows, key)) >= 2]
-    if max(values) >= first[1] or first[1] - now <= 6 * spread:
-        return None
-    if held_out and not any(change_since(rows, key, 0)[1] < 0 for key in held_out):
+    fell = any(change_since(rows, key, 0)[1] < 0 for key in held_out) if held_out else first[1] - now > 6 * spread
+    if max(values) >= first[1] or not fell:
         return None
     return _line(first, "reward"), Line(last[-1][0], "reward", now, len(last))
 

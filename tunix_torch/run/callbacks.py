@@ -35,7 +35,7 @@ class BeforeTraining(TrainerCallback):
 # A machine gets one of these before it is taken away; a terminal sends SIGHUP as it closes, and SIGINT at Ctrl-C.
 STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGINT)
 
-TWICE = 1.0  # seconds within which the same Ctrl-C comes again: torchrun and `timeout` pass it on to all processes
+TWICE = 0.5  # seconds within which the same Ctrl-C comes again: torchrun and `timeout` pass it on to all processes
 
 
 class SaveOnSignal(TrainerCallback):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -192,6 +193,20 @@ def find_system_message(model_path: str) -> str:
         return settings["system_message"]
     base = Path(resolve_model_name(base_model_name(model_path)))
     return "" if base.name.startswith(tiny.FOLDER_PREFIX) else SYSTEM_MESSAGE
+
+
+def warn_of_other_prompts(model_path: str, system_message: str) -> None:
+    """Say so where a model is to be trained further with another instruction than it was trained with."""
+    before = _settings_near(model_path).get("system_message")
+    if before is not None and before != system_message:
+        logger.warning(
+            "system_message=%.40r: %s was trained with %.40r and may answer worse now; it is asked as before with "
+            "--system_message %s",
+            system_message,
+            model_path,
+            before,
+            shlex.quote(before),
+        )
 
 
 def find_prompt_settings(model_path: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from ..rewarding.scoring import RewardFunc, name_of, require_columns
 from ..runtime import together
 from ..trainer import TunixTrainer
 from .callbacks import MetricsFile
+from .folder import warn_of_other_prompts
 from .terminal import show_progress
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ def build_trainer(
     elif eval_rows:
         require_columns([judge], eval_rows, "judge")
     tokenizer = load_tokenizer(model_config.model_name)
+    if together.is_first():
+        warn_of_other_prompts(model_config.model_name, args.system_message)
     _check_evaluations(args, bool(eval_rows))
     full = model_config.trains_all
     dtype = torch.float32 if full else torch_dtype(model_config.model_dtype)
