@@ -112,6 +112,7 @@ def test_equal_rewards_of_a_batch_are_said_once_a_run(model_folder, tmp_path, ca
     trainer.train()
     assert sum("there is nothing to learn from this batch" in message for message in caplog.messages) == 1
     assert "equal rewards (steps 1 to 3)" in trainer.collapse.summary() and trainer.collapse.summary() in caplog.text
+    assert "so from its first step" in trainer.collapse.summary(), "nothing has collapsed: it never was otherwise"
 
 
 def test_a_learning_rate_that_ruins_the_policy_is_said_during_the_run_and_once_more_at_its_end(

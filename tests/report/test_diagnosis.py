@@ -77,6 +77,14 @@ def test_a_run_that_has_come_on_or_has_nothing_left_is_not_said_to_stand_still(w
     assert list(findings(with_values(healthy_rows(steps=29), **SHOWN["no progress"]))) == [], "too few logs"
 
 
+def test_questions_of_which_hardly_one_is_right_are_not_taken_for_solved():
+    wrong = {"eval_accuracy": 0.02, "eval_interval__accuracy_low": 0.005, "eval_interval__accuracy_high": 0.05}
+    never = {key: lambda done, share=share: share for key, share in wrong.items()}
+    rows = with_values(healthy_rows(), **FLAT, **never, frac_reward_zero_std=lambda done: 0.55)
+    (finding,) = findings(rows).values()
+    assert finding.name == "no progress" and "may hardly have moved" in finding.shows
+
+
 @pytest.mark.parametrize("name", SHOWN)
 def test_what_a_run_shows_is_named_alone_with_its_lines_and_what_to_try(name):
     rows = with_values(healthy_rows(), **SHOWN[name])

@@ -204,7 +204,7 @@ def test_every_signal_that_asks_to_end_saves_first_and_resuming_says_from_where(
     result = call(train, *flags)
     assert result.returncode == 128 + number, result.stderr
     name = "Ctrl-C" if number == signal.SIGINT else number.name
-    assert f"{name}: this step is finished" in result.stderr and "Traceback" not in result.stderr
+    assert f"{name}: this step or evaluation is finished" in result.stderr and "Traceback" not in result.stderr
     assert f"Stopped by {name} after step 2; the same command with --resume_from_checkpoint" in result.stderr
     checkpoint = tmp_path / "out" / "checkpoint-2"
     assert newest_checkpoint(tmp_path / "out") == checkpoint

@@ -188,6 +188,7 @@ def test_what_a_mesh_does_not_divide_is_refused_with_the_meshes_that_fit(monkeyp
 
 def test_dropout_is_refused_along_tp(monkeypatch, tmp_path):
     monkeypatch.setitem(mesh._of_processes, "tp", 2)
-    model, args = add_nontrivial_lora(make_model("gemma3"), lora_dropout=0.1), GRPOConfig(output_dir=str(tmp_path))
+    model = add_nontrivial_lora(make_model("gemma3"), lora_dropout=0.1)
+    args = GRPOConfig(output_dir=str(tmp_path), generation_max_length=16)
     with pytest.raises(ValueError, match="^mesh_shape: along tp dropout would not be drawn alike; set lora_dropout 0"):
         make_policy(model, tiny.make_tokenizer(), None, args, {})

@@ -40,6 +40,8 @@ class LogsSteps(PushesToHub):
 
     def evaluated(self, metrics: dict[str, float], rows: Sequence[Row], answers: Answers | None) -> dict[str, float]:
         """Log what an evaluation gave, keep its answers, and let callbacks see it. Returns the metrics."""
+        if answers is not None:
+            answers.step = self.state.global_step
         self.completions.evaluated(self.state.global_step, rows, answers)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

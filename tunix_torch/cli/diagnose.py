@@ -16,7 +16,8 @@ COMMAND ./outputs
 COMMAND ./outputs --json
 
 It looks for: a learning rate that is too high, a KL that runs away, a reward that pays for the wrong thing, a collapse,
-repetition, groups without a signal, completions that are cut off, and a layout that is learned without the answers.
+repetition, groups without a signal, completions that are cut off, a layout that is learned without the answers, and a
+reward that does not rise.
 Of those whose numbers the run has not logged, it says so. docs/report.md has the bounds.
 """
 

@@ -32,6 +32,7 @@ class Answers:
     metrics: dict[str, list[float]] = field(default_factory=dict)  # numbers that judge and reward functions have logged
     names: list[str] = field(default_factory=list)  # of the R reward functions
     weights: list[float] = field(default_factory=list)  # and what each counts for in the total
+    step: int = 0  # optimizer steps before they were sampled
 
     @property
     def accuracy(self) -> float:

@@ -43,6 +43,7 @@ class CollapseWatch(TrainerCallback):
     def _begin(self) -> None:
         self.said: dict[str, tuple[int, int]] = {}  # the name of each sign, with the first and the last step of it
         self._numbers: dict[str, list[float]] = {}  # of the step that is under way
+        self._first_step = 0  # 0: none was watched yet
         self._streaks: dict[str, Streak] = {}
         self._rewards: deque[float] = deque(maxlen=WINDOW)
         self._lengths: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # with the share that is cut off
@@ -90,6 +91,7 @@ class CollapseWatch(TrainerCallback):
         numbers = {name: sum(values) / len(values) for name, values in self._numbers.items()}
         self._numbers = {}
         self._steps += 1
+        self._first_step = self._first_step or state.global_step
         for sign in SIGNS:
             self._look(sign, numbers.get(sign.metric), state.global_step)
         self._look_at_reward(numbers.get("reward"), state.global_step)
@@ -177,12 +179,21 @@ class CollapseWatch(TrainerCallback):
         self.said[name] = (self.said[name][0] if known else first), last
         if not known and together.is_first():
             steps = f"Step {first}" if first == last else f"Steps {first} to {last}"
-            logger.warning("This run may have collapsed. %s: %s. It means: %s. Try %s", steps, saw, means, hint)
+            of_start = self._is_of_start(name)
+            begun = "This run has been so from its first step" if of_start else "This run may have collapsed"
+            logger.warning("%s. %s: %s. It means: %s. Try %s", begun, steps, saw, means, hint)
+
+    def _is_of_start(self, name: str) -> bool:
+        """Whether a sign has held since the first step that was watched, before anything was learned: then it is one of
+        the settings or of the questions."""
+        return name in ("equal rewards", "all cut off") and self.said[name][0] == self._first_step
 
     def summary(self) -> str:
         """All that was said, in one line; "" where nothing was."""
         if not self.said:
             return ""
         said = ", ".join(f"{name} (steps {first} to {last})" for name, (first, last) in self.said.items())
+        if all(map(self._is_of_start, self.said)):
+            return f"This run has been so from its first step: {said}. See the warnings before"
         hint = "checkpoints of earlier steps are as good as they were; do not use the last one unseen"
         return f"This run shows signs of a collapse: {said}. See the warnings before; {hint}"

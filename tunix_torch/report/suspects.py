@@ -109,26 +109,32 @@ def no_progress(rows: Rows) -> Finding | None:
     """Nothing has changed, though there is something to learn from. To be asked where no other finding explains it.
 
     The mean reward of the last WIDTH logs is within one standard error of that of the first WIDTH, or below; the last
-    accuracy of each evaluation set is not surely above the first; and fewer than half of the groups have equal rewards,
-    as solved questions have. Fewer than LEAST_FLAT_LOGS logs prove nothing.
+    accuracy of each evaluation set is not surely above the first; and the questions are not solved: fewer than half of
+    the groups have equal rewards, or fewer than half of all held-out answers are right. Fewer than LEAST_FLAT_LOGS logs
+    prove nothing.
     """
     training = steps_of_training(rows)
     reward, equal = series(training, "reward"), series(training, "frac_reward_zero_std")
-    if len(reward) < LEAST_FLAT_LOGS or not equal or mean(_values(equal)) >= 0.5:
+    held_out = [series(rows, key) for key in held_out_keys(rows)]
+    solved = not held_out or max(points[-1][1] for points in held_out) >= 0.5
+    if len(reward) < LEAST_FLAT_LOGS or not equal or (solved and mean(_values(equal)) >= 0.5):
         return None
     width = min(WIDTH, len(reward) // 2)
     first, last = _values(reward)[:width], _values(reward)[-width:]
     error = (squared_error(first) + squared_error(last)) ** 0.5
     if mean(last) - mean(first) > error or any(change_since(rows, key, 0)[0] > 0 for key in held_out_keys(rows)):
         return None
+    unmoved = any(len(points) > 2 and len(set(_values(points))) == 1 for points in held_out)
     return Finding(
         name="no progress",
         shows=f"The mean reward was {mean(first):.3g} in the first {width} logs and {mean(last):.3g} in the last ones: "
         f"it has not risen by more than chance explains, though {1 - mean(_values(equal)):.0%} of the groups have "
-        "completions of different rewards, from which the policy can learn.",
+        "completions of different rewards, from which the policy can learn."
+        + " All evaluations gave the same share of right answers, so the policy may hardly have moved."
+        * unmoved,
         lines=[_mean_line(reward[:width], "reward"), _mean_line(reward[-width:], "reward")],
         tries=(
-            "a larger learning_rate (three to ten times)",
+            f"a larger learning_rate ({'ten times and more' if unmoved else 'three to ten times'})",
             "more steps: a small change hides in the noise of single batches",
             "more prompts a step, or larger groups (num_completions_per_prompt), whose rewards are less noisy",
             "a larger max_grad_norm, where grad_norm is above it in nearly every step",

@@ -151,10 +151,10 @@ def _moved(change: Change) -> tuple[str, str]:
     """The sentence of the verdict, and its tone."""
     before, after = change.show(change.before), change.show(change.after)
     better = (change.after > change.before) != (change.key == "eval_loss")
-    if change.difference is not None and not change.sure:
-        return f"{_subject(change)} went from {before} to {after}, which may be chance", "same"
     if before == after:
         return f"{_subject(change)} stayed at {after}", "same"
+    if change.difference is not None and not change.sure:
+        return f"{_subject(change)} went from {before} to {after}, which may be chance", "same"
     verb = "rose" if change.after > change.before else "fell"
     return f"{_subject(change)} {verb} from {before} to {after}", "better" if better else "worse"
 

@@ -68,7 +68,7 @@ class SaveOnSignal(TrainerCallback):
                 signal.raise_signal(number)
             return
         self.told, self.told_at = signal.Signals(number), time.monotonic()
-        said = f"\n{name_of(number)}: this step is finished and a checkpoint saved, then the run stops"
+        said = f"\n{name_of(number)}: this step or evaluation is finished and a checkpoint saved, then the run stops"
         if number == signal.SIGINT:
             said += "; Ctrl-C again stops at once"
         if together.is_first():

@@ -17,7 +17,9 @@ from ..config.grpo import GRPOConfig
 from ..config.method import method_name
 from ..config.model import ModelConfig
 from ..config.saved import CONFIG_FILE, WHOLE_CONFIG_FILE, check_same_run, save_config
+from ..report.diagnosis import diagnose
 from ..report.page import REPORT_FILE, write_report_of_ended_run
+from ..report.record import read_run
 from ..report.starts import note_start
 from ..runtime import device, mesh, together
 from ..runtime.columns import columns_of
@@ -136,6 +138,9 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
         print(f"\n{seconds:.0f} s, {device.memory_summary()}. {trainer.policy.what}, metrics and curves: {output_dir}")
         if (output_dir / REPORT_FILE).is_file():
             print(f"What came of it, as a page: {output_dir / REPORT_FILE}")
+            if names := ", ".join(finding.name for finding in diagnose(read_run(output_dir))):
+                how = f"python -m tunix_torch.diagnose {shlex.quote(str(output_dir))} says why, and what to try"
+                print(f"Diagnosis: {names}; {how}")
         ask = "python inference.py" if Path(sys.argv[0]).suffix == ".py" else "tunix-torch ask"
         print(f'Ask it: {ask} --model_path {shlex.quote(str(output_dir))} --question "..."')
     return _uploaded(trainer)
@@ -236,5 +241,5 @@ def _describe(trainer: TunixTrainer, settings: dict[str, Any]) -> None:
     print(f"{method[0].upper()}{method[1:]} of {settings['model_name']} on {_machine()}")
     num_rows = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
     kind = "packed" if trainer.args.packing else "training"
-    first = ", which come first" if trainer.args.eval_on_start else ""
+    first = ", asked first" if trainer.args.eval_on_start else ""
     print(f"{num_rows} {kind} rows, {len(trainer.eval_dataset or [])} evaluation rows{first}", flush=True)

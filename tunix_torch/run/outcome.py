@@ -54,9 +54,9 @@ def print_answers(trainer: TunixTrainer) -> None:
     for i in (changed or list(range(len(last.right))))[:NUM_SHOWN]:
         row = trainer.questions.evaluation[i]
         print(visible(f"\n{question_of(row)}  (answer: {answer_text(row)})"))
-        for label, answers in (("before", first), ("after", last)):
-            if label == "before" and first is last:
-                continue  # a resumed run has not seen what was answered before
+        # a resumed run has not seen what was answered before training
+        earlier = "before" if first.step == 0 else f"step {first.step}"
+        for label, answers in [(earlier, first)] * (first is not last) + [("after", last)]:
             verdict = "right" if answers.right[i][0] else "wrong"
             text = answers.completions[i][0].replace("\n", " \u23ce ")
-            print(f"  {label:<7}{verdict:<7}{visible(text)}")
+            print(f"  {label:<{max(6, len(earlier))}} {verdict:<7}{visible(text)}")

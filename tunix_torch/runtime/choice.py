@@ -46,6 +46,7 @@ def choose() -> str:
     Raises:
         ValueError: `TUNIX_DEVICE` is no kind of device, or one that can't be had here.
     """
+    _let_threads_sleep()
     requested = os.environ.get("TUNIX_DEVICE", "auto")
     if requested not in KINDS:
         raise ValueError(f"TUNIX_DEVICE={requested!r}: choose one of {', '.join(KINDS)}")
@@ -69,6 +70,16 @@ def choose() -> str:
         return "xla"
     _keep_transformers_off_xla()
     return requested
+
+
+def _let_threads_sleep() -> None:
+    """Let a thread of PyTorch's that waits for another one sleep soon, unless the user has said how they wait.
+
+    GNU's OpenMP spins 300,000 times first. Where another process has one of the cores, the thread that is waited for
+    does not run meanwhile, and every operation takes a time slice of the system (docs/speed.md has figures).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _choose_torch_tpu(is_installed: bool, has_xla: bool) -> None:
