@@ -286,3 +286,10 @@ def test_the_lora_of_an_adapter_that_is_trained_further_is_the_adapters(model_fo
     assert not (tmp_path / "out").exists()
     run(str(tmp_path / "adapter"), tmp_path / "out", max_steps=1)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["lora_alpha"] == 8.0
+
+
+def test_answers_that_a_resumed_run_has_not_seen_before_training_are_not_called_so(model_folder, tmp_path, capsys):
+    run(model_folder, tmp_path / "out", max_steps=2, eval_on_start=True)
+    assert re.findall(r"^  (before|after|step \d+) ", capsys.readouterr().out, re.MULTILINE)[:2] == ["before", "after"]
+    run(model_folder, tmp_path / "out", max_steps=6, eval_on_start=True, resume_from_checkpoint="auto")
+    assert re.findall(r"^  (before|after|step \d+) ", capsys.readouterr().out, re.MULTILINE)[:2] == ["step 4", "after"]

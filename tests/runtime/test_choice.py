@@ -99,3 +99,17 @@ def test_a_plugin_of_torch_xla_that_does_not_load():
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert result.stderr.startswith("error: device='xla': torch-xla does not start (No PjRtPlugin registered")
     assert result.stderr.endswith("; PJRT_DEVICE is 'CUDA': unset it, or set it to CPU\n")
+
+
+@pytest.mark.parametrize("own", [{}, {"GOMP_SPINCOUNT": "5"}, {"OMP_WAIT_POLICY": "ACTIVE"}])
+def test_threads_that_wait_sleep_soon_unless_the_user_has_said_otherwise(own, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TUNIX_DEVICE", "nothing")
+    with pytest.raises(ValueError):
+        choice.choose()
+    found = {name: os.environ.get(name) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
+    assert found == (own or {"GOMP_SPINCOUNT": "1000"})
