@@ -76,7 +76,7 @@ def _let_threads_sleep() -> None:
     """Let a thread of PyTorch's that waits for another one sleep soon, unless the user has said how they wait.
 
     GNU's OpenMP spins 300,000 times first. Where another process has one of the cores, the thread that is waited for
-    does not run meanwhile, and every operation takes a time slice of the system (docs/speed.md has figures).
+    does not run meanwhile, and every operation takes a time slice of the system (`python -m benchmarks.busy_cpu`).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
