@@ -4,12 +4,16 @@ import json
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import TrainerState, TrainingArguments
 from written_runs import completion, healthy_rows, with_values, write_run
 
 from tunix_torch.cli.command import main
 from tunix_torch.report.diagnosis import diagnose
 from tunix_torch.report.looked_for import curves_not_there, looked_for
 from tunix_torch.report.record import RunRecord, read_run
+from tunix_torch.run.callbacks import FindingsSoFar
 
 
 def findings(rows, completions=()):
@@ -392,3 +396,50 @@ def test_no_such_folder_is_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             main(["diagnose", str(tmp_path / name)])
         assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def said_so_far(rows, capsys, max_steps=1000):
+    """What a run of these rows prints at its evaluations and checkpoints, where the state holds the rows up to them."""
+    callback, args, lines = FindingsSoFar(), TrainingArguments(output_dir="out", report_to=[]), []
+    for number, row in enumerate(rows, start=1):
+        state = TrainerState(log_history=rows[:number], global_step=row["step"], max_steps=max_steps)
+        if "eval_accuracy" in row:
+            callback.on_evaluate(args, state, None)
+        callback.on_save(args, state, None)
+        said = capsys.readouterr().out
+        lines += [(row["step"], said)] if said else []
+    return lines
+
+
+def test_a_run_that_learns_says_nothing_of_itself_at_any_moment(capsys):
+    for seed in range(5):
+        assert said_so_far(healthy_rows(seed=seed), capsys) == []
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_run_at_work_names_a_finding_once_and_before_its_end(name, capsys):
+    rows = with_values(healthy_rows(), **SHOWN[name])
+    lines = [line for line in said_so_far(rows, capsys) if name in line[1]]
+    assert len(lines) == 1 and lines[0][0] < rows[-1]["step"]
+    assert lines[0][1].startswith("Diagnosis so far: ") and "tunix_torch.diagnose out" in lines[0][1]
+
+
+def test_the_last_step_is_left_to_the_end_of_the_job(capsys):
+    rows = with_values(healthy_rows(), **SHOWN["KL running away"])
+    callback, state = FindingsSoFar(), TrainerState(log_history=rows, global_step=100, max_steps=100)
+    callback.on_save(TrainingArguments(output_dir="out", report_to=[]), state, None)
+    assert capsys.readouterr().out == ""
+
+
+NUMBERS = st.one_of(st.floats(), st.integers(-3, 3), st.sampled_from([0.0, 1.0, 0.5, 1e308, -1e308]), st.none())
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from([*healthy_rows()[0], *healthy_rows()[-1], "skipped_steps"]), NUMBERS),
+        max_size=60,
+    )
+)
+def test_whatever_was_logged_the_diagnosis_does_not_end_a_run(rows):
+    diagnose(RunRecord(None, [{"learning_rate": 1e-3} | row | {"step": i} for i, row in enumerate(rows)]))

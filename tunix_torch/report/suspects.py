@@ -197,7 +197,8 @@ def _packed(text: str) -> float:
 
 def held_out_keys(rows: Rows) -> list[str]:
     """The keys under which evaluations logged the share of right answers to held-out questions."""
-    return [key for key in keys_of(rows) if key.startswith("eval_") and key.endswith("accuracy")]
+    keys = [key for key in keys_of(rows) if key.startswith("eval_") and key.endswith("accuracy")]
+    return [key for key in keys if series(rows, key)]
 
 
 def layout_and_right(keys: Sequence[str]) -> tuple[str | None, str | None]:

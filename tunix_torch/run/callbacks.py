@@ -1,8 +1,9 @@
-"""Callbacks of a job: what precedes training, metrics.jsonl, and a checkpoint when the machine is taken away."""
+"""Callbacks of a job: what precedes training, metrics.jsonl, the diagnosis so far, a checkpoint when it must stop."""
 
 import contextlib
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -13,7 +14,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config.files import write_whole
+from ..report.diagnosis import diagnose
 from ..report.metrics import METRICS_FILE
+from ..report.record import RunRecord
 from ..runtime import together
 
 
@@ -118,6 +121,25 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero:
             with open(Path(args.output_dir) / METRICS_FILE, "a") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+class FindingsSoFar(TrainerCallback):
+    """Says after an evaluation or a checkpoint what the diagnosis finds in the metrics so far, each finding once."""
+
+    def __init__(self) -> None:
+        self.said: set[str] = set()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or state.global_step >= state.max_steps:  # the end of a job says it itself
+            return
+        found = diagnose(RunRecord(folder=Path(args.output_dir), rows=state.log_history))
+        names = [finding.name for finding in found if finding.name not in self.said]
+        if names:
+            self.said.update(names)
+            how = f"python -m tunix_torch.diagnose {shlex.quote(str(args.output_dir))} says why, and what to try"
+            print(f"Diagnosis so far: {', '.join(names)}; {how}", flush=True)
+
+    on_evaluate = on_save
 
 
 def rewrite_metrics(output_dir: str | Path, state: TrainerState) -> None:

@@ -26,7 +26,7 @@ from ..rewarding.models import looks_like_model
 from ..rewarding.scoring import RewardFunc, name_of, require_columns
 from ..runtime import together
 from ..trainer import TunixTrainer
-from .callbacks import MetricsFile
+from .callbacks import FindingsSoFar, MetricsFile
 from .folder import warn_of_other_prompts
 from .terminal import show_progress
 
@@ -97,7 +97,7 @@ def build_trainer(
         eval_rows or None,
         processing_class=tokenizer,
         peft_config=None if has_adapter or full else lora_config(model_config),
-        callbacks=[MetricsFile(), *callbacks],
+        callbacks=[MetricsFile(), FindingsSoFar(), *callbacks],
         judge=judge,
         full=full,
     )
