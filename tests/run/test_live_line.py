@@ -270,13 +270,13 @@ SUMMED += [
 def test_the_summary_fits_and_shows_first_and_last(width):
     head, greedy, sampled, reward = lines = summary(SUMMED, width)
     assert all(len(line) < width for line in lines) and head.split()[:2] == ["first", "last"]
-    assert re.fullmatch(r"greedy pass@1 +25.0%  50.0%( +20.0% to 87.5%)?  ▁█", greedy)
+    assert re.fullmatch(r"accuracy \(greedy\) +25.0%  50.0%( +20.0% to 87.5%)?  ▁█", greedy)
     assert ("20.0% to 87.5%" in greedy) == ("95% interval" in head) == (width > 40)
-    assert re.fullmatch(r"mean@8 \(sampled\)  50.0%  50.0% +▁▁", sampled)
+    assert re.fullmatch(r"mean@8 \(sampled\) +50.0%  50.0% +▁▁", sampled)
     assert re.fullmatch(r"training reward +0.000  0.990 +▁.*█", reward) and len(reward.split()[-1]) >= 4
     assert "".join(summary(SUMMED, width, "ascii")).isascii()
     told = summary(SUMMED, width, temperature=0.7)
-    assert told[2].startswith("mean@8 (temperature 0.7)  50.0%" if width > 40 else "mean@8 (sampled)  50.0%")
+    assert told[2].startswith("mean@8 (temperature 0.7)  50.0%" if width > 40 else "mean@8 (sampled)   50.0%")
     assert all(len(line) < width for line in told)
 
 
@@ -284,7 +284,7 @@ def test_the_summary_shows_what_there_is():
     (_, line) = summary([{"loss": 2.0}, {"loss": 1.0}])
     assert line.split() == ["training", "loss", "2.0000", "1.0000", "█▁"] and summary([]) == []
     once = summary([{"eval_accuracy": 1.0, "eval_loss": 0.5, "rewards/accuracies": 0.5, "eval_sampled/reward": 1}])
-    assert [line.split("  ")[0] for line in once[1:]] == ["greedy pass@1", "held-out loss", "training pairs right"]
+    assert [line.split("  ")[0] for line in once[1:]] == ["accuracy (greedy)", "held-out loss", "training pairs right"]
     assert once[1].split("  ")[-1] == "100.0%", "there is nothing to compare it with"
 
 

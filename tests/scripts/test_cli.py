@@ -77,7 +77,7 @@ def test_train_writes_everything_that_is_promised(trained):
     evaluated = [row["step"] for row in rows if "eval_accuracy" in row]
     assert evaluated == [0, 2]
     assert [row["step"] for row in rows if "reward" in row] == [1, 2]
-    assert "before" in result.stdout and "greedy pass@1" in result.stdout
+    assert "before" in result.stdout and "accuracy (greedy)" in result.stdout
     assert list((output / "runs").glob("**/events*"))
 
 

@@ -211,7 +211,7 @@ def test_experiment_quick_test(here, cache):
     log = (folder / "train.log").read_text().splitlines()
     shown = [line for line in log if not line or line not in result.stderr]  # warnings are on stderr
     assert shown == re.sub(r"^[ \r]+(?=step)", "", result.stdout, flags=re.MULTILINE).splitlines()
-    assert "step   10/10" in result.stdout and "greedy pass@1" in result.stdout
+    assert "step   10/10" in result.stdout and "accuracy (greedy)" in result.stdout
 
 
 def test_model_gemma3_1b_experiment_full_training(here, model_folder):

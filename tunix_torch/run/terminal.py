@@ -318,7 +318,7 @@ def _summed(history: Sequence[dict[str, float]], temperature: float | None) -> d
     sampled = "sampled" if temperature is None else f"temperature {temperature:g}"
     logged = {key for row in history for key in row}
     names = {
-        "eval_accuracy": "greedy pass@1",
+        "eval_accuracy": "accuracy (greedy)",
         **{key: f"{key.removeprefix('eval_')} ({sampled})" for key in sorted(logged) if key.startswith("eval_mean@")},
         "eval_rewards/accuracies": "held-out pairs right",
         "eval_loss": "held-out loss",
