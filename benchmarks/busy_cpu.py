@@ -1,7 +1,7 @@
 """Measure what it costs that OpenMP's threads spin while they wait, on quiet cores and beside a job that uses them too.
 
 Run it as `python -m benchmarks.busy_cpu`. The default job takes four steps with GNU's own number of turns and with the
-number that `runtime/choice.py` sets, in turns, alone and beside a process that multiplies matrices on one core.
+number that `runtime/choice.py` sets, one after the other, alone and beside a process that multiplies matrices.
 """
 
 import json
@@ -12,8 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tunix_torch.runtime.choice import SPINS_OF_THREADS
+
 ROOT = Path(__file__).parent.parent
-SPINS = {"GNU's 300,000 turns": "300000", "ours": "1000"}
+SPINS = {"GNU's 300,000 turns": "300000", "ours": SPINS_OF_THREADS}
 OTHER = "import torch; torch.set_num_threads(1); a = torch.randn(256, 256)\nwhile True: a @ a"
 ROUNDS, STEPS = 2, 4
 

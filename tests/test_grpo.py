@@ -527,7 +527,7 @@ def test_invalid_values_are_refused_by_name_and_value(subtests):
 
 def test_settings_that_cannot_work_together_are_refused(subtests):
     for options, names in [
-        ({"algorithm": "dapo", "beta": 0.1}, "kl_penalty_coef=0.1.*dapo"),
+        ({"algorithm": "dapo", "beta": 0.1}, r"kl_penalty_coef \(beta\)=0.1.*dapo"),
         ({"num_iterations": 2, "gradient_accumulation_steps": 4}, "num_iterations=2.*gradient_accumulation_steps=4"),
         ({"max_length": 512, "max_prompt_length": 100}, "max_prompt_length=100.*256"),
         ({"bf16": True}, "bf16"),

@@ -267,6 +267,10 @@ def test_another_length_is_said_where_the_schedule_changes(kind, is_said, model_
     longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     said = "max_steps=3 (was 2): the learning rate goes on along the schedule of the new length"
     assert (said in caplog.text) == is_said
+    caplog.clear()
+    more = make(model_folder, tmp_path, lr_scheduler_type=kind, num_train_epochs=5)  # which max_steps outweighs
+    more.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "the learning rate goes on" not in caplog.text
 
 
 def test_a_run_that_begins_where_another_has_been_says_what_it_may_overwrite(checkpoint, model_folder, caplog):

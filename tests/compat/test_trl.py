@@ -5,6 +5,7 @@ import importlib.util
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from models import save_reward_model
 from peft import LoraConfig
 from transformers import HfArgumentParser, TrainingArguments
 
+from tunix_torch.checkpoints.publishing import uploaded_files
 from tunix_torch.cli import ask
 from tunix_torch.cli.answering import Asked
 from tunix_torch.compat.trl import REFUSED_ARGUMENTS, GRPOConfig, GRPOTrainer
 from tunix_torch.compat.trl_config import FIELDS, REMOVED, to_ours
 from tunix_torch.model.loading import load_model
+from tunix_torch.run.export import export_merged
 
 ROWS = [{"prompt": f"Say {i}.", "n": i} for i in range(12)]
 has_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
@@ -158,6 +161,7 @@ def test_what_was_trained_is_asked_in_the_form_of_its_questions(as_messages, pef
     rows = [{"prompt": question} for question in questions]
     trainer = make_trainer(model_folder, tmp_path, rows=rows, peft_config=peft_config)
     trainer.save_model()
+    trainer.save_state()
     asked = Asked(ask.parse_args(["--question", "?"], "ask"), str(tmp_path))
     text, ids = asked.prompt("1 + 1?")
     assert ("<start_of_turn>user\n1 + 1?<end_of_turn>" in text) == as_messages and asked.system_message == ""
@@ -165,6 +169,14 @@ def test_what_was_trained_is_asked_in_the_form_of_its_questions(as_messages, pef
     assert not as_messages or text.startswith(rendered)
     card = (tmp_path / "README.md").read_text()
     assert ("apply_chat_template" in card) == as_messages and "--config" not in card
+    copy, merged = (tmp_path.with_name(f"{tmp_path.name}-{name}") for name in ("copy", "merged"))
+    export_merged(tmp_path, merged)
+    for name in uploaded_files(tmp_path):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / name, copy / name)
+    for folder in (merged, copy):
+        asked = Asked(ask.parse_args(["--question", "?"], "ask"), str(folder))
+        assert asked.prompt("1 + 1?") == (text, ids), "as a plain model, and as a copy of what is uploaded"
 
 
 def test_prompts_and_columns_reach_rewards_as_they_stand_however_long(model_folder, tmp_path):

@@ -27,9 +27,9 @@ SICK = {
 }
 
 
-def watched(steps, use_grpo=True, end=True):
+def watched(steps, use_grpo=True, end=True, began_after=0):
     """Give the numbers of each step to a new watch, and return it."""
-    watch, state, args = CollapseWatch(), SimpleNamespace(global_step=0), SimpleNamespace(use_grpo=use_grpo)
+    watch, state, args = CollapseWatch(), SimpleNamespace(global_step=began_after), SimpleNamespace(use_grpo=use_grpo)
     watch.on_train_begin(args, state, None)
     for numbers in steps:
         state.global_step += 1
@@ -113,6 +113,16 @@ def test_equal_rewards_of_a_batch_are_said_once_a_run(model_folder, tmp_path, ca
     assert sum("there is nothing to learn from this batch" in message for message in caplog.messages) == 1
     assert "equal rewards (steps 1 to 3)" in trainer.collapse.summary() and trainer.collapse.summary() in caplog.text
     assert "so from its first step" in trainer.collapse.summary(), "nothing has collapsed: it never was otherwise"
+
+
+def test_only_what_was_so_in_every_step_since_the_first_is_said_to_be_of_the_start(caplog):
+    equal = HEALTHY | {"frac_reward_zero_std": 1.0}
+    assert "so from its first step: equal rewards (steps 1 to 20)" in watched([equal] * 20).summary()
+    between = watched([*[equal] * 10, *[HEALTHY] * 70, *[equal] * 19], end=False)
+    assert "signs of a collapse: equal rewards (steps 1 to 99)" in between.summary(), "it has learned between"
+    caplog.clear()
+    resumed = watched([equal] * 20, began_after=500)
+    assert "signs of a collapse: equal rewards (steps 501 to 520)" in resumed.summary() and len(said(caplog)) == 1
 
 
 def test_a_learning_rate_that_ruins_the_policy_is_said_during_the_run_and_once_more_at_its_end(

@@ -238,7 +238,10 @@ def test_a_teacher_of_other_tokens_is_refused_in_one_line(model_folder, teacher_
     "settings, message",
     [
         ({"use_grpo": False}, "teacher='base': judges what the policy samples: set use_grpo to True"),
-        ({"beta": 0.1}, "kl_penalty_coef=0.1: with a teacher there is no KL penalty from the reference policy; leave"),
+        (
+            {"beta": 0.1},
+            r"kl_penalty_coef \(beta\)=0.1: with a teacher there is no KL penalty from the reference policy",
+        ),
         ({"save_batches": 1}, "save_batches=1: a record has no teacher to be replayed with; leave it at 0"),
         ({"teacher": None, "distillation_coef": 2.0}, "distillation_coef=2.0: of which teacher. Set teacher"),
         ({"distillation_coef": 0.0}, "distillation_coef=0.0: must be above 0"),

@@ -289,7 +289,10 @@ def test_wrong_rows_are_named_before_anything_else_happens(model_folder, tmp_pat
     [
         ({"use_grpo": True}, "preference_loss='dpo': learns from given completions: set use_grpo to False"),
         ({"preference_loss": "dopo"}, "preference_loss='dopo': choose one of dpo, ipo, simpo, orpo"),
-        ({"beta": 0.1}, "kl_penalty_coef=0.1: the KL penalty of GRPO .also beta.; preference losses take preference_b"),
+        (
+            {"beta": 0.1},
+            r"kl_penalty_coef \(beta\)=0.1: the KL penalty of GRPO .*; preference losses take preference_b",
+        ),
         ({"micro_batch_size": 3}, "micro_batch_size=3: counts completions, two a pair: give a multiple of 2"),
         ({"simpo_gamma": 1.0}, "simpo_gamma=1.0: it belongs to preference_loss simpo; leave it out"),
         (

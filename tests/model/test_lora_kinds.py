@@ -173,7 +173,7 @@ def test_of_two_adapters_one_learns_and_is_resumed(folder, tmp_path):
     assert same(*map(lora_weights, trainers)) and kls(trainers[0]) == kls(trainers[1])
 
 
-def test_new_tokens_whose_embeddings_learn_are_saved(folder, tmp_path):
+def test_new_tokens_whose_embeddings_learn_are_saved(folder, tmp_path, caplog):
     """Embeddings that were resized and copied: all of them are saved as copies, or none of them is."""
     tokenizer = tiny.make_tokenizer()
     tokenizer.add_tokens(["<a>", "<b>"])
@@ -190,6 +190,7 @@ def test_new_tokens_whose_embeddings_learn_are_saved(folder, tmp_path):
     ids = torch.tensor([[2, 10, len(tokenizer) - 2, len(tokenizer) - 1]])
     loaded = load_model(str(tmp_path / "run"))
     torch.testing.assert_close(logits_of(loaded, ids), logits_of(trainer.model, ids), rtol=0, atol=1e-4)
+    assert "is not the one that it was trained on" not in caplog.text
     with pytest.raises(ValueError, match="modules_to_save=.*resized or set, so name both"):
         make_trainer(resized(), tmp_path / "other", processing_class=tokenizer, peft_config=one)
 

@@ -6,7 +6,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from written_runs import completion, healthy_rows, with_values, write_run
 
 from tunix_torch.cli.command import main
@@ -151,13 +151,31 @@ def test_a_reward_that_is_lost_at_once_says_that_the_rate_is_too_high():
     """That completions no longer end follows from it, and more room for them would not help."""
     found = findings(with_values(healthy_rows(), **BROKEN))
     assert list(found)[0] == "learning rate too high" and "1.25" in found["learning rate too high"].shows
-    assert found["cut-off completions"].tries == ("what that finding says",)
+    assert found["cut-off completions"].tries == ("what the finding says that explains it: learning rate too high",)
     kept = {name: value for name, value in BROKEN.items() if name.startswith("eval")}
     unharmed = with_values(healthy_rows(), **BROKEN | dict.fromkeys(kept, lambda done: 0.44))
     assert "learning rate too high" not in findings(unharmed), "the answers are as right as before"
     lucky = {"reward": lambda done: 1.25 if done < FIRST else 0.8 + 0.2 * math.sin(90 * done)}
     noisy = [row for row in with_values(healthy_rows(), **lucky) if "eval_runtime" not in row]
     assert "learning rate too high" not in findings(noisy), "the first batch was lucky"
+
+
+def test_without_evaluations_a_first_reward_that_may_be_chance_is_no_reward_lost_at_once():
+    def found(first, then, deviation):
+        shown = {"reward": lambda done: first if done < FIRST else then, "reward_std": lambda done: deviation}
+        rows = with_values(healthy_rows(), **shown)
+        return "learning rate too high" in findings([row for row in rows if "eval_runtime" not in row])
+
+    assert found(1.25, 0.0, deviation=0.4), "each completion earned something before"
+    assert not found(0.0625, 0.0, deviation=0.24), "one of sixteen completions was right"
+    assert not found(0.51, 0.5, deviation=0.0)
+
+
+def test_what_explains_that_completions_are_cut_off_is_named_whatever_stands_between():
+    rows = with_values(healthy_rows(), **BROKEN, **SHOWN["KL running away"], **SHOWN["nothing to learn from"])
+    found = findings(rows)
+    assert list(found)[0] == "learning rate too high" and list(found)[-2] == "nothing to learn from"
+    assert "another finding: learning rate too high" in found["cut-off completions"].shows
 
 
 def test_empty_completions_are_a_collapse():
@@ -226,6 +244,11 @@ def test_solved_questions_are_told_from_too_hard_ones():
     )
     assert "solved" in findings(easy)["nothing to learn from"].shows
     assert "too hard" in findings(hard)["nothing to learn from"].shows
+    for constant, words, first in ((0.0, "too hard", "easier questions"), (0.3, "the same", "look at what")):
+        rows = with_values(healthy_rows(), frac_reward_zero_std=lambda done: 1.0, reward=lambda done: constant)  # noqa: B023
+        finding = findings(rows)["nothing to learn from"]
+        assert words in finding.shows and finding.tries[0].startswith(first)
+        assert any("look at what your reward functions return" in what for what in finding.tries)
 
 
 def test_the_command_prints_findings_as_text_and_as_json(tmp_path, capsys):
@@ -404,8 +427,8 @@ def said_so_far(rows, capsys, max_steps=1000):
     for number, row in enumerate(rows, start=1):
         state = TrainerState(log_history=rows[:number], global_step=row["step"], max_steps=max_steps)
         if "eval_accuracy" in row:
-            callback.on_evaluate(args, state, None)
-        callback.on_save(args, state, None)
+            callback.on_evaluate(args, state, TrainerControl())
+        callback.on_save(args, state, TrainerControl())
         said = capsys.readouterr().out
         lines += [(row["step"], said)] if said else []
     return lines
@@ -427,7 +450,7 @@ def test_a_run_at_work_names_a_finding_once_and_before_its_end(name, capsys):
 def test_the_last_step_is_left_to_the_end_of_the_job(capsys):
     rows = with_values(healthy_rows(), **SHOWN["KL running away"])
     callback, state = FindingsSoFar(), TrainerState(log_history=rows, global_step=100, max_steps=100)
-    callback.on_save(TrainingArguments(output_dir="out", report_to=[]), state, None)
+    callback.on_save(TrainingArguments(output_dir="out", report_to=[]), state, TrainerControl())
     assert capsys.readouterr().out == ""
 
 

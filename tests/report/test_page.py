@@ -455,7 +455,7 @@ def test_a_page_says_by_which_command_it_was_written_and_this_one_works(run, tmp
 def test_what_fails_in_a_report_does_not_fail_its_run(tmp_path, caplog):
     folder = write_run(tmp_path / "a", healthy_rows(steps=3), {}, [completion(1)])
     (folder / "completions" / "completions_00001.parquet").write_bytes(b"no parquet")
-    page.write_report_of_ended_run(folder)
+    assert page.write_report_of_ended_run(folder) is False
     assert not (folder / "report.html").exists()
     (record,) = caplog.records
     assert "The report was not written: ValueError" in record.message and "python report.py" in record.message

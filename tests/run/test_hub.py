@@ -14,6 +14,7 @@ FINAL = {
     *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "config.json"),
     *(
         "metrics.jsonl",
+        "run.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "trainer_state.json",
@@ -110,4 +111,5 @@ def test_a_trainer_saves_and_uploads_by_itself(server, model_folder, tmp_path):
     (files,) = server.files.values()
     assert server.commits == ["mine"] and "adapter_model.safetensors" in files
     assert ModelCard(files["README.md"].decode()).data.language == "en"
-    assert not any("reference" in name or name == "run.json" for name in files)
+    assert not any("reference" in name for name in files)
+    assert "run.json" in files and b"token" not in files["run.json"], "it says how the model is asked"

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from runs import run
 from safetensors.torch import load_file
 
 from tunix_torch import DataConfig, GRPOConfig, ModelConfig, train
@@ -85,8 +86,17 @@ def test_each_stage_goes_on_with_the_adapter_of_the_last(model_folder, tmp_path,
         )
 
 
-def test_another_instruction_than_that_of_the_last_stage_is_said(finished_run, caplog):
+def test_another_instruction_than_that_of_the_last_stage_is_said(finished_run, tmp_path, caplog):
     warn_of_other_prompts(str(finished_run), "")
     assert not caplog.messages
-    warn_of_other_prompts(str(finished_run), "Think.")
-    assert caplog.text.rstrip().endswith("it is asked as before with --system_message ''")
+    settings = {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no", "eval_steps": None}
+    run(str(finished_run), tmp_path / "next", system_message="Think.", **settings)
+    assert "it is asked as before with --system_message ''" in caplog.text
+
+
+def test_a_file_of_settings_beside_a_user_says_nothing_of_a_model_of_the_hub(tmp_path, monkeypatch, caplog):
+    (tmp_path / "config.json").write_text(json.dumps({"system_message": "Think."}))
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "gemma"):
+        warn_of_other_prompts(name, "")
+    assert not caplog.messages

@@ -22,6 +22,7 @@ from tunix_torch.cli import train
 from tunix_torch.config.flags import parse_job
 from tunix_torch.model import tiny
 from tunix_torch.run.callbacks import STOPPING
+from tunix_torch.trainer import TunixTrainer
 
 FLAGS = (
     "--use_grpo --max_steps 1 --batch_size 2 --max_completion_length 8 --max_prompt_length 48 --system_message= "
@@ -204,7 +205,10 @@ def test_every_signal_that_asks_to_end_saves_first_and_resuming_says_from_where(
     result = call(train, *flags)
     assert result.returncode == 128 + number, result.stderr
     name = "Ctrl-C" if number == signal.SIGINT else number.name
-    assert f"{name}: this step or evaluation is finished" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        f"{name}: after this step and its evaluation the run saves" in result.stderr
+        and "Traceback" not in result.stderr
+    )
     assert f"Stopped by {name} after step 2; the same command with --resume_from_checkpoint" in result.stderr
     checkpoint = tmp_path / "out" / "checkpoint-2"
     assert newest_checkpoint(tmp_path / "out") == checkpoint
@@ -240,6 +244,44 @@ def test_the_same_ctrl_c_that_comes_twice_is_one(signals, call, model_folder, tm
     monkeypatch.setattr(signals, "pauses", [0, 0.01])
     result = call(train, *judged_by_signals(model_folder, tmp_path / "out"))
     assert result.returncode == 130 and "Stopped by Ctrl-C after step 2;" in result.stderr, result.stderr
+
+
+def test_a_run_that_fails_gives_the_signals_back(model_folder, tmp_path, monkeypatch):
+    """Else the next Ctrl-C in a notebook would wait for a step that never comes."""
+    handlers = [signal.getsignal(number) for number in STOPPING]
+    monkeypatch.setattr(TunixTrainer, "training_step", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(model_folder, tmp_path / "out", eval_strategy="no", eval_steps=None)
+    assert [signal.getsignal(number) for number in STOPPING] == handlers
+
+
+def test_a_run_says_what_is_wrong_with_it_at_a_checkpoint_and_at_its_end(call, model_folder, tmp_path, monkeypatch):
+    text = "def reward(completions, **columns):\n    return [0.5] * len(completions)\n"
+    (tmp_path / "constant_of_runs.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    flags = [*FLAGS, "--model_name", model_folder, "--output_dir", tmp_path / "out", "--max_steps", "8"]
+    flags += ["--save_steps", "6", "--reward_funcs", "constant_of_runs.reward", "--judge", "correctness"]
+    result = call(train, *flags)
+    so_far, end = (line for line in result.stdout.splitlines() if line.startswith("Diagnosis"))
+    how = f"python -m tunix_torch.diagnose {tmp_path / 'out'} says why, and what to try"
+    assert so_far.startswith("Diagnosis so far: ") and end.startswith("Diagnosis: ")
+    assert "nothing to learn from" in so_far and "nothing to learn from" in end
+    assert so_far.endswith(how) and end.endswith(how)
+
+
+def test_a_report_that_fails_on_a_resumed_run_does_not_end_it(model_folder, tmp_path, capsys):
+    run(model_folder, tmp_path / "out", eval_strategy="no", eval_steps=None)
+    assert (tmp_path / "out" / "report.html").is_file()
+    (next((tmp_path / "out" / "completions").glob("*.parquet"))).write_bytes(b"no parquet")
+    run(
+        model_folder,
+        tmp_path / "out",
+        max_steps=5,
+        resume_from_checkpoint="latest",
+        eval_strategy="no",
+        eval_steps=None,
+    )
+    assert "Ask it: " in capsys.readouterr().out.splitlines()[-1]
 
 
 # ---- disks ----

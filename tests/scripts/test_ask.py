@@ -83,6 +83,23 @@ def test_the_tiny_model_is_asked_each_question_by_itself(talk, monkeypatch):
     assert prompts == ["1 + 1?", "And 2?"] and "; it has learned sums" in result.stdout
 
 
+@pytest.mark.parametrize(
+    "settings, is_tiny",
+    [
+        ({"model_name": "tiny", "data_path": None, "dataset": None}, True),
+        ({"model_name": "tiny", "data_path": "mine.jsonl", "dataset": None}, False),
+        ({"model_name": "google/gemma-3-270m-it"}, False),
+        ({}, False),
+    ],
+)
+def test_what_a_job_has_learned_is_known_by_its_settings(settings, is_tiny, tmp_path):
+    """Also where it trained all weights, which name no base model. Of a script's trainer the data are not known."""
+    facts = {"settings": settings | {"system_message": "", "learning_rate": 1e-3}}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    assert answering.asks_tiny(str(tmp_path)) == is_tiny
+    assert answering.asks_tiny("tiny") and not answering.asks_tiny("google/gemma-3-270m-it")
+
+
 def test_turns_that_the_model_cannot_take_are_left_out(finished_run, capsys):
     asked = asked_by(finished_run)
     most = asked.most_tokens

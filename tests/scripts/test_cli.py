@@ -78,6 +78,9 @@ def test_train_writes_everything_that_is_promised(trained):
     assert evaluated == [0, 2]
     assert [row["step"] for row in rows if "reward" in row] == [1, 2]
     assert "before" in result.stdout and "accuracy (greedy)" in result.stdout
+    assert "16 training rows, 4 evaluation rows, asked first\n" in result.stdout
+    assert f"What came of it, as a page: {output / 'report.html'}\n" in result.stdout
+    assert result.stdout.endswith(f'Ask it: python inference.py --model_path {output} --question "..."\n')
     assert list((output / "runs").glob("**/events*"))
 
 

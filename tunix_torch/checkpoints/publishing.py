@@ -15,6 +15,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from transformers.trainer_utils import HubStrategy
 
 from ..config.files import write_whole
+from ..config.saved import RUN_FILE, WHOLE_CONFIG_FILE
 from ..config.services import blamed_on
 from ..model.forward import base_model
 from ..model.policies import Policy
@@ -26,8 +27,8 @@ from .same_run import RunFacts
 logger = logging.getLogger(__name__)
 
 # What is uploaded of a run's folder. Checkpoints, earlier runs, kept batches and files of other programs are not.
-UPLOADED = (*FINAL_FILES, CARD_FILE, CURVES_FILE, "config.json", "run_config.json", "metrics.jsonl", "report.html")
-UPLOADED += ("runs/**/*",)  # of TensorBoard
+UPLOADED = (*FINAL_FILES, CARD_FILE, CURVES_FILE, "config.json", WHOLE_CONFIG_FILE, RUN_FILE)
+UPLOADED += ("metrics.jsonl", "report.html", "runs/**/*")  # the last are TensorBoard's
 UPLOADING = "uploading"  # the folder in output_dir where the files of a checkpoint wait until they are uploaded
 
 
@@ -122,7 +123,7 @@ class PushesToHub(SavesBeforeFailing):
                 token=token or self.args.hub_token,
                 run_as_future=not blocking,
                 revision=revision or self.args.hub_revision,
-                allow_patterns=_uploaded(folder),
+                allow_patterns=uploaded_files(folder),
             )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -146,7 +147,7 @@ class PushesToHub(SavesBeforeFailing):
 
         def upload() -> None:
             with _without_bars():
-                push(commit_message=message, allow_patterns=_uploaded(waiting))
+                push(commit_message=message, allow_patterns=uploaded_files(waiting))
                 if everything:
                     newest = args.hub_strategy == HubStrategy.CHECKPOINT
                     place = "last-checkpoint" if newest else Path(checkpoint_folder).name
@@ -162,7 +163,7 @@ class PushesToHub(SavesBeforeFailing):
                 self.push_in_progress.result()
 
 
-def _uploaded(folder: str | Path) -> list[str]:
+def uploaded_files(folder: str | Path) -> list[str]:
     """The files in a run's folder that are uploaded, by their names in it."""
     folder = Path(folder)
     return [path.relative_to(folder).as_posix() for pattern in UPLOADED for path in sorted(folder.glob(pattern))]

@@ -13,7 +13,15 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ..config.files import load_config, write_whole
 from ..config.grpo import GRPOConfig
-from ..config.saved import BASE, QUESTIONS, RUN_FILE, changed_settings, refuse_changes, saved_settings, settings_of
+from ..config.saved import (
+    ARE_MESSAGES,
+    BASE_WEIGHTS,
+    RUN_FILE,
+    changed_settings,
+    refuse_changes,
+    saved_settings,
+    settings_of,
+)
 from ..data.fingerprint import are_messages, fingerprint_of
 from ..runtime import together
 
@@ -52,14 +60,20 @@ class RunFacts:
         return are_messages(self._rows)
 
     def know_rows(self, are_compared: bool) -> None:
-        """Look at the rows now: of a stream, before it is read. Only checkpoints hold what is `compared` of them."""
-        _ = self.questions_are_messages, self._training_data if are_compared else None
+        """Look at the rows now: of a stream, before it is read.
+
+        Args:
+            are_compared: whether a checkpoint will hold what is compared of them.
+        """
+        _ = self.questions_are_messages
+        if are_compared:
+            _ = self._training_data
 
     def _others(self) -> dict[str, Any]:
         """What is compared besides settings. None: it is not known."""
         return {
             "training_data": self._training_data,
-            BASE: self._base_weights,
+            BASE_WEIGHTS: self._base_weights,
             "reward_functions": self.reward_funcs if self._args.use_grpo else None,
             "processes": together.count(),
         }
@@ -70,8 +84,8 @@ class RunFacts:
 
     def save(self, folder: str | Path, is_checkpoint: bool) -> None:
         """Write into a folder how what was trained is asked and on which base, or of a checkpoint all facts."""
-        others = self._others() if is_checkpoint else {BASE: self._base_weights}
-        facts = {"settings": self.known_settings(), **others, QUESTIONS: self.questions_are_messages}
+        others = self._others() if is_checkpoint else {BASE_WEIGHTS: self._base_weights}
+        facts = {"settings": self.known_settings(), **others, ARE_MESSAGES: self.questions_are_messages}
         write_whole(Path(folder) / RUN_FILE, json.dumps(facts, indent=1, default=str) + "\n")
 
     def check(self, checkpoint: str | Path) -> None:
@@ -102,7 +116,8 @@ class RunFacts:
 
     def _say_length(self, checkpoint: str | Path, earlier: dict[str, Any]) -> None:
         """Say where a run has another length than it had, which a resumed run may: its schedule is another one, too."""
-        lengths = {name: getattr(self._args, name) for name in ("max_steps", "num_train_epochs")}
+        names = ["max_steps"] if self._args.max_steps > 0 else ["max_steps", "num_train_epochs"]
+        lengths = {name: getattr(self._args, name) for name in names}
         other = {name: now for name, now in lengths.items() if earlier.get(name, now) != now}
         if other and self._args.lr_scheduler_type not in ("constant", "constant_with_warmup") and together.is_first():
             shown = ", ".join(f"{name}={now:g} (was {earlier[name]:g})" for name, now in other.items())

@@ -22,7 +22,7 @@ from ..model.origin import is_tiny
 from ..rollout.rows import Rows
 from ..rollout.sampler import Sampler
 from ..rollout.tokens import SamplingParams
-from ..run.folder import find_prompt_settings, find_system_message
+from ..run.folder import find_prompt_settings, find_system_message, settings_near
 from .ask import PROMPT_TEMPLATES
 
 BATCH_ROWS = 64  # completions at a time
@@ -89,8 +89,12 @@ def build_prompt(
 
 
 def asks_tiny(model_path: str) -> bool:
-    """Whether the tiny model answers, or one that was trained from it."""
-    return is_tiny(base_model_name(model_path))
+    """Whether the tiny model answers: by itself, or as a job of `train` has trained it on the questions of its own."""
+    settings = settings_near(model_path)
+    if not settings:
+        return is_tiny(model_path)
+    other_data = settings.get("data_path") or settings.get("dataset")
+    return is_tiny(settings.get("model_name", "")) and not other_data
 
 
 class Asked:

@@ -102,8 +102,8 @@ def warn_of_loss(args: "GRPOConfig") -> None:
     changing = [name for name in off if getattr(args, name) not in (off[name], None, 0)]
     if args.sampler_correction == "none" and changing:
         logger.warning(
-            "%s: unlikely tokens are not sampled, while the loss is that of a policy which may choose them. "
-            "sampler_correction='token_truncate' weighs the difference; with %s there is none.",
+            "%s: completions are sampled from other probabilities than those of the policy, which the loss takes. "
+            "sampler_correction='token_truncate' weighs the difference; without it samples %s.",
             ", ".join(f"{name}={getattr(args, name):g}" for name in changing),
             ", ".join(f"{name}={off[name]}" for name in changing),
         )

@@ -20,7 +20,7 @@ CONFIG_FILE = "config.json"
 WHOLE_CONFIG_FILE = "run_config.json"
 # In a checkpoint's folder: the settings, and what else a run that goes on from it must have in common with it.
 RUN_FILE = "run.json"
-BASE, QUESTIONS = "base_weights", "questions_are_messages"  # facts in it
+BASE_WEIGHTS, ARE_MESSAGES = "base_weights", "questions_are_messages"  # facts in it
 
 # Fields of transformers.TrainingArguments that people set; all fields of our own come on top.
 COMMON_FIELDS = (

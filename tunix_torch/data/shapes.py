@@ -162,7 +162,7 @@ def _question_column(row: Row, where: str, supervised: bool) -> str:
         there = there or [name for name in (MESSAGES, TEXT) if row.get(name) is not None][:1]
     if not there:
         own = ", ".join(name for name, value in row.items() if value is not None) or "nothing"
-        hint = "; --question_column can name another one"
+        hint = "; rename the one that holds it, or name it by --question_column"
         if row.get(MESSAGES) is not None:
             hint = ": put the messages before the answer into prompt, and the answer into completion or answer"
         expected = "prompt, question, messages or text" if supervised else "prompt or question"
@@ -242,8 +242,9 @@ def _expected_answer(row: Row, choices: list[tuple[str, str]]) -> tuple[Any, str
         reasoning, answer = split_marked_answer(answer)
     if answer is None or (isinstance(answer, str) and (not answer.strip() or answer.rstrip().endswith("####"))):
         boxed = ", or \\boxed{...} in the solution" if "solution" in row else ""
-        expected = f"a column named {', '.join(ANSWER_COLUMNS)}{boxed}; --answer_column can name another one"
-        raise ValueError(f"no answer; expected {expected}")
+        expected = f"a column named {', '.join(ANSWER_COLUMNS)}{boxed}"
+        hint = "rename the one that holds it, or name it by --answer_column"
+        raise ValueError(f"no answer; expected {expected}; {hint}")
     return answer, reasoning
 
 

@@ -43,7 +43,6 @@ class CollapseWatch(TrainerCallback):
     def _begin(self) -> None:
         self.said: dict[str, tuple[int, int]] = {}  # the name of each sign, with the first and the last step of it
         self._numbers: dict[str, list[float]] = {}  # of the step that is under way
-        self._first_step = 0  # 0: none was watched yet
         self._streaks: dict[str, Streak] = {}
         self._rewards: deque[float] = deque(maxlen=WINDOW)
         self._lengths: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # with the share that is cut off
@@ -91,7 +90,6 @@ class CollapseWatch(TrainerCallback):
         numbers = {name: sum(values) / len(values) for name, values in self._numbers.items()}
         self._numbers = {}
         self._steps += 1
-        self._first_step = self._first_step or state.global_step
         for sign in SIGNS:
             self._look(sign, numbers.get(sign.metric), state.global_step)
         self._look_at_reward(numbers.get("reward"), state.global_step)
@@ -184,9 +182,10 @@ class CollapseWatch(TrainerCallback):
             logger.warning("%s. %s: %s. It means: %s. Try %s", begun, steps, saw, means, hint)
 
     def _is_of_start(self, name: str) -> bool:
-        """Whether a sign has held since the first step that was watched, before anything was learned: then it is one of
-        the settings or of the questions."""
-        return name in ("equal rewards", "all cut off") and self.said[name][0] == self._first_step
+        """Whether a sign has held in every step since the first, before anything was learned: then it is one of the
+        settings or of the questions. Of a resumed run that is not known."""
+        streak = self._streaks.get(name)
+        return name in ("equal rewards", "all cut off") and streak is not None and streak.first == 1
 
     def summary(self) -> str:
         """All that was said, in one line; "" where nothing was."""

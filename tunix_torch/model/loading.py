@@ -21,8 +21,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..config.files import load_config
 from ..config.hub import require_hub_for_model
 from ..config.model import ModelConfig
-from ..config.saved import BASE, RUN_FILE, is_folder_of_run
-from ..runtime import device, fsdp, mesh, tensor_parallel
+from ..config.saved import BASE_WEIGHTS, RUN_FILE, is_folder_of_run
+from ..runtime import device, fsdp, mesh, tensor_parallel, together
 from ..runtime.fsdp import Splitting
 from ..runtime.sharding import shard_model
 from . import tiny
@@ -241,17 +241,18 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel |
         if weights.is_file():
             with safe_open(weights, framework="pt") as file:
                 saved = {key: file.get_slice(key).get_shape()[0] for key in file.keys()}
-        _resize_embeddings(base, saved)
+        resized = _resize_embeddings(base, saved)
         model = PeftModel.from_pretrained(base, name)
         if saved:
             _require_all(name, set(get_peft_model_state_dict(model, save_embedding_layers=False)) - set(saved))
-    _warn_of_another_base(model, Path(name) / RUN_FILE, saved)
+    if not resized and together.is_first():  # the rows that were added have other numbers in each process
+        _warn_of_another_base(model, Path(name) / RUN_FILE, saved)
     return model
 
 
 def _warn_of_another_base(model: PeftModel, of_run: Path, saved: Container[str]) -> None:
     """Say so where the base model is not the one that an adapter was trained on, as far as its run has noted that."""
-    trained_on = load_config(of_run).get(BASE) if of_run.is_file() else None
+    trained_on = load_config(of_run).get(BASE_WEIGHTS) if of_run.is_file() else None
     if trained_on is None:
         return
     own = [tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in saved]
@@ -261,13 +262,19 @@ def _warn_of_another_base(model: PeftModel, of_run: Path, saved: Container[str])
         logger.warning("%s: %s (%s, and it was %s)", of_run.parent, what, found, trained_on)
 
 
-def _resize_embeddings(base: PreTrainedModel, saved: dict[str, int]) -> None:
-    """Resize the embeddings to those that were saved with an adapter, since its run may have added tokens."""
+def _resize_embeddings(base: PreTrainedModel, saved: dict[str, int]) -> bool:
+    """Resize the embeddings to those that were saved with an adapter, since its run may have added tokens.
+
+    Returns:
+        whether they had another size.
+    """
     embeddings = base.get_input_embeddings()
     place = next(module for module, found in base.named_modules() if found is embeddings)
     rows = saved.get(f"base_model.model.{place}.weight", embeddings.weight.shape[0])
-    if rows != embeddings.weight.shape[0]:
-        base.resize_token_embeddings(rows, mean_resizing=False)
+    if rows == embeddings.weight.shape[0]:
+        return False
+    base.resize_token_embeddings(rows, mean_resizing=False)
+    return True
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:

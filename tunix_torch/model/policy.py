@@ -47,7 +47,7 @@ def make_policy(
             a mesh of processes can't split the model or draw its dropout, or the hosts of a mesh differ.
     """
     if isinstance(model, str | Path):
-        if str(model) == TINY_NAME and args.system_message:
+        if str(model) == TINY_NAME and args.system_message and together.is_first():
             logger.warning(
                 "system_message=%.40r: model_name='tiny' has seen no instructions and answers worse with one; give ''",
                 args.system_message,

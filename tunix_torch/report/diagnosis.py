@@ -23,19 +23,23 @@ from .suspects import (
 # Logs that are looked at together: single batches are noisy. A run of fewer than so many is judged by all of its logs.
 WINDOW = 20
 
+RATE_TOO_HIGH = "learning rate too high"
+
 
 def diagnose(run: RunRecord) -> list[Finding]:
     """All findings about a run, the most serious first. None: nothing was found."""
     rows = steps_of_training(run.rows)
     alike = collapse(rows), same_text(run.completions)
     broken, hacked = broke_at_once(run.rows), reward_hacking(run.rows)
+    # what says why a policy that ended its answers at first does not do so any more
+    cause = RATE_TOO_HIGH if broken else hacked.name if hacked else None
     found = (
         rate_too_high(rows, broken),
         kl_runs_away(rows),
         hacked,
         *alike,
         nothing_to_learn(rows, alike=any(alike)),
-        cut_off(rows, is_explained=bool(broken or hacked)),
+        cut_off(rows, cause),
         format_without_answers(rows),
     )
     known = [finding for finding in found if finding is not None]
@@ -68,24 +72,22 @@ def nothing_to_learn(rows: Rows, alike: bool) -> Finding | None:
     low, high = min(v for _, v in rewards), max(v for _, v in rewards)
     now = mean([value for _, value in rewards[-WINDOW:]])
     lines = [_line(points[0], key), _line(points[-1], key), Line(rewards[-1][0], "reward", rewards[-1][1])]
+    look = "look at what your reward functions return for a right and for a wrong answer (reward_funcs)"
+    part = "reward functions that give part of the reward for part of an answer (reward_funcs)"
     if alike:
         why = "This may follow from the finding before: completions that are alike have equal rewards"
         tries = ("what that finding says",)
     elif high > low and now - low > 0.9 * (high - low):
         why = "The reward is near the best it ever was, so the questions are probably solved"
         tries = ("harder questions (data_path)", "stop here: this adapter may be what you wanted")
-    elif high == low:
+    elif high == low != 0:
         why = f"The reward was {high:g} in every log, so the reward functions may give every completion the same"
-        tries = (
-            "look at what your reward functions return for a right and for a wrong answer (reward_funcs)",
-            "reward functions that give part of the reward for part of an answer",
-        )
+        tries = (look, part)
     else:
-        why = "The questions may be too hard, or the reward functions do not see a difference"
-        tries = (
-            "easier questions (data_path), or a model that answers some of them already",
-            "reward functions that give part of the reward for part of an answer (reward_funcs)",
-        )
+        none = "No completion earned anything: the" if high == low else "The"
+        why = f"{none} questions may be too hard, or the reward functions do not see a difference"
+        easier = "easier questions (data_path), or a model that answers some of them already"
+        tries = (easier, look, part) if high == low else (easier, part)
     return Finding(
         name="nothing to learn from",
         shows=f"In {share:.0%} of the groups of the last {len(points)} logs, all completions got the same reward: "
@@ -99,10 +101,10 @@ def nothing_to_learn(rows: Rows, alike: bool) -> Finding | None:
     )
 
 
-def cut_off(rows: Rows, is_explained: bool) -> Finding | None:
+def cut_off(rows: Rows, cause: str | None) -> Finding | None:
     """Completions that have no end when generation_max_length is reached are scored without their answer.
 
-    Another finding explains it where it says why a policy that ended its answers at first does not do so any more.
+    The cause is the finding, by its name, that explains why a policy that ended its answers at first no longer does.
 
     The bound is a quarter of the completions, over the last WINDOW logs: in a group of 4 then one completion, on
     average, is judged by how long it is and not by what it says.
@@ -116,8 +118,8 @@ def cut_off(rows: Rows, is_explained: bool) -> Finding | None:
     if lengths and lengths[-1][1] > 1.2 * lengths[0][1]:
         grew = f", and completions grew from {lengths[0][1]:.0f} to {lengths[-1][1]:.0f} tokens"
     first = series(rows, key)[0]
-    follows = is_explained and first[1] < bound
-    why = " At first they had one, so this may follow from the finding before." if follows else ""
+    follows = cause is not None and first[1] < bound
+    why = f" At first they had one, so this may follow from another finding: {cause}." if follows else ""
     seen = {first: None, points[0]: None, max(points, key=lambda p: p[1]): None}
     return Finding(
         name="cut-off completions",
@@ -125,7 +127,7 @@ def cut_off(rows: Rows, is_explained: bool) -> Finding | None:
         f"generation_max_length{grew}.{why}",
         lines=[_line(point, key) for point in seen]
         + [Line(step, "completions/mean_length", value) for step, value in lengths[-1:]],
-        tries=("what that finding says",)
+        tries=(f"what the finding says that explains it: {cause}",)
         if follows
         else (
             "a larger generation_max_length",
@@ -174,7 +176,7 @@ def rate_too_high(rows: Rows, broken: tuple[Line, Line] | None) -> Finding | Non
         said.append(f"{len(norms)} gradients were ten times as large as those before")
         lines += [_line(point, "grad_norm") for point in norms[:2]]
     return Finding(
-        name="learning rate too high",
+        name=RATE_TOO_HIGH,
         shows=_sentence(said),
         lines=lines,
         tries=(
@@ -191,7 +193,9 @@ def broke_at_once(rows: Rows) -> tuple[Line, Line] | None:
     where learning has only cost reward.
 
     No log of the last WINDOW reaches the first one, and held-out answers are surely right less often than at first.
-    Where there are no evaluations, the mean is below the first log by six standard deviations of single logs.
+    Where there are no evaluations, half of the first reward is lost, by more than six standard deviations of single
+    logs, and by more than one of the completions of the first log: a first reward that hardly a completion earned may
+    be chance.
     """
     points = series(steps_of_training(rows), "reward")
     if len(points) <= LEAST_LOGS:
@@ -201,7 +205,12 @@ def broke_at_once(rows: Rows) -> tuple[Line, Line] | None:
     now = mean(values)
     spread = (sum((value - now) ** 2 for value in values) / len(values)) ** 0.5
     held_out = [key for key in held_out_keys(rows) if len(series(rows, key)) >= 2]
-    fell = any(change_since(rows, key, 0)[1] < 0 for key in held_out) if held_out else first[1] - now > 6 * spread
+    of_first = max(dict(series(rows, "reward_std")).get(first[0], 0.0), abs(first[1]) / 2)
+    fell = (
+        any(change_since(rows, key, 0)[1] < 0 for key in held_out)
+        if held_out
+        else first[1] - now > max(6 * spread, of_first)
+    )
     if max(values) >= first[1] or not fell:
         return None
     return _line(first, "reward"), Line(last[-1][0], "reward", now, len(last))

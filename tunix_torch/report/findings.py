@@ -1,7 +1,9 @@
 """A finding of the diagnosis: its name, what was seen, the lines of the metrics that say so, and what to try."""
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -35,6 +37,12 @@ class Finding:
     def as_dict(self) -> dict[str, Any]:
         """The finding as JSON holds it."""
         return asdict(self)
+
+
+def in_one_line(names: Iterable[str], output_dir: str | Path) -> str:
+    """The names of findings about a run, and the command that says more of them."""
+    how = f"python -m tunix_torch.diagnose {shlex.quote(str(output_dir))} says why, and what to try"
+    return f"{', '.join(names)}; {how}"
 
 
 def in_plain_text(findings: Sequence[Finding], without: str, looked: Sequence[str]) -> str:

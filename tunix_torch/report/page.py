@@ -57,19 +57,24 @@ def write_comparison(output_dir: str | Path, other: str | Path, output: str | Pa
     return file
 
 
-def write_report_of_ended_run(output_dir: str | Path) -> None:
+def write_report_of_ended_run(output_dir: str | Path) -> bool:
     """Write the report of a run that has just ended. Whatever fails in it does not make the run fail: a line says so.
 
     Args:
         output_dir: the run's folder, whose files are whole.
+
+    Returns:
+        whether it was written, so that everything in the folder could be read.
     """
     try:
         write_report(output_dir)
+        return True
     except Exception as error:
         if os.environ.get("TUNIX_DEBUG") == "1":
             raise
         again = f"python report.py {shlex.quote(str(output_dir))} tries again"
         logger.warning("The report was not written: %s: %s. %s", type(error).__name__, error, again)
+        return False
 
 
 def _target(file: Path) -> Path:

@@ -9,7 +9,7 @@ from .completions import Completion, steps_of
 MOST_MOMENTS = 4  # at which the same question is shown
 # Questions shown of each kind, which their first and their last answer decide.
 QUESTIONS = (4, 2, 2, 1)
-KINDS = ("learned", "lost", "not learned", "known before")
+KINDS = ("learned", "lost", "not learned", "kept")
 MOST_SHOWN = 3  # of the best, of the worst, and of those that changed most
 
 

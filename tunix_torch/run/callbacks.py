@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shlex
 import signal
 import sys
 import time
@@ -15,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..config.files import write_whole
 from ..report.diagnosis import diagnose
+from ..report.findings import in_one_line
 from ..report.metrics import METRICS_FILE
 from ..report.record import RunRecord
 from ..runtime import together
@@ -54,6 +54,7 @@ class SaveOnSignal(TrainerCallback):
     def __init__(self, anyone: Callable[[bool], bool]) -> None:
         self.anyone, self.stopped = anyone, False
         self.told: signal.Signals | None = None  # the signal that this process got
+        self.before: dict[signal.Signals, Any] = {}  # the handlers that were there before training
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -71,7 +72,7 @@ class SaveOnSignal(TrainerCallback):
                 signal.raise_signal(number)
             return
         self.told, self.told_at = signal.Signals(number), time.monotonic()
-        said = f"\n{name_of(number)}: this step or evaluation is finished and a checkpoint saved, then the run stops"
+        said = f"\n{signal_name(number)}: after this step and its evaluation the run saves a checkpoint and stops"
         if number == signal.SIGINT:
             said += "; Ctrl-C again stops at once"
         if together.is_first():
@@ -89,11 +90,16 @@ class SaveOnSignal(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signals back to those who had them before training. It may be called twice."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        self.before = {}
 
 
-def name_of(number: int) -> str:
+def signal_name(number: int) -> str:
     """What the user knows a signal by."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
@@ -124,20 +130,21 @@ class MetricsFile(TrainerCallback):
 
 
 class FindingsSoFar(TrainerCallback):
-    """Says after an evaluation or a checkpoint what the diagnosis finds in the metrics so far, each finding once."""
+    """Says after an evaluation or a checkpoint what the diagnosis finds in the metrics so far, each finding
+    once a start."""
 
     def __init__(self) -> None:
         self.said: set[str] = set()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or state.global_step >= state.max_steps:  # the end of a job says it itself
+        ends = state.global_step >= state.max_steps or control.should_training_stop  # which says it itself
+        if not state.is_world_process_zero or ends:
             return
         found = diagnose(RunRecord(folder=Path(args.output_dir), rows=state.log_history))
         names = [finding.name for finding in found if finding.name not in self.said]
         if names:
             self.said.update(names)
-            how = f"python -m tunix_torch.diagnose {shlex.quote(str(args.output_dir))} says why, and what to try"
-            print(f"Diagnosis so far: {', '.join(names)}; {how}", flush=True)
+            print(f"Diagnosis so far: {in_one_line(names, args.output_dir)}", flush=True)
 
     on_evaluate = on_save
 

@@ -84,7 +84,7 @@ def export_merged(
         written_dtype = getattr(torch, dtype) if dtype else _stored_dtype(base_name)
         record_attention(model.to(written_dtype))
         model.config.system_message = find_system_message(str(output_dir))  # for inference, which looks for it there
-        for name, value in find_prompt_settings(str(output_dir)).items():
+        for name, value in ({"wrap_prompts": True} | find_prompt_settings(str(output_dir))).items():
             setattr(model.config, name, value)
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)

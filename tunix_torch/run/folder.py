@@ -16,7 +16,7 @@ from ..completions import FOLDER as COMPLETIONS
 from ..config.files import load_config
 from ..config.grpo import SYSTEM_MESSAGE
 from ..config.mappings import check_template_kwargs
-from ..config.saved import CONFIG_FILE, QUESTIONS, RUN_FILE, WHOLE_CONFIG_FILE
+from ..config.saved import ARE_MESSAGES, CONFIG_FILE, RUN_FILE, WHOLE_CONFIG_FILE
 from ..model import tiny
 from ..model.loading import base_model_name, resolve_model_name
 from ..report.metrics import METRICS_FILE
@@ -164,14 +164,15 @@ def newest_model() -> str | None:
     return newest_run() or get_latest_checkpoint("./outputs")
 
 
-def _settings_near(model_path: str) -> dict[str, Any]:
+def settings_near(model_path: str) -> dict[str, Any]:
     """The settings that a model's prompts follow: those in the run.json or config.json of its folder, or else of the
     run that the folder belongs to; the first that has a `system_message`, as a merged model's config.json does.
 
     Raises:
         ValueError: the file can't be read.
     """
-    for folder in (Path(model_path), Path(model_path).parent):
+    near = (Path(model_path), Path(model_path).parent) if Path(model_path).is_dir() else ()
+    for folder in near:
         for file in (folder / RUN_FILE, folder / CONFIG_FILE):
             found = load_config(file) if file.is_file() else {}
             settings = found.get("settings", {}) if file.name == RUN_FILE else found
@@ -182,13 +183,13 @@ def _settings_near(model_path: str) -> dict[str, Any]:
                 raise ValueError(f"{file}: system_message or wrap_prompts is not what a run wrote")
             if settings.get("chat_template_kwargs") is not None:
                 check_template_kwargs(settings["chat_template_kwargs"])
-            return settings | {"wrap_prompts": wraps or found.get(QUESTIONS) is True}
+            return settings | {"wrap_prompts": wraps or found.get(ARE_MESSAGES) is True}
     return {}
 
 
 def find_system_message(model_path: str) -> str:
     """The instruction that a model was trained with: that of its run's config.json, else that of its base model."""
-    settings = _settings_near(model_path)
+    settings = settings_near(model_path)
     if settings:
         return settings["system_message"]
     base = Path(resolve_model_name(base_model_name(model_path)))
@@ -197,7 +198,7 @@ def find_system_message(model_path: str) -> str:
 
 def warn_of_other_prompts(model_path: str, system_message: str) -> None:
     """Say so where a model is to be trained further with another instruction than it was trained with."""
-    before = _settings_near(model_path).get("system_message")
+    before = settings_near(model_path).get("system_message")
     if before is not None and before != system_message:
         logger.warning(
             "system_message=%.40r: %s was trained with %.40r and may answer worse now; it is asked as before with "
@@ -215,7 +216,7 @@ def find_prompt_settings(model_path: str) -> dict[str, Any]:
     They are arguments of `prepare_rows` and `render_prompt`. A model whose questions were messages is asked by its chat
     template.
     """
-    settings = _settings_near(model_path)
+    settings = settings_near(model_path)
     found = {"chat_template_kwargs": settings.get("chat_template_kwargs") or {}}
     found |= {"wrap_prompts": settings.get("wrap_prompts", True)}
     return {name: value for name, value in found.items() if value not in ({}, True)}

@@ -18,13 +18,14 @@ from ..config.method import method_name
 from ..config.model import ModelConfig
 from ..config.saved import CONFIG_FILE, WHOLE_CONFIG_FILE, check_same_run, save_config
 from ..report.diagnosis import diagnose
+from ..report.findings import in_one_line
 from ..report.page import REPORT_FILE, write_report_of_ended_run
 from ..report.record import read_run
 from ..report.starts import note_start
 from ..runtime import device, mesh, together
 from ..runtime.columns import columns_of
 from ..trainer import TunixTrainer
-from .callbacks import BeforeTraining, SaveOnSignal, complete_metrics, name_of
+from .callbacks import BeforeTraining, SaveOnSignal, complete_metrics, signal_name
 from .curves import CURVES_FILE, plot_training_curves
 from .folder import check_output_dir, get_latest_checkpoint, names_folder, resolve_checkpoint, set_aside_previous_run
 from .lock import locked
@@ -46,7 +47,8 @@ def train(
 
     Raises:
         ValueError: a setting, file, model or data set that can't work; nothing has been written or moved then.
-        SystemExit: with code 128 + N, after a signal N that asks to end: the step was finished and a checkpoint saved.
+        KeyboardInterrupt: after Ctrl-C: the step was finished and a checkpoint saved, but not after a second Ctrl-C.
+        SystemExit: with code 128 + N, after another signal N that asks to end: likewise.
     """
     mesh.use_mesh((config.model if isinstance(config, GRPOTrainingConfig) else config).mesh)  # before args are made
     if isinstance(config, GRPOTrainingConfig):
@@ -129,19 +131,19 @@ def _train(model_config: ModelConfig, data_config: DataConfig, args: GRPOConfig)
         begin()
         complete_metrics(output_dir, trainer.state)
         trainer.log_summary(checkpoint)
-    write_final_files(trainer)
+    is_reported = write_final_files(trainer)
     if together.is_first():
         shown = columns_of(sys.stdout), sys.stdout.encoding, trainer.args.eval_temperature
         lines = summary(trainer.state.log_history, *shown)
         print("\n" * bool(lines) + "\n".join(lines))
         seconds = time.perf_counter() - started
         print(f"\n{seconds:.0f} s, {device.memory_summary()}. {trainer.policy.what}, metrics and curves: {output_dir}")
-        if (output_dir / REPORT_FILE).is_file():
+        if is_reported:
             print(f"What came of it, as a page: {output_dir / REPORT_FILE}")
-            if names := ", ".join(finding.name for finding in diagnose(read_run(output_dir))):
-                how = f"python -m tunix_torch.diagnose {shlex.quote(str(output_dir))} says why, and what to try"
-                print(f"Diagnosis: {names}; {how}")
-        ask = "python inference.py" if Path(sys.argv[0]).suffix == ".py" else "tunix-torch ask"
+            if names := [finding.name for finding in diagnose(read_run(output_dir))]:
+                print(f"Diagnosis: {in_one_line(names, output_dir)}")
+        ours = Path(sys.argv[0]).name in ("train.py", "run_training.py")  # which have inference.py beside them
+        ask = "python inference.py" if ours else "tunix-torch ask"
         print(f'Ask it: {ask} --model_path {shlex.quote(str(output_dir))} --question "..."')
     return _uploaded(trainer)
 
@@ -191,10 +193,12 @@ def _train_until_stopped(trainer: TunixTrainer, checkpoint: str | None, asked: S
     except KeyboardInterrupt:
         say("Stopped at")
         raise
+    finally:
+        asked.restore()
     if asked.stopped:
         number = asked.told or signal.SIGTERM  # another process was told
         if together.is_first():
-            say(f"Stopped by {name_of(number)} after")
+            say(f"Stopped by {signal_name(number)} after")
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(128 + number)

@@ -15,8 +15,12 @@ from .curves import plot_training_curves
 NUM_SHOWN = 3  # answers that are printed, each before and after training
 
 
-def write_final_files(trainer: TunixTrainer) -> None:
-    """Evaluate once more where the last step has not been evaluated, then write adapter, state, curves and report."""
+def write_final_files(trainer: TunixTrainer) -> bool:
+    """Evaluate once more where the last step has not been evaluated, then write adapter, state, curves and report.
+
+    Returns:
+        whether this process has written the report.
+    """
     args, state = trainer.args, trainer.state
     best = state.best_global_step if args.load_best_model_at_end else None
     if best is not None and together.is_first():
@@ -32,12 +36,14 @@ def write_final_files(trainer: TunixTrainer) -> None:
     trainer.save_model(push=False)  # the job does that when everything is written
     trainer.save_state()
     together.wait()
-    if together.is_first():
-        plot_training_curves(args.output_dir)
-        trainer.create_model_card()
-        write_manifest(args.output_dir, final_files(args.output_dir))  # from here on the run is finished
-        write_report_of_ended_run(args.output_dir)
-        print_answers(trainer)
+    if not together.is_first():
+        return False
+    plot_training_curves(args.output_dir)
+    trainer.create_model_card()
+    write_manifest(args.output_dir, final_files(args.output_dir))  # from here on the run is finished
+    is_reported = write_report_of_ended_run(args.output_dir)
+    print_answers(trainer)
+    return is_reported
 
 
 def evaluations(trainer: TunixTrainer) -> list[dict[str, float]]:

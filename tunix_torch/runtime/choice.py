@@ -13,6 +13,7 @@ import pathlib
 import sys
 
 KINDS = ("auto", "tpu", "xla", "cuda", "cpu")
+SPINS_OF_THREADS = "1000"  # of a thread that waits, before it sleeps
 # What a TPU is reached through, by the kind of device: the package, and how it is installed.
 PACKAGES = {"tpu": "torch_tpu", "xla": "torch_xla"}
 INSTALL = {
@@ -79,7 +80,7 @@ def _let_threads_sleep() -> None:
     does not run meanwhile, and every operation takes a time slice of the system (`python -m benchmarks.busy_cpu`).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS_OF_THREADS)
 
 
 def _choose_torch_tpu(is_installed: bool, has_xla: bool) -> None:
