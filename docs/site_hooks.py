@@ -15,6 +15,11 @@ LEAVES_DOCS = re.compile(r"\[([^\]]+)\]\(\.\./([^)]+)\)")
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     """Return a page's Markdown as the site needs it."""
-    markdown = DISPLAY.sub(lambda match: convert(match[1], display="block"), markdown)
+    markdown = DISPLAY.sub(_equation, markdown)
     markdown = INLINE.sub(lambda match: convert(match[1]), markdown)
     return LEAVES_DOCS.sub(lambda match: f"{match[1]} (`{match[2]}`)", markdown)
+
+
+def _equation(match: re.Match[str]) -> str:
+    """A line of its own, which is scrolled where it is wider than a phone."""
+    return f'<div style="overflow-x: auto">{convert(match[1], display="block")}</div>'
