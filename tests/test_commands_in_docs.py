@@ -310,4 +310,4 @@ def test_tensorboard_has_the_curves_of_the_runs(checkout):
                 assert time.monotonic() < deadline, runs
                 time.sleep(0.1)
         finally:
-            board.terminate()
+            board.kill()  # its handler of SIGTERM ends nothing where it is called in a destructor
