@@ -13,7 +13,7 @@ import pathlib
 import sys
 
 KINDS = ("auto", "tpu", "xla", "cuda", "cpu")
-SPINS_OF_THREADS = "1000"  # of a thread that waits, before it sleeps
+SPINS_OF_THREADS = "5000"  # of a thread that waits, before it sleeps
 # What a TPU is reached through, by the kind of device: the package, and how it is installed.
 PACKAGES = {"tpu": "torch_tpu", "xla": "torch_xla"}
 INSTALL = {
@@ -77,7 +77,8 @@ def _let_threads_sleep() -> None:
     """Let a thread of PyTorch's that waits for another one sleep soon, unless the user has said how they wait.
 
     GNU's OpenMP spins 300,000 times first. Where another process has one of the cores, the thread that is waited for
-    does not run meanwhile, and every operation takes a time slice of the system (`python -m benchmarks.busy_cpu`).
+    does not run meanwhile, and every operation takes a time slice of the system. To sleep at once costs on quiet cores:
+    there waking takes longer than what was waited for (`python -m benchmarks.busy_cpu`; figures in docs/log.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS_OF_THREADS)
