@@ -13,7 +13,7 @@ from ..config.checks import PREFERENCE_LOSSES
 from ..config.data import DataConfig
 from ..config.method import method_name, method_of
 from ..config.recipes import defaults_in_force, whose_defaults
-from ..config.saved import MAY_BE_ADDED, MAY_CHANGE, changed_from_defaults
+from ..config.saved import MAY_BE_ADDED, MAY_CHANGE, changed_from_defaults, config_file
 from ..evals.estimators import wilson_interval
 from ..model import tiny
 from ..model.origin import hub_id, is_tiny, licence_of, public_name
@@ -327,9 +327,9 @@ def _settings_text(settings: Mapping[str, Any], folder: Path) -> str:
         lines += [f"| `{name}` | {_cell(_without_folders(value))} |" for name, value in sorted(shown.items())]
     else:
         lines += [f"All settings that change what is learned are at the defaults of {of}."]
-    files = [name for name in ("run_config.json", "config.json") if (folder / name).is_file()]
-    if files and "model_name" in settings:  # else a script has made the trainer
-        lines += ["", f"All are in `{files[0]}`: `python train.py --config {files[0]}` repeats the run."]
+    file = config_file(folder)
+    if file.is_file() and "model_name" in settings:  # else a script has made the trainer
+        lines += ["", f"All are in `{file.name}`: `python train.py --config {file.name}` repeats the run."]
     return "\n".join(lines)
 
 

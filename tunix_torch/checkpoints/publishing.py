@@ -15,7 +15,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from transformers.trainer_utils import HubStrategy
 
 from ..config.files import write_whole
-from ..config.saved import RUN_FILE, WHOLE_CONFIG_FILE
+from ..config.saved import CONFIG_FILE, RUN_FILE, WHOLE_CONFIG_FILE
 from ..config.services import blamed_on
 from ..model.forward import base_model
 from ..model.policies import Policy
@@ -27,7 +27,7 @@ from .same_run import RunFacts
 logger = logging.getLogger(__name__)
 
 # What is uploaded of a run's folder. Checkpoints, earlier runs, kept batches and files of other programs are not.
-UPLOADED = (*FINAL_FILES, CARD_FILE, CURVES_FILE, "config.json", WHOLE_CONFIG_FILE, RUN_FILE)
+UPLOADED = (*FINAL_FILES, CARD_FILE, CURVES_FILE, CONFIG_FILE, WHOLE_CONFIG_FILE, RUN_FILE)
 UPLOADED += ("metrics.jsonl", "report.html", "runs/**/*")  # the last are TensorBoard's
 UPLOADING = "uploading"  # the folder in output_dir where the files of a checkpoint wait until they are uploaded
 

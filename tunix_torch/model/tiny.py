@@ -206,8 +206,9 @@ def _warm_start(model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 50, 1 - s / steps * 0.667))
     model.train()
     between = 0.1 if sys.stderr.isatty() else 10  # seconds; a file keeps every line
-    bar = {"desc": "Making the tiny Gemma, once", "unit": "step", "file": sys.stderr, "mininterval": between}
-    for step in tqdm(range(WARM_START["steps"]), **bar):
+    for step in tqdm(
+        range(WARM_START["steps"]), "Making the tiny Gemma, once", unit="step", file=sys.stderr, mininterval=between
+    ):
         ids, labels = _encode_demonstrations(tokenizer, rows[step * size :][:size])
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         targets = labels[:, 1:]
